@@ -1,0 +1,35 @@
+"""Package metadata. Tool settings live in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+ENTRY_POINTS = ("train", "evaluate", "sweep")
+
+setup(
+    name="vlm_jax",
+    version="0.1.0",
+    description="Compute-optimal vision-language models in JAX: train, measure, fit the scaling law, plan.",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["vlm_jax", "vlm_jax.*"]),
+    package_data={"vlm_jax": ["py.typed"]},
+    install_requires=[
+        "absl-py", "einops", "flax>=0.12.6", "grain>=0.2.18", "jax>=0.10.2", "jaxtyping>=0.3", "jinja2",
+        "matplotlib", "ml-collections>=1.1", "numpy", "optax>=0.2.8", "orbax-checkpoint>=0.12", "pillow", "rich", "safetensors>=0.8",
+        "scipy", "tensorboardX", "tensorflow-datasets>=4.9.10", "array_record", "tokenizers", "transformers>=5.17",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+        "test": [
+            "beartype", "hypothesis", "protobuf", "pyrefly", "pytest", "pytest-xdist", "ruff", "scikit-image",
+            "scikit-learn", "sentencepiece", "torch==2.13.0",
+        ],
+    },
+    entry_points={"console_scripts": [f"vlm-jax-{name} = vlm_jax.{name}:main" for name in ENTRY_POINTS]
+                  + [f"vlm-jax-{name} = vlm_jax.laws.{name}:main" for name in ("fit", "plan")]},
+)  # fmt: skip

@@ -1,0 +1,296 @@
+"""Frozen, validated settings: what each module is given, and nothing more. Imports no jax.
+
+`configs/default.py` lists every field once with its unit and source; `presets.py` holds named sizes. A wrong value is a
+`ConfigError` with one line: what was given, what is allowed. Entry points print it and exit with code 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Mapping, TypeVar
+
+
+class ConfigError(ValueError):
+    """A setting or an input the user can mend; its text is one line that names the fix."""
+
+
+Config = TypeVar("Config")
+
+
+def build(cls: type[Config], fields: Mapping[str, Any]) -> Config:
+    """`cls(**fields)`, with unknown and missing names turned into a ConfigError that lists the allowed ones."""
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(fields) - set(known))
+    if unknown:
+        raise ConfigError(f"{cls.__name__}: unknown field {unknown[0]!r}; allowed: {', '.join(known)}.")
+    required = [n for n, f in known.items() if f.default is dataclasses.MISSING]
+    missing = [n for n in required if n not in fields]
+    if missing:
+        raise ConfigError(
+            f"{cls.__name__}: field {missing[0]!r} has no value; set it or name a preset."
+        )
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def check_choice(owner: str, field: str, value: str, allowed: Any) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{owner}: {field} {value!r} is not one of {sorted(allowed)}.")
+
+
+def check_positive(owner: str, **values: float) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise ConfigError(f"{owner}: {name} must be positive, got {value!r}.")
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+REMAT = ("none", "dots", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """A SigLIP or CLIP image encoder; hidden states are numbered 0 (embeddings) .. num_layers."""
+
+    image_px: int
+    patch_px: int
+    width: int
+    num_layers: int
+    num_heads: int
+    mlp_width: int
+    activation: str  # gelu_tanh (SigLIP) | gelu | quick_gelu (CLIP)
+    norm_eps: float
+    cls_token: bool  # CLIP: a class token in row 0, dropped from the features
+    pre_norm: bool  # CLIP: LayerNorm after the embeddings
+    post_norm: bool  # SigLIP: LayerNorm after the last layer (applies when feature_layer is -1)
+    patch_bias: bool  # SigLIP: the patch projection has a bias
+    feature_layer: int  # which hidden state is the feature, counted from the end: -1 last, -2 last but one
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    dtype: str = "float32"
+    remat: str = "none"
+
+    def __post_init__(self):
+        check_choice("vit", "activation", self.activation, ("gelu_tanh", "gelu", "quick_gelu"))
+        check_choice("vit", "dtype", self.dtype, DTYPES)
+        check_choice("vit", "remat", self.remat, REMAT)
+        check_positive("vit", image_px=self.image_px, patch_px=self.patch_px, num_layers=self.num_layers)
+        if self.image_px < self.patch_px:
+            raise ConfigError(f"vit: image_px {self.image_px} is smaller than patch_px {self.patch_px}.")
+        if self.width % self.num_heads:
+            raise ConfigError(f"vit: width {self.width} is not divisible by num_heads {self.num_heads}.")
+        if not -self.num_layers <= self.feature_layer <= -1:
+            raise ConfigError(
+                f"vit: feature_layer {self.feature_layer} must lie in [-{self.num_layers}, -1]."
+            )
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side (a border narrower than a patch is left out, as in SigLIP-384/14)."""
+        return self.image_px // self.patch_px
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid**2
+
+    @property
+    def feature_state(self) -> int:
+        """The number of the hidden state used as the feature: -2 of 24 layers is state 23."""
+        return self.num_layers + 1 + self.feature_layer
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary angles are stretched: none | linear | llama3 (field names as in Hugging Face)."""
+
+    kind: str = "none"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+    def __post_init__(self):
+        check_choice("rope_scaling", "kind", self.kind, ("none", "linear", "llama3"))
+        check_positive("rope_scaling", factor=self.factor)
+
+
+@dataclasses.dataclass(frozen=True)
+class LMConfig:
+    """A decoder-only language model: Llama/Vicuna, Qwen1.5/2/2.5, Qwen3, Phi-3."""
+
+    vocab_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_width: int
+    rope_theta: float
+    norm_eps: float
+    qkv_bias: bool  # Qwen1.5/2/2.5
+    qk_norm: bool  # Qwen3: RMSNorm over each query and key head
+    tied_embeddings: bool
+    rope_scaling: RopeScaling = RopeScaling()
+    nominal_params: float = 0.0  # the size in the model's name, in parameters; 0 = count them
+    dtype: str = "float32"
+    remat: str = "none"
+
+    def __post_init__(self):
+        check_choice("lm", "dtype", self.dtype, DTYPES)
+        check_choice("lm", "remat", self.remat, REMAT)
+        check_positive(
+            "lm", vocab_size=self.vocab_size, width=self.width, num_layers=self.num_layers,
+            num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, mlp_width=self.mlp_width,
+        )  # fmt: skip
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"lm: num_heads {self.num_heads} is not divisible by num_kv_heads {self.num_kv_heads}."
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"lm: head_dim {self.head_dim} must be even (rotary pairs).")
+
+    @property
+    def non_embedding_params(self) -> int:
+        """Parameters of the layers and the final norm, without embedding table and head."""
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        attention = 2 * self.width * q + 2 * self.width * kv
+        attention += (q + 2 * kv) * self.qkv_bias + 2 * self.head_dim * self.qk_norm
+        layer = attention + 3 * self.width * self.mlp_width + 2 * self.width
+        return self.num_layers * layer + self.width
+
+    @property
+    def total_params(self) -> int:
+        tables = 1 if self.tied_embeddings else 2
+        return self.non_embedding_params + tables * self.vocab_size * self.width
+
+
+WINDOWED = ("quecc", "tokenpacker")  # compressors that cut the patch grid into stride x stride windows
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressorConfig:
+    """Which compressor, how strongly it compresses, and its size."""
+
+    name: str  # a key of compressors.COMPRESSORS
+    stride: int = 1  # patches along one side of a window: visual tokens = (grid / stride)^2
+    num_heads: int = 8
+    taps: tuple[int, ...] = ()  # hidden states concatenated as multi-level features; () = the feature alone
+    norm_eps: float = 1e-6
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        check_choice("compressor", "dtype", self.dtype, DTYPES)
+        check_positive("compressor", stride=self.stride, num_heads=self.num_heads)
+
+
+def valid_strides(grid: int) -> list[int]:
+    return [s for s in range(1, grid + 1) if grid % s == 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class VLMConfig:
+    """The whole model: encoder -> compressor -> projector -> decoder."""
+
+    vit: ViTConfig
+    compressor: CompressorConfig
+    lm: LMConfig
+    projector_layers: int = 2  # linear layers with GELU between ("mlp2x_gelu" = 2)
+    projector_norm: str = "none"  # none | rms: RMSNorm of the visual tokens handed to the decoder
+
+    def __post_init__(self):
+        check_positive("vlm", projector_layers=self.projector_layers)
+        check_choice("vlm", "projector_norm", self.projector_norm, ("none", "rms"))
+        name, grid, stride = self.compressor.name, self.vit.grid, self.compressor.stride
+        if name in WINDOWED and grid % stride:
+            raise ConfigError(
+                f"{name}: grid {grid} is not divisible by stride {stride}; use one of {valid_strides(grid)}."
+            )
+        if name in WINDOWED and self.vit.width % self.compressor.num_heads:
+            raise ConfigError(
+                f"{name}: encoder width {self.vit.width} is not divisible by num_heads {self.compressor.num_heads}."
+            )
+        for tap in self.compressor.taps:
+            if not 0 <= tap <= self.vit.num_layers:
+                raise ConfigError(
+                    f"{name}: tap {tap} is not a hidden state of the encoder (0..{self.vit.num_layers})."
+                )
+
+
+def stride_for(grid: int, visual_tokens: int) -> int:
+    """The stride at which a windowed compressor gives `visual_tokens` on a `grid` x `grid` encoder."""
+    side = math.isqrt(visual_tokens)
+    if side < 1 or side * side != visual_tokens or grid % side:
+        allowed = [(grid // s) ** 2 for s in reversed(valid_strides(grid))]
+        raise ConfigError(f"visual_tokens {visual_tokens} cannot be cut from a {grid}x{grid} grid; use one of {allowed}.")
+    return grid // side
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the samples are and how one becomes arrays. Sizes are static: nothing recompiles per batch."""
+
+    annotations: tuple[str, ...]  # LLaVA-format .json / .jsonl files, or prepared tfds directories; concatenated
+    image_roots: tuple[str, ...]  # one folder per annotation file ("" when it has no images)
+    tokenizer: str  # directory with a Hugging Face tokenizer
+    template: str  # a key of data.chat.TEMPLATES
+    system: str | None  # replaces the template's system prompt; None keeps it
+    turns: str  # dialogue | independent: may a turn see the turns before it, or only the shared prefix
+    max_tokens: int  # T, visual tokens included
+    max_query_tokens: int  # Q
+    max_images: int  # I, images per sample; 0 = text only
+    image_mode: str  # pad | crop | stretch
+    max_image_pixels: int  # larger images are bad records
+    batch_size: int  # global
+    seed: int  # of the shuffle
+    num_workers: int  # decoding processes; 0 = threads of this process
+    on_bad_record: str  # raise | skip
+    max_bad_records: int  # with skip: stop after this many
+    features_dir: str  # cached encoder features to read instead of images; "" = none
+
+    def __post_init__(self):
+        check_choice("data", "turns", self.turns, ("dialogue", "independent"))
+        check_choice("data", "image_mode", self.image_mode, ("pad", "crop", "stretch"))
+        check_choice("data", "on_bad_record", self.on_bad_record, ("raise", "skip"))
+        check_positive("data", max_tokens=self.max_tokens, batch_size=self.batch_size)
+        if not self.annotations:
+            raise ConfigError("data: annotations is empty; give at least one .json, .jsonl or tfds directory.")
+        if len(self.annotations) != len(self.image_roots):
+            raise ConfigError(
+                f"data: {len(self.annotations)} annotations but {len(self.image_roots)} image_roots; give one root per file."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """Optimiser and schedule of the trainable parameters."""
+
+    trainable: str  # regex searched in parameter paths such as "projector/dense_0/kernel"
+    optimizer: str  # adamw | muon (matrices by Muon, the rest by AdamW)
+    learning_rate: float  # peak, AdamW's
+    muon_learning_rate: float  # peak, Muon's
+    warmup_ratio: float  # of the steps
+    weight_decay: float
+    beta1: float
+    beta2: float
+    eps: float
+    clip_norm: float  # global gradient norm
+
+    def __post_init__(self):
+        check_choice("optim", "optimizer", self.optimizer, ("adamw", "muon"))
+        check_positive("optim", learning_rate=self.learning_rate, clip_norm=self.clip_norm)
+        if not 0 <= self.warmup_ratio < 1:
+            raise ConfigError(f"optim: warmup_ratio must lie in [0, 1), got {self.warmup_ratio}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the device mesh; -1 (at most once) takes the devices that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = (self.data, self.fsdp, self.tensor)
+        if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
+            raise ConfigError(f"mesh: sizes must be positive, with -1 at most once; got {sizes}.")

@@ -1,0 +1,172 @@
+"""The blocks every module is made of: linear maps, norms, rotary positions, attention, gated MLP.
+
+Weights are born here with their logical axes; `sharding.RULES` alone says which mesh axis each one means.
+Parameters are float32; computation runs in `dtype`; norms, softmax and angles run in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from vlm_jax.config import RopeScaling
+
+Initializer = Callable[..., Array]
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "silu": jax.nn.silu,
+}
+
+
+def uniform_fan_in(fan_in: int) -> Initializer:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): the usual default of linear and convolution weights and biases."""
+    bound = 1.0 / math.sqrt(fan_in)
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def constrain(x: Array, *names: str | None) -> Array:
+    """Pins activation axes to logical names; does nothing without a mesh."""
+    return nn.with_logical_constraint(x, names)
+
+
+class Linear(nn.Module):
+    """y[..., out] = x[..., in] @ kernel + bias, with one logical axis name per kernel axis.
+
+    `out` may have several axes (heads, head_dim); `in_axes` trailing axes of x are contracted.
+    """
+
+    out: Sequence[int]
+    names: Sequence[str | None]  # of the kernel: contracted axes, then output axes
+    in_axes: int = 1
+    use_bias: bool = True
+    kernel_init: Initializer | None = None  # None: uniform_fan_in
+    bias_init: Initializer | None = None  # None: uniform_fan_in
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        contracted = x.shape[-self.in_axes :]
+        fan_in = math.prod(contracted)
+        kernel_init = self.kernel_init or uniform_fan_in(fan_in)
+        shape = (*contracted, *self.out)
+        if len(self.names) != len(shape):
+            raise ValueError(f"{self.path}: {len(self.names)} axis names for kernel shape {shape}")
+        kernel = self.param("kernel", nn.with_logical_partitioning(_flat(kernel_init, fan_in), tuple(self.names)), shape)
+        dims = (tuple(range(x.ndim - self.in_axes, x.ndim)), tuple(range(self.in_axes)))
+        y = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), (dims, ((), ())))
+        if self.use_bias:
+            names = tuple(self.names[self.in_axes :])
+            bias_init = self.bias_init or uniform_fan_in(fan_in)
+            bias = self.param("bias", nn.with_logical_partitioning(bias_init, names), tuple(self.out))
+            y = y + bias.astype(self.dtype)
+        return y
+
+
+def _flat(init: Initializer, fan_in: int) -> Initializer:
+    """Draws a many-axis kernel as the [in, out] matrix it stands for, so fans are right."""
+    return lambda key, shape, dtype=jnp.float32: init(key, (fan_in, math.prod(shape) // fan_in), dtype).reshape(shape)
+
+
+class LayerNorm(nn.Module):
+    """Biased variance over the last axis, affine, in float32."""
+
+    eps: float
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (None,)), x.shape[-1:])
+        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, (None,)), x.shape[-1:])
+        x = x.astype(jnp.float32)
+        x = x - x.mean(-1, keepdims=True)
+        y = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
+        return (y * scale + bias).astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale, in float32."""
+
+    eps: float
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (None,)), x.shape[-1:])
+        x = x.astype(jnp.float32)
+        y = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
+        return (y * scale).astype(self.dtype)
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """Angle per position of each rotary pair [H/2]; stretched as Hugging Face's `linear` and `llama3`."""
+    freqs = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if scaling.kind == "linear":
+        freqs = freqs / scaling.factor
+    elif scaling.kind == "llama3":
+        turns = scaling.original_max_positions * freqs / (2 * math.pi)  # full turns in the original context
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        keep = np.clip((turns - low) / (high - low), 0.0, 1.0)  # 1: untouched, 0: divided by factor
+        freqs = keep * freqs + (1 - keep) * freqs / scaling.factor
+    return freqs.astype(np.float32)
+
+
+def apply_rope(
+    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], freqs: np.ndarray
+) -> Float[Array, "B T N H"]:
+    """Rotates pairs (i, i + H/2) of each head by positions * freqs (the "rotate half" layout of Llama)."""
+    angles = positions[..., None, None].astype(jnp.float32) * freqs
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Bool[Array, "B T S"] | None = None,
+) -> Float[Array, "B T N H"]:
+    """softmax(q k^T / sqrt(H)) v with N/K queries per key head; the softmax runs in float32. mask: True = may see."""
+    return jax.nn.dot_product_attention(q, k, v, mask=None if mask is None else mask[:, None])
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), without biases."""
+
+    width: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        init = nn.initializers.normal(0.02)
+        linear = functools.partial(Linear, use_bias=False, kernel_init=init, dtype=self.dtype)
+        gate = linear((self.width,), ("embed", "mlp"), name="gate")(x)
+        up = linear((self.width,), ("embed", "mlp"), name="up")(x)
+        hidden = constrain(jax.nn.silu(gate) * up, "batch", "length", "mlp")
+        return linear(x.shape[-1:], ("mlp", "embed"), name="down")(hidden)
+
+
+REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+
+
+def scan_layers(block: type[nn.Module], length: int, remat: str, in_axes: tuple = ()) -> type[nn.Module]:
+    """`block` repeated `length` times with parameters stacked on a leading "layers" axis.
+
+    in_axes gives, per argument after the carry, 0 (one slice per layer) or nn.broadcast.
+    """
+    if remat != "none":
+        block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[remat])
+    return nn.scan(
+        block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=in_axes, length=length,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )  # fmt: skip
