@@ -1,0 +1,129 @@
+"""What every command shares: flags with a config file behind them, and one-line errors with exit code 2.
+
+Imports nothing heavy, so that a mistake on the command line is answered before jax wakes up.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from vlm_jax.config import ConfigError
+
+CONFIG_FLAG = re.compile(r"--?(?:no)?config(?:\.(?P<field>[^=]*))?(?:=(?P<value>.*))?$")
+
+
+def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
+    """Calls `command(argv)` (default: the process's arguments) and returns the exit code.
+
+    0: it returned; 2: a ConfigError, whose one line goes to stderr.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("vlm_jax").setLevel(logging.INFO)
+    try:
+        command(sys.argv[1:] if argv is None else argv)
+    except ConfigError as error:
+        line = " ".join(str(error).split())
+        sys.stderr.write(f"error: {line}\n")
+        return 2
+    return 0
+
+
+def parse(
+    argv: Sequence[str],
+    texts: Mapping[str, str],
+    switches: Mapping[str, str] | None = None,
+    required: Sequence[str] = ("config", "workdir"),
+) -> flags.FlagValues:
+    """Flags `--config=FILE --config.x.y=VALUE`, one text flag per `texts`, one boolean per `switches` (name -> help).
+
+    The result has an attribute per flag: `config` is the locked ConfigDict with the overrides applied (None when it was
+    not given), a text flag that was not given is "". `required` flags must be given. Raises ConfigError for anything
+    unknown, and SystemExit(0) after `--help`.
+    """
+    values = flags.FlagValues()
+    words = ["command", *argv]
+    for name, meaning in texts.items():
+        flags.DEFINE_string(name, "", meaning, flag_values=values)
+    for name, meaning in (switches or {}).items():
+        flags.DEFINE_boolean(name, False, meaning, flag_values=values)
+    flags.DEFINE_boolean("help", False, "show the flags", short_name="h", flag_values=values)
+    check_overrides(argv)
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "a file of configs/, e.g. configs/stage1.py",
+        flag_values=values,
+        sys_argv=words,
+    )
+    try:
+        rest = values(words)[1:]
+    except (flags.Error, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"command line: {error}") from error
+    if values.help:
+        lines = [
+            f"--{name}: {values[name].help}\n" for name in ("config", *texts, *(switches or {}))
+        ]
+        sys.stdout.writelines(lines)
+        raise SystemExit(0)
+    if rest:
+        raise ConfigError(f"command line: {rest[0]!r} is not a flag; write --name=value.")
+    for name in required:
+        if not values[name].value:
+            raise ConfigError(f"command line: --{name} is missing; give --{name}=...")
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl's global flags and insist on this
+    return values
+
+
+def load_config(path: str) -> ConfigDict:
+    """The locked ConfigDict that `get_config()` of the file at `path` returns ("file.py:text" hands it the text).
+
+    Raises ConfigError when the file is missing or broken.
+    """
+    file = Path(path.split(":", 1)[0])
+    if not file.is_file():
+        found = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
+        hint = f"; found {', '.join(found)}" if found else ""
+        raise ConfigError(f"--config: no file {str(file)!r}{hint}.")
+    values = flags.FlagValues()
+    words = ["command", f"--config={path}"]
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=words)
+    try:
+        values(words)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"--config: {file} does not load: {str(error).strip().splitlines()[-1]}"
+        ) from error
+    return values["config"].value
+
+
+def check_overrides(argv: Sequence[str]) -> None:
+    """Raises ConfigError for the first `--config.x.y` whose field the config file does not have, naming its siblings."""
+    path, fields = "", []
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        match = CONFIG_FLAG.match(word)
+        if match and match["field"]:
+            fields.append(match["field"])
+        elif match:
+            path = following if match["value"] is None else match["value"]
+    if fields and not path:
+        raise ConfigError(f"command line: --config.{fields[0]} needs --config=FILE before it.")
+    if not path:
+        return
+    config = load_config(path)
+    for field in fields:
+        node, walked = config, "config"
+        for name in field.split("."):
+            if not isinstance(node, ConfigDict) or name not in node:
+                names = ", ".join(sorted(node)) if isinstance(node, ConfigDict) else "no fields"
+                raise ConfigError(
+                    f"--config.{field}: {walked} has no field {name!r}; it has: {names}."
+                )
+            node, walked = node[name], f"{walked}.{name}"
