@@ -23,7 +23,9 @@ def build(cls: type[Config], fields: Mapping[str, Any]) -> Config:
     known = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(fields) - set(known))
     if unknown:
-        raise ConfigError(f"{cls.__name__}: unknown field {unknown[0]!r}; allowed: {', '.join(known)}.")
+        raise ConfigError(
+            f"{cls.__name__}: unknown field {unknown[0]!r}; allowed: {', '.join(known)}."
+        )
     required = [n for n, f in known.items() if f.default is dataclasses.MISSING]
     missing = [n for n in required if n not in fields]
     if missing:
@@ -64,9 +66,12 @@ class ViTConfig:
     pre_norm: bool  # CLIP: LayerNorm after the embeddings
     post_norm: bool  # SigLIP: LayerNorm after the last layer (applies when feature_layer is -1)
     patch_bias: bool  # SigLIP: the patch projection has a bias
-    feature_layer: int  # which hidden state is the feature, counted from the end: -1 last, -2 last but one
+    feature_layer: (
+        int  # which hidden state is the feature, counted from the end: -1 last, -2 last but one
+    )
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    position_grid: int = 0  # side of the learned position table when it is interpolated; 0 = grid
     dtype: str = "float32"
     remat: str = "none"
 
@@ -74,11 +79,17 @@ class ViTConfig:
         check_choice("vit", "activation", self.activation, ("gelu_tanh", "gelu", "quick_gelu"))
         check_choice("vit", "dtype", self.dtype, DTYPES)
         check_choice("vit", "remat", self.remat, REMAT)
-        check_positive("vit", image_px=self.image_px, patch_px=self.patch_px, num_layers=self.num_layers)
+        check_positive(
+            "vit", image_px=self.image_px, patch_px=self.patch_px, num_layers=self.num_layers
+        )
         if self.image_px < self.patch_px:
-            raise ConfigError(f"vit: image_px {self.image_px} is smaller than patch_px {self.patch_px}.")
+            raise ConfigError(
+                f"vit: image_px {self.image_px} is smaller than patch_px {self.patch_px}."
+            )
         if self.width % self.num_heads:
-            raise ConfigError(f"vit: width {self.width} is not divisible by num_heads {self.num_heads}.")
+            raise ConfigError(
+                f"vit: width {self.width} is not divisible by num_heads {self.num_heads}."
+            )
         if not -self.num_layers <= self.feature_layer <= -1:
             raise ConfigError(
                 f"vit: feature_layer {self.feature_layer} must lie in [-{self.num_layers}, -1]."
@@ -164,7 +175,10 @@ class LMConfig:
         return self.non_embedding_params + tables * self.vocab_size * self.width
 
 
-WINDOWED = ("quecc", "tokenpacker")  # compressors that cut the patch grid into stride x stride windows
+WINDOWED = (
+    "quecc",
+    "tokenpacker",
+)  # compressors that cut the patch grid into stride x stride windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +188,9 @@ class CompressorConfig:
     name: str  # a key of compressors.COMPRESSORS
     stride: int = 1  # patches along one side of a window: visual tokens = (grid / stride)^2
     num_heads: int = 8
-    taps: tuple[int, ...] = ()  # hidden states concatenated as multi-level features; () = the feature alone
+    taps: tuple[
+        int, ...
+    ] = ()  # hidden states concatenated as multi-level features; () = the feature alone
     norm_eps: float = 1e-6
     dtype: str = "float32"
 
@@ -210,9 +226,9 @@ class VLMConfig:
                 f"{name}: encoder width {self.vit.width} is not divisible by num_heads {self.compressor.num_heads}."
             )
         for tap in self.compressor.taps:
-            if not 0 <= tap <= self.vit.num_layers:
+            if not 0 <= tap <= self.vit.feature_state:
                 raise ConfigError(
-                    f"{name}: tap {tap} is not a hidden state of the encoder (0..{self.vit.num_layers})."
+                    f"{name}: tap {tap} is not a hidden state up to the feature layer (0..{self.vit.feature_state})."
                 )
 
 
@@ -221,7 +237,9 @@ def stride_for(grid: int, visual_tokens: int) -> int:
     side = math.isqrt(visual_tokens)
     if side < 1 or side * side != visual_tokens or grid % side:
         allowed = [(grid // s) ** 2 for s in reversed(valid_strides(grid))]
-        raise ConfigError(f"visual_tokens {visual_tokens} cannot be cut from a {grid}x{grid} grid; use one of {allowed}.")
+        raise ConfigError(
+            f"visual_tokens {visual_tokens} cannot be cut from a {grid}x{grid} grid; use one of {allowed}."
+        )
     return grid // side
 
 
@@ -229,12 +247,16 @@ def stride_for(grid: int, visual_tokens: int) -> int:
 class DataConfig:
     """Where the samples are and how one becomes arrays. Sizes are static: nothing recompiles per batch."""
 
-    annotations: tuple[str, ...]  # LLaVA-format .json / .jsonl files, or prepared tfds directories; concatenated
+    annotations: tuple[
+        str, ...
+    ]  # LLaVA-format .json / .jsonl files, or prepared tfds directories; concatenated
     image_roots: tuple[str, ...]  # one folder per annotation file ("" when it has no images)
     tokenizer: str  # directory with a Hugging Face tokenizer
     template: str  # a key of data.chat.TEMPLATES
     system: str | None  # replaces the template's system prompt; None keeps it
-    turns: str  # dialogue | independent: may a turn see the turns before it, or only the shared prefix
+    turns: (
+        str  # dialogue | independent: may a turn see the turns before it, or only the shared prefix
+    )
     max_tokens: int  # T, visual tokens included
     max_query_tokens: int  # Q
     max_images: int  # I, images per sample; 0 = text only
@@ -253,7 +275,9 @@ class DataConfig:
         check_choice("data", "on_bad_record", self.on_bad_record, ("raise", "skip"))
         check_positive("data", max_tokens=self.max_tokens, batch_size=self.batch_size)
         if not self.annotations:
-            raise ConfigError("data: annotations is empty; give at least one .json, .jsonl or tfds directory.")
+            raise ConfigError(
+                "data: annotations is empty; give at least one .json, .jsonl or tfds directory."
+            )
         if len(self.annotations) != len(self.image_roots):
             raise ConfigError(
                 f"data: {len(self.annotations)} annotations but {len(self.image_roots)} image_roots; give one root per file."

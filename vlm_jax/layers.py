@@ -31,7 +31,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 def uniform_fan_in(fan_in: int) -> Initializer:
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): the usual default of linear and convolution weights and biases."""
     bound = 1.0 / math.sqrt(fan_in)
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+        key, shape, dtype, -bound, bound
+    )
 
 
 def constrain(x: Array, *names: str | None) -> Array:
@@ -61,20 +63,28 @@ class Linear(nn.Module):
         shape = (*contracted, *self.out)
         if len(self.names) != len(shape):
             raise ValueError(f"{self.path}: {len(self.names)} axis names for kernel shape {shape}")
-        kernel = self.param("kernel", nn.with_logical_partitioning(_flat(kernel_init, fan_in), tuple(self.names)), shape)
+        kernel = self.param(
+            "kernel",
+            nn.with_logical_partitioning(_flat(kernel_init, fan_in), tuple(self.names)),
+            shape,
+        )
         dims = (tuple(range(x.ndim - self.in_axes, x.ndim)), tuple(range(self.in_axes)))
         y = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), (dims, ((), ())))
         if self.use_bias:
             names = tuple(self.names[self.in_axes :])
             bias_init = self.bias_init or uniform_fan_in(fan_in)
-            bias = self.param("bias", nn.with_logical_partitioning(bias_init, names), tuple(self.out))
+            bias = self.param(
+                "bias", nn.with_logical_partitioning(bias_init, names), tuple(self.out)
+            )
             y = y + bias.astype(self.dtype)
         return y
 
 
 def _flat(init: Initializer, fan_in: int) -> Initializer:
     """Draws a many-axis kernel as the [in, out] matrix it stands for, so fans are right."""
-    return lambda key, shape, dtype=jnp.float32: init(key, (fan_in, math.prod(shape) // fan_in), dtype).reshape(shape)
+    return lambda key, shape, dtype=jnp.float32: init(
+        key, (fan_in, math.prod(shape) // fan_in), dtype
+    ).reshape(shape)
 
 
 class LayerNorm(nn.Module):
@@ -85,8 +95,12 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
-        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (None,)), x.shape[-1:])
-        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, (None,)), x.shape[-1:])
+        scale = self.param(
+            "scale", nn.with_logical_partitioning(nn.initializers.ones, (None,)), x.shape[-1:]
+        )
+        bias = self.param(
+            "bias", nn.with_logical_partitioning(nn.initializers.zeros, (None,)), x.shape[-1:]
+        )
         x = x.astype(jnp.float32)
         x = x - x.mean(-1, keepdims=True)
         y = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
@@ -101,7 +115,9 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (None,)), x.shape[-1:])
+        scale = self.param(
+            "scale", nn.with_logical_partitioning(nn.initializers.ones, (None,)), x.shape[-1:]
+        )
         x = x.astype(jnp.float32)
         y = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
         return (y * scale).astype(self.dtype)
@@ -113,7 +129,9 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.nd
     if scaling.kind == "linear":
         freqs = freqs / scaling.factor
     elif scaling.kind == "llama3":
-        turns = scaling.original_max_positions * freqs / (2 * math.pi)  # full turns in the original context
+        turns = (
+            scaling.original_max_positions * freqs / (2 * math.pi)
+        )  # full turns in the original context
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         keep = np.clip((turns - low) / (high - low), 0.0, 1.0)  # 1: untouched, 0: divided by factor
         freqs = keep * freqs + (1 - keep) * freqs / scaling.factor
@@ -140,6 +158,23 @@ def attend(
     return jax.nn.dot_product_attention(q, k, v, mask=None if mask is None else mask[:, None])
 
 
+def resize_matrix(size: int, source: int) -> np.ndarray:
+    """Bicubic interpolation [size, source] along one axis: half-pixel centres, a = -0.75, taps clamped to the border,
+    no anti-aliasing (what torch's `interpolate(mode="bicubic")` computes; jax.image.resize differs in all but the first).
+    """
+    a = -0.75
+    centre = (np.arange(size) + 0.5) * source / size - 0.5
+    first = np.floor(centre).astype(int) - 1
+    matrix = np.zeros((size, source))
+    for tap in range(4):
+        distance = np.abs(centre - (first + tap))
+        near = (a + 2) * distance**3 - (a + 3) * distance**2 + 1
+        far = a * (distance**3 - 5 * distance**2 + 8 * distance - 4)
+        weight = np.where(distance <= 1, near, np.where(distance < 2, far, 0.0))
+        np.add.at(matrix, (np.arange(size), np.clip(first + tap, 0, source - 1)), weight)
+    return matrix.astype(np.float32)
+
+
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) * up(x)), without biases."""
 
@@ -159,7 +194,9 @@ class GatedMLP(nn.Module):
 REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 
 
-def scan_layers(block: type[nn.Module], length: int, remat: str, in_axes: tuple = ()) -> type[nn.Module]:
+def scan_layers(
+    block: type[nn.Module], length: int, remat: str, in_axes: tuple = ()
+) -> type[nn.Module]:
     """`block` repeated `length` times with parameters stacked on a leading "layers" axis.
 
     in_axes gives, per argument after the carry, 0 (one slice per layer) or nn.broadcast.

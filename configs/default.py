@@ -1,0 +1,159 @@
+"""Every field once, with its unit and source. Other configs start from here and change values, never names.
+
+None means "as the preset says" in `model` and "as the template says" in `data`.
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def placeholder(kind):
+    return config_dict.placeholder(kind)
+
+
+def get_config() -> ml_collections.ConfigDict:
+    c = ml_collections.ConfigDict()
+    c.model = model()
+    c.data = data()
+    c.optim = optim()
+
+    c.mesh = ml_collections.ConfigDict()  # device mesh: data * fsdp * tensor = number of devices
+    c.mesh.data = -1  # replicas of the batch; -1 = the devices that are left
+    c.mesh.fsdp = 1  # shards of parameters and optimiser state
+    c.mesh.tensor = 1  # shards of heads and MLP widths
+
+    c.init = (
+        ml_collections.ConfigDict()
+    )  # workdir whose last checkpoint supplies the part; "" = random
+    c.init.vit = ""
+    c.init.compressor = ""
+    c.init.projector = ""
+    c.init.lm = ""
+
+    c.train = ml_collections.ConfigDict()
+    c.train.num_steps = 0  # optimiser steps; 0 = from num_epochs
+    c.train.num_epochs = 1.0  # passes over the data (LLaVA-1.5: 1 in both stages)
+    c.train.seed = 0  # of the initial parameters
+    c.train.log_every = 10  # steps between progress lines; metrics.jsonl has every step
+    c.train.save_every = 500  # steps between checkpoints
+    c.train.keep = 2  # checkpoints kept
+
+    c.eval = ml_collections.ConfigDict()
+    c.eval.checkpoint = ""  # workdir of the training run to evaluate
+    c.eval.benchmarks = ()  # names in benchmarks.BENCHMARKS
+    c.eval.annotations = ()  # one directory per benchmark, with its native files
+    c.eval.batch_size = 16  # prompts per step, all devices together
+    c.eval.max_new_tokens = 128  # per answer (LLaVA-1.5's evaluation)
+    c.eval.temperature = 0.0  # 0 = greedy
+    c.eval.seed = 0  # of sampling
+    c.eval.limit = 0  # first questions of each benchmark only; 0 = all
+    c.eval.features_dir = ""  # cached encoder features to read instead of images
+    return c.lock()
+
+
+def model() -> ml_collections.ConfigDict:
+    m = ml_collections.ConfigDict()
+    m.vit = ml_collections.ConfigDict()
+    m.vit.preset = "clip-l-336"  # a key of presets.VIT, or "" with every field set
+    m.vit.image_px = placeholder(int)  # side of the square input image, pixels
+    m.vit.patch_px = placeholder(int)  # side of a patch, pixels
+    m.vit.width = placeholder(int)
+    m.vit.num_layers = placeholder(int)
+    m.vit.num_heads = placeholder(int)
+    m.vit.mlp_width = placeholder(int)
+    m.vit.activation = placeholder(str)  # gelu_tanh | gelu | quick_gelu
+    m.vit.norm_eps = placeholder(float)
+    m.vit.cls_token = placeholder(bool)  # CLIP's class token
+    m.vit.pre_norm = placeholder(bool)  # CLIP's norm after the embeddings
+    m.vit.post_norm = placeholder(bool)  # SigLIP's norm after the last layer
+    m.vit.patch_bias = placeholder(bool)  # SigLIP's bias of the patch projection
+    m.vit.feature_layer = placeholder(int)  # -1 last hidden state, -2 last but one (LLaVA-1.5)
+    m.vit.mean = placeholder(tuple)  # of RGB in [0, 1]
+    m.vit.std = placeholder(tuple)
+    m.vit.position_grid = placeholder(
+        int
+    )  # side of the position table when it is interpolated; 0 = grid
+    m.vit.dtype = "bfloat16"  # of the computation; parameters are float32
+    m.vit.remat = "none"  # none | dots | full
+
+    m.compressor = ml_collections.ConfigDict()
+    m.compressor.name = "quecc"  # a key of compressors.COMPRESSORS
+    m.compressor.stride = 4  # patches per window side; visual tokens = (grid / stride)^2
+    m.compressor.num_heads = 8  # of its attention (QueCC, TokenPacker)
+    m.compressor.taps = (
+        12,
+        16,
+        22,
+        23,
+    )  # encoder states seen as multi-level features; () = the feature alone
+    m.compressor.norm_eps = 1e-6
+    m.compressor.dtype = "bfloat16"
+
+    m.projector_layers = 2  # LLaVA-1.5's mlp2x_gelu
+    m.projector_norm = (
+        "none"  # none | rms (RMSNorm of the visual tokens; used by the embedded experiment)
+    )
+
+    m.lm = ml_collections.ConfigDict()
+    m.lm.preset = "vicuna-7b"  # a key of presets.LM, or "" with every field set
+    m.lm.vocab_size = placeholder(int)
+    m.lm.width = placeholder(int)
+    m.lm.num_layers = placeholder(int)
+    m.lm.num_heads = placeholder(int)
+    m.lm.num_kv_heads = placeholder(int)
+    m.lm.head_dim = placeholder(int)
+    m.lm.mlp_width = placeholder(int)
+    m.lm.rope_theta = placeholder(float)
+    m.lm.norm_eps = placeholder(float)
+    m.lm.qkv_bias = placeholder(bool)
+    m.lm.qk_norm = placeholder(bool)
+    m.lm.tied_embeddings = placeholder(bool)
+    m.lm.nominal_params = placeholder(float)  # the size in the model's name, parameters
+    m.lm.rope_scaling = ml_collections.ConfigDict()
+    m.lm.rope_scaling.kind = placeholder(str)  # none | linear | llama3
+    m.lm.rope_scaling.factor = placeholder(float)
+    m.lm.rope_scaling.low_freq_factor = placeholder(float)
+    m.lm.rope_scaling.high_freq_factor = placeholder(float)
+    m.lm.rope_scaling.original_max_positions = placeholder(int)
+    m.lm.dtype = "bfloat16"
+    m.lm.remat = "dots"  # none | dots | full
+    return m
+
+
+def data() -> ml_collections.ConfigDict:
+    d = ml_collections.ConfigDict()
+    d.annotations = ()  # LLaVA-format .json / .jsonl files or prepared tfds directories
+    d.image_roots = ()  # one folder per annotation file
+    d.tokenizer = ""  # directory with a Hugging Face tokenizer
+    d.template = "vicuna_v1"  # a key of data.chat.TEMPLATES
+    d.system = placeholder(str)  # system prompt; None = the template's
+    d.turns = (
+        "dialogue"  # dialogue | independent (each turn sees only the shared prefix and itself)
+    )
+    d.max_tokens = 2048  # tokens per sample, visual ones included (LLaVA-1.5)
+    d.max_query_tokens = 64  # tokens of the question that QueCC looks at
+    d.max_images = 1  # images per sample; 0 = text only
+    d.image_mode = "pad"  # pad (square, mean colour) | crop (shortest side, centre) | stretch
+    d.max_image_pixels = 50_000_000  # larger images are bad records
+    d.batch_size = 128  # samples per step, all devices together
+    d.seed = 0  # of the shuffle
+    d.num_workers = 0  # decoding processes; 0 = threads of this process
+    d.on_bad_record = "raise"  # raise | skip
+    d.max_bad_records = 100  # with skip: stop after this many
+    d.features_dir = ""  # cached encoder features to read instead of images
+    return d
+
+
+def optim() -> ml_collections.ConfigDict:
+    o = ml_collections.ConfigDict()
+    o.trainable = "^(compressor|projector|lm)/"  # regex over parameter paths
+    o.optimizer = "adamw"  # adamw | muon (matrices of the decoder by Muon, the rest by AdamW)
+    o.learning_rate = 2e-5  # peak
+    o.muon_learning_rate = 1e-2  # peak, of Muon's matrices
+    o.warmup_ratio = 0.03  # of the steps, then cosine to 0
+    o.weight_decay = 0.0
+    o.beta1 = 0.9
+    o.beta2 = 0.999
+    o.eps = 1e-8
+    o.clip_norm = 1.0  # of the global gradient norm
+    return o

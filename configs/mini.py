@@ -1,0 +1,70 @@
+"""The embedded experiment: sizes x visual tokens on a laptop CPU, through the same code as a real run.
+
+Every number here was chosen on the miniature's own validation error; docs/miniature.md reports what it gives.
+"""
+
+import ml_collections
+
+from configs import default
+
+
+def get_config():
+    c = default.get_config()
+    with c.unlocked():
+        c.sweep = sweep()
+
+    c.model.vit.preset = "mini"
+    c.model.vit.dtype = "float32"
+    c.model.compressor.name = "tokenpacker"
+    c.model.compressor.num_heads = 4
+    c.model.compressor.taps = ()
+    c.model.compressor.dtype = "float32"
+    c.model.projector_norm = "rms"
+    c.model.lm.preset = "mini-66k"
+    c.model.lm.dtype = "float32"
+    c.model.lm.remat = "none"
+
+    c.data.template = "vicuna_v1"
+    c.data.system = ""
+    c.data.turns = "independent"
+    c.data.max_query_tokens = 16
+    c.data.image_mode = "stretch"
+    c.data.batch_size = 32
+
+    c.optim.optimizer = "muon"
+    c.optim.warmup_ratio = 0.075
+    c.optim.beta2 = 0.99
+
+    c.eval.batch_size = 256
+    c.eval.max_new_tokens = 2
+    return c
+
+
+def sweep() -> ml_collections.ConfigDict:
+    s = ml_collections.ConfigDict()
+    s.seeds = (0,)  # each seed repeats everything: world, encoder, text, cells
+    s.lms = ("mini-25k", "mini-66k", "mini-295k")  # keys of presets.LM
+    s.visual_tokens = (1, 4, 16, 64)
+    s.query_aware = (
+        (("mini-66k"), 1),
+    )  # extra QueCC cells (LM, visual tokens), shown beside the law, not in it
+    s.benchmarks = ("mini_reasoning", "mini_ocr")
+    s.train_images = 4000  # half scenes, half text images
+    s.test_images = 800
+    s.text_records = 32000  # captions with eight questions each
+    s.encoder_steps = 300
+    s.encoder_learning_rate = 3e-3
+    s.text_steps = 1000
+    s.text_learning_rate = 4e-3  # AdamW's; Muon's below
+    s.text_muon_learning_rate = 2e-2
+    s.vlm_steps = 400
+    s.vlm_learning_rate = 3e-3
+    s.vlm_muon_learning_rate = 1e-2
+    s.max_failures = (
+        2  # reruns of a cell that stays at chance, each with another seed, before it is flagged
+    )
+    s.failed_above = {
+        "mini_ocr": 0.93,
+        "mini_reasoning": 0.93,
+    }  # error at or above which a cell counts as failed
+    return s

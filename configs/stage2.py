@@ -1,0 +1,15 @@
+"""Stage 2, instruction tuning: all but the encoder learns (LLaVA-1.5: 665k samples, lr 2e-5, batch 128).
+
+Set init.* to the workdir of stage 1.
+"""
+
+from configs import default
+
+
+def get_config():
+    c = default.get_config()
+    c.optim.trainable = "^(compressor|projector|lm)/"
+    c.optim.learning_rate = 2e-5
+    c.data.batch_size = 128
+    c.data.image_mode = "pad"
+    return c

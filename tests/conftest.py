@@ -1,0 +1,14 @@
+"""Shapes and dtypes of every signature are checked at run time, in every test."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from absl import flags
+from jaxtyping import install_import_hook
+
+hook = install_import_hook("vlm_jax", "beartype.beartype")
+hook.__enter__()
+
+if not flags.FLAGS.is_parsed():  # grain's worker processes read an absl flag
+    flags.FLAGS.mark_as_parsed()

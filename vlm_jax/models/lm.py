@@ -1,0 +1,159 @@
+"""The decoder: Llama/Vicuna, Qwen1.5/2/2.5 (qkv bias), Qwen3 (qk-norm), Phi-3 (its fused weights split at import)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from vlm_jax.config import LMConfig
+from vlm_jax.layers import (
+    GatedMLP,
+    Linear,
+    RMSNorm,
+    apply_rope,
+    attend,
+    constrain,
+    rope_frequencies,
+    scan_layers,
+)
+
+
+class Cache(NamedTuple):
+    """Keys and values of every layer; the layer axis is the one the layers are scanned over."""
+
+    k: Float[Array, "L B S K H"]
+    v: Float[Array, "L B S K H"]
+
+
+def empty_cache(config: LMConfig, batch: int, length: int) -> Cache:
+    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+    return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+
+
+def visible(
+    query_segments: Int[Array, "B T"],
+    key_segments: Int[Array, "B S"],
+    first_slot: Int[Array, ""] | int = 0,
+) -> Bool[Array, "B T S"]:
+    """Which keys each query may see; query t sits at slot first_slot + t of the keys.
+
+    Segments: -1 padding, 0 shared prefix (or a whole dialogue), n the n-th independent turn. Two turns of two tokens
+    behind a prefix of two:
+
+        prefix  1 . . . . .
+                1 1 . . . .
+        turn 1  1 1 1 . . .
+                1 1 1 1 . .
+        turn 2  1 1 . . 1 .
+                1 1 . . 1 1
+    """
+    query_slots = first_slot + jnp.arange(query_segments.shape[1])
+    causal = jnp.arange(key_segments.shape[1])[None, :] <= query_slots[:, None]
+    keys, queries = key_segments[:, None, :], query_segments[:, :, None]
+    return causal & (keys >= 0) & ((keys == 0) | (keys == queries))
+
+
+class Attention(nn.Module):
+    config: LMConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "B T S"],
+        cache: Cache | None,
+        slot: Int[Array, ""] | int,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        cfg = self.config
+        init = nn.initializers.normal(0.02)
+
+        def project(name: str, heads: int, axis: str) -> Array:
+            y = Linear(
+                (heads, cfg.head_dim), ("embed", axis, None), use_bias=cfg.qkv_bias, kernel_init=init,
+                bias_init=nn.initializers.zeros, dtype=cfg.dtype, name=name,
+            )(x)  # fmt: skip
+            return constrain(y, "batch", "length", axis, None)
+
+        q = project("q", cfg.num_heads, "heads")
+        k = project("k", cfg.num_kv_heads, "kv_heads")
+        v = project("v", cfg.num_kv_heads, "kv_heads")
+        if cfg.qk_norm:
+            q = RMSNorm(cfg.norm_eps, cfg.dtype, name="q_norm")(q)
+            k = RMSNorm(cfg.norm_eps, cfg.dtype, name="k_norm")(k)
+        freqs = rope_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+        q, k = apply_rope(q, positions, freqs), apply_rope(k, positions, freqs)
+        if cache is not None:
+            start = (0, slot, 0, 0)
+            k = jax.lax.dynamic_update_slice(cache.k, k.astype(cache.k.dtype), start)
+            v = jax.lax.dynamic_update_slice(cache.v, v.astype(cache.v.dtype), start)
+            cache = Cache(k, v)
+        out = Linear(
+            (cfg.width,), ("heads", None, "embed"), in_axes=2, use_bias=False, kernel_init=init, dtype=cfg.dtype,
+            name="o",
+        )(attend(q, k, v, mask))  # fmt: skip
+        return out, cache
+
+
+class Block(nn.Module):
+    config: LMConfig
+
+    @nn.compact
+    def __call__(self, x, positions, mask, slot, cache):
+        cfg = self.config
+        normed = RMSNorm(cfg.norm_eps, cfg.dtype, name="attn_norm")(x)
+        attended, cache = Attention(cfg, name="attn")(normed, positions, mask, cache, slot)
+        x = x + attended
+        x = x + GatedMLP(cfg.mlp_width, cfg.dtype, name="mlp")(
+            RMSNorm(cfg.norm_eps, cfg.dtype, name="mlp_norm")(x)
+        )
+        return constrain(x, "batch", "length", "embed_activation"), cache
+
+
+class LM(nn.Module):
+    """Token embedding, scanned layers, final norm, head: three methods, so that images can enter between them."""
+
+    config: LMConfig
+
+    def setup(self):
+        cfg = self.config
+        init = nn.initializers.normal(0.02)
+        shape = (cfg.vocab_size, cfg.width)
+        self.table = self.param(
+            "embed", nn.with_logical_partitioning(init, ("vocab", "embed")), shape
+        )
+        broadcast = nn.broadcast
+        scanned = scan_layers(
+            Block, cfg.num_layers, cfg.remat, in_axes=(broadcast, broadcast, broadcast, 0)
+        )
+        self.layers = scanned(cfg)
+        self.final_norm = RMSNorm(cfg.norm_eps, cfg.dtype)
+        if not cfg.tied_embeddings:
+            self.head = self.param(
+                "head", nn.with_logical_partitioning(init, ("embed", "vocab")), shape[::-1]
+            )
+
+    def embed(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
+        return self.table.astype(self.config.dtype)[tokens]
+
+    def hidden(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "B T S"],
+        cache: Cache | None = None,
+        slot: Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Final-norm hidden states. With a cache, keys and values are written from `slot` on and S is its length."""
+        x = constrain(x, "batch", "length", "embed_activation")
+        x, cache = self.layers(x, positions, mask, slot, cache)
+        return self.final_norm(x), cache
+
+    def logits(self, hidden: Float[Array, "*B T D"]) -> Float[Array, "*B T V"]:
+        head = self.table.T if self.config.tied_embeddings else self.head
+        logits = hidden.astype(self.config.dtype) @ head.astype(self.config.dtype)
+        return logits.astype(jnp.float32)

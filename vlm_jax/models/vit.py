@@ -1,0 +1,149 @@
+"""The image encoder: SigLIP, SigLIP 2 (fixed resolution) or CLIP, by config.
+
+Hidden states are numbered 0 (patch + position embeddings, after CLIP's pre-norm) to num_layers, as in Hugging Face.
+Only the layers up to the feature layer exist: LLaVA's feature is state 23 of 24.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float, Int
+
+from vlm_jax.config import ViTConfig
+from vlm_jax.layers import (
+    ACTIVATIONS,
+    LayerNorm,
+    Linear,
+    attend,
+    constrain,
+    resize_matrix,
+    scan_layers,
+)
+
+
+class Features(NamedTuple):
+    """What a compressor may look at, class token dropped, patches row by row."""
+
+    last: Float[Array, "B P C"]  # the feature layer
+    taps: Float[Array, "B P Z"]  # the tapped hidden states side by side; `last` when none is tapped
+
+
+class Block(nn.Module):
+    """Pre-norm transformer layer; also files its output away when it is a tapped state."""
+
+    config: ViTConfig
+    taps: tuple[int, ...]
+
+    @nn.compact
+    def __call__(
+        self, carry: tuple[Array, Array], state: Int[Array, ""]
+    ) -> tuple[tuple[Array, Array], None]:
+        x, tapped = carry
+        cfg = self.config
+        norm = lambda name: LayerNorm(cfg.norm_eps, cfg.dtype, name=name)  # noqa: E731
+        x = x + SelfAttention(cfg, name="attn")(norm("norm1")(x))
+        x = x + MLP(cfg, name="mlp")(norm("norm2")(x))
+        x = constrain(x, "batch", "patches", "vision")
+        if self.taps:
+            is_tap = (state == jnp.array(self.taps))[:, None, None, None]
+            tapped = jnp.where(is_tap, x, tapped)
+        return (x, tapped), None
+
+
+def _linear(
+    cfg: ViTConfig, out: tuple[int, ...], names: tuple, name: str, in_axes: int = 1
+) -> Linear:
+    return Linear(
+        out, names, in_axes, kernel_init=nn.initializers.xavier_uniform(), bias_init=nn.initializers.zeros,
+        dtype=cfg.dtype, name=name,
+    )  # fmt: skip
+
+
+class SelfAttention(nn.Module):
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B P C"]) -> Float[Array, "B P C"]:
+        cfg = self.config
+        heads = (cfg.num_heads, cfg.width // cfg.num_heads)
+        q, k, v = (_linear(cfg, heads, ("vision", "heads", None), name)(x) for name in "qkv")
+        return _linear(cfg, (cfg.width,), ("heads", None, "vision"), "out", in_axes=2)(
+            attend(q, k, v)
+        )
+
+
+class MLP(nn.Module):
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B P C"]) -> Float[Array, "B P C"]:
+        cfg = self.config
+        x = _linear(cfg, (cfg.mlp_width,), ("vision", "mlp"), "fc1")(x)
+        return _linear(cfg, (cfg.width,), ("mlp", "vision"), "fc2")(ACTIVATIONS[cfg.activation](x))
+
+
+class ViT(nn.Module):
+    """`taps` are the numbers of the hidden states to hand out beside the feature."""
+
+    config: ViTConfig
+    taps: tuple[int, ...] = ()
+
+    @nn.compact
+    def __call__(self, pixels: Float[Array, "B height width 3"]) -> Features:
+        """pixels: RGB, resized to image_px, minus mean over std."""
+        cfg = self.config
+        x = self._embed(pixels)
+        tapped = jnp.stack([x] * len(self.taps)) if self.taps else x[None]
+        layers = scan_layers(Block, cfg.feature_state, cfg.remat, in_axes=(0,))(
+            cfg, self.taps, name="layers"
+        )
+        (x, tapped), _ = layers((x, tapped), jnp.arange(1, cfg.feature_state + 1))
+        if cfg.post_norm and cfg.feature_layer == -1:
+            x = LayerNorm(cfg.norm_eps, cfg.dtype, name="post_norm")(x)
+        first = int(cfg.cls_token)
+        last = x[:, first:]
+        if not self.taps:
+            return Features(last, last)
+        return Features(last, rearrange(tapped[:, :, first:], "n b p c -> b p (n c)"))
+
+    def _embed(self, pixels: Float[Array, "B height width 3"]) -> Float[Array, "B _ C"]:
+        cfg = self.config
+        side = cfg.grid * cfg.patch_px
+        patches = rearrange(
+            pixels[:, :side, :side],
+            "b (gy y) (gx x) c -> b (gy gx) (y x c)",
+            y=cfg.patch_px,
+            x=cfg.patch_px,
+        )
+        x = Linear(
+            (cfg.width,), (None, "vision"), use_bias=cfg.patch_bias, kernel_init=nn.initializers.lecun_normal(),
+            bias_init=nn.initializers.zeros, dtype=cfg.dtype, name="patch_embed",
+        )(patches)  # fmt: skip
+        small = nn.with_logical_partitioning(
+            nn.initializers.normal(cfg.width**-0.5), (None, "vision")
+        )
+        source = cfg.position_grid or cfg.grid
+        table = self.param("position", small, (source**2 + cfg.cls_token, cfg.width))
+        positions = table[int(cfg.cls_token) :]
+        if source != cfg.grid:
+            resize = resize_matrix(cfg.grid, source)
+            square = rearrange(positions, "(y x) c -> y x c", y=source)
+            positions = rearrange(
+                jnp.einsum("Yy,Xx,yxc->YXc", resize, resize, square), "y x c -> (y x) c"
+            )
+        x = x + positions.astype(cfg.dtype)
+        if cfg.cls_token:
+            cls = self.param(
+                "cls",
+                nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vision",)),
+                (cfg.width,),
+            )
+            row = jnp.broadcast_to((cls + table[0]).astype(cfg.dtype), (x.shape[0], 1, cfg.width))
+            x = jnp.concatenate([row, x], axis=1)
+        if cfg.pre_norm:
+            x = LayerNorm(cfg.norm_eps, cfg.dtype, name="pre_norm")(x)
+        return x

@@ -1,0 +1,156 @@
+"""The whole flow, in order: image -> encoder -> compressor (query) -> projector -> image slots -> decoder -> logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
+
+from vlm_jax.compressors import get as get_compressor
+from vlm_jax.config import VLMConfig
+from vlm_jax.layers import constrain
+from vlm_jax.models.lm import LM, Cache, visible
+from vlm_jax.models.projector import Projector
+from vlm_jax.models.vit import Features, ViT
+
+
+class Inputs(NamedTuple):
+    """One batch as the data pipeline makes it (see data/pipeline.py); images and cached features exclude each other."""
+
+    tokens: Int[Array, "B T"]
+    visual_index: Int[Array, "B T"]  # -1: text; i * M + m: visual token m of the sample's image i
+    positions: Int[Array, "B T"]
+    segments: Int[Array, "B T"]  # see models.lm.visible
+    images: UInt8[Array, "B I H W 3"] | None = None
+    feature_last: Float[Array, "B I P C"] | None = None
+    feature_taps: Float[Array, "B I P Z"] | None = None
+    query_tokens: Int[Array, "B I Q"] | None = None
+    query_mask: Bool[Array, "B I Q"] | None = None
+
+    @classmethod
+    def from_batch(cls, batch: Mapping[str, Any]) -> Inputs:
+        return cls(**{name: batch[name] for name in cls._fields if name in batch})
+
+
+def _per_image(x: Array) -> Array:
+    return rearrange(x, "b i ... -> (b i) ...")
+
+
+class VLM(nn.Module):
+    config: VLMConfig
+
+    def setup(self):
+        cfg = self.config
+        compressor = get_compressor(cfg.compressor.name)
+        self.vit = ViT(cfg.vit, cfg.compressor.taps if compressor.uses_taps else ())
+        self.compressor = compressor.module(cfg.compressor, cfg.vit.grid)
+        self.projector = Projector(
+            cfg.lm.width, cfg.projector_layers, cfg.projector_norm, cfg.lm.dtype
+        )
+        self.lm = LM(cfg.lm)
+
+    def __call__(self, inputs: Inputs) -> Float[Array, "B T V"]:
+        """Logits of every position, as in training."""
+        x = self.embed(inputs)
+        mask = visible(inputs.segments, inputs.segments)
+        hidden, _ = self.lm.hidden(x, inputs.positions, mask)
+        return self.lm.logits(hidden)
+
+    def prefill(self, inputs: Inputs, cache: Cache) -> tuple[Float[Array, "B V"], Cache]:
+        """Fills slots 0..T-1 of the cache; logits of the last position (prompts are left-padded)."""
+        batch, length = inputs.tokens.shape
+        keys = (
+            jnp.full((batch, cache.k.shape[2]), -1, inputs.segments.dtype)
+            .at[:, :length]
+            .set(inputs.segments)
+        )
+        mask = visible(inputs.segments, keys)
+        hidden, cache = self.lm.hidden(self.embed(inputs), inputs.positions, mask, cache)
+        return self.lm.logits(hidden[:, -1:])[:, 0], cache
+
+    def decode(
+        self,
+        tokens: Int[Array, "B"],
+        positions: Int[Array, "B"],
+        segments: Int[Array, "B S"],
+        slot: Int[Array, ""],
+        cache: Cache,
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """One token per row, written at `slot`. segments: of the cache; later slots are hidden by causality."""
+        mask = visible(jnp.zeros_like(segments[:, :1]), segments, slot)
+        hidden, cache = self.lm.hidden(
+            self.lm.embed(tokens[:, None]), positions[:, None], mask, cache, slot
+        )
+        return self.lm.logits(hidden)[:, 0], cache
+
+    def embed(self, inputs: Inputs) -> Float[Array, "B T D"]:
+        """Token embeddings with the visual tokens put at their slots."""
+        text = self.lm.embed(inputs.tokens)
+        features = self.features(inputs)
+        if features is None:
+            return text
+        with jax.named_scope("compress"):
+            visual = self.projector(
+                self.compressor(features.last, features.taps, self.query(inputs))
+            )
+        visual = rearrange(visual, "(b i) m d -> b (i m) d", b=text.shape[0])
+        index = inputs.visual_index[..., None]
+        placed = jnp.take_along_axis(visual.astype(text.dtype), jnp.maximum(index, 0), axis=1)
+        return constrain(jnp.where(index >= 0, placed, text), "batch", "length", "embed_activation")
+
+    def features(self, inputs: Inputs) -> Features | None:
+        """Features of every image [B*I P C]: cached ones, or encoded now; None for text-only batches."""
+        if inputs.feature_last is not None:
+            last = _per_image(inputs.feature_last)
+            return Features(
+                last, last if inputs.feature_taps is None else _per_image(inputs.feature_taps)
+            )
+        if inputs.images is None:
+            return None
+        return self.encode_images(_per_image(inputs.images))
+
+    def encode_images(self, images: UInt8[Array, "B H W 3"]) -> Features:
+        mean, std = jnp.array(self.config.vit.mean), jnp.array(self.config.vit.std)
+        with jax.named_scope("encode_images"):
+            return self.vit((images.astype(jnp.float32) / 255 - mean) / std)
+
+    def query(self, inputs: Inputs) -> Float[Array, "B D"] | None:
+        """The decoder's final-norm state at each query's last token, without gradient; None if nobody looks at it.
+
+        The question alone, without image or chat template (QueCC as released; spec of the paper's section 4).
+        """
+        if not get_compressor(self.config.compressor.name).uses_query:
+            return None
+        if inputs.query_tokens is None or inputs.query_mask is None:
+            raise ValueError(
+                f"{self.config.compressor.name} needs query_tokens and query_mask beside the images"
+            )
+        tokens, valid = _per_image(inputs.query_tokens), _per_image(inputs.query_mask)
+        segments = jnp.where(valid, 0, -1)
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        with jax.named_scope("query"):
+            hidden, _ = self.lm.hidden(
+                self.lm.embed(tokens), positions, visible(segments, segments)
+            )
+        last = jnp.maximum(valid.sum(axis=1) - 1, 0)
+        return jax.lax.stop_gradient(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
+
+
+def dummy_inputs(config: VLMConfig) -> Inputs:
+    """The smallest batch that touches every parameter."""
+    one = jnp.zeros((1, 1), jnp.int32)
+    px = config.vit.image_px
+    return Inputs(
+        tokens=one, visual_index=one, positions=one, segments=one, images=jnp.zeros((1, 1, px, px, 3), jnp.uint8),
+        query_tokens=one[None], query_mask=jnp.ones((1, 1, 1), bool),
+    )  # fmt: skip
+
+
+def init_params(config: VLMConfig, rng: PRNGKeyArray) -> dict[str, Any]:
+    """Random parameters, boxed with their logical axes; call it under jit with out_shardings to have them born sharded."""
+    return VLM(config).init(rng, dummy_inputs(config))["params"]

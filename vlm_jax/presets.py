@@ -1,0 +1,157 @@
+"""Named model sizes: one table per kind, numbers from the models' published config.json files.
+
+`vit("clip-l-336", dtype="bfloat16")` is a preset with fields replaced; configs do the same with their `preset` key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from vlm_jax.config import (
+    CompressorConfig,
+    ConfigError,
+    LMConfig,
+    RopeScaling,
+    ViTConfig,
+    VLMConfig,
+    build,
+)
+
+_SIGLIP: dict[str, Any] = dict(
+    activation="gelu_tanh", norm_eps=1e-6, cls_token=False, pre_norm=False, post_norm=True, patch_bias=True,
+    feature_layer=-1, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
+)  # fmt: skip
+_CLIP: dict[str, Any] = dict(
+    activation="quick_gelu", norm_eps=1e-5, cls_token=True, pre_norm=True, post_norm=False, patch_bias=False,
+    feature_layer=-2, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711),
+)  # fmt: skip
+
+
+def _tower(
+    family: dict, image_px: int, patch_px: int, width: int, layers: int, heads: int, mlp: int
+) -> dict:
+    return dict(
+        family, image_px=image_px, patch_px=patch_px, width=width, num_layers=layers, num_heads=heads, mlp_width=mlp
+    )  # fmt: skip
+
+
+VIT: dict[str, dict[str, Any]] = {
+    "clip-b16-224": _tower(_CLIP, 224, 16, 768, 12, 12, 3072),
+    "clip-l-224": _tower(_CLIP, 224, 14, 1024, 24, 16, 4096),
+    "clip-l-336": _tower(_CLIP, 336, 14, 1024, 24, 16, 4096),
+    "siglip-b16-224": _tower(_SIGLIP, 224, 16, 768, 12, 12, 3072),
+    "siglip-l16-256": _tower(_SIGLIP, 256, 16, 1024, 24, 16, 4096),
+    "siglip-so400m-384": _tower(_SIGLIP, 384, 14, 1152, 27, 16, 4304),
+    "siglip2-b16-256": _tower(_SIGLIP, 256, 16, 768, 12, 12, 3072),
+    "siglip2-so400m-384": _tower(_SIGLIP, 384, 14, 1152, 27, 16, 4304),
+    "mini": _tower(_SIGLIP, 64, 8, 64, 2, 4, 128),  # the embedded experiment's encoder
+}
+
+
+def _decoder(
+    vocab: int, width: int, layers: int, heads: int, kv_heads: int, mlp: int, *, theta: float, eps: float = 1e-6,
+    tied: bool, head_dim: int = 0, qkv_bias: bool = False, qk_norm: bool = False, nominal: float = 0.0,
+    rope_scaling: RopeScaling = RopeScaling(),  # noqa: B008 (frozen)
+) -> dict[str, Any]:  # fmt: skip
+    return dict(
+        vocab_size=vocab, width=width, num_layers=layers, num_heads=heads, num_kv_heads=kv_heads,
+        head_dim=head_dim or width // heads, mlp_width=mlp, rope_theta=theta, norm_eps=eps, qkv_bias=qkv_bias,
+        qk_norm=qk_norm, tied_embeddings=tied, rope_scaling=rope_scaling, nominal_params=nominal,
+    )  # fmt: skip
+
+
+_QWEN2: dict[str, Any] = dict(theta=1e6, qkv_bias=True)
+_QWEN3: dict[str, Any] = dict(theta=1e6, head_dim=128, qk_norm=True)
+_LLAMA3_SCALING = RopeScaling("llama3", factor=32.0)
+_MINI: dict[str, Any] = dict(theta=1e4, tied=False, eps=1e-6)
+
+LM: dict[str, dict[str, Any]] = {
+    "qwen1.5-0.5b": _decoder(151936, 1024, 24, 16, 16, 2816, tied=True, nominal=0.5e9, **_QWEN2),
+    "qwen1.5-1.8b": _decoder(151936, 2048, 24, 16, 16, 5504, tied=False, nominal=1.8e9, **_QWEN2),
+    "qwen1.5-4b": _decoder(
+        151936, 2560, 40, 20, 20, 6912, tied=False, nominal=4e9, **(_QWEN2 | {"theta": 5e6})
+    ),
+    "qwen1.5-7b": _decoder(151936, 4096, 32, 32, 32, 11008, tied=False, nominal=7e9, **_QWEN2),
+    "qwen1.5-14b": _decoder(152064, 5120, 40, 40, 40, 13696, tied=False, nominal=14e9, **_QWEN2),
+    "qwen2.5-0.5b": _decoder(151936, 896, 24, 14, 2, 4864, tied=True, nominal=0.5e9, **_QWEN2),
+    "qwen2.5-1.5b": _decoder(151936, 1536, 28, 12, 2, 8960, tied=True, nominal=1.5e9, **_QWEN2),
+    "qwen2.5-3b": _decoder(151936, 2048, 36, 16, 2, 11008, tied=True, nominal=3e9, **_QWEN2),
+    "qwen2.5-7b": _decoder(152064, 3584, 28, 28, 4, 18944, tied=False, nominal=7e9, **_QWEN2),
+    "qwen3-0.6b": _decoder(151936, 1024, 28, 16, 8, 3072, tied=True, nominal=0.6e9, **_QWEN3),
+    "qwen3-1.7b": _decoder(151936, 2048, 28, 16, 8, 6144, tied=True, nominal=1.7e9, **_QWEN3),
+    "qwen3-4b": _decoder(151936, 2560, 36, 32, 8, 9728, tied=True, nominal=4e9, **_QWEN3),
+    "qwen3-8b": _decoder(151936, 4096, 36, 32, 8, 12288, tied=False, nominal=8e9, **_QWEN3),
+    "vicuna-7b": _decoder(
+        32000, 4096, 32, 32, 32, 11008, theta=1e4, eps=1e-5, tied=False, nominal=7e9
+    ),
+    "vicuna-13b": _decoder(
+        32000, 5120, 40, 40, 40, 13824, theta=1e4, eps=1e-5, tied=False, nominal=13e9
+    ),
+    "llama3-8b": _decoder(
+        128256, 4096, 32, 32, 8, 14336, theta=5e5, eps=1e-5, tied=False, nominal=8e9
+    ),
+    "llama3.2-1b": _decoder(
+        128256,
+        2048,
+        16,
+        32,
+        8,
+        8192,
+        theta=5e5,
+        eps=1e-5,
+        tied=True,
+        nominal=1e9,
+        rope_scaling=_LLAMA3_SCALING,
+    ),
+    "phi3-mini": _decoder(
+        32064, 3072, 32, 32, 32, 8192, theta=1e4, eps=1e-5, tied=False, nominal=3.8e9
+    ),
+    # The embedded experiment: one width, capacity in the MLP; the vocabulary size is its tokenizer's.
+    "mini-25k": _decoder(256, 64, 2, 2, 2, 32, **_MINI),
+    "mini-66k": _decoder(256, 64, 2, 2, 2, 128, **_MINI),
+    "mini-98k": _decoder(256, 64, 2, 2, 2, 256, **_MINI),
+    "mini-295k": _decoder(256, 64, 2, 2, 2, 1024, **_MINI),
+}
+
+
+def vit(preset: str, **overrides: Any) -> ViTConfig:
+    return _resolve(ViTConfig, "encoder", VIT, preset, overrides)
+
+
+def lm(preset: str, **overrides: Any) -> LMConfig:
+    return _resolve(LMConfig, "language model", LM, preset, overrides)
+
+
+def _resolve(
+    cls: type, kind: str, table: dict[str, dict], preset: str, overrides: Mapping[str, Any]
+):
+    if preset and preset not in table:
+        raise ConfigError(
+            f"unknown {kind} preset {preset!r}; use one of {', '.join(table)}, or '' and set every field."
+        )
+    return build(cls, {**table.get(preset, {}), **overrides})
+
+
+def vlm(model: Mapping[str, Any]) -> VLMConfig:
+    """The `model` block of a config: presets overlaid by every field that is not None."""
+    given = {key: dict(model[key]) for key in ("vit", "compressor", "lm")}
+    scaling = given["lm"].pop("rope_scaling")
+    if any(value is not None for value in scaling.values()):
+        given["lm"]["rope_scaling"] = build(RopeScaling, _set(scaling))
+    return VLMConfig(
+        vit=vit(given["vit"].pop("preset"), **_set(given["vit"])),
+        compressor=build(CompressorConfig, given["compressor"]),
+        lm=lm(given["lm"].pop("preset"), **_set(given["lm"])),
+        projector_layers=model["projector_layers"],
+        projector_norm=model["projector_norm"],
+    )
+
+
+def _set(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def as_dict(config: VLMConfig) -> dict[str, Any]:
+    return dataclasses.asdict(config)
