@@ -1,0 +1,121 @@
+"""Which parameters train, by which rule, and how fast: path regex, AdamW or Muon, warm-up and cosine to zero."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from vlm_jax.config import ConfigError, OptimConfig
+
+Tree = dict[str, Any]
+
+
+def partition(params: Tree, trainable: str) -> tuple[Tree, Tree]:
+    """Splits nested `params` into (trainable, frozen): trainable paths such as "lm/embed" contain the regex.
+
+    Both keep their nesting and lack the other's leaves; `merge` undoes it. Leaves may be boxed or abstract. Raises
+    ConfigError when the regex is malformed or matches nothing.
+    """
+    try:
+        pattern = re.compile(trainable)
+    except re.error as error:
+        raise ConfigError(
+            f"optim: trainable {trainable!r} is not a regular expression: {error}."
+        ) from error
+    flat = flatten_dict(params, sep="/")
+    chosen = {path: leaf for path, leaf in flat.items() if pattern.search(path)}
+    if not chosen:
+        raise ConfigError(
+            f"optim: trainable {trainable!r} matches no parameter; paths begin with "
+            f"{', '.join(f'{name}/' for name in sorted(params))}."
+        )
+    frozen = {path: leaf for path, leaf in flat.items() if path not in chosen}
+    return unflatten_dict(chosen, sep="/"), unflatten_dict(frozen, sep="/")
+
+
+def merge(trainable: Tree, frozen: Tree) -> Tree:
+    """The whole tree again."""
+    flat = flatten_dict(trainable, sep="/") | flatten_dict(frozen, sep="/")
+    return unflatten_dict(flat, sep="/")
+
+
+def schedule(peak: float, num_steps: int, warmup_ratio: float) -> optax.Schedule:
+    """Linear from 0 to `peak` over ceil(warmup_ratio * num_steps) steps, then half a cosine to 0 at `num_steps`.
+
+    Values equal transformers' `get_cosine_schedule_with_warmup`, the recipe's; step 0 of a warm-up has rate 0.
+    """
+    warmup = -int(-warmup_ratio * num_steps // 1)
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, peak, max(warmup, 1)),
+            optax.cosine_decay_schedule(peak, max(num_steps - warmup, 1)),
+        ],
+        [warmup],
+    )
+
+
+def make_optimizer(
+    config: OptimConfig, num_steps: int, boxed: Tree
+) -> optax.GradientTransformation:
+    """Clip by the global norm, then AdamW, or Muon for the decoder's matrices and AdamW for the rest.
+
+    `boxed`: the trainable parameters with their logical axes (shapes suffice). Weight decay falls on kernels alone.
+    """
+    decayed = {path: path.endswith("/kernel") for path in flatten_dict(boxed, sep="/")}
+    decayed = unflatten_dict(decayed, sep="/")
+    adamw = optax.adamw(
+        schedule(config.learning_rate, num_steps, config.warmup_ratio), config.beta1, config.beta2, config.eps,
+        weight_decay=config.weight_decay, mask=lambda params: _restrict(decayed, params),
+    )  # fmt: skip
+    if config.optimizer == "adamw":
+        return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    axes = muon_axes(boxed)
+    muon = optax.contrib.muon(
+        schedule(config.muon_learning_rate, num_steps, config.warmup_ratio),
+        weight_decay=config.weight_decay,
+        muon_weight_dimension_numbers=lambda params: _restrict(axes, params),
+    )
+    labels = jax.tree.map(lambda spec: "adamw" if spec is None else "muon", axes, is_leaf=_is_spec)
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.partition({"muon": muon, "adamw": adamw}, labels),
+    )
+
+
+def muon_axes(boxed: Tree) -> Tree:
+    """Per parameter: which axes Muon contracts and which it fills, or None where AdamW acts.
+
+    Muon takes every kernel under "lm/layers": it maps from or to the residual stream, so its "embed" axis is one side of
+    the matrix, the other axes (heads x head dim, mlp) together the other side, and the stacked "layers" axis counts
+    matrices. Embedding table, head, norms, biases, encoder, compressor and projector go to AdamW.
+    """
+
+    def axes(path: str, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        if not re.match(r"lm/layers/.*/kernel$", path):
+            return None
+        names = nn.get_partition_spec(leaf)
+        embed = names.index("embed")
+        others = tuple(i for i, name in enumerate(names) if name not in ("embed", "layers"))
+        if embed < others[0]:
+            return optax.contrib.MuonDimensionNumbers(embed, others)
+        return optax.contrib.MuonDimensionNumbers(others, embed)
+
+    flat = flatten_dict(boxed, sep="/")
+    return unflatten_dict({path: axes(path, leaf) for path, leaf in flat.items()}, sep="/")
+
+
+def _is_spec(node: Any) -> bool:
+    return node is None or isinstance(node, optax.contrib.MuonDimensionNumbers)
+
+
+def _restrict(full: Any, params: Any) -> Any:
+    """The entries of nested `full` at the places where `params` has a leaf; optax masks the other leaves away."""
+    if isinstance(params, Mapping):
+        return {name: _restrict(full[name], child) for name, child in params.items()}
+    return params if isinstance(params, optax.MaskedNode) else full

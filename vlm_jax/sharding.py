@@ -1,0 +1,142 @@
+"""The mesh, and the one table that says which mesh axis each logical axis of a weight or an activation means.
+
+data     copies of the model; each works on its own rows of the batch
+fsdp     rows of the batch too, but weights and optimiser state are split over it and gathered layer by layer
+tensor   heads, MLP and vocabulary are split over it (Megatron's cut)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from vlm_jax.config import ConfigError, MeshConfig
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+    ("batch", BATCH_AXES),
+    ("embed", "fsdp"),
+    ("mlp", "tensor"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("vocab", "tensor"),
+    ("vision", None),  # encoder and compressor widths: small beside the decoder, replicated
+    ("embed_activation", None),
+    ("length", None),
+    ("layers", None),
+)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A (data, fsdp, tensor) mesh over all `devices` (default: every device of every process).
+
+    Raises ConfigError when the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    given = (config.data, config.fsdp, config.tensor)
+    known = math.prod(size for size in given if size != -1)
+    sizes = tuple(len(devices) // known if size == -1 else size for size in given)
+    if math.prod(sizes) != len(devices):
+        text = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, given, strict=True))
+        raise ConfigError(
+            f"mesh: {text} does not make {len(devices)} devices; choose sizes whose product is {len(devices)}, "
+            "or set one of them to -1."
+        )
+    # Auto: the compiler completes the shardings; make_mesh's default (explicit) rejects a sharded-embedding gather.
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh) -> Iterator[None]:
+    """Inside, `layers.constrain` pins activations to `mesh` by RULES. Initialise parameters outside of it."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield
+
+
+def shardings_of(boxed: Any, mesh: Mesh) -> Any:
+    """The NamedSharding of each leaf of a tree whose leaves are boxed with logical axes (bare leaves: replicated).
+
+    The result has the structure of the unboxed tree. Shapes suffice (`jax.eval_shape`). Raises ConfigError naming the
+    parameter when a mesh axis does not divide the dimension it would split.
+    """
+    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+    flat, _ = jax.tree_util.tree_flatten_with_path(nn.unbox(boxed))
+    specs = [sharding.spec for sharding in jax.tree.leaves(shardings)]
+    for (path, leaf), spec in zip(flat, specs, strict=True):
+        for dim, axes in enumerate(spec):
+            names = (axes,) if isinstance(axes, str) else axes or ()
+            size = math.prod(mesh.shape[name] for name in names)
+            if leaf.shape[dim] % size:
+                raise ConfigError(
+                    f"mesh: parameter {path_name(path)} has shape {leaf.shape}, whose axis {dim} ({leaf.shape[dim]}) is "
+                    f"not divisible by mesh axis {'*'.join(names)} ({size}); make {'*'.join(names)} a divisor of it."
+                )
+    return shardings
+
+
+def shardings_like(tree: Any, params: Any, mesh: Mesh) -> Any:
+    """Shardings of an optimiser state: a leaf that stands for a parameter (same path end, same number of axes) is
+    sharded as that parameter, everything else is replicated. `params` is the tree of the parameters' shardings.
+    """
+    by_path = {
+        path_keys(path): sharding
+        for path, sharding in jax.tree_util.tree_flatten_with_path(params)[0]
+    }
+    longest = max((len(keys) for keys in by_path), default=0)
+
+    def find(path: tuple, leaf: Any) -> NamedSharding:
+        keys = path_keys(path)
+        for length in range(min(longest, len(keys)), 0, -1):
+            sharding = by_path.get(keys[-length:])
+            if sharding is not None and len(sharding.spec) <= len(leaf.shape):
+                return sharding
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(find, tree)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over data and fsdp; further axes whole."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def check_batch(batch_size: int, mesh: Mesh) -> None:
+    """Raises ConfigError when the global batch cannot be dealt out evenly."""
+    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if batch_size % ways:
+        raise ConfigError(
+            f"data: batch_size {batch_size} is not divisible by mesh data*fsdp = {ways}; use a multiple of {ways}."
+        )
+
+
+def put(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+    """One global batch [B ...] from every process's local rows; entries that are not arrays (record ids) stay behind."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, value)
+        for name, value in batch.items()
+        if isinstance(value, np.ndarray)
+    }
+
+
+def path_keys(path: tuple) -> tuple[str, ...]:
+    """The names along a key path, list indices as text."""
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def path_name(path: tuple) -> str:
+    """A key path as "lm/layers/attn/q/kernel"."""
+    return "/".join(path_keys(path))
