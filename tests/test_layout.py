@@ -1,0 +1,138 @@
+"""The house rules a machine can hold: who may import what, how long a file may grow, one obvious place for each thing."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "vlm_jax"
+MAX_LINES = 400
+MAX_FUNCTION_LINES = 70
+ENTRIES = {"train", "evaluate", "sweep", "aot", "show"}
+BASE = {"config", "cli"}
+
+# package or module -> what it may import from the project ("*" = everything but the entry points)
+ALLOWED: dict[str, set[str]] = {
+    "axes": set(),
+    "config": set(),
+    "cli": {"config"},
+    "presets": {"config"},
+    "layers": {"axes", "config"},
+    "sharding": {"axes", "config"},
+    "optim": {"config", "sharding"},
+    "checkpoint": {"config", "sharding"},
+    "telemetry": {"config"},
+    "compressors": {"layers", "config"},
+    "models": {"layers", "config", "compressors"},
+    "data": {"config"},
+    "miniworld": {"config"},
+    "benchmarks": {"config"},
+    "hf": {"config"},
+    "generate": {"models", "config"},
+    "laws": {"config", "cli", "presets", "compressors"},
+    "train": {"*", "train"},
+    "evaluate": {"*", "evaluate"},
+    "sweep": {"*", "train", "evaluate"},
+    "aot": {"*"},
+    "show": {"*"},
+}
+NO_JAX = ("data", "miniworld", "benchmarks", "config", "cli", "presets", "axes")
+NO_JAX_LAWS = ("table", "fit", "plot", "report")
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    """The first name below the package: `models` for models/vit.py, `train` for train.py."""
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """Project modules a file imports anywhere in it, dotted, without the package's name."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.removeprefix("vlm_jax.") for name in found if name.startswith("vlm_jax.")}
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_module_imports_only_what_its_room_allows(path):
+    home = room(path)
+    if home == "__init__":
+        assert not imports(path)
+        return
+    allowed = ALLOWED[home]
+    for name in imports(path):
+        target = name.split(".")[0]
+        if target == home:
+            continue
+        if "*" in allowed:
+            assert target not in ENTRIES - allowed, f"{path.name} imports the entry point {target}"
+        else:
+            assert target in allowed, f"{path.relative_to(ROOT)} may not import vlm_jax.{name}"
+        if home == "models" and target == "compressors":
+            assert path.name == "vlm.py", f"only models/vlm.py may import compressors, not {path.name}"
+
+
+def test_what_feeds_workers_and_reports_never_loads_jax():
+    names = [
+        ".".join(("vlm_jax", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+        for path in modules()
+        if room(path) in NO_JAX or (room(path) == "laws" and path.stem in NO_JAX_LAWS)
+    ]
+    sources = [p for p in modules() if room(p) in NO_JAX or (room(p) == "laws" and p.stem in NO_JAX_LAWS)]
+    for path in sources:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            heads = []
+            if isinstance(node, ast.Import):
+                heads = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                heads = [node.module]
+            for head in heads:
+                assert head.split(".")[0] not in ("jax", "flax", "optax", "orbax"), f"{path} imports {head}"
+    light = [n for n in names if n != "vlm_jax.data.pipeline"]  # grain loads jax by itself
+    code = f"import importlib, sys\nfor name in {light!r}:\n    importlib.import_module(name)\nprint('jax' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout.strip() == "False", "a module that must stay light loads jax"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_file_can_be_read_in_one_sitting(path):
+    source = path.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= MAX_LINES
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= MAX_FUNCTION_LINES, f"{path.name}:{node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_no_import_hides_behind_try_and_no_branch_names_a_model(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Try):
+            hidden = [n for n in node.body if isinstance(n, ast.Import | ast.ImportFrom)]
+            assert not hidden, f"{path.name}:{node.lineno}: import inside try"
+
+
+def test_configs_hold_data_only():
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        assert not imports(path), f"{path.name} imports the package"
+
+
+def test_mesh_axes_are_named_in_one_file():
+    for path in modules():
+        if room(path) in {"sharding", "config"}:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and node.value in ("fsdp", "tensor"):
+                raise AssertionError(f"{path.relative_to(ROOT)}:{node.lineno} names the mesh axis {node.value!r}")
