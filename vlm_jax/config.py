@@ -21,7 +21,7 @@ Config = TypeVar("Config")
 
 def build(cls: type[Config], fields: Mapping[str, Any]) -> Config:
     """`cls(**fields)`, with unknown and missing names turned into a ConfigError that lists the allowed ones."""
-    known = {f.name: f for f in dataclasses.fields(cls)}
+    known = {f.name: f for f in dataclasses.fields(cls)}  # pyrefly: ignore[bad-argument-type]
     unknown = sorted(set(fields) - set(known))
     if unknown:
         raise ConfigError(

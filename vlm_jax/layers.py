@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -36,6 +37,20 @@ def uniform_fan_in(fan_in: int) -> Initializer:
     )
 
 
+def weight(
+    module: nn.Module,
+    name: str,
+    init: Initializer,
+    shape: Sequence[int],
+    axes: Sequence[str | None],
+) -> Array:
+    """A float32 parameter of `module` with one logical name per axis."""
+    if len(axes) != len(shape):
+        raise ValueError(f"{module.path} {name}: {len(axes)} axis names for shape {tuple(shape)}")
+    boxed = nn.with_logical_partitioning(init, tuple(axes))
+    return cast(Array, module.param(name, boxed, tuple(shape)))
+
+
 def constrain(x: Array, *names: str | None) -> Array:
     """Pins activation axes to logical names; does nothing without a mesh."""
     return nn.with_logical_constraint(x, names)
@@ -60,22 +75,14 @@ class Linear(nn.Module):
         contracted = x.shape[-self.in_axes :]
         fan_in = math.prod(contracted)
         kernel_init = self.kernel_init or uniform_fan_in(fan_in)
-        shape = (*contracted, *self.out)
-        if len(self.names) != len(shape):
-            raise ValueError(f"{self.path}: {len(self.names)} axis names for kernel shape {shape}")
-        kernel = self.param(
-            "kernel",
-            nn.with_logical_partitioning(_flat(kernel_init, fan_in), tuple(self.names)),
-            shape,
+        kernel = weight(
+            self, "kernel", _flat(kernel_init, fan_in), (*contracted, *self.out), self.names
         )
         dims = (tuple(range(x.ndim - self.in_axes, x.ndim)), tuple(range(self.in_axes)))
         y = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), (dims, ((), ())))
         if self.use_bias:
-            names = tuple(self.names[self.in_axes :])
             bias_init = self.bias_init or uniform_fan_in(fan_in)
-            bias = self.param(
-                "bias", nn.with_logical_partitioning(bias_init, names), tuple(self.out)
-            )
+            bias = weight(self, "bias", bias_init, self.out, self.names[self.in_axes :])
             y = y + bias.astype(self.dtype)
         return y
 
@@ -95,12 +102,8 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
-        scale = self.param(
-            "scale", nn.with_logical_partitioning(nn.initializers.ones, (None,)), x.shape[-1:]
-        )
-        bias = self.param(
-            "bias", nn.with_logical_partitioning(nn.initializers.zeros, (None,)), x.shape[-1:]
-        )
+        scale = weight(self, "scale", nn.initializers.ones, x.shape[-1:], (None,))
+        bias = weight(self, "bias", nn.initializers.zeros, x.shape[-1:], (None,))
         x = x.astype(jnp.float32)
         x = x - x.mean(-1, keepdims=True)
         y = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
@@ -115,9 +118,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        scale = self.param(
-            "scale", nn.with_logical_partitioning(nn.initializers.ones, (None,)), x.shape[-1:]
-        )
+        scale = weight(self, "scale", nn.initializers.ones, x.shape[-1:], (None,))
         x = x.astype(jnp.float32)
         y = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
         return (y * scale).astype(self.dtype)

@@ -19,6 +19,7 @@ from vlm_jax.layers import (
     constrain,
     rope_frequencies,
     scan_layers,
+    weight,
 )
 
 
@@ -115,7 +116,7 @@ class Block(nn.Module):
 
 
 class LM(nn.Module):
-    """Token embedding, scanned layers, final norm, head: three methods, so that images can enter between them."""
+    """Token embedding, scanned layers, final norm, head: separate methods, so that images can enter between them."""
 
     config: LMConfig
 
@@ -123,9 +124,7 @@ class LM(nn.Module):
         cfg = self.config
         init = nn.initializers.normal(0.02)
         shape = (cfg.vocab_size, cfg.width)
-        self.table = self.param(
-            "embed", nn.with_logical_partitioning(init, ("vocab", "embed")), shape
-        )
+        self.table = weight(self, "embed", init, shape, ("vocab", "embed"))
         broadcast = nn.broadcast
         scanned = scan_layers(
             Block, cfg.num_layers, cfg.remat, in_axes=(broadcast, broadcast, broadcast, 0)
@@ -133,9 +132,7 @@ class LM(nn.Module):
         self.layers = scanned(cfg)
         self.final_norm = RMSNorm(cfg.norm_eps, cfg.dtype)
         if not cfg.tied_embeddings:
-            self.head = self.param(
-                "head", nn.with_logical_partitioning(init, ("embed", "vocab")), shape[::-1]
-            )
+            self.head = weight(self, "head", init, shape[::-1], ("embed", "vocab"))
 
     def embed(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
         return self.table.astype(self.config.dtype)[tokens]
@@ -144,11 +141,22 @@ class LM(nn.Module):
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
+        mask: Bool[Array, "B T T"],
+    ) -> Float[Array, "B T D"]:
+        """Final-norm hidden states."""
+        x = constrain(x, "batch", "length", "embed_activation")
+        x, _ = self.layers(x, positions, mask, 0, None)
+        return self.final_norm(x)
+
+    def cached_hidden(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
         mask: Bool[Array, "B T S"],
-        cache: Cache | None = None,
-        slot: Int[Array, ""] | int = 0,
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Final-norm hidden states. With a cache, keys and values are written from `slot` on and S is its length."""
+        cache: Cache,
+        slot: Int[Array, ""] | int,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """The same over the keys of a cache of length S, after writing this call's from `slot` on."""
         x = constrain(x, "batch", "length", "embed_activation")
         x, cache = self.layers(x, positions, mask, slot, cache)
         return self.final_norm(x), cache

@@ -22,6 +22,7 @@ from vlm_jax.layers import (
     constrain,
     resize_matrix,
     scan_layers,
+    weight,
 )
 
 
@@ -123,11 +124,10 @@ class ViT(nn.Module):
             (cfg.width,), (None, "vision"), use_bias=cfg.patch_bias, kernel_init=nn.initializers.lecun_normal(),
             bias_init=nn.initializers.zeros, dtype=cfg.dtype, name="patch_embed",
         )(patches)  # fmt: skip
-        small = nn.with_logical_partitioning(
-            nn.initializers.normal(cfg.width**-0.5), (None, "vision")
-        )
         source = cfg.position_grid or cfg.grid
-        table = self.param("position", small, (source**2 + cfg.cls_token, cfg.width))
+        init = nn.initializers.normal(cfg.width**-0.5)
+        shape = (source**2 + cfg.cls_token, cfg.width)
+        table = weight(self, "position", init, shape, (None, "vision"))
         positions = table[int(cfg.cls_token) :]
         if source != cfg.grid:
             resize = resize_matrix(cfg.grid, source)
@@ -137,11 +137,7 @@ class ViT(nn.Module):
             )
         x = x + positions.astype(cfg.dtype)
         if cfg.cls_token:
-            cls = self.param(
-                "cls",
-                nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vision",)),
-                (cfg.width,),
-            )
+            cls = weight(self, "cls", nn.initializers.normal(0.02), (cfg.width,), ("vision",))
             row = jnp.broadcast_to((cls + table[0]).astype(cfg.dtype), (x.shape[0], 1, cfg.width))
             x = jnp.concatenate([row, x], axis=1)
         if cfg.pre_norm:

@@ -58,8 +58,7 @@ class VLM(nn.Module):
         """Logits of every position, as in training."""
         x = self.embed(inputs)
         mask = visible(inputs.segments, inputs.segments)
-        hidden, _ = self.lm.hidden(x, inputs.positions, mask)
-        return self.lm.logits(hidden)
+        return self.lm.logits(self.lm.hidden(x, inputs.positions, mask))
 
     def prefill(self, inputs: Inputs, cache: Cache) -> tuple[Float[Array, "B V"], Cache]:
         """Fills slots 0..T-1 of the cache; logits of the last position (prompts are left-padded)."""
@@ -70,7 +69,7 @@ class VLM(nn.Module):
             .set(inputs.segments)
         )
         mask = visible(inputs.segments, keys)
-        hidden, cache = self.lm.hidden(self.embed(inputs), inputs.positions, mask, cache)
+        hidden, cache = self.lm.cached_hidden(self.embed(inputs), inputs.positions, mask, cache, 0)
         return self.lm.logits(hidden[:, -1:])[:, 0], cache
 
     def decode(
@@ -83,7 +82,7 @@ class VLM(nn.Module):
     ) -> tuple[Float[Array, "B V"], Cache]:
         """One token per row, written at `slot`. segments: of the cache; later slots are hidden by causality."""
         mask = visible(jnp.zeros_like(segments[:, :1]), segments, slot)
-        hidden, cache = self.lm.hidden(
+        hidden, cache = self.lm.cached_hidden(
             self.lm.embed(tokens[:, None]), positions[:, None], mask, cache, slot
         )
         return self.lm.logits(hidden)[:, 0], cache
@@ -134,9 +133,7 @@ class VLM(nn.Module):
         segments = jnp.where(valid, 0, -1)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         with jax.named_scope("query"):
-            hidden, _ = self.lm.hidden(
-                self.lm.embed(tokens), positions, visible(segments, segments)
-            )
+            hidden = self.lm.hidden(self.lm.embed(tokens), positions, visible(segments, segments))
         last = jnp.maximum(valid.sum(axis=1) - 1, 0)
         return jax.lax.stop_gradient(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
 
