@@ -1,0 +1,62 @@
+"""The benchmarks: a literal table, one line each. Nothing here imports jax; scoring needs no model.
+
+A benchmark reads its native files into rows, scores one answer, and reduces the scores. A row is a LLaVA-style record
+whose last message is the question, {"id", "image"?, "conversations", "answer"}; image paths are relative to the
+annotations directory. To add one: a file with its functions, a line in BENCHMARKS, a test with hand-worked cases.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlm_jax.benchmarks import llava, metrics, predictions
+from vlm_jax.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """How one benchmark asks and scores."""
+
+    family: str  # whose law it enters: reasoning | ocr | other
+    rows: Callable[
+        [str | Path], list[dict[str, Any]]
+    ]  # annotations directory -> questions with gold answers
+    score: Callable[[str, dict[str, Any]], float]  # prediction, row -> 0..1
+    reduce: Callable[[Sequence[float], Sequence[dict[str, Any]]], dict[str, Any]]
+    # scores, rows -> {"score" 0..1, "error" 0..1 as the law needs it, "n", "details"}
+
+
+def _asked_alone(file: str) -> Callable[[str | Path], list[dict[str, Any]]]:
+    return functools.partial(llava.rows_asked_alone, file=file)
+
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "llava": Benchmark("other", llava.rows, metrics.exact_match, metrics.mean),
+    "mini_reasoning": Benchmark(
+        "reasoning", _asked_alone("reasoning_test.json"), metrics.exact_match, metrics.mean
+    ),
+    "mini_ocr": Benchmark("ocr", _asked_alone("ocr_test.json"), metrics.exact_match, metrics.mean),
+}
+
+
+def get(name: str) -> Benchmark:
+    if name not in BENCHMARKS:
+        raise ConfigError(f"unknown benchmark {name!r}; use one of {', '.join(BENCHMARKS)}.")
+    return BENCHMARKS[name]
+
+
+def score_answers(
+    name: str,
+    rows: Sequence[dict[str, Any]],
+    answers: Sequence[predictions.Answer],
+    allow_missing: bool = False,
+) -> dict[str, Any]:
+    """{"benchmark", "score", "error", "n", "details"}; does not depend on the order of answers."""
+    benchmark = get(name)
+    paired = predictions.pair(rows, answers, allow_missing)
+    scores = [benchmark.score(text, row) for row, text in paired]
+    return {"benchmark": name, **benchmark.reduce(scores, [row for row, _ in paired])}

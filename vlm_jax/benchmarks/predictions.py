@@ -1,0 +1,87 @@
+"""predictions.jsonl: one {"id", "text"} per line, appended while a model answers, paired with rows when scored."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlm_jax.config import ConfigError
+
+Answer = tuple[str, str]  # id, text
+
+
+def read(path: str | Path) -> list[Answer]:
+    """Every line, in order. Raises ConfigError with file and line number for one that is not an answer."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"predictions: {path} does not exist; give a predictions.jsonl.")
+    lines = path.read_bytes().split(b"\n")
+    return [_parse(line, f"{path}:{i}") for i, line in enumerate(lines, start=1) if line.strip()]
+
+
+def resume(path: Path) -> list[Answer]:
+    """What a killed run left: a torn last line (no newline at its end) is cut off the file; no file means no answers."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+    return read(path)
+
+
+def append(path: Path, answers: Iterable[Answer]) -> None:
+    """Adds the answers in one write that ends with a newline, so that a kill tears at most the last line."""
+    lines = [json.dumps({"id": i, "text": text}, ensure_ascii=False) + "\n" for i, text in answers]
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(lines))
+
+
+def pair(
+    rows: Sequence[dict[str, Any]], answers: Sequence[Answer], allow_missing: bool = False
+) -> list[tuple[dict[str, Any], str]]:
+    """(row, text) in the order of rows. Unknown and repeated ids, and missing ones unless allowed, raise ConfigError
+    with their counts."""
+    texts = dict(answers)
+    known = {row["id"] for row in rows}
+    unknown = [i for i in texts if i not in known]
+    repeated = [i for i, count in Counter(i for i, _ in answers).items() if count > 1]
+    missing = [row["id"] for row in rows if row["id"] not in texts]
+    faults = {
+        "missing": [] if allow_missing else missing,
+        "duplicate": repeated,
+        "unknown": unknown,
+    }
+    if any(faults.values()):
+        counts = ", ".join(
+            f"{len(ids)} {kind} (first {ids[0]!r})" for kind, ids in faults.items() if ids
+        )
+        raise ConfigError(
+            f"predictions: {counts} for {len(rows)} questions; one line per question is needed"
+            " (--allow-missing scores those that are there)."
+        )
+    paired = [(row, texts[row["id"]]) for row in rows if row["id"] in texts]
+    if not paired:
+        raise ConfigError(
+            f"predictions: none of the {len(rows)} questions is answered; nothing to score."
+        )
+    return paired
+
+
+def _parse(line: bytes, where: str) -> Answer:
+    try:
+        answer = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"predictions: {where} is not valid JSON: {error}.") from error
+    strings = isinstance(answer, dict) and all(
+        isinstance(answer.get(k), str) for k in ("id", "text")
+    )
+    if not strings:
+        raise ConfigError(
+            f'predictions: {where} must be {{"id": str, "text": str}}, got {answer!r:.80}.'
+        )
+    return answer["id"], answer["text"]

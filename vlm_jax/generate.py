@@ -1,0 +1,122 @@
+"""Answers from a model: one jitted prefill, then a decode loop over a KV cache of fixed size."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from vlm_jax.config import ConfigError, VLMConfig, check_positive
+from vlm_jax.models.lm import Cache, empty_cache
+from vlm_jax.models.vlm import VLM, Inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen and when a row stops."""
+
+    max_new_tokens: int
+    eos_ids: tuple[int, ...]  # a row stops at the first of these; it is part of the output
+    pad_id: int  # fills a row after its end
+    temperature: float = 0.0  # 0: greedy; else logits are divided by it and sampled
+    top_p: float = 1.0  # sample among the fewest tokens whose probabilities sum to at least this
+
+    def __post_init__(self):
+        check_positive("decoding", max_new_tokens=self.max_new_tokens, top_p=self.top_p)
+        if self.temperature < 0:
+            raise ConfigError(
+                f"decoding: temperature must be 0 (greedy) or more, got {self.temperature}."
+            )
+        if self.top_p > 1:
+            raise ConfigError(f"decoding: top_p must lie in (0, 1], got {self.top_p}.")
+
+
+class Loop(NamedTuple):
+    """What one decode step hands to the next."""
+
+    step: Int[Array, ""]  # tokens chosen so far
+    last: Int[Array, "B"]
+    done: Bool[Array, "B"]
+    output: Int[Array, "B G"]
+    cache: Cache
+
+
+class Generator:
+    """`generator(params, inputs, seeds)`, compiled once per shape of inputs; `compilations` counts how often."""
+
+    def __init__(self, config: VLMConfig, decoding: Decoding):
+        self.config, self.decoding, self.compilations = config, decoding, 0
+        self._jitted = jax.jit(self._generate)
+
+    def __call__(self, params: Any, inputs: Inputs, seeds: Int[Array, "B"]) -> Int[Array, "B G"]:
+        """The new tokens, G = max_new_tokens, pad_id after a row's end.
+
+        inputs: left-padded prompts, segments 0 (-1 at padding). seeds: one per row, so that a sampled answer does not
+        depend on the rows beside it; greedy decoding ignores them.
+        """
+        return self._jitted(params, inputs, seeds)
+
+    def _generate(self, params: Any, inputs: Inputs, seeds: Int[Array, "B"]) -> Int[Array, "B G"]:
+        self.compilations += 1  # runs only while jax traces a new shape
+        model, (batch, length), new = (
+            VLM(self.config),
+            inputs.tokens.shape,
+            self.decoding.max_new_tokens,
+        )
+        cache = empty_cache(self.config.lm, batch, length + new)
+        logits, cache = model.apply({"params": params}, inputs, cache, method="prefill")
+        segments = jnp.pad(inputs.segments, ((0, 0), (0, new)))
+        first = choose(logits, seeds, jnp.int32(0), self.decoding)
+        output = jnp.full((batch, new), self.decoding.pad_id, jnp.int32).at[:, 0].set(first)
+
+        def unfinished(loop: Loop) -> Bool[Array, ""]:
+            return (loop.step < new) & ~loop.done.all()
+
+        def decode(loop: Loop) -> Loop:
+            logits, cache = model.apply(
+                {"params": params}, loop.last, inputs.positions[:, -1] + loop.step, segments, length + loop.step - 1,
+                loop.cache, method="decode",
+            )  # fmt: skip
+            chosen = choose(logits, seeds, loop.step, self.decoding)
+            chosen = jnp.where(loop.done, self.decoding.pad_id, chosen)
+            output = jax.lax.dynamic_update_slice(loop.output, chosen[:, None], (0, loop.step))
+            return Loop(loop.step + 1, chosen, loop.done | self._ends(chosen), output, cache)
+
+        start = Loop(jnp.int32(1), first, self._ends(first), output, cache)
+        return jax.lax.while_loop(unfinished, decode, start).output
+
+    def _ends(self, tokens: Int[Array, "B"]) -> Bool[Array, "B"]:
+        return jnp.isin(tokens, jnp.array(self.decoding.eos_ids, jnp.int32))
+
+
+@functools.lru_cache(maxsize=64)
+def make_generate(config: VLMConfig, decoding: Decoding) -> Generator:
+    """Equal arguments give the same Generator, so that a sweep compiles each model once."""
+    return Generator(config, decoding)
+
+
+def choose(
+    logits: Float[Array, "B V"], seeds: Int[Array, "B"], step: Int[Array, ""], decoding: Decoding
+) -> Int[Array, "B"]:
+    """The next token of each row: the likeliest, or a draw that depends on (logits, the row's seed, step) alone."""
+    if decoding.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / decoding.temperature
+    if decoding.top_p < 1:
+        logits = jnp.where(logits >= nucleus_floor(logits, decoding.top_p), logits, -jnp.inf)
+    draw = lambda seed, row: jax.random.categorical(
+        jax.random.fold_in(jax.random.key(seed), step), row
+    )  # noqa: E731
+    return jax.vmap(draw)(seeds, logits).astype(jnp.int32)
+
+
+def nucleus_floor(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B 1"]:
+    """The smallest logit among the fewest likeliest tokens whose probabilities sum to at least top_p."""
+    descending = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+    probabilities = jax.nn.softmax(descending, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    return jnp.min(jnp.where(before < top_p, descending, jnp.inf), axis=-1, keepdims=True)
