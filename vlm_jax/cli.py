@@ -26,6 +26,9 @@ def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = N
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("vlm_jax").setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(
+        logging.ERROR
+    )  # orbax calls every normal step of a restore a warning
     try:
         command(sys.argv[1:] if argv is None else argv)
     except ConfigError as error:
@@ -92,6 +95,11 @@ def load_config(path: str) -> ConfigDict:
         found = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
         hint = f"; found {', '.join(found)}" if found else ""
         raise ConfigError(f"--config: no file {str(file)!r}{hint}.")
+    root = str(
+        file.resolve().parent.parent
+    )  # configs start from their neighbours: `from configs import default`
+    if root not in sys.path:
+        sys.path.append(root)
     values = flags.FlagValues()
     words = ["command", f"--config={path}"]
     config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=words)

@@ -1,0 +1,131 @@
+"""Checkpoints: state, data iterator and step in one atomic, asynchronous orbax save; parts of another run's parameters.
+
+workdir/checkpoints/<step>/{state,iterator}      state = {"step", "params", "opt_state"}, params being the whole tree
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict
+
+from vlm_jax.config import ConfigError
+
+Tree = dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one training run. A save that is cut short, by kill -9 too, is never seen again."""
+
+    def __init__(self, workdir: Path, keep: int):
+        self._manager = ocp.CheckpointManager(
+            Path(workdir).absolute() / "checkpoints",
+            item_names=("state", "iterator"),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+        )
+
+    def latest(self) -> int | None:
+        """The newest step that was saved completely."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Tree, iterator: Any) -> None:
+        """Copies `state` off the devices and returns; writing goes on in the background (at most one save at a time).
+
+        `iterator` must have handed out exactly the batches of steps 1..step.
+        """
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), iterator=grain.checkpoint.CheckpointSave(iterator)
+        )
+        self._manager.save(step, args=arguments)
+
+    def restore(self, step: int, abstract: Tree, iterator: Any) -> Tree:
+        """The state of `step` in the shapes and shardings of `abstract`; `iterator` is set to where it was."""
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract),
+            iterator=grain.checkpoint.CheckpointRestore(iterator),
+        )
+        return self._manager.restore(step, args=arguments)["state"]
+
+    def close(self) -> None:
+        """Waits for the save under way."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def load_params(workdir: str | Path, abstract: Tree) -> Tree:
+    """Parameters of the newest checkpoint of a training run, for the leaves of `abstract` (ShapeDtypeStructs with
+    shardings, nested as the parameters are) and no others.
+
+    Raises ConfigError when there is no checkpoint, or for the first parameter that is missing or has another shape.
+    """
+    folder = Path(workdir).absolute() / "checkpoints"
+    item = {"params": abstract}
+    arguments = ocp.args.PyTreeRestore(
+        item=item,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+        partial_restore=True,
+    )
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{str(workdir)!r} has no checkpoint; give the workdir of a training run."
+        )
+    with ocp.CheckpointManager(
+        folder,
+        item_handlers={
+            "state": ocp.PyTreeCheckpointHandler(),
+            "iterator": grain.checkpoint.CheckpointHandler(),
+        },
+        options=ocp.CheckpointManagerOptions(create=False, read_only=True),
+    ) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise ConfigError(
+                f"{str(workdir)!r} has no finished checkpoint; give the workdir of a training run."
+            )
+        saved = manager.item_metadata(step)["state"].tree["params"]
+        _check_shapes(workdir, flatten_dict(saved, sep="/"), flatten_dict(abstract, sep="/"))
+        params = manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]["params"]
+    for name, leaf in flatten_dict(
+        params, sep="/"
+    ).items():  # orbax leaves what it did not find as it was
+        if not isinstance(leaf, jax.Array):
+            raise ConfigError(
+                f"{str(workdir)!r}: parameter {name} was not restored; the checkpoint is damaged."
+            )
+    return params
+
+
+def _check_shapes(workdir: str | Path, saved: Tree, wanted: Tree) -> None:
+    for name, leaf in wanted.items():
+        if name not in saved:
+            raise ConfigError(
+                f"{str(workdir)!r} has no parameter {name}; its model differs from this one."
+            )
+        if tuple(saved[name].shape) != tuple(leaf.shape):
+            raise ConfigError(
+                f"{str(workdir)!r}: parameter {name} has shape {tuple(saved[name].shape)} there but "
+                f"{tuple(leaf.shape)} here; make the two models equal in this part."
+            )
+
+
+def load_subtrees(params: Tree, sources: Mapping[str, str]) -> Tree:
+    """`params` with each top-level part of `sources` (part -> workdir, "" = keep) taken from that run's newest checkpoint.
+
+    Shardings stay as they are. Raises ConfigError as `load_params` does.
+    """
+    loaded = dict(params)
+    for part, workdir in sources.items():
+        if not workdir:
+            continue
+        if part not in params:
+            raise ConfigError(f"init: this model has no part {part!r}; set init.{part} to ''.")
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params[part]
+        )
+        loaded[part] = load_params(workdir, {part: abstract})[part]
+    return loaded

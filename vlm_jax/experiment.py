@@ -1,0 +1,207 @@
+"""From the config file to what each module is given, checked against the disk, before anything heavy is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vlm_jax import presets
+from vlm_jax.config import (
+    CompressorConfig,
+    ConfigError,
+    DataConfig,
+    LMConfig,
+    MeshConfig,
+    OptimConfig,
+    RopeScaling,
+    ViTConfig,
+    VLMConfig,
+    build,
+    check_positive,
+)
+from vlm_jax.data import tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """Workdirs whose last checkpoint supplies a part of the parameters; "" = random."""
+
+    vit: str
+    compressor: str
+    projector: str
+    lm: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long to train, and what to leave on disk."""
+
+    num_steps: int  # 0 = from num_epochs
+    num_epochs: float
+    seed: int  # of the initial parameters
+    log_every: int
+    save_every: int
+    keep: int
+
+    def __post_init__(self):
+        check_positive(
+            "train", log_every=self.log_every, save_every=self.save_every, keep=self.keep
+        )
+        if self.num_steps <= 0 and not self.num_epochs > 0:
+            raise ConfigError(
+                f"train: num_steps {self.num_steps} and num_epochs {self.num_epochs} make no step; set one of them."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything that one training run is made of; `config.json` of a workdir holds exactly this."""
+
+    model: VLMConfig
+    data: DataConfig
+    optim: OptimConfig
+    mesh: MeshConfig
+    init: InitConfig
+    train: TrainConfig
+
+
+# Fields that a run may change between two starts: none of them changes a loss by more than the order of a sum.
+MUTABLE = (
+    "mesh.", "train.log_every", "train.save_every", "train.keep", "data.num_workers", "model.vit.remat",
+    "model.lm.remat",
+)  # fmt: skip
+
+
+def resolve(config: Mapping[str, Any]) -> Experiment:
+    """The frozen settings of an experiment config; presets are filled in. Raises ConfigError for a wrong value."""
+    return Experiment(
+        model=presets.vlm(config["model"]),
+        data=build(DataConfig, config["data"]),
+        optim=build(OptimConfig, config["optim"]),
+        mesh=build(MeshConfig, config["mesh"]),
+        init=build(InitConfig, config["init"]),
+        train=build(TrainConfig, config["train"]),
+    )
+
+
+def check_inputs(experiment: Experiment) -> None:
+    """Raises ConfigError for the first file or directory that the run needs and that is not there."""
+    data = experiment.data
+    for path in data.annotations:
+        _must_exist(
+            "data: annotations", path, "give the path of a .json or .jsonl file or a tfds directory"
+        )
+    for path in filter(None, data.image_roots):
+        if data.max_images and not data.features_dir:
+            _must_exist(
+                "data: image_roots",
+                path,
+                "give the folder that the records' image paths start from",
+                folder=True,
+            )
+    if not data.tokenizer:
+        raise ConfigError(
+            "data: tokenizer is not set; give --config.data.tokenizer=DIR with a Hugging Face tokenizer."
+        )
+    tokenizer.check_directory(data.tokenizer)
+    if data.features_dir:
+        _must_exist(
+            "data: features_dir",
+            data.features_dir,
+            "cache the encoder's features first",
+            folder=True,
+        )
+    for part, workdir in dataclasses.asdict(experiment.init).items():
+        if workdir and last_step(workdir) is None:
+            raise ConfigError(
+                f"init: {part} {workdir!r} has no finished checkpoint; give the workdir of a training run."
+            )
+
+
+def _must_exist(owner: str, path: str, fix: str, folder: bool = False) -> None:
+    if not (Path(path).is_dir() if folder else Path(path).exists()):
+        raise ConfigError(f"{owner} {path!r} does not exist; {fix}.")
+
+
+def open_workdir(workdir: str) -> Path:
+    """The absolute path of `workdir`, made if it is missing. Raises ConfigError when nothing can be written there."""
+    path = Path(workdir).absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"--workdir: cannot write to {workdir!r} ({error.strerror}); choose another directory."
+        ) from error
+    return path
+
+
+def last_step(workdir: str | Path) -> int | None:
+    """The step of the newest finished checkpoint of a training workdir; None without one."""
+    folder = Path(workdir) / "checkpoints"
+    steps = (
+        [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()]
+        if folder.is_dir()
+        else []
+    )
+    return max(steps, default=None)
+
+
+def write(experiment: Experiment, workdir: Path) -> None:
+    """Saves the settings as `config.json`, whole or not at all."""
+    text = json.dumps(dataclasses.asdict(experiment), indent=2)
+    partial = workdir / f"config.json.{os.getpid()}"
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(workdir / "config.json")
+
+
+def read(workdir: str | Path) -> Experiment:
+    """The settings of a run, from its `config.json`. Raises ConfigError when there is none."""
+    path = Path(workdir) / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{str(path)!r} does not exist; give the workdir of a training run.")
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    model = dict(saved["model"])
+    lm = dict(model["lm"], rope_scaling=build(RopeScaling, model["lm"]["rope_scaling"]))
+    parts = {
+        "vit": build(ViTConfig, model["vit"]),
+        "compressor": build(CompressorConfig, model["compressor"]),
+        "lm": build(LMConfig, lm),
+    }
+    return Experiment(
+        model=build(VLMConfig, model | parts),
+        data=build(DataConfig, saved["data"]),
+        optim=build(OptimConfig, saved["optim"]),
+        mesh=build(MeshConfig, saved["mesh"]),
+        init=build(InitConfig, saved["init"]),
+        train=build(TrainConfig, saved["train"]),
+    )
+
+
+def check_same(experiment: Experiment, workdir: Path) -> None:
+    """Raises ConfigError when `workdir` belongs to a run with other settings, naming the first field that differs."""
+    if not (workdir / "config.json").is_file():
+        return
+    before, now = dict(_fields(read(workdir))), dict(_fields(experiment))
+    for name in now:
+        if before[name] != now[name] and not name.startswith(MUTABLE):
+            raise ConfigError(
+                f"--workdir: {str(workdir)!r} holds a run with {name} = {before[name]!r}, now {now[name]!r}; "
+                "give the old value to resume it, or another workdir."
+            )
+
+
+def _fields(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("model.lm.width", 64), ... of nested dataclasses."""
+    for field in dataclasses.fields(node):
+        value, name = getattr(node, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value):
+            yield from _fields(value, name + ".")
+        else:
+            yield name, value

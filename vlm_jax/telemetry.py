@@ -1,0 +1,176 @@
+"""What a run tells: metrics.jsonl with every step, TensorBoard, a progress bar or plain lines, and how busy the chip is."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+from vlm_jax.config import VLMConfig
+
+log = logging.getLogger(__name__)
+
+# Dense bfloat16 peak of one chip, FLOP/s, by the start of jax's device_kind. Sources: the vendors' data sheets.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """FLOP/s of one chip, or None where the peak is not known (a CPU)."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if device_kind.startswith(name)), None)
+
+
+def step_flops(
+    config: VLMConfig, rows: int, tokens: int, images: int, trainable: set[str]
+) -> float:
+    """Multiply-adds times 2 of one training step: `rows` sequences of `tokens`, `images` encoded ones in all.
+
+    trainable: top-level parts that learn. Forward costs 2 per weight and token; the gradient of the activations 2 more
+    (in the decoder whenever anything learns), that of the weights 2 more. Padding counts; compressor, projector and
+    rematerialised work are left out (under 2 % of a full-size model), so the MFU is a lower bound.
+    """
+    lm, vit = config.lm, config.vit
+    width = lm.num_heads * lm.head_dim
+    decoder = 2 * tokens * (lm.non_embedding_params + lm.vocab_size * lm.width)
+    decoder += 4 * lm.num_layers * tokens**2 * width / 2  # causal: half of the scores count
+    layer = 4 * vit.width**2 + 2 * vit.width * vit.mlp_width
+    encoder = vit.num_layers * (2 * vit.num_patches * layer + 4 * vit.num_patches**2 * vit.width)
+    return rows * decoder * (3 if "lm" in trainable else 2) + images * encoder * (
+        3 if "vit" in trainable else 1
+    )
+
+
+class Metrics:
+    """Scalars of every step. They stay on the device until a block of them is written, so no step waits for the host."""
+
+    def __init__(self, workdir: Path, last_step: int, writes: bool):
+        """Continues the files of `workdir` after `last_step`: later lines belong to a run that died and are dropped.
+
+        writes: False on all processes but the first.
+        """
+        self._pending: list[tuple[int, Mapping[str, Any]]] = []
+        self._file = self._board = None
+        self.last: dict[str, float] = {}
+        path = workdir / "metrics.jsonl"
+        kept = [line for line in read_lines(path) if line["step"] <= last_step]
+        if kept:
+            self.last = kept[-1]
+        if writes:
+            partial = path.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            partial.replace(path)
+            self._file = path.open("a", encoding="utf-8")
+            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=last_step + 1)
+
+    def append(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """scalars: name -> device scalar or number; nothing waits for them here."""
+        for value in scalars.values():
+            if isinstance(value, jax.Array):
+                value.copy_to_host_async()
+        self._pending.append((step, scalars))
+
+    def flush(self, up_to: int) -> None:
+        """Writes the steps <= up_to and waits until they are computed and on disk."""
+        ready = [entry for entry in self._pending if entry[0] <= up_to]
+        self._pending = self._pending[len(ready) :]
+        for step, scalars in ready:
+            self.last = {"step": step} | {name: _number(value) for name, value in scalars.items()}
+            if self._file is not None:
+                self._file.write(json.dumps(self.last) + "\n")
+                for name, value in self.last.items():
+                    self._board.add_scalar(f"train/{name}", value, step)
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def board(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Numbers for TensorBoard alone, such as tokens per second: they differ from run to run."""
+        if self._board is not None:
+            for name, value in scalars.items():
+                self._board.add_scalar(f"speed/{name}", value, step)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+
+
+def _number(value: Any) -> float | int:
+    return np.asarray(value).item()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a metrics.jsonl; a last line cut short by a crash is left out."""
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+class Display:
+    """A progress bar on a terminal, one plain log line per report elsewhere."""
+
+    def __init__(self, total: int, done: int, shows: bool):
+        self._total, self._bar = total, None
+        self._last_time, self._last_step = time.perf_counter(), done
+        console = Console(stderr=True)
+        self._shows = shows
+        if shows and console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}"),
+            )  # fmt: skip
+            self._bar = Progress(*columns, console=console)
+            self._task = self._bar.add_task("train", total=total, completed=done, text="compiling")
+            self._bar.start()
+
+    def speed(self, step: int, tokens: float, flops: float, peak: float | None) -> dict[str, float]:
+        """Since the last call: steps/s, tokens/s and, where `peak` (FLOP/s of all chips) is known, MFU in [0, 1].
+
+        tokens, flops: of one step.
+        """
+        now = time.perf_counter()
+        rate = (step - self._last_step) / max(now - self._last_time, 1e-9)
+        self._last_time, self._last_step = now, step
+        found = {"steps_per_second": rate, "tokens_per_second": rate * tokens}
+        return found | ({"mfu": rate * flops / peak} if peak else {})
+
+    def report(self, step: int, scalars: Mapping[str, float], speed: Mapping[str, float]) -> None:
+        text = f"loss {scalars['loss']:.4f}  {speed['tokens_per_second']:,.0f} tokens/s"
+        if "mfu" in speed:
+            text += f"  MFU {speed['mfu']:.1%}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, text=text)
+        elif self._shows:
+            left = (self._total - step) / max(speed["steps_per_second"], 1e-9)
+            log.info("step %d/%d  %s  %s left", step, self._total, text, _duration(left))
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            sys.stderr.flush()
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
