@@ -192,7 +192,7 @@ def test_a_torn_last_line_is_dropped_on_resume_and_refused_when_scored(tmp_path)
     predictions.append(path, [("a", "1"), ("b", "é")])
     whole = path.read_bytes()
     path.write_bytes(whole + '{"id": "c", "text": "é'.encode()[:-1])
-    with pytest.raises(ConfigError, match="predictions.jsonl:3 is not valid JSON"):
+    with pytest.raises(ConfigError, match=r"predictions.jsonl:3 is not valid JSON"):
         predictions.read(path)
     assert predictions.resume(path) == [("a", "1"), ("b", "é")]
     assert path.read_bytes() == whole

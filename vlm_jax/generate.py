@@ -108,9 +108,10 @@ def choose(
     logits = logits / decoding.temperature
     if decoding.top_p < 1:
         logits = jnp.where(logits >= nucleus_floor(logits, decoding.top_p), logits, -jnp.inf)
-    draw = lambda seed, row: jax.random.categorical(
-        jax.random.fold_in(jax.random.key(seed), step), row
-    )  # noqa: E731
+
+    def draw(seed: Int[Array, ""], row: Float[Array, "V"]) -> Int[Array, ""]:
+        return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), step), row)
+
     return jax.vmap(draw)(seeds, logits).astype(jnp.int32)
 
 

@@ -1,0 +1,207 @@
+"""Generation: the loop against a plain recomputing twin; padding, neighbours, mesh and shapes change no answer."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from vlm_jax import presets
+from vlm_jax.config import CompressorConfig, ConfigError, VLMConfig
+from vlm_jax.generate import Decoding, choose, make_generate, nucleus_floor
+from vlm_jax.models.vlm import VLM, Inputs, init_params
+
+VOCAB, EOS, PAD, NEW = 48, 2, 0, 12
+GREEDY = Decoding(max_new_tokens=NEW, eos_ids=(EOS,), pad_id=PAD)
+PROMPT_LENGTHS = (5, 9, 12, 7)
+
+
+@functools.cache
+def model():
+    """A tiny model whose weights are large enough that its answers differ from prompt to prompt."""
+    config = VLMConfig(
+        vit=presets.vit("mini", image_px=16, num_layers=1, width=16, num_heads=2, mlp_width=16),
+        compressor=CompressorConfig(name="identity"),
+        lm=presets.lm("mini-25k", vocab_size=VOCAB, width=32, head_dim=16),
+    )
+    params = nn.unbox(jax.jit(init_params, static_argnums=0)(config, jax.random.key(0)))
+    return config, jax.tree.map(lambda x: 4.0 * x if x.ndim > 1 else x, params)
+
+
+def prompt(length, seed):
+    """One unpadded prompt [1 T]: a bos, the image's four tokens, then text."""
+    rng = np.random.default_rng(seed)
+    index = np.full(length, -1)
+    index[1:5] = range(4) if length > 5 else -1  # the shortest prompt is text alone
+    image = rng.integers(0, 256, (1, 16, 16, 3)) if length > 5 else np.zeros((1, 16, 16, 3))
+    return Inputs(
+        tokens=np.where(index < 0, rng.integers(3, VOCAB, length), 0).astype(np.int32)[None],
+        visual_index=index.astype(np.int32)[None],
+        positions=np.arange(length, dtype=np.int32)[None],
+        segments=np.zeros((1, length), np.int32),
+        images=image.astype(np.uint8)[None],
+    )
+
+
+def padded(inputs, length):
+    gap = ((0, 0), (length - inputs.tokens.shape[1], 0))
+    return inputs._replace(
+        tokens=np.pad(inputs.tokens, gap),
+        visual_index=np.pad(inputs.visual_index, gap, constant_values=-1),
+        positions=np.pad(inputs.positions, gap),
+        segments=np.pad(inputs.segments, gap, constant_values=-1),
+    )
+
+
+def stacked(prompts, length):
+    rows = [padded(p, length) for p in prompts]
+    return Inputs(
+        *(
+            None if column[0] is None else np.concatenate(column)
+            for column in zip(*rows, strict=True)
+        )
+    )
+
+
+def batch():
+    return stacked([prompt(n, n) for n in PROMPT_LENGTHS], max(PROMPT_LENGTHS))
+
+
+def answer(inputs, decoding=GREEDY, seeds=None):
+    config, params = model()
+    seeds = np.zeros(len(inputs.tokens), np.int32) if seeds is None else seeds
+    return np.asarray(make_generate(config, decoding)(params, inputs, jnp.asarray(seeds)))
+
+
+@functools.cache
+def forward(length):
+    config, params = model()
+    return jax.jit(lambda inputs: VLM(config).apply({"params": params}, inputs))
+
+
+def recomputed(inputs):
+    """The greedy answer of one unpadded prompt by a whole forward pass per token, without any cache."""
+    tokens = []
+    for _ in range(NEW):
+        length = inputs.tokens.shape[1]
+        tokens.append(int(np.argmax(forward(length)(inputs)[0, -1])))
+        if tokens[-1] == EOS:
+            break
+        inputs = inputs._replace(
+            tokens=np.append(inputs.tokens, [[tokens[-1]]], 1).astype(np.int32),
+            visual_index=np.append(inputs.visual_index, [[-1]], 1).astype(np.int32),
+            positions=np.append(inputs.positions, [[length]], 1).astype(np.int32),
+            segments=np.append(inputs.segments, [[0]], 1).astype(np.int32),
+        )
+    return tokens + [PAD] * (NEW - len(tokens))
+
+
+def test_the_cached_loop_gives_the_tokens_of_whole_forward_passes():
+    for length in PROMPT_LENGTHS[:2]:
+        inputs = prompt(length, length)
+        assert answer(inputs)[0].tolist() == recomputed(inputs)
+
+
+def test_answers_in_a_mixed_batch_equal_those_alone():
+    together = answer(batch())
+    assert len({tuple(row) for row in together.tolist()}) == len(together), (
+        "answers must differ to be a test"
+    )
+    for row, length in zip(together, PROMPT_LENGTHS, strict=True):
+        assert row.tolist() == answer(prompt(length, length))[0].tolist()
+
+
+def test_more_padding_changes_no_answer():
+    inputs = batch()
+    assert np.array_equal(answer(inputs), answer(padded(inputs, 24)))
+
+
+def test_the_prompt_and_the_image_change_the_answer():
+    inputs = prompt(9, 9)
+    assert answer(inputs).tolist() != answer(prompt(9, 10)).tolist()
+    assert answer(inputs).tolist() != answer(inputs._replace(images=255 - inputs.images)).tolist()
+
+
+def test_a_row_stops_at_the_first_end_token_and_is_padded():
+    whole = answer(batch())
+    end = int(whole[1, 3])  # a token the model chooses becomes an end token
+    cut = answer(batch(), Decoding(max_new_tokens=NEW, eos_ids=(EOS, end), pad_id=VOCAB - 1))
+    for before, after in zip(whole.tolist(), cut.tolist(), strict=True):
+        length = before.index(end) + 1 if end in before else NEW
+        assert after == before[:length] + [VOCAB - 1] * (NEW - length)
+    assert cut[1, 4:].tolist() == [VOCAB - 1] * (NEW - 4)
+
+
+def test_the_loop_stops_when_every_row_has_ended(monkeypatch):
+    """Counts decode steps by a host callback: one row that ends at its 4th token needs 3 of them."""
+    steps = []
+    inputs = prompt(9, 9)
+    end = int(answer(inputs)[0, 3])
+    first = answer(inputs)[0].tolist().index(end)
+    original = VLM.decode
+
+    def counted(self, *args):
+        jax.debug.callback(lambda: steps.append(1))
+        return original(self, *args)
+
+    monkeypatch.setattr(VLM, "decode", counted)
+    answer(inputs, Decoding(max_new_tokens=NEW + 1, eos_ids=(end,), pad_id=PAD))
+    jax.effects_barrier()
+    assert len(steps) == first
+
+
+def test_equal_shapes_and_equal_configs_compile_once():
+    config, params = model()
+    decoding = Decoding(max_new_tokens=2, eos_ids=(EOS,), pad_id=PAD)
+    generator = make_generate(config, decoding)
+    assert generator is make_generate(
+        config, Decoding(max_new_tokens=2, eos_ids=(EOS,), pad_id=PAD)
+    )
+    for _ in range(2):
+        generator(params, batch(), jnp.zeros(4, jnp.int32))
+    assert generator.compilations == 1
+    generator(params, prompt(9, 9), jnp.zeros(1, jnp.int32))
+    assert generator.compilations == 2
+
+
+def test_sampling_repeats_with_the_seed_and_ignores_the_other_rows():
+    sampled = Decoding(max_new_tokens=NEW, eos_ids=(EOS,), pad_id=PAD, temperature=1.5, top_p=0.9)
+    seeds = np.array([11, 12, 13, 14], np.int32)
+    together = answer(batch(), sampled, seeds)
+    assert np.array_equal(together, answer(batch(), sampled, seeds))
+    assert not np.array_equal(together, answer(batch(), sampled, seeds + 10))
+    alone = answer(prompt(PROMPT_LENGTHS[2], PROMPT_LENGTHS[2]), sampled, seeds[2:3])
+    assert np.array_equal(together[2:3], alone)
+
+
+def test_nearly_zero_temperature_is_greedy():
+    logits = jax.random.normal(jax.random.key(0), (64, VOCAB))
+    cold = Decoding(max_new_tokens=1, eos_ids=(), pad_id=0, temperature=1e-4)
+    drawn = choose(logits, jnp.arange(64), jnp.int32(0), cold)
+    assert np.array_equal(drawn, np.argmax(logits, -1))
+
+
+def test_draws_follow_the_softmax_of_the_nucleus():
+    logits = jnp.broadcast_to(jnp.log(jnp.array([0.1, 0.5, 0.15, 0.25])), (4000, 4))
+    assert np.allclose(np.exp(nucleus_floor(logits[:1], 0.7)), 0.25)  # .5 < .7 <= .5 + .25
+    decoding = Decoding(max_new_tokens=1, eos_ids=(), pad_id=0, temperature=1.0, top_p=0.7)
+    drawn = choose(logits, jnp.arange(4000), jnp.int32(3), decoding)
+    shares = np.bincount(np.asarray(drawn), minlength=4) / 4000
+    assert shares[0] == shares[2] == 0
+    assert abs(shares[1] - 2 / 3) < 0.03  # 4 standard deviations
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be positive"),
+        ({"temperature": -1.0}, "temperature must be 0"),
+        ({"top_p": 1.5}, r"top_p must lie in \(0, 1\]"),
+        ({"top_p": 0.0}, "top_p must be positive"),
+    ],
+)
+def test_impossible_decoding_is_named(fields, match):
+    with pytest.raises(ConfigError, match=match):
+        Decoding(**{"max_new_tokens": 1, "eos_ids": (1,), "pad_id": 0, **fields})
