@@ -16,7 +16,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["vlm_jax", "vlm_jax.*"]),
-    package_data={"vlm_jax": ["py.typed"]},
+    package_data={"vlm_jax": ["py.typed", "laws/data/*.csv"]},
     install_requires=[
         "absl-py", "einops", "flax>=0.12.6", "grain>=0.2.18", "jax>=0.10.2", "jaxtyping>=0.3", "jinja2",
         "matplotlib", "ml-collections>=1.1", "numpy", "optax>=0.2.8", "orbax-checkpoint>=0.12", "pillow", "rich", "safetensors>=0.8",

@@ -1,0 +1,1 @@
+"""From measured errors to a decision: table (errors.csv) -> fit -> plan, with flops, plot and report beside them."""

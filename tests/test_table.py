@@ -1,0 +1,141 @@
+"""errors.csv: what is read back, what is refused and with which words."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vlm_jax.config import ConfigError
+from vlm_jax.laws import table
+from vlm_jax.laws.table import Row
+
+PAPER = Path(table.__file__).parent / "data"
+
+
+def row(**changes) -> Row:
+    fields = {
+        "lm_params": 5e8, "visual_tokens": 4, "error": 0.25, "benchmark": "gqa", "family": "reasoning",
+        "lm": "small", "compressor": "tokenpacker", "n": 400, "seed": 1, "flops": 1.5e9, "seconds": 0.125,
+    }  # fmt: skip
+    return Row(**{**fields, **changes})
+
+
+def write_text(tmp_path, text: str):
+    path = tmp_path / "errors.csv"
+    path.write_text(text)
+    return path
+
+
+def test_rows_survive_writing_and_reading(tmp_path):
+    rows = [
+        row(),
+        row(seed=2, n=None, flops=None, seconds=None, flag="chance level, seed 2"),
+        row(visual_tokens=16),
+    ]
+    table.write(tmp_path / "e.csv", rows)
+    assert table.read(tmp_path / "e.csv") == rows
+
+
+def test_three_columns_are_enough_and_comments_are_skipped(tmp_path):
+    path = write_text(
+        tmp_path, "# mine\nlm_params,visual_tokens,error\n7e9,16,.4\n# more\n500000000,1,.6\n"
+    )
+    first, second = table.read(path)
+    assert (first.lm, first.lm_params, first.visual_tokens, first.error) == ("7B", 7e9, 16, 0.4)
+    assert (second.lm, second.family, second.seed, second.n) == ("500M", "all", 0, None)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("visual_tokens,error\n1,.5", "column 'lm_params' is missing"),
+        ("lm_params,visual_tokens,error,eror\n7e9,1,.5,1", "unknown column 'eror'"),
+        ("lm_params,visual_tokens,error\n7e9,1,53.5", "divide percentages by 100"),
+        ("lm_params,visual_tokens,error\n7e9,1,nan", "error nan is outside [0, 1]"),
+        ("lm_params,visual_tokens,error\n7e9,1,-.1", "error -0.1 is outside [0, 1]"),
+        ("lm_params,visual_tokens,error\n7,1,.5", "give parameters, not billions (7e+09?)"),
+        ("lm_params,visual_tokens,error\n7e9,0,.5", "visual_tokens 0 must be at least 1"),
+        ("lm_params,visual_tokens,error\n7e9,1.5,.5", "visual_tokens '1.5' is not a whole number"),
+        ("lm_params,visual_tokens,error\n7e9,1,x", "error 'x' is not a number"),
+        ("lm_params,visual_tokens,error\n7e9,1", "2 values for 3 columns"),
+        (
+            "lm_params,visual_tokens,error\n7e9,1,.5\n7e9,1,.6",
+            "duplicate cell (all/all, lm 7B, 1 visual tokens, seed 0)",
+        ),
+        (
+            "lm,lm_params,visual_tokens,error\na,7e9,1,.5\na,8e9,4,.6",
+            "lm 'a' has two sizes, 7e+09 and 8e+09",
+        ),
+        ("# nothing\n", "the table is empty"),
+        ("lm_params,visual_tokens,error\n", "the table has no rows"),
+    ],
+)
+def test_a_bad_table_is_refused_with_one_line_that_names_the_fault(tmp_path, body, words):
+    path = write_text(tmp_path, body)
+    with pytest.raises(ConfigError) as caught:
+        table.read(path)
+    text = str(caught.value)
+    assert words in text and str(path) in text and "\n" not in text
+
+
+def test_a_faulty_value_is_named_by_its_line(tmp_path):
+    path = write_text(tmp_path, "# c\nlm_params,visual_tokens,error\n\n7e9,1,.5\n7e9,4,2\n")
+    with pytest.raises(ConfigError, match=r"errors\.csv:5: error 2"):
+        table.read(path)
+
+
+def test_appending_twice_leaves_the_same_file_and_a_new_value_replaces_the_old(tmp_path):
+    path = tmp_path / "e.csv"
+    table.append(path, [row(), row(seed=2)])
+    before = path.read_bytes()
+    table.append(path, [row(seed=2)])
+    assert path.read_bytes() == before
+    after = table.append(path, [row(error=0.5), row(seed=3)])
+    assert [(r.seed, r.error) for r in after] == [(1, 0.5), (2, 0.25), (3, 0.25)]
+    assert table.read(path) == after
+
+
+def test_a_refused_append_leaves_the_old_table_whole(tmp_path):
+    path = tmp_path / "e.csv"
+    table.append(path, [row()])
+    before = path.read_bytes()
+    with pytest.raises(ConfigError):
+        table.append(path, [row(seed=2, error=float("nan"))])
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["e.csv"]
+
+
+def test_a_familys_error_is_the_unweighted_mean_over_its_benchmarks():
+    rows = [
+        row(benchmark="a", error=0.2, n=10),
+        row(benchmark="b", error=0.4, n=1000),
+        row(family="ocr", error=0.9),
+    ]
+    (mean,) = table.family_mean(rows, "reasoning")
+    assert mean.error == pytest.approx(0.3) and mean.n == 1010 and mean.benchmark == "mean"
+
+
+def test_a_cell_without_one_of_the_benchmarks_is_refused():
+    rows = [row(benchmark="a"), row(benchmark="b"), row(benchmark="a", visual_tokens=16)]
+    with pytest.raises(ConfigError, match="16 visual tokens, seed 1 has no row for benchmark 'b'"):
+        table.family_mean(rows, "reasoning")
+
+
+def test_a_flag_on_one_benchmark_flags_the_family_cell():
+    rows = [row(benchmark="a", flag="chance level"), row(benchmark="b")]
+    assert table.family_mean(rows, "reasoning")[0].flag == "chance level"
+
+
+@pytest.mark.parametrize("family", ["reasoning", "ocr"])
+def test_the_published_tables_ship_with_the_package(family):
+    rows = table.read(PAPER / f"paper_{family}.csv")
+    assert len(rows) == 28 and {r.family for r in rows} == {family}
+    errors = np.array([r.error for r in rows]).reshape(4, 7)
+    assert (
+        np.diff(errors, axis=1) < 0
+    ).all()  # more tokens, fewer errors, in each row of both tables
+    corner = {"reasoning": (0.6145, 0.4646), "ocr": (0.9021, 0.6539)}[family]
+    assert (errors[0, 0], errors[-1, -1]) == corner
+
+
+def test_two_n_q_plus_v():
+    assert table.paper_flops(7e9, 50, 16) == 2 * 7e9 * 66

@@ -1,0 +1,71 @@
+"""Bootstrap samples of a table, as row weights: which cells were measured, which training runs there were."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from vlm_jax.laws.table import Row
+
+MODES = ("cells", "seeds", "cells and seeds")
+
+
+def resample(
+    rows: Sequence[Row], cell_of: Int[np.ndarray, " n"], constants: int, draws: int, seed: int
+) -> dict[str, Float[np.ndarray, "R n"]]:
+    """Row weights of every bootstrap sample, per mode; the seed modes only where seeds were repeated."""
+    seeds = {
+        lm: sorted({row.seed for row in rows if row.lm == lm}) for lm in {row.lm for row in rows}
+    }
+    modes = MODES if max(map(len, seeds.values())) > 1 else MODES[:1]
+    return {
+        mode: _draw(rows, cell_of, seeds, mode, constants, draws, np.random.default_rng([seed, i]))
+        for i, mode in enumerate(modes)
+    }
+
+
+def _draw(
+    rows: Sequence[Row],
+    cell_of: Int[np.ndarray, " n"],
+    seeds: Mapping[str, list[int]],
+    mode: str,
+    constants: int,
+    draws: int,
+    rng: np.random.Generator,
+) -> Float[np.ndarray, "R n"]:
+    num_cells = cell_of.max() + 1
+    lms = sorted({row.lm for row in rows})
+    lm_of = np.array([lms.index(row.lm) for row in rows])
+    tokens_of = np.array([row.visual_tokens for row in rows])
+    kept: list[np.ndarray] = []
+    while sum(map(len, kept)) < draws:
+        run = np.ones((draws, len(rows)))
+        if "seeds" in mode:
+            for i, lm in enumerate(lms):
+                counts = rng.multinomial(
+                    len(seeds[lm]), np.full(len(seeds[lm]), 1 / len(seeds[lm])), draws
+                )
+                mine = np.flatnonzero(lm_of == i)
+                run[:, mine] = counts[:, [seeds[lm].index(rows[j].seed) for j in mine]]
+        per_cell = _sums(run, cell_of)
+        weight = (
+            run / np.maximum(per_cell, 1)[:, cell_of]
+        )  # a cell's drawn runs share its weight of 1
+        if "cells" in mode:
+            weight = (
+                weight
+                * rng.multinomial(num_cells, np.full(num_cells, 1 / num_cells), draws)[:, cell_of]
+            )
+        present = weight > 0
+        enough = (_sums(present, cell_of) > 0).sum(1) >= constants
+        for of in (lm_of, np.unique(tokens_of, return_inverse=True)[1]):
+            enough &= (_sums(present, of) > 0).sum(1) >= 2
+        kept.append(weight[enough])  # a sample from which no law can be drawn is drawn again
+    return np.concatenate(kept)[:draws]
+
+
+def _sums(values: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Column sums per group: [R n] -> [R groups]."""
+    return values.astype(float) @ np.eye(group.max() + 1)[group]

@@ -1,0 +1,335 @@
+"""The law error = A / (N^alpha V^beta) + D of each family in errors.csv, with honest intervals.
+
+    python -m vlm_jax.laws.fit errors.csv --out law.json
+
+N is lm_params in billions, V the visual tokens (arXiv 2411.03312, equation 2; its fit uses V alone, the text tokens enter
+only the cost). Least squares with every (LM, visual tokens) cell weighted equally; see `least_squares.py`.
+
+Two things may be resampled. *Cells*: which (LM, V) pairs were measured. *Seeds*: which training runs; drawn per LM size,
+whole, because one seed's language model is shared by all its token counts. Few seeds make the seed interval too narrow (with
+3, by about a fifth). With several seeds the headline resamples both; with one seed only cells, and says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from scipy.special import fdtri
+
+from vlm_jax.config import ConfigError
+from vlm_jax.laws import law as law_file
+from vlm_jax.laws import least_squares, table
+from vlm_jax.laws.bootstrap import MODES, resample
+from vlm_jax.laws.law import BILLION, Fit, Law
+from vlm_jax.laws.table import Number, Row
+
+
+def fit_family(
+    rows: Sequence[Row],
+    family: str,
+    *,
+    benchmark: str | None = None,
+    compressor: str | None = None,
+    fixed_d: Number | None = None,
+    level: float = 0.95,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Fit:
+    """Fits one family's law; flagged rows and other compressors' rows are left out and named in `left_out`.
+
+    Args:
+      benchmark: fits this benchmark alone; None the mean over the family's benchmarks.
+      compressor: None takes the one with the most cells.
+      fixed_d: None fits D >= 0.
+      draws, seed: of the bootstrap; the same numbers give the same intervals.
+    """
+    if not 0 < level < 1:
+        raise ConfigError(f"fit: level must lie in (0, 1), got {level}.")
+    if draws < 100:
+        raise ConfigError(f"fit: {draws} draws are too few for an interval; give at least 100.")
+    if fixed_d is not None and not 0 <= fixed_d < 1:
+        raise ConfigError(f"fit: D must lie in [0, 1), got {fixed_d}.")
+    used, left_out = _select(rows, family, benchmark, compressor)
+    constants = 4 if fixed_d is None else 3
+    _check_design(used, family, constants)
+    cells = sorted({row.cell for row in used}, key=lambda c: (used_size(used, c[0]), c[1]))
+    index = {cell: i for i, cell in enumerate(cells)}
+    cell_of = np.array([index[row.cell] for row in used])
+    size = np.array([row.lm_params for row in used]) / BILLION
+    tokens = np.array([row.visual_tokens for row in used], float)
+    errors = np.array([row.error for row in used])
+    even = (1.0 / np.bincount(cell_of))[cell_of][None]  # every cell counts once
+    free = _one(least_squares.solve(size, tokens, errors[None], even, _fixed(fixed_d, 1)))
+    zero = _one(least_squares.solve(size, tokens, errors[None], even, np.zeros(1)))
+    means = np.bincount(cell_of, errors) / np.bincount(cell_of)
+    params = np.array([used_size(used, lm) for lm, _ in cells])
+    predicted = free.error(params, [v for _, v in cells])
+    sse = float(np.sum((predicted - means) ** 2))
+    several = len({row.seed for row in used}) > 1
+    weights = resample(used, cell_of, constants, draws, seed)
+    solved = {
+        mode: least_squares.solve(
+            size, tokens, np.tile(errors, (draws, 1)), w, _fixed(fixed_d, draws)
+        )
+        for mode, w in weights.items()
+    }
+    mode = MODES[2] if several else MODES[0]
+    return Fit(
+        family=family,
+        benchmark=used[0].benchmark,
+        compressor=used[0].compressor,
+        law=free,
+        law_d_zero=zero,
+        d_fixed=fixed_d is not None,
+        sse=sse,
+        r2=1 - sse / max(float(np.sum((means - means.mean()) ** 2)), 1e-30),
+        max_relative_error=float(np.max(np.abs(predicted - means) / np.maximum(means, 1e-12))),
+        num_cells=len(cells),
+        num_seeds=len({row.seed for row in used}),
+        level=level,
+        intervals={m: _intervals(s, level) for m, s in solved.items()},
+        p_alpha_greater={m: float(np.mean(s.alpha > s.beta)) for m, s in solved.items()},
+        d_profile=_profile_d(size, tokens, errors, even, means, sse, len(cells), level, fixed_d),
+        resamples=np.stack(solved[mode][:4], axis=1),
+        mode=mode,
+        lms={row.lm: row.lm_params for row in used},
+        visual_tokens=tuple(sorted({row.visual_tokens for row in used})),
+        left_out=left_out,
+    )
+
+
+def fit_table(rows: Sequence[Row], **options: Any) -> dict[str, Fit]:
+    """`fit_family` for every family of the table, by name."""
+    return {
+        family: fit_family(rows, family, **options)
+        for family in dict.fromkeys(r.family for r in rows)
+    }
+
+
+def used_size(rows: Sequence[Row], lm: str) -> Number:
+    return next(row.lm_params for row in rows if row.lm == lm)
+
+
+def _select(rows, family, benchmark, compressor) -> tuple[list[Row], tuple[str, ...]]:
+    """The rows to fit, one per (cell, seed), and a line for each group of rows left out."""
+    families = sorted({row.family for row in rows})
+    if family not in families:
+        raise ConfigError(f"fit: family {family!r} is not in the table; it has {families}.")
+    rows = [row for row in rows if row.family == family]
+    if benchmark is not None:
+        names = sorted({row.benchmark for row in rows})
+        rows = [row for row in rows if row.benchmark == benchmark]
+        if not rows:
+            raise ConfigError(
+                f"fit: benchmark {benchmark!r} is not in family {family!r}; it has {names}."
+            )
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[row.compressor] = counts.get(row.compressor, 0) + 1
+    if compressor is None:
+        compressor, most = max(counts.items(), key=lambda item: item[1])
+        if list(counts.values()).count(most) > 1:
+            raise ConfigError(
+                f"fit: family {family!r} holds {sorted(counts)} equally often; choose one with --compressor."
+            )
+    elif compressor not in counts:
+        raise ConfigError(
+            f"fit: compressor {compressor!r} is not in family {family!r}; it has {sorted(counts)}."
+        )
+    left_out = [
+        f"{count} row(s) with compressor {name!r}: the law is fitted to {compressor!r} only"
+        for name, count in counts.items()
+        if name != compressor
+    ]
+    rows = table.family_mean([row for row in rows if row.compressor == compressor], family)
+    left_out += [
+        f"{row.lm}, {row.visual_tokens} visual tokens, seed {row.seed} (error {row.error:.3f}): flagged {row.flag!r}"
+        for row in rows
+        if row.flag
+    ]
+    return [row for row in rows if not row.flag], tuple(left_out)
+
+
+def _check_design(rows: Sequence[Row], family: str, constants: int) -> None:
+    cells = {row.cell for row in rows}
+    for what, values in (
+        ("LM size", {row.lm_params for row in rows}),
+        ("visual token count", {row.visual_tokens for row in rows}),
+    ):
+        if len(values) < 2:
+            raise ConfigError(
+                f"fit: family {family!r} has {len(values)} {what}(s); its exponent needs at least 2."
+            )
+    if len(cells) <= constants:
+        fix = " or fix D with --fix-d 0" if constants == 4 and len(cells) == 4 else ""
+        raise ConfigError(
+            f"fit: family {family!r} has {len(cells)} cells for {constants} constants; measure at least {constants + 1}{fix}."
+        )
+
+
+def _fixed(value: Number | None, count: int) -> np.ndarray | None:
+    return None if value is None else np.full(count, float(value))
+
+
+def _one(solution: least_squares.Solutions) -> Law:
+    return Law(*(float(column[0]) for column in solution[:4]))
+
+
+def _intervals(solved, level) -> dict[str, tuple[float, float] | None]:
+    tails = [50 * (1 - level), 50 * (1 + level)]
+    out: dict[str, tuple[float, float] | None] = {
+        name: _pair(np.percentile(getattr(solved, name), tails))
+        for name in ("A", "alpha", "beta", "D")
+    }
+    positive = (solved.alpha > 0) & (solved.beta > 0)
+    ratio = solved.alpha[positive] / solved.beta[positive]
+    out["alpha/beta"] = _pair(np.percentile(ratio, tails)) if positive.mean() >= level else None
+    return out
+
+
+def _pair(values) -> tuple[float, float]:
+    low, high = values
+    return (float(low), float(high))
+
+
+def _profile_d(size, tokens, errors, even, means, sse, cells, level, fixed_d) -> dict[str, Any]:
+    """Every D whose best law is not significantly worse (F test), and the exponents along the way."""
+    nothing: dict[str, Any] = dict.fromkeys(("D", "alpha", "beta", "ratio"))
+    if fixed_d is not None:
+        return nothing
+    candidates = np.linspace(0, float(means.min()), 81)
+    many = len(candidates)
+    solved = least_squares.solve(
+        size, tokens, np.tile(errors, (many, 1)), np.repeat(even, many, axis=0), candidates
+    )
+    within = float(
+        np.sum(even * errors**2) - np.sum(means**2)
+    )  # seed scatter, the same for every D
+    freedom = cells - 4
+    limit = sse * (1 + float(fdtri(1, freedom, level)) / freedom)
+    fits = solved.sse - within <= limit + 1e-12
+    if not fits.any():
+        return nothing
+    alpha, beta = solved.alpha[fits], solved.beta[fits]
+    both = bool(((alpha > 0) & (beta > 0)).all())
+    ratio = alpha / beta if both else None
+    spans = {"D": candidates[fits], "alpha": alpha, "beta": beta, "ratio": ratio}
+    return {
+        name: None if v is None else (float(v.min()), float(v.max())) for name, v in spans.items()
+    }
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse with the house's errors: one line on stderr, exit code 2."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = OneLineParser(
+        prog="vlm_jax.laws.fit", description="Fits error = A / (N^alpha V^beta) + D per family."
+    )
+    parser.add_argument("table", help="errors.csv; lm_params, visual_tokens and error are enough")
+    parser.add_argument("--out", help="where law.json goes")
+    parser.add_argument("--family", help="fit this family only")
+    parser.add_argument("--benchmark", help="fit this benchmark instead of the family's mean")
+    parser.add_argument(
+        "--compressor", help="fit this compressor's rows (default: the one with the most)"
+    )
+    parser.add_argument(
+        "--fix-d", type=float, help="fix D, for example at 0 (default: fitted, D >= 0)"
+    )
+    parser.add_argument("--level", type=float, default=0.95, help="of the intervals")
+    parser.add_argument("--draws", type=int, default=1000, help="bootstrap resamples")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--json", action="store_true", help="print law.json instead of tables")
+    return parser.parse_args(argv)
+
+
+def show(fit: Fit, console: Console) -> None:
+    """Prints one family's constants, intervals and statements."""
+    compressor = f", {fit.compressor}" if fit.compressor else ""
+    console.print(
+        f"{fit.family} ({fit.benchmark}{compressor}): {fit.num_cells} cells, {fit.num_seeds} seed(s), "
+        f"R2 {fit.r2:.3f}, largest relative error {fit.max_relative_error:.1%}",
+        style="bold", highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    grid = Table()
+    grid.add_column("constant")
+    grid.add_column("value", justify="right")
+    for mode in fit.intervals:
+        grid.add_column(f"{fit.level:.0%} over {mode}", justify="right")
+    grid.add_column("at D = 0", justify="right")
+    for name, cells in constant_rows(fit).items():
+        grid.add_row(name, *cells)
+    console.print(grid)
+    for line in fit.statements:
+        console.print("- " + line, highlight=False, markup=False, soft_wrap=True)
+
+
+def constant_rows(fit: Fit) -> dict[str, list[str]]:
+    """Per constant: its value, an interval per resampling mode, its value at D = 0; as text."""
+    rows = {}
+    for name in ("A", "alpha", "beta", "D", "alpha/beta"):
+        values = [
+            law.ratio if name == "alpha/beta" else getattr(law, name)
+            for law in (fit.law, fit.law_d_zero)
+        ]
+        texts = ["-" if value is None else f"{value:.4g}" for value in values]
+        spans = [group[name] for group in fit.intervals.values()]
+        rows[name] = [
+            texts[0],
+            *("-" if s is None else f"[{s[0]:.3g}, {s[1]:.3g}]" for s in spans),
+            texts[1],
+        ]
+    return rows
+
+
+def run(argv: Sequence[str]) -> None:
+    args = _parse(argv)
+    rows = table.read(args.table)
+    options = {
+        "benchmark": args.benchmark, "compressor": args.compressor, "fixed_d": args.fix_d,
+        "level": args.level, "draws": args.draws, "seed": args.seed,
+    }  # fmt: skip
+    families = [args.family] if args.family else list(dict.fromkeys(row.family for row in rows))
+    fits = {family: fit_family(rows, family, **options) for family in families}
+    made_by = law_file.provenance(
+        args.table, shlex.join(["python", "-m", "vlm_jax.laws.fit", *argv]), options
+    )
+    if args.out:
+        if not Path(args.out).resolve().parent.is_dir():
+            raise ConfigError(f"{args.out}: its folder does not exist; make it first.")
+        law_file.save(args.out, fits, made_by)
+    if args.json:
+        sys.stdout.write(json.dumps(law_file.as_dict(fits, made_by), indent=1) + "\n")
+        return
+    console = Console()
+    for fit in fits.values():
+        show(fit, console)
+    if args.out:
+        console.print(f"wrote {args.out}", highlight=False, markup=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Console entry: 0, or 2 with one line on stderr."""
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except ConfigError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""A fitted law, how sure it is, and its file law.json: numbers, words, resamples, provenance."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from vlm_jax.config import ConfigError
+
+BILLION = 1e9
+LAW_FORMAT = 1
+EXPONENT_BOX = (
+    5.0  # |alpha|, |beta| <= 5 in the fit; a solution on the edge is a step, not a power law
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Law:
+    """error = A N^-alpha V^-beta + D, N in billions of parameters."""
+
+    A: float
+    alpha: float
+    beta: float
+    D: float
+
+    def error(self, lm_params: Any, visual_tokens: Any) -> np.ndarray:
+        """Predicted error; lm_params in parameters; arguments broadcast."""
+        n = np.asarray(lm_params, float) / BILLION
+        return self.A * n**-self.alpha * np.asarray(visual_tokens, float) ** -self.beta + self.D
+
+    @property
+    def ratio(self) -> float | None:
+        """alpha / beta: how many times faster error falls with N than with V; None when either is <= 0."""
+        return self.alpha / self.beta if self.alpha > 0 and self.beta > 0 else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """One family's law and how sure it is. Intervals are percentiles of resamples at `level`."""
+
+    family: str
+    benchmark: str
+    compressor: str
+    law: Law
+    law_d_zero: (
+        Law  # the same with D = 0: its exponents are the ones to compare when D is not identified
+    )
+    d_fixed: bool
+    sse: float  # over cells, of seed means
+    r2: float
+    max_relative_error: float
+    num_cells: int
+    num_seeds: int
+    level: float
+    intervals: dict[
+        str, dict[str, tuple[float, float] | None]
+    ]  # resampling mode -> constant -> interval
+    p_alpha_greater: dict[str, float]  # resampling mode -> share of resamples with alpha > beta
+    d_profile: dict[
+        str, tuple[float, float] | None
+    ]  # D, alpha, beta, ratio over every D that fits as well
+    resamples: Float[np.ndarray, "R 4"]  # A alpha beta D, of the headline mode
+    mode: str  # the headline mode
+    lms: dict[str, int | float]  # name -> parameters, as measured
+    visual_tokens: tuple[int, ...]
+    left_out: tuple[str, ...]  # rows that were not fitted, and why
+
+    @property
+    def d_identified(self) -> bool:
+        return not self.d_fixed and self.d_profile["D"] is not None and self.d_profile["D"][0] > 0
+
+    @property
+    def statements(self) -> list[str]:
+        """What the numbers say, in words; one line each."""
+        return _statements(self)
+
+
+def _statements(fit: Fit) -> list[str]:
+    lines = []
+    share, which = fit.p_alpha_greater[fit.mode], f"{len(fit.resamples)} resamples ({fit.mode})"
+    if share >= fit.level:
+        lines.append(
+            f"{fit.family}: alpha > beta in {share:.1%} of {which}: error falls faster with LM size than with visual tokens."
+        )
+    elif share <= 1 - fit.level:
+        lines.append(
+            f"{fit.family}: beta > alpha in {1 - share:.1%} of {which}: error falls faster with visual tokens than with LM size."
+        )
+    else:
+        lines.append(
+            f"{fit.family}: the order of alpha and beta is not settled: alpha > beta in {share:.1%} of {which}."
+        )
+    if not fit.d_fixed:
+        lines.append(_d_statement(fit))
+    for name in ("alpha", "beta"):
+        interval = fit.intervals[fit.mode][name]
+        if interval is not None and interval[0] <= 0 <= interval[1]:
+            lines.append(
+                f"{fit.family}: {name} is not distinguishable from 0 ({fit.level:.0%} interval [{interval[0]:.3g}, {interval[1]:.3g}])."
+            )
+    edge = np.mean(np.abs(fit.resamples[:, 1:3]).max(1) >= EXPONENT_BOX)
+    if edge > 0:
+        lines.append(
+            f"{fit.family}: an exponent ran to the edge of its box ({EXPONENT_BOX:g}) in {edge:.1%} of resamples: a step, not a power law."
+        )
+    if fit.num_seeds == 1:
+        lines.append(
+            f"{fit.family}: one seed per cell: the intervals know nothing of run-to-run differences."
+        )
+    lines += [f"{fit.family}: not fitted: {line}." for line in fit.left_out]
+    return lines
+
+
+def _d_statement(fit: Fit) -> str:
+    profile = fit.d_profile
+    if fit.d_identified or profile["D"] is None:
+        return f"{fit.family}: D = {fit.law.D:.3g} is identified: D = 0 fits significantly worse."
+    along = f"any D in [{profile['D'][0]:.3g}, {profile['D'][1]:.3g}] fits as well at {fit.level:.0%}; alpha moves over [{profile['alpha'][0]:.3g}, {profile['alpha'][1]:.3g}]"
+    ratio = profile["ratio"]
+    stable = "" if ratio is None else f", alpha/beta only over [{ratio[0]:.3g}, {ratio[1]:.3g}]"
+    return f"{fit.family}: D is not identified: {along}{stable}; compare the exponents at D = 0."
+
+
+def provenance(source: str, command: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What made a law.json: the table, the command and the options."""
+    return {"table": source, "command": command, "options": dict(options), "unit_of_N": BILLION}
+
+
+def save(path: str | os.PathLike[str], fits: Mapping[str, Fit], made_by: Mapping[str, Any]) -> None:
+    """Writes law.json; numbers keep 8 digits, resamples 6."""
+    Path(path).write_text(
+        json.dumps(as_dict(fits, made_by), indent=1, allow_nan=False) + "\n", encoding="utf-8"
+    )
+
+
+def as_dict(fits: Mapping[str, Fit], made_by: Mapping[str, Any]) -> dict[str, Any]:
+    laws = {}
+    for family, fit in fits.items():
+        fields = {
+            f.name: getattr(fit, f.name) for f in dataclasses.fields(fit) if f.name != "resamples"
+        }
+        fields["law"], fields["law_d_zero"] = (
+            dataclasses.asdict(law) for law in (fit.law, fit.law_d_zero)
+        )
+        fields["ratio"], fields["d_identified"], fields["statements"] = (
+            fit.law.ratio,
+            fit.d_identified,
+            fit.statements,
+        )
+        fields["resamples"] = [[float(f"{x:.6g}") for x in row] for row in fit.resamples]
+        laws[family] = fields
+    return {
+        "format": LAW_FORMAT,
+        "formula": "error = A (N/1e9)^-alpha V^-beta + D",
+        "laws": laws,
+        "provenance": dict(made_by),
+    }
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Fit]:
+    """Reads law.json; raises ConfigError on a file that is not one."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(
+            f"{path}: no such file; make it with python -m vlm_jax.laws.fit errors.csv --out {path.name}."
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        laws = content["laws"] if content["format"] == LAW_FORMAT else None
+    except (json.JSONDecodeError, KeyError, TypeError):
+        laws = None
+    if laws is None:
+        raise ConfigError(
+            f"{path}: not a law.json of format {LAW_FORMAT}; make it again with python -m vlm_jax.laws.fit."
+        )
+    return {family: _from_dict(fields) for family, fields in laws.items()}
+
+
+def _from_dict(fields: dict[str, Any]) -> Fit:
+    def pairs(group: dict[str, Any]) -> dict[str, Any]:
+        return {name: None if pair is None else tuple(pair) for name, pair in group.items()}
+
+    names = {f.name for f in dataclasses.fields(Fit)}
+    values = {name: value for name, value in fields.items() if name in names}
+    values["law"], values["law_d_zero"] = Law(**fields["law"]), Law(**fields["law_d_zero"])
+    values["intervals"] = {mode: pairs(group) for mode, group in fields["intervals"].items()}
+    values["d_profile"] = pairs(fields["d_profile"])
+    values["resamples"] = np.asarray(fields["resamples"], float)
+    values["visual_tokens"], values["left_out"] = (
+        tuple(fields["visual_tokens"]),
+        tuple(fields["left_out"]),
+    )
+    return Fit(**values)

@@ -1,0 +1,191 @@
+"""error = A N^-alpha V^-beta + D by variable projection: many weighted problems at once, deterministic.
+
+For given exponents the best A >= 0 and D >= 0 are a closed form, so the search is over (alpha, beta) alone: a grid over
+the whole box finds every basin, damped Gauss-Newton (Kaufman's form of variable projection) finishes from the deepest ones.
+The exponents are free in sign within the box: a slightly negative one says that the resource did not help.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from vlm_jax.laws.law import EXPONENT_BOX
+
+GRID_SIDE = 41
+STARTS = 4  # basins refined per problem
+CHUNK = 256  # problems per batch: bounds the grid's memory to about 50 MB
+
+Problems = Float[np.ndarray, "R n"]
+
+
+class Solutions(NamedTuple):
+    """One law per problem: error = A N^-alpha V^-beta + D, N in the unit of `size`."""
+
+    A: Float[np.ndarray, " R"]
+    alpha: Float[np.ndarray, " R"]
+    beta: Float[np.ndarray, " R"]
+    D: Float[np.ndarray, " R"]
+    sse: Float[np.ndarray, " R"]  # weighted sum of squared residuals
+
+
+class _Profile(NamedTuple):
+    """The best A and D at given exponents, and what Gauss-Newton needs there."""
+
+    A: Float[np.ndarray, " R"]
+    D: Float[np.ndarray, " R"]
+    sse: Float[np.ndarray, " R"]
+    power: Problems  # N^-alpha V^-beta
+    residual: Problems
+    d_active: Bool[np.ndarray, " R"]  # D is strictly positive and fitted
+
+
+def solve(
+    size: Float[np.ndarray, " n"],
+    tokens: Float[np.ndarray, " n"],
+    errors: Problems,
+    weights: Problems,
+    fixed_d: Float[np.ndarray, " R"] | None = None,
+) -> Solutions:
+    """The least-squares law of each of R problems over the same n points.
+
+    Args:
+      size, tokens: N and V of each point, positive, in any unit (A depends on the unit of N).
+      errors, weights: one row per problem; a weight of 0 leaves the point out.
+      fixed_d: D per problem; None fits D >= 0.
+    """
+    parts = [
+        _solve(
+            np.log(size),
+            np.log(tokens),
+            errors[i : i + CHUNK],
+            weights[i : i + CHUNK],
+            None if fixed_d is None else fixed_d[i : i + CHUNK],
+        )
+        for i in range(0, len(errors), CHUNK)
+    ]
+    return Solutions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def _solve(log_n, log_v, errors, weights, fixed_d) -> Solutions:
+    offset = np.zeros(len(errors)) if fixed_d is None else fixed_d
+    y, fit_d = errors - offset[:, None], fixed_d is None
+    mean_n, mean_v = log_n.mean(), log_v.mean()
+    x = np.stack([log_n - mean_n, log_v - mean_v])  # centred: A and the exponents decouple
+    starts = _grid_starts(x, y, weights, fit_d)  # [R K 2]
+    num, k, _ = starts.shape
+    y_k, w_k = np.repeat(y, k, axis=0), np.repeat(weights, k, axis=0)
+    exponents = _refine(x, y_k, w_k, starts.reshape(num * k, 2), fit_d)
+    sse = _profile(x, y_k, w_k, exponents, fit_d).sse.reshape(num, k)
+    best = exponents.reshape(num, k, 2)[np.arange(num), sse.argmin(1)]
+    final = _profile(x, y, weights, best, fit_d)
+    alpha, beta = best.T
+    scale = np.exp(alpha * mean_n + beta * mean_v)
+    return Solutions(final.A * scale, alpha, beta, final.D + offset, final.sse)
+
+
+def _grid_starts(x, y, w, fit_d) -> Float[np.ndarray, "R K 2"]:
+    """The deepest local minima of the profiled error over an asinh-spaced grid of exponents."""
+    knee = 0.05  # linear spacing below, logarithmic above
+    axis = knee * np.sinh(np.linspace(-1, 1, GRID_SIDE) * np.arcsinh(EXPONENT_BOX / knee))
+    alpha, beta = (a.ravel() for a in np.meshgrid(axis, axis, indexing="ij"))
+    shift = -np.outer(alpha, x[0]) - np.outer(beta, x[1])
+    power = np.exp(shift - shift.max(1, keepdims=True))  # scaled to at most 1; A absorbs the scale
+    s, sy, syy = w.sum(1)[:, None], (w * y).sum(1)[:, None], (w * y * y).sum(1)[:, None]
+    sx, sxx, sxy = w @ power.T, w @ (power**2).T, (w * y) @ power.T
+    sse = syy - np.maximum(sxy, 0) ** 2 / np.maximum(sxx, 1e-300)  # D = 0
+    if fit_d:
+        var, cov = sxx - sx**2 / s, sxy - sx * sy / s
+        a = cov / np.maximum(var, 1e-300)
+        inside = (var > 1e-12 * sxx) & (a >= 0) & (sy >= a * sx)
+        sse = np.where(inside, syy - sy**2 / s - a * cov, sse)
+    sse = sse.reshape(-1, GRID_SIDE, GRID_SIDE)
+    padded = np.pad(sse, ((0, 0), (1, 1), (1, 1)), constant_values=np.inf)
+    lowest = np.ones(sse.shape, bool)
+    for i in range(3):
+        for j in range(3):
+            lowest &= sse <= padded[:, i : i + GRID_SIDE, j : j + GRID_SIDE]
+    ranked = np.where(lowest, sse, np.inf).reshape(len(sse), -1)
+    order = np.argpartition(ranked, STARTS, axis=1)[:, :STARTS]
+    return np.stack([alpha[order], beta[order]], axis=-1)
+
+
+def _profile(x, y, w, exponents, fit_d) -> _Profile:
+    """Non-negative least squares for (A, D) at fixed exponents, in closed form."""
+    power = np.exp(-exponents @ x)
+    s = w.sum(1)
+    x_bar, y_bar = (w * power).sum(1) / s, (w * y).sum(1) / s
+    a = np.maximum((w * power * y).sum(1) / (w * power**2).sum(1), 0.0)
+    d = np.zeros_like(a)
+    active = np.zeros(len(a), bool)
+    if fit_d:
+        spread = power - x_bar[:, None]
+        var = (w * spread**2).sum(1)
+        slope = (w * spread * (y - y_bar[:, None])).sum(1) / np.maximum(var, 1e-300)
+        level = y_bar - slope * x_bar
+        active = (var > 1e-14 * s * x_bar**2) & (slope > 0) & (level > 0)
+        a, d = np.where(active, slope, a), np.where(active, level, d)
+    residual = y - a[:, None] * power - d[:, None]
+    return _Profile(a, d, (w * residual**2).sum(1), power, residual, active)
+
+
+def _refine(x, y, w, exponents, fit_d, max_steps: int = 200) -> Float[np.ndarray, "R 2"]:
+    """Damped Gauss-Newton on (alpha, beta); a row leaves the batch when it has converged."""
+    result = exponents.copy()
+    live = np.arange(len(exponents))
+    damping = np.full(len(exponents), 1e-3)
+    here = _profile(x, y, w, exponents, fit_d)
+    for _ in range(max_steps):
+        step = _gauss_newton_step(x, w, here, damping)
+        proposal = np.clip(exponents + step, -EXPONENT_BOX, EXPONENT_BOX)
+        there = _profile(x, y, w, proposal, fit_d)
+        better = there.sse <= here.sse
+        moved = np.abs(proposal - exponents).max(1)
+        gained = here.sse - there.sse
+        exponents = np.where(better[:, None], proposal, exponents)
+        here = _Profile(
+            *(
+                np.where(better.reshape(-1, *[1] * (b.ndim - 1)), a, b)
+                for a, b in zip(there, here, strict=True)
+            )
+        )
+        damping = np.clip(np.where(better, damping * 0.2, damping * 5), 1e-12, 1e12)
+        small = moved < 1e-9 * (1 + np.abs(exponents).max(1))
+        done = small | (better & (gained < 1e-14 * (here.sse + 1e-30)) & (damping < 1e-2))
+        result[live] = exponents
+        if done.all():
+            break
+        keep = ~done
+        live, exponents, damping, y, w = (
+            live[keep],
+            exponents[keep],
+            damping[keep],
+            y[keep],
+            w[keep],
+        )
+        here = _Profile(*(field[keep] for field in here))
+    return result
+
+
+def _gauss_newton_step(x, w, at: _Profile, damping) -> Float[np.ndarray, "R 2"]:
+    """Kaufman's step: the model's derivatives with the linear constants projected out."""
+    basis = at.power
+    ones = at.d_active[:, None].astype(float)
+    mean = (w * basis).sum(1, keepdims=True) / w.sum(1, keepdims=True) * ones
+    basis = basis - mean  # orthogonal to the constant where D is fitted
+    norm = np.maximum((w * basis**2).sum(1, keepdims=True), 1e-300)
+    columns = []
+    for coordinate in x:
+        column = -at.A[:, None] * at.power * coordinate
+        column = column - ones * (w * column).sum(1, keepdims=True) / w.sum(1, keepdims=True)
+        columns.append(column - basis * (w * basis * column).sum(1, keepdims=True) / norm)
+    p, q = columns
+    tiny = 1e-30
+    pp = (w * p * p).sum(1) * (1 + damping) + tiny
+    qq = (w * q * q).sum(1) * (1 + damping) + tiny
+    pq = (w * p * q).sum(1)
+    gp, gq = (w * p * at.residual).sum(1), (w * q * at.residual).sum(1)
+    det = np.maximum(pp * qq - pq * pq, 1e-60)
+    return np.stack([(qq * gp - pq * gq) / det, (pp * gq - pq * gp) / det], axis=-1)
