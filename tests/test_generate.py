@@ -75,27 +75,26 @@ def answer(inputs, decoding=GREEDY, seeds=None):
     return np.asarray(make_generate(config, decoding)(params, inputs, jnp.asarray(seeds)))
 
 
-@functools.cache
-def forward(length):
+def recomputed(inputs, room=24):
+    """The greedy answer of one unpadded prompt by a whole forward pass per token, without any cache.
+
+    The prompt is padded on the right to `room`, so that one compilation serves every length.
+    """
     config, params = model()
-    return jax.jit(lambda inputs: VLM(config).apply({"params": params}, inputs))
-
-
-def recomputed(inputs):
-    """The greedy answer of one unpadded prompt by a whole forward pass per token, without any cache."""
-    tokens = []
-    for _ in range(NEW):
-        length = inputs.tokens.shape[1]
-        tokens.append(int(np.argmax(forward(length)(inputs)[0, -1])))
-        if tokens[-1] == EOS:
+    forward = jax.jit(lambda inputs: VLM(config).apply({"params": params}, inputs))
+    first = inputs.tokens.shape[1]
+    gap = ((0, 0), (0, room - first))
+    tokens, segments = np.pad(inputs.tokens, gap), np.pad(inputs.segments, gap, constant_values=-1)
+    index = np.pad(inputs.visual_index, gap, constant_values=-1)
+    positions = np.arange(room, dtype=np.int32)[None]
+    answer = []
+    for end in range(first, first + NEW):
+        logits = forward(Inputs(tokens, index, positions, segments, inputs.images))
+        answer.append(int(np.argmax(logits[0, end - 1])))
+        if answer[-1] == EOS:
             break
-        inputs = inputs._replace(
-            tokens=np.append(inputs.tokens, [[tokens[-1]]], 1).astype(np.int32),
-            visual_index=np.append(inputs.visual_index, [[-1]], 1).astype(np.int32),
-            positions=np.append(inputs.positions, [[length]], 1).astype(np.int32),
-            segments=np.append(inputs.segments, [[0]], 1).astype(np.int32),
-        )
-    return tokens + [PAD] * (NEW - len(tokens))
+        tokens[0, end], segments[0, end] = answer[-1], 0
+    return answer + [PAD] * (NEW - len(answer))
 
 
 def test_the_cached_loop_gives_the_tokens_of_whole_forward_passes():
