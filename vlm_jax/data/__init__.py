@@ -1,0 +1,1 @@
+"""From files to fixed-shape NumPy batches: images, chat, tokenizer, sources, pipeline. Never imports jax."""

@@ -1,0 +1,401 @@
+"""Conversations to ids and exact loss masks.
+
+A record becomes segments (text, supervised, turn); the text between two images is tokenised at once, in context, and a
+token is supervised if it begins inside supervised text. Nothing is searched for in rendered text, so a question may
+hold "ASSISTANT:" and a tokenizer may merge as it likes.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int32
+
+from vlm_jax.config import ConfigError, check_choice
+from vlm_jax.data.sources import IMAGE, Record, Turn
+from vlm_jax.data.templates import TEMPLATES, Piece, Template
+from vlm_jax.data.tokenizer import Tokenizer
+
+NO_QUERY = "image"  # the query of a row without one, as in the reference
+CACHED_CHARS = 300  # shorter texts are tokenised once per process
+CACHE_SIZE = 1 << 16
+
+
+class Segment(NamedTuple):
+    """A stretch of a rendered conversation; text IMAGE is an image. alone: not tokenised together with its neighbours."""
+
+    text: str
+    supervised: bool
+    turn: int  # 0 = system prompt, n = n-th turn
+    alone: bool = False
+
+
+def render(template: Template, system: str, turns: Sequence[Turn]) -> list[Segment]:
+    """A conversation as segments. A last turn without an answer ends in the assistant's header."""
+    segments: list[Segment] = []
+
+    def write(pieces: Sequence[Piece], turn: int) -> None:
+        segments.extend(Segment(text, supervised, turn) for text, supervised in pieces)
+
+    if system:
+        write((*template.system.before, (system, False), *template.system.after), 0)
+    for number, turn in enumerate(turns, start=1):
+        question = turn.question if template.keeps_question else ""
+        write(template.user.before, number)
+        for image in range(turn.images):
+            segments.append(Segment(IMAGE, False, number))
+            if template.after_image:
+                segments.append(Segment(template.after_image, False, number, alone=True))
+            if template.keeps_question and (question or image + 1 < turn.images):
+                segments.append(Segment("\n", False, number))
+        write(((question, False), *template.user.after), number)
+        if turn.answer is None:
+            write(_header(template), number)
+        else:
+            answer = (turn.answer, True)
+            write((*template.assistant.before, answer, *template.assistant.after), number)
+    return [segment for segment in segments if segment.text]
+
+
+def _header(template: Template) -> tuple[Piece, ...]:
+    """The assistant's header without a trailing supervised piece, which belongs to the answer."""
+    pieces = template.assistant.before
+    while pieces and pieces[-1][1]:
+        pieces = pieces[:-1]
+    return pieces
+
+
+def queries(record: Record) -> list[str]:
+    """For each image the text of its human turn (the first human turn after the image), whole; "image" if empty.
+
+    # Differs from llava-token-compression@bdedebd, which cuts the query out of decoded text at "\\n" and "ASSISTANT".
+    """
+    return [turn.question.strip() or NO_QUERY for turn in record.turns for _ in range(turn.images)]
+
+
+class Row(NamedTuple):
+    """One sample, T slots; see `pipeline` for what the numbers mean."""
+
+    tokens: Int32[np.ndarray, "T"]
+    visual_index: Int32[np.ndarray, "T"]
+    positions: Int32[np.ndarray, "T"]
+    segments: Int32[np.ndarray, "T"]
+    loss_mask: Bool[np.ndarray, "T"]
+
+
+class Unit(NamedTuple):
+    """Consecutive slots of a row: text with ids, or (ids None) the visual tokens of one image."""
+
+    ids: np.ndarray | None  # int32 [n]
+    loss: np.ndarray | None  # bool [n]
+    segment: int = 0
+
+
+_IMAGE_UNIT = Unit(None, None)
+
+
+class Chat:
+    """Encodes records for one template, tokenizer and set of sizes; thread-safe and picklable.
+
+    Raises ConfigError if the tokenizer lacks the template's control tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: str,
+        system: str | None,
+        turns: str,
+        visual_tokens: int,
+        max_tokens: int,
+        max_query_tokens: int,
+        max_images: int,
+    ):
+        check_choice("data", "template", template, TEMPLATES)
+        self.tokenizer, self.template = tokenizer, TEMPLATES[template]
+        for token in self.template.control:
+            if tokenizer.token_id(token) is None:
+                raise ConfigError(
+                    f"data: template {template!r} needs the token {token!r}, which the tokenizer lacks;"
+                    " choose the model's own template or add the token."
+                )
+        self.system = self.template.system_prompt if system is None else system
+        self.independent = turns == "independent"
+        self.visual_tokens, self.max_tokens = visual_tokens, max_tokens
+        self.max_query_tokens, self.max_images = max_query_tokens, max_images
+        self._bos = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], np.int32)
+        reserved = sorted(
+            {*tokenizer.specials, *self.template.control, IMAGE}, key=len, reverse=True
+        )
+        self._reserved = re.compile("|".join(map(re.escape, reserved)))
+        self._make_caches()
+
+    def _make_caches(self) -> None:
+        self._cached_chunk = functools.lru_cache(CACHE_SIZE)(self._chunk)
+        self._cached_alone = functools.lru_cache(CACHE_SIZE)(self._alone)
+        self._cached_query = functools.lru_cache(CACHE_SIZE)(self._query)
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if not key.startswith("_cached")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._make_caches()
+
+    @property
+    def closing_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer: the template's closing token and the tokenizer's EOS."""
+        ids, _ = self.tokenizer.encode(self.template.closing)
+        found = {self.tokenizer.eos_id, ids[-1] if ids else None} - {None}
+        return tuple(sorted(found))
+
+    def encode(self, record: Record) -> Row:
+        """A training row, right padded to max_tokens; what does not fit is cut, but never inside an image.
+
+        Raises BadRecord: control tokens in the text, too many images, an image that does not fit, no supervised token.
+        """
+        units = self._units(record)
+        row = self.pack(record, units, self.max_tokens)
+        if not row.loss_mask.any():
+            raise record.bad(
+                f"no answer fits into max_tokens {self.max_tokens}; raise it or drop the record"
+            )
+        return row
+
+    def prompt(self, record: Record) -> list[Unit]:
+        """A prompt for generation: the record's last turn has no answer. Lay it out with `pack`.
+
+        Raises BadRecord as `encode` does, and if the prompt is longer than max_tokens.
+        """
+        if self.independent and len(record.turns) > 1:
+            raise record.bad(
+                "turns are independent, but the prompt has earlier turns; ask with turns = 'dialogue'"
+            )
+        self._check(record)
+        units = self._dialogue(record)
+        if self.length(units) > self.max_tokens:
+            raise record.bad(
+                f"the prompt has {self.length(units)} tokens, more than max_tokens {self.max_tokens}"
+            )
+        return units
+
+    def length(self, units: Sequence[Unit]) -> int:
+        return sum(self.visual_tokens if u.ids is None else len(u.ids) for u in units)
+
+    def query_arrays(
+        self, record: Record
+    ) -> tuple[Int32[np.ndarray, "I Q"], Bool[np.ndarray, "I Q"]]:
+        """One query per image slot, right padded; slots without an image hold "image"."""
+        tokens = np.full((self.max_images, self.max_query_tokens), self.tokenizer.pad_id, np.int32)
+        mask = np.zeros(tokens.shape, bool)
+        texts = queries(record)
+        for i in range(self.max_images):
+            text = texts[i] if i < len(texts) else NO_QUERY
+            ids = (self._cached_query if len(text) < CACHED_CHARS else self._query)(text)
+            tokens[i, : len(ids)] = ids
+            mask[i, : len(ids)] = True
+        return tokens, mask
+
+    def pack(self, record: Record, units: Sequence[Unit], width: int, left: bool = False) -> Row:
+        """Units laid out in `width` slots, padded on the right, or on the left (they must then fit)."""
+        tokens = np.full(width, self.tokenizer.pad_id, np.int32)
+        visual = np.full(width, -1, np.int32)
+        positions = np.zeros(width, np.int32)
+        segments = np.full(width, -1, np.int32)
+        loss = np.zeros(width, bool)
+        at = first = width - self.length(units) if left else 0
+        image = position = prefix = 0  # prefix: where every independent turn's positions start
+        for ids, targets, segment in units:
+            count = self.visual_tokens if ids is None else len(ids)
+            end = min(at + count, width)
+            if ids is None:
+                if at + count > width:
+                    raise record.bad(
+                        f"image {image} does not fit into max_tokens {self.max_tokens}"
+                    )
+                tokens[at:end] = 0
+                visual[at:end] = np.arange(image * count, (image + 1) * count)
+                image += 1
+            else:
+                tokens[at:end] = ids[: end - at]
+                loss[at:end] = targets[: end - at]
+            if segment == 0:
+                prefix = position + count
+            elif at > 0 and segments[at - 1] != segment:  # a turn begins
+                position = prefix
+            segments[at:end] = segment
+            positions[at:end] = np.arange(position, position + end - at)
+            position += count
+            at = end
+            if at == width:
+                break
+        loss[first] = False  # nothing predicts the first token
+        return Row(tokens, visual, positions, segments, loss)
+
+    # --- records to units -------------------------------------------------------------------------------------------
+
+    def _check(self, record: Record) -> None:
+        if len(record.images) > self.max_images:
+            raise record.bad(
+                f"has {len(record.images)} images, but max_images is {self.max_images}"
+            )
+        texts = [
+            record.system or "",
+            *(t.question for t in record.turns),
+            *(t.answer or "" for t in record.turns),
+        ]
+        found = self._reserved.search("\n".join(texts))
+        if found:
+            raise record.bad(f"its text contains the control token {found.group()!r}")
+        if not self.template.keeps_question and len(record.turns) > 1 and not self.independent:
+            raise record.bad(
+                f"has {len(record.turns)} turns, but the template writes one caption per record"
+            )
+
+    def _units(self, record: Record) -> list[Unit]:
+        self._check(record)
+        if not self.independent:
+            return self._dialogue(record)
+        if any(turn.images for turn in record.turns[1:]):
+            raise record.bad(
+                "turns are independent, but a later turn has an image; move it to the first turn"
+            )
+        return self._turns_apart(record)
+
+    def _dialogue(self, record: Record) -> list[Unit]:
+        system = self.system if record.system is None else record.system
+        try:
+            return [
+                Unit(self._bos, np.zeros(len(self._bos), bool)),
+                *self._encoded(system, record.turns),
+            ]
+        except ValueError as error:
+            raise record.bad(str(error)) from None
+
+    def _encoded(self, system: str, turns: Sequence[Turn]) -> list[Unit]:
+        units = []
+        for chunk in _chunks(render(self.template, system, turns)):
+            if chunk is None:
+                units.append(_IMAGE_UNIT)
+                continue
+            text, spans = chunk
+            ids, _, loss = (self._cached_chunk if len(text) < CACHED_CHARS else self._chunk)(
+                text, spans
+            )
+            units.append(Unit(ids, loss))
+        return units
+
+    def _turns_apart(self, record: Record) -> list[Unit]:
+        """The shared prefix (BOS, system prompt, images) as segment 0, then each turn as its own segment.
+
+        Every turn has the ids it would have as the only turn of the record.
+        """
+        system = self.system if record.system is None else record.system
+        images = record.turns[0].images
+        try:
+            alone = [
+                (
+                    self._cached_alone
+                    if len(system) + len(t.question) + len(t.answer or "") < CACHED_CHARS
+                    else self._alone
+                )(system, images, t.question, t.answer)
+                for t in record.turns
+            ]
+        except ValueError as error:
+            raise record.bad(str(error)) from None
+        prefix, shared = alone[0].prefix, min(a.shared for a in alone)
+        first = alone[0].tail
+        while shared and any(
+            not np.array_equal(a.tail.ids[:shared], first.ids[:shared]) for a in alone
+        ):
+            shared -= 1
+        if shared:
+            prefix = (*prefix, Unit(first.ids[:shared], first.loss[:shared]))
+        units = list(prefix)
+        for number, a in enumerate(alone, start=1):
+            loss = a.tail.loss[shared:]
+            if number > 1 and len(loss) and loss[0]:
+                loss = loss.copy()
+                loss[0] = False  # the slot before it belongs to another turn
+            units.append(Unit(a.tail.ids[shared:], loss, number))
+        return units
+
+    def _alone(self, system: str, images: int, question: str, answer: str | None) -> Alone:
+        turn = Turn(images, question, answer)
+        units = [Unit(self._bos, np.zeros(len(self._bos), bool)), *self._encoded(system, [turn])]
+        if images:
+            return Alone(tuple(units[:-1]), units[-1], 0)
+        chunks = _chunks(render(self.template, system, [turn]))
+        text, spans = chunks[0]
+        _, ends, _ = self._chunk(text, spans)
+        opening = render(self.template, system, [])
+        header = sum(len(s.text) for s in opening) + sum(
+            len(t) for t, _ in self.template.user.before
+        )
+        return Alone((units[0],), units[1], int(np.searchsorted(ends > header, True)))
+
+    def _chunk(
+        self, text: str, spans: tuple[tuple[int, int], ...]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids, end offsets and loss mask of one text; spans: its supervised stretches.
+
+        Raises ValueError if a token begins before an answer and reaches into it: prompt and answer share it then.
+        """
+        ids, offsets = self.tokenizer.encode(text)
+        loss = np.zeros(len(ids), bool)
+        for begin, end in spans:
+            for i, (start, stop) in enumerate(offsets):
+                if begin <= start < end:
+                    loss[i] = True
+                elif start < begin < stop:
+                    raise ValueError(
+                        f"the tokenizer merges prompt and answer into the token {text[start:stop]!r}"
+                    )
+        ends = np.array([stop for _, stop in offsets], np.int64)
+        return np.array(ids, np.int32), ends, loss
+
+    def _query(self, text: str) -> np.ndarray:
+        ids, _ = self.tokenizer.encode(text)
+        return np.concatenate([self._bos, np.array(ids, np.int32)])[: self.max_query_tokens]
+
+
+class Alone(NamedTuple):
+    """A turn as the only one of its record: prefix units, the rest, and how many tokens of the rest come before the question."""
+
+    prefix: tuple[Unit, ...]
+    tail: Unit
+    shared: int
+
+
+def _chunks(segments: Sequence[Segment]) -> list[tuple[str, tuple[tuple[int, int], ...]] | None]:
+    """Joined texts with their supervised spans (adjacent ones merged); None for an image."""
+    chunks: list[tuple[str, tuple[tuple[int, int], ...]] | None] = []
+    text, spans = "", []
+
+    def close() -> None:
+        nonlocal text, spans
+        if text:
+            chunks.append((text, tuple(spans)))
+        text, spans = "", []
+
+    for segment in segments:
+        if segment.text == IMAGE or segment.alone:
+            close()
+        if segment.text == IMAGE:
+            chunks.append(None)
+            continue
+        if segment.supervised:
+            end = len(text) + len(segment.text)
+            if spans and spans[-1][1] == len(text):
+                spans[-1] = (spans[-1][0], end)
+            else:
+                spans.append((len(text), end))
+        text += segment.text
+        if segment.alone:
+            close()
+    close()
+    return chunks

@@ -1,0 +1,121 @@
+"""An image file to uint8 pixels [H W 3]: RGB, squared (pad, crop or stretch), resized with Pillow's bicubic filter.
+
+The result equals what Hugging Face's CLIP and SigLIP processors hold before they divide by 255; the model
+normalises on the device. EXIF orientation is ignored, as there.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+MODES = ("pad", "crop", "stretch")
+CANVAS_FACTOR = (
+    4  # a padded or resized canvas may hold this many times max_pixels: bounds 1 x N strips
+)
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; its text is the reason, without the file."""
+
+
+def load(
+    source: str | bytes, image_px: int, mode: str, mean: Sequence[float], max_pixels: int
+) -> UInt8[np.ndarray, "H W 3"]:
+    """The image at a path, or in encoded bytes, as [image_px image_px 3].
+
+    mean: the encoder's channel means in 0..1; `pad` fills with them. Raises ImageError for a missing, empty,
+    damaged or non-image file, and for one whose header promises more than max_pixels (before decoding it).
+    """
+    try:
+        with Image.open(_stream(source)) as image:
+            _check_size(image.size, max_pixels)
+            rgb = to_rgb(image)
+    except ImageError:
+        raise
+    except FileNotFoundError:
+        raise ImageError("the image file does not exist") from None
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"too many pixels: {error}") from None
+    except Image.UnidentifiedImageError:
+        raise ImageError("not an image in a format Pillow knows") from None
+    except Exception as error:  # Pillow's plugins raise whatever a damaged file makes them raise
+        raise ImageError(f"cannot be decoded: {type(error).__name__}: {error}") from None
+    return fit(rgb, image_px, mode, mean, max_pixels)
+
+
+def _stream(source: str | bytes) -> str | io.BytesIO:
+    if isinstance(source, bytes):
+        if not source:
+            raise ImageError("the image is empty (0 bytes)")
+        return io.BytesIO(source)
+    if os.path.isfile(source) and os.path.getsize(source) == 0:
+        raise ImageError("the image file is empty (0 bytes)")
+    return source
+
+
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+    if size[0] * size[1] > max_pixels:
+        raise ImageError(f"{size[0]}x{size[1]} pixels exceed max_image_pixels {max_pixels}")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB as Pillow does (alpha is dropped), but 16-bit grey is scaled by 1/257 instead of clipped."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if image.mode.startswith("I;16") or values.max(initial=0) > 255:
+            values = (values + 128) // 257
+        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def fit(
+    image: Image.Image, image_px: int, mode: str, mean: Sequence[float], max_pixels: int
+) -> UInt8[np.ndarray, "H W 3"]:
+    """An RGB image to [image_px image_px 3].
+
+    pad: centred on a square of int(255 * mean), then resized (LLaVA's expand2square, SigLIP's resize).
+    crop: shortest side resized to image_px, centre cut out (CLIP).  stretch: resized without regard to its shape.
+    """
+    if mode == "pad":
+        image = _pad_to_square(image, mean, max_pixels)
+    elif mode == "crop":
+        return np.array(_crop(image, image_px, max_pixels))
+    return np.array(image.resize((image_px, image_px), Image.Resampling.BICUBIC))
+
+
+def _pad_to_square(image: Image.Image, mean: Sequence[float], max_pixels: int) -> Image.Image:
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    _check_canvas(image.size, side * side, max_pixels)
+    canvas = Image.new("RGB", (side, side), tuple(int(255 * m) for m in mean))
+    canvas.paste(image, ((side - width) // 2, (side - height) // 2))
+    return canvas
+
+
+def _crop(image: Image.Image, image_px: int, max_pixels: int) -> Image.Image:
+    width, height = image.size
+    short = min(width, height)
+    size = (
+        image_px if width == short else int(image_px * width / height),
+        image_px if height == short else int(image_px * height / width),
+    )
+    _check_canvas(image.size, size[0] * size[1], max(max_pixels, image_px * image_px))
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = (size[0] - image_px) // 2, (size[1] - image_px) // 2
+    return image.crop((left, top, left + image_px, top + image_px))
+
+
+def _check_canvas(size: tuple[int, int], pixels: int, max_pixels: int) -> None:
+    if pixels > CANVAS_FACTOR * max_pixels:
+        raise ImageError(
+            f"{size[0]}x{size[1]} is too elongated: squaring it takes {pixels} pixels,"
+            f" more than {CANVAS_FACTOR} x max_image_pixels {max_pixels}"
+        )

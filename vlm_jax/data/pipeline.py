@@ -1,0 +1,472 @@
+"""Grain pipelines from annotation files to fixed-shape NumPy batches.
+
+A batch is a dict (B rows, T = max_tokens, I = max_images, Q = max_query_tokens, M visual tokens per image):
+  tokens int32 [B T]; visual_index int32 [B T]: -1 for text, else i*M + m; positions int32 [B T]; segments int32 [B T]:
+  -1 padding, 0 shared, n the n-th independent turn; loss_mask bool [B T]: supervised targets; ids: list of record ids;
+  with max_images > 0 also query_tokens int32 [B I Q], query_mask bool [B I Q], and either images uint8 [B I H W 3] or,
+  from a feature cache, feature_last [B I P C] and feature_taps [B I P Z].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags, logging
+from jaxtyping import UInt8
+
+from vlm_jax.config import ConfigError, DataConfig
+from vlm_jax.data import images, sources, tokenizer
+from vlm_jax.data.chat import Chat
+from vlm_jax.data.sources import BadRecord, Record
+
+Batch = dict[str, Any]
+TEXT_CHUNK = (
+    32  # records encoded per task when no image is decoded: a task costs more than a short record
+)
+IMAGE_THREADS = 16
+BUCKET_STEP = 8
+MAX_BUCKETS = 4
+
+
+@functools.lru_cache(8)
+def _tokenizer(directory: str, stamp: float) -> tokenizer.Tokenizer:
+    del stamp  # a rewritten directory is read again
+    return tokenizer.load(directory)
+
+
+@functools.lru_cache(64)
+def _chat(
+    directory: str,
+    stamp: float,
+    template: str,
+    system: str | None,
+    turns: str,
+    sizes: tuple[int, int, int, int],
+) -> Chat:
+    return Chat(_tokenizer(directory, stamp), template, system, turns, *sizes)
+
+
+def make_chat(cfg: DataConfig, visual_tokens: int) -> Chat:
+    """The encoder a config asks for; the same object (and its caches) for the same settings."""
+    tokenizer.check_directory(cfg.tokenizer)
+    stamp = os.stat(cfg.tokenizer).st_mtime
+    sizes = (visual_tokens, cfg.max_tokens, cfg.max_query_tokens, cfg.max_images)
+    return _chat(cfg.tokenizer, stamp, cfg.template, cfg.system, cfg.turns, sizes)
+
+
+class Features:
+    """A cache of encoder features: last.npy [N P C], taps.npy [N P Z] (absent if equal), index.json {path: row}."""
+
+    def __init__(self, directory: str):
+        self.directory = directory
+        with open(os.path.join(directory, "index.json"), encoding="utf-8") as file:
+            self.rows: dict[str, int] = json.load(file)
+        self.last = np.load(os.path.join(directory, "last.npy"), mmap_mode="r")
+        taps = os.path.join(directory, "taps.npy")
+        self.taps = np.load(taps, mmap_mode="r") if os.path.isfile(taps) else None
+        if self.rows and max(self.rows.values()) >= len(self.last):
+            raise ConfigError(
+                f"data: {directory}: index.json points past the {len(self.last)} rows of last.npy."
+            )
+
+    def gather(self, rows: np.ndarray) -> Batch:
+        """Features of rows int [B I]; zeros for -1."""
+        last = _take(self.last, rows)
+        taps = last if self.taps is None else _take(self.taps, rows)
+        return {"feature_last": last, "feature_taps": taps}
+
+
+def _take(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    out = np.asarray(table[np.maximum(rows, 0)])
+    out[rows < 0] = 0
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+    """How images become pixels."""
+
+    image_px: int
+    mode: str
+    mean: tuple[float, ...]
+    max_pixels: int
+
+    def load(self, record: Record, image: str | bytes) -> UInt8[np.ndarray, "H W 3"]:
+        source = image if isinstance(image, bytes) else os.path.join(record.root, image)
+        name = f"image {image!r}: " if isinstance(image, str) else ""
+        try:
+            return images.load(source, self.image_px, self.mode, self.mean, self.max_pixels)
+        except images.ImageError as error:
+            raise record.bad(f"{name}{error}") from None
+
+
+def _pixels(cfg: DataConfig, image_px: int, mean: Sequence[float]) -> Pixels:
+    return Pixels(image_px, cfg.image_mode, tuple(mean), cfg.max_image_pixels)
+
+
+class Encoder:
+    """Record -> one row of arrays without the batch axis. Picklable: worker processes get a copy."""
+
+    def __init__(self, chat: Chat, pixels: Pixels, feature_rows: dict[str, int] | None):
+        self.chat, self.pixels, self.feature_rows = chat, pixels, feature_rows
+
+    def __call__(self, record: Record) -> Batch:
+        return {**self.chat.encode(record)._asdict(), "ids": record.id, **self.visual(record)}
+
+    def visual(self, record: Record) -> Batch:
+        """Queries and pixels (or rows of the feature cache) of a record's images."""
+        slots = self.chat.max_images
+        if slots == 0:
+            return {}
+        query_tokens, query_mask = self.chat.query_arrays(record)
+        row: Batch = {"query_tokens": query_tokens, "query_mask": query_mask}
+        if self.feature_rows is not None:
+            rows = [self._feature_row(record, image) for image in record.images]
+            row["feature_rows"] = np.array(rows + [-1] * (slots - len(rows)), np.int64)
+            return row
+        px = self.pixels.image_px
+        row["images"] = np.zeros((slots, px, px, 3), np.uint8)
+        for i, image in enumerate(record.images):
+            row["images"][i] = self.pixels.load(record, image)
+        return row
+
+    def _feature_row(self, record: Record, image: str | bytes) -> int:
+        if isinstance(image, bytes) or image not in self.feature_rows:
+            name = "<bytes>" if isinstance(image, bytes) else image
+            raise record.bad(f"image {name!r} is not in the index of features_dir")
+        return self.feature_rows[image]
+
+
+def _features(cfg: DataConfig) -> Features | None:
+    return Features(cfg.features_dir) if cfg.features_dir and cfg.max_images else None
+
+
+def _make_encoder(
+    cfg: DataConfig,
+    visual_tokens: int,
+    image_px: int,
+    mean: Sequence[float],
+    features: Features | None,
+) -> Encoder:
+    rows = None if features is None else features.rows
+    return Encoder(make_chat(cfg, visual_tokens), _pixels(cfg, image_px, mean), rows)
+
+
+def _stack(rows: Sequence[Batch], features: Features | None) -> Batch:
+    batch = {key: [row[key] for row in rows] for key in rows[0]}
+    batch = {key: column if key == "ids" else np.stack(column) for key, column in batch.items()}
+    if "feature_rows" in batch:
+        batch.update(features.gather(batch.pop("feature_rows")))
+    return batch
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+class _EncodeChunk(grain.transforms.Map):
+    """Indices [n] -> n rows; a bad record becomes its error, so that the consumer sees and counts every one."""
+
+    def __init__(self, source: sources.Concatenated, encoder: Encoder):
+        self.source, self.encoder = source, encoder
+
+    def map(self, indices: np.ndarray) -> list[Batch]:
+        return [self._encode(int(index)) for index in indices]
+
+    def _encode(self, index: int) -> Batch:
+        try:
+            return self.encoder(self.source[index])
+        except BadRecord as error:
+            return {"bad": (error.file, error.record_id, error.reason)}
+
+
+class TrainIterator(grain.DatasetIterator):
+    """Endless batches; `get_state`/`set_state` resume exactly, whatever the number of workers.
+
+    The sample stream is a pure function of its index, so the state is one number: how many samples of this shard were
+    consumed. bad_records counts those dropped under `skip` (it is part of the state). Call `close` when done.
+    """
+
+    def __init__(
+        self,
+        cfg: DataConfig,
+        stream: grain.MapDataset,
+        encode: _EncodeChunk,
+        rows: int,
+        features: Features | None,
+    ):
+        super().__init__()
+        self._cfg, self._stream, self._encode = cfg, stream, encode
+        self._rows, self._features = rows, features
+        self._consumed = self.bad_records = 0
+        self._chunks: grain.DatasetIterator | None = None
+        self._pending: Iterator[Batch] = iter(())
+
+    def __next__(self) -> Batch:
+        self._assert_not_closed()
+        rows: list[Batch] = []
+        while len(rows) < self._rows:
+            row = next(self._pending, None)
+            if row is None:
+                if self._chunks is None:
+                    self._chunks = self._open()
+                self._pending = iter(next(self._chunks))
+                continue
+            self._consumed += 1
+            if "bad" in row:
+                self._drop(BadRecord(*row["bad"]))
+            else:
+                rows.append(row)
+        return _stack(rows, self._features)
+
+    def _drop(self, error: BadRecord) -> None:
+        if self._cfg.on_bad_record == "raise":
+            raise error
+        self.bad_records += 1
+        logging.warning(
+            "skipped (%d of at most %d): %s", self.bad_records, self._cfg.max_bad_records, error
+        )
+        if self.bad_records > self._cfg.max_bad_records:
+            raise ConfigError(
+                f"data: {self.bad_records} bad records, more than max_bad_records {self._cfg.max_bad_records};"
+                f" mend the data or raise the limit. The last one: {error}"
+            )
+
+    def _open(self) -> grain.DatasetIterator:
+        """Chunks of encoded rows, from the first sample not yet consumed on."""
+        decodes = self._cfg.max_images > 0 and self._features is None
+        chunk = 1 if decodes else min(TEXT_CHUNK, self._rows)
+        threads = IMAGE_THREADS if decodes else 1
+        rest = self._stream[self._consumed :].batch(chunk).map(self._encode)
+        buffered = max(threads, -(-2 * self._rows // chunk))  # two batches ahead
+        chunks = rest.to_iter_dataset(
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffered)
+        )
+        if self._cfg.num_workers:
+            _parse_flags()
+            chunks = chunks.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=self._cfg.num_workers)
+            )
+        return iter(chunks)
+
+    def start_prefetch(self) -> None:
+        self._assert_not_closed()
+        if self._chunks is None:
+            self._chunks = self._open()
+        self._chunks.start_prefetch()
+
+    def get_state(self) -> dict[str, int]:
+        return {"consumed": self._consumed, "bad_records": self.bad_records}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self._stop()
+        self._consumed, self.bad_records = int(state["consumed"]), int(state["bad_records"])
+
+    def _stop(self) -> None:
+        if self._chunks is not None:
+            self._chunks.close()
+        self._chunks, self._pending = None, iter(())
+
+    def close(self) -> None:
+        self._stop()
+        super().close()
+
+
+def _parse_flags() -> None:
+    """grain's workers read absl flags, which must be parsed first; a program without absl.app never does."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def train_iterator(
+    cfg: DataConfig,
+    visual_tokens: int,
+    image_px: int,
+    mean: Sequence[float],
+    shard: int = 0,
+    num_shards: int = 1,
+) -> TrainIterator:
+    """Endless shuffled batches of shard `shard`: batch_size / num_shards rows each, a new order each epoch.
+
+    visual_tokens: M per image. mean: channel means of the encoder (0..1), for padding. Rows of all shards together are
+    the same for every num_shards. Raises ConfigError for missing files or sizes that do not fit; iterating raises
+    BadRecord (on_bad_record = raise) or ConfigError after more than max_bad_records (skip).
+    """
+    if cfg.batch_size % num_shards:
+        raise ConfigError(
+            f"data: batch_size {cfg.batch_size} is not divisible by the {num_shards} processes that load data."
+        )
+    source, features = sources.open_source(cfg), _features(cfg)
+    encode = _EncodeChunk(source, _make_encoder(cfg, visual_tokens, image_px, mean, features))
+    stream = (
+        grain.MapDataset.range(len(source)).seed(cfg.seed).shuffle().repeat()[shard::num_shards]
+    )
+    return TrainIterator(cfg, stream, encode, cfg.batch_size // num_shards, features)
+
+
+def steps_per_epoch(cfg: DataConfig) -> int:
+    """Batches that cover every record once; the last one reaches into the next epoch."""
+    return math.ceil(len(sources.open_source(cfg)) / cfg.batch_size)
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def choose_buckets(lengths: Sequence[int], batch_size: int) -> tuple[int, ...]:
+    """At most four widths (multiples of 8) that hold the lengths, at their quartiles; none for less than a batch."""
+    rounded = sorted(-(-n // BUCKET_STEP) * BUCKET_STEP for n in lengths)
+    quartiles = [
+        rounded[max(0, len(rounded) * k // MAX_BUCKETS - 1)] for k in range(1, MAX_BUCKETS + 1)
+    ]
+    buckets: list[int] = []
+    filled = 0  # rows that the buckets chosen so far hold
+    for width in sorted(set(quartiles)):
+        held = sum(n <= width for n in rounded)
+        if width == rounded[-1] or (
+            held - filled >= batch_size and len(rounded) - held >= batch_size
+        ):
+            buckets.append(width)
+            filled = held
+    return tuple(buckets)
+
+
+class _PromptBatch(grain.transforms.Map):
+    """(bucket, row numbers) -> one left-padded batch."""
+
+    def __init__(
+        self,
+        records: list[Record],
+        units: list,
+        encoder: Encoder,
+        features: Features | None,
+        size: int,
+    ):
+        self.records, self.units, self.encoder = records, units, encoder
+        self.features, self.size = features, size
+
+    def map(self, work: tuple[int, list[int]]) -> Batch:
+        width, numbers = work
+        rows = [self._row(number, width) for number in numbers]
+        rows += [{**rows[-1], "ids": ""}] * (self.size - len(rows))
+        return _stack(rows, self.features)
+
+    def _row(self, number: int, width: int) -> Batch:
+        record = self.records[number]
+        row = self.encoder.chat.pack(record, self.units[number], width, left=True)._asdict()
+        del row["loss_mask"]
+        return {**row, "ids": record.id, **self.encoder.visual(record)}
+
+
+def eval_batches(
+    records: Sequence[dict],
+    image_root: str,
+    cfg: DataConfig,
+    visual_tokens: int,
+    image_px: int,
+    mean: Sequence[float],
+    batch_size: int,
+) -> tuple[tuple[int, ...], Iterator[Batch]]:
+    """Left-padded generation prompts of LLaVA records whose last turn is human, shortest bucket first.
+
+    Returns the bucket widths and the batches [batch_size bucket] (no loss_mask). A bucket's last batch is filled up by
+    repeating a row with id "", so that only `len(buckets)` shapes exist. Raises BadRecord whatever on_bad_record says:
+    a dropped question would change the error that is measured.
+    """
+    features = _features(cfg)
+    encoder = _make_encoder(cfg, visual_tokens, image_px, mean, features)
+    parsed = [
+        sources.parse(raw, "evaluation records", image_root, f"#{i}", generate=True)
+        for i, raw in enumerate(records)
+    ]
+    if not parsed:
+        return (), iter(())
+    units = [encoder.chat.prompt(record) for record in parsed]
+    lengths = [encoder.chat.length(u) for u in units]
+    buckets = choose_buckets(lengths, batch_size)
+    work, shorter = [], 0
+    for width in buckets:
+        inside = [i for i, n in enumerate(lengths) if shorter < n <= width]
+        work += [(width, inside[at : at + batch_size]) for at in range(0, len(inside), batch_size)]
+        shorter = width
+    batches = grain.MapDataset.source(work).map(
+        _PromptBatch(parsed, units, encoder, features, batch_size)
+    )
+    return buckets, iter(
+        batches.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=4))
+    )
+
+
+# --- writing a feature cache ------------------------------------------------------------------------------------------
+
+
+def list_images(cfg: DataConfig) -> list[tuple[str, str]]:
+    """All (relative path, root) that a config's records name, sorted, once each.
+
+    Raises ConfigError if a path exists under two roots or images are stored inside a tfds dataset: the cache is keyed by
+    relative path; BadRecord for unusable records, unless they are skipped.
+    """
+    found: dict[str, str] = {}
+    source = sources.open_source(cfg)
+    for index in range(len(source)):
+        try:
+            record = source[index]
+        except BadRecord:
+            if cfg.on_bad_record == "raise":
+                raise
+            continue
+        for image in record.images:
+            if isinstance(image, bytes):
+                raise ConfigError(
+                    f"data: {record.file} holds its images itself; features_dir needs image files."
+                )
+            if found.setdefault(image, record.root) != record.root:
+                raise ConfigError(
+                    f"data: image {image!r} is named under {found[image]!r} and {record.root!r};"
+                    " a feature cache needs distinct relative paths."
+                )
+    return sorted(found.items())
+
+
+class _LoadImages(grain.transforms.Map):
+    def __init__(self, pixels: Pixels, size: int, skip: bool):
+        self.pixels, self.size, self.skip = pixels, size, skip
+
+    def map(self, paths: list[tuple[str, str]]) -> tuple[list[str], np.ndarray]:
+        px = self.pixels.image_px
+        out, names = np.zeros((self.size, px, px, 3), np.uint8), []
+        for path, root in paths:
+            try:
+                out[len(names)] = self.pixels.load(
+                    Record(root, path, root, (path,), None, ()), path
+                )
+            except BadRecord as error:
+                if not self.skip:
+                    raise
+                logging.warning("left out of the feature cache: %s", error)
+                continue
+            names.append(path)
+        return names, out
+
+
+def image_batches(
+    paths: Sequence[tuple[str, str]],
+    cfg: DataConfig,
+    image_px: int,
+    mean: Sequence[float],
+    batch_size: int,
+) -> Iterator[tuple[list[str], UInt8[np.ndarray, "B H W 3"]]]:
+    """(relative paths [n <= B], pixels [B H W 3], zeros after the n-th) of what `list_images` gives, in order.
+
+    A bad image raises BadRecord, or is left out (and logged) if bad records are skipped.
+    """
+    work = [list(paths[at : at + batch_size]) for at in range(0, len(paths), batch_size)]
+    load = _LoadImages(_pixels(cfg, image_px, mean), batch_size, cfg.on_bad_record == "skip")
+    batches = grain.MapDataset.source(work).map(load)
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)))
