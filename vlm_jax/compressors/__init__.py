@@ -1,0 +1,54 @@
+"""Visual-token compressors, between the encoder and the projector: the table of contents and the contract.
+
+A compressor is one file and one line of COMPRESSORS. Its file holds
+
+- the module: `M(config, grid)`, called as `module(last [B P C], taps [B P Z], query [B D] | None) -> [B M C]`.
+  last: the feature layer; taps: the hidden states `config.taps` side by side (`last` again when none is tapped);
+  query: the decoder's final-norm state at the question's last token, without gradient (None if `uses_query` is False).
+  Patches and visual tokens are in row-major order; the output is as wide as the encoder, the projector follows.
+- num_tokens(config, grid) -> M, the number of visual tokens of one image on a grid x grid encoder: static, so that image
+  slots, jitted shapes and FLOPs agree;
+- flops(config, grid, width, text_width) -> FLOPs of one image, a multiply-add counted as 2, norms and activations as 0;
+  without the projector and without the language model's pass over the question.
+
+Sizes that do not fit are refused by `config.VLMConfig`, before anything is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+
+from vlm_jax.compressors import identity, quecc, tokenpacker, windows
+from vlm_jax.config import CompressorConfig, ConfigError
+
+
+class Compressor(NamedTuple):
+    module: type[nn.Module]
+    num_tokens: Callable[[CompressorConfig, int], int]
+    flops: Callable[[CompressorConfig, int, int, int], int]
+    uses_query: bool
+    uses_taps: bool
+
+
+# fmt: off
+COMPRESSORS: dict[str, Compressor] = {
+    "identity": Compressor(identity.Identity, identity.num_tokens, identity.flops, uses_query=False, uses_taps=False),
+    "quecc": Compressor(quecc.QueCC, windows.num_tokens, quecc.flops, uses_query=True, uses_taps=True),
+    "tokenpacker": Compressor(tokenpacker.TokenPacker, windows.num_tokens, tokenpacker.flops, uses_query=False, uses_taps=True),
+}
+# fmt: on
+
+
+def get(name: str) -> Compressor:
+    """Raises ConfigError for a name that is not registered."""
+    if name not in COMPRESSORS:
+        raise ConfigError(f"unknown compressor {name!r}; use one of {', '.join(COMPRESSORS)}.")
+    return COMPRESSORS[name]
+
+
+def num_tokens(config: CompressorConfig, grid: int) -> int:
+    """Visual tokens of one image on a grid x grid encoder."""
+    return get(config.name).num_tokens(config, grid)

@@ -1,0 +1,28 @@
+"""No compression: every patch becomes a visual token (the LLaVA-1.5 baseline once the projector follows)."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+from jaxtyping import Array, Float
+
+from vlm_jax.config import CompressorConfig
+
+
+class Identity(nn.Module):
+    """Hands the feature layer on; has no parameters."""
+
+    config: CompressorConfig
+    grid: int
+
+    def __call__(
+        self, last: Float[Array, "B P C"], taps: Float[Array, "B P Z"], query: None = None
+    ) -> Float[Array, "B P C"]:
+        return last
+
+
+def num_tokens(config: CompressorConfig, grid: int) -> int:
+    return grid**2
+
+
+def flops(config: CompressorConfig, grid: int, width: int, text_width: int) -> int:
+    return 0
