@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.special import fdtri
 
+from vlm_jax import cli
 from vlm_jax.config import ConfigError
 from vlm_jax.laws import law as law_file
 from vlm_jax.laws import least_squares, table
@@ -323,12 +324,7 @@ def run(argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Console entry: 0, or 2 with one line on stderr."""
-    try:
-        run(sys.argv[1:] if argv is None else argv)
-    except ConfigError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    return 0
+    return cli.run(run, argv)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,181 @@
+"""The analytic count against XLA's own, on one-layer models (a scan's body is counted once)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+
+from vlm_jax import presets
+from vlm_jax.config import CompressorConfig, ConfigError, LMConfig, ViTConfig, VLMConfig, stride_for
+from vlm_jax.laws import flops
+from vlm_jax.models.lm import LM, empty_cache
+from vlm_jax.models.vit import ViT
+from vlm_jax.models.vlm import VLM, Inputs, dummy_inputs
+
+
+def vit_config(**changes) -> ViTConfig:
+    fields = dict(
+        image_px=64, patch_px=8, width=256, num_layers=1, num_heads=4, mlp_width=1024, activation="gelu_tanh",
+        norm_eps=1e-6, cls_token=False, pre_norm=False, post_norm=True, patch_bias=True, feature_layer=-1,
+        mean=(0.5,) * 3, std=(0.5,) * 3,
+    )  # fmt: skip
+    return ViTConfig(**{**fields, **changes})
+
+
+def lm_config(**changes) -> LMConfig:
+    fields = dict(
+        vocab_size=512, width=256, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=64, mlp_width=768,
+        rope_theta=1e4, norm_eps=1e-6, qkv_bias=False, qk_norm=False, tied_embeddings=False,
+    )  # fmt: skip
+    return LMConfig(**{**fields, **changes})
+
+
+def vlm_config(compressor: str, visual_tokens: int = 16, **changes) -> VLMConfig:
+    vit = changes.pop("vit", vit_config())
+    stride = 1 if compressor == "identity" else stride_for(vit.grid, visual_tokens)
+    return VLMConfig(
+        vit, CompressorConfig(compressor, stride=stride), changes.pop("lm", lm_config()), **changes
+    )
+
+
+def abstract_params(config: VLMConfig):
+    return nn.unbox(
+        jax.eval_shape(lambda key: VLM(config).init(key, dummy_inputs(config)), jax.random.key(0))
+    )
+
+
+def xla_flops(function, *args) -> float:
+    """What the compiled program costs by XLA's analysis."""
+    return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+
+
+def int_array(*shape: int):
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        vit_config(),
+        vit_config(image_px=96, num_heads=8, mlp_width=512),
+        vit_config(
+            cls_token=True,
+            pre_norm=True,
+            post_norm=False,
+            patch_bias=False,
+            feature_layer=-2,
+            num_layers=2,
+        ),
+    ],
+    ids=["siglip", "longer", "clip-last-but-one"],
+)
+def test_the_encoders_count_is_within_two_percent_of_xla(config):
+    model, pixels = (
+        ViT(config),
+        jax.ShapeDtypeStruct((1, config.image_px, config.image_px, 3), jnp.float32),
+    )
+    params = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), pixels))
+    measured = xla_flops(model.apply, params, pixels)
+    assert flops.encoder_flops(config) == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lm_config(),
+        lm_config(num_kv_heads=1, qkv_bias=True),
+        lm_config(qk_norm=True, tied_embeddings=True, mlp_width=1024, vocab_size=2048),
+    ],
+    ids=["mha", "grouped-queries", "tied"],
+)
+def test_the_decoders_count_is_within_two_percent_of_xla(config):
+    tokens = 128
+    model = LM(config)
+
+    def run(module, ids, mask):
+        hidden = module.hidden(module.embed(ids), ids, mask)
+        return module.logits(hidden[:, -1:])
+
+    ids, mask = int_array(1, tokens), jax.ShapeDtypeStruct((1, tokens, tokens), jnp.bool_)
+    params = nn.unbox(
+        jax.eval_shape(
+            lambda k, i, m: model.init(k, i, m, method=run), jax.random.key(0), ids, mask
+        )
+    )
+    measured = xla_flops(lambda p, i, m: model.apply(p, i, m, method=run), params, ids, mask)
+    assert flops.decoder_flops(config, tokens, tokens, logits=1) == pytest.approx(
+        measured, rel=0.02
+    )
+
+
+@pytest.mark.parametrize("name", ["identity", "tokenpacker", "quecc"])
+def test_a_whole_prefill_is_within_two_percent_of_xla(name):
+    wide = lm_config(width=512, num_heads=8, num_kv_heads=8, mlp_width=1536)
+    config = vlm_config(name, 16, vit=vit_config(width=512, mlp_width=2048), lm=wide)
+    text, query = 32, 16
+    count = flops.forward_flops(config, text_tokens=text, query_tokens=query)
+    length = text + (64 if name == "identity" else 16)
+    params = abstract_params(config)
+    cache = jax.eval_shape(lambda: empty_cache(config.lm, 1, length))
+    inputs = Inputs(
+        tokens=int_array(1, length), visual_index=int_array(1, length), positions=int_array(1, length),
+        segments=int_array(1, length), images=jax.ShapeDtypeStruct((1, 1, 64, 64, 3), jnp.uint8),
+        query_tokens=int_array(1, 1, query), query_mask=jax.ShapeDtypeStruct((1, 1, query), jnp.bool_),
+    )  # fmt: skip
+    measured = xla_flops(
+        lambda p, i, c: VLM(config).apply(p, i, c, method="prefill"), params, inputs, cache
+    )
+    assert count.total == pytest.approx(measured, rel=0.02)
+
+
+def test_a_decode_step_is_within_two_percent_of_xla():
+    config = vlm_config("identity")
+    slots = 96
+    params, cache = (
+        abstract_params(config),
+        jax.eval_shape(lambda: empty_cache(config.lm, 1, slots)),
+    )
+    measured = xla_flops(
+        lambda p, t, s, slot, c: VLM(config).apply(p, t, t, s, slot, c, method="decode"),
+        params, int_array(1), int_array(1, slots), int_array(), cache,
+    )  # fmt: skip
+    assert flops.decoder_flops(config.lm, 1, slots, logits=1) == pytest.approx(measured, rel=0.02)
+
+
+def test_an_answer_costs_one_decode_step_less_than_it_has_tokens():
+    config = vlm_config("identity")
+    one, three = (flops.forward_flops(config, text_tokens=32, output_tokens=n) for n in (1, 3))
+    assert one.decode == 0 and one.prefill == three.prefill
+    lm = config.lm
+    assert three.decode == flops.decoder_flops(lm, 1, 97, 1) + flops.decoder_flops(lm, 1, 98, 1)
+
+
+def test_cached_text_costs_no_linear_maps_but_is_still_looked_at():
+    config = vlm_config("identity")
+    fresh, cached = (
+        flops.forward_flops(config, text_tokens=32, cached_text_tokens=n) for n in (0, 32)
+    )
+    assert fresh.prefill - cached.prefill == flops.decoder_flops(config.lm, 32, 96, logits=0)
+    with pytest.raises(
+        ConfigError, match=r"cached_text_tokens 33 must lie in \[0, text_tokens = 32\]"
+    ):
+        flops.forward_flops(config, text_tokens=32, cached_text_tokens=33)
+
+
+def test_the_papers_count_is_close_for_a_large_model_and_short_prompt():
+    lm = presets.lm("qwen1.5-7b")
+    exact = flops.decoder_flops(lm, 66, 66, logits=66)
+    head = (
+        lm.vocab_size * lm.width
+    )  # the paper's N counts the embedding table too, which multiplies nothing
+    assert flops.paper_flops(lm.total_params - head, 50, 16) == pytest.approx(exact, rel=0.01)
+
+
+def test_more_layers_multiply_only_the_layers():
+    one, two = lm_config(), dataclasses.replace(lm_config(), num_layers=2)
+    head = 2 * 256 * 512
+    assert flops.decoder_flops(two, 8, 8, 1) - head == 2 * (
+        flops.decoder_flops(one, 8, 8, 1) - head
+    )
