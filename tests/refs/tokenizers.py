@@ -68,7 +68,7 @@ def byte_level(directory, control=CONTROL["chatml"], bos=None):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(CORPUS + ["\n\n", "a\n\nb"], trainer)
+    backend.train_from_iterator([*CORPUS, "\n\n", "a\n\nb"], trainer)
     names = {"bos_token": bos} if bos else {}
     return save(backend, directory, eos_token="<|endoftext|>", pad_token="<|endoftext|>", **names)
 

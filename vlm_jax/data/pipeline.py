@@ -9,13 +9,8 @@ A batch is a dict (B rows, T = max_tokens, I = max_images, Q = max_query_tokens,
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import json
 import math
-import os
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import grain
 import numpy as np
@@ -23,149 +18,25 @@ from absl import flags, logging
 from jaxtyping import UInt8
 
 from vlm_jax.config import ConfigError, DataConfig
-from vlm_jax.data import images, sources, tokenizer
-from vlm_jax.data.chat import Chat
+from vlm_jax.data import sources
+from vlm_jax.data.rows import (
+    Batch,
+    Encoder,
+    Features,
+    Pixels,
+    make_encoder,
+    make_pixels,
+    open_features,
+    stack,
+)
 from vlm_jax.data.sources import BadRecord, Record
 
-Batch = dict[str, Any]
 TEXT_CHUNK = (
     32  # records encoded per task when no image is decoded: a task costs more than a short record
 )
 IMAGE_THREADS = 16
 BUCKET_STEP = 8
 MAX_BUCKETS = 4
-
-
-@functools.lru_cache(8)
-def _tokenizer(directory: str, stamp: float) -> tokenizer.Tokenizer:
-    del stamp  # a rewritten directory is read again
-    return tokenizer.load(directory)
-
-
-@functools.lru_cache(64)
-def _chat(
-    directory: str,
-    stamp: float,
-    template: str,
-    system: str | None,
-    turns: str,
-    sizes: tuple[int, int, int, int],
-) -> Chat:
-    return Chat(_tokenizer(directory, stamp), template, system, turns, *sizes)
-
-
-def make_chat(cfg: DataConfig, visual_tokens: int) -> Chat:
-    """The encoder a config asks for; the same object (and its caches) for the same settings."""
-    tokenizer.check_directory(cfg.tokenizer)
-    stamp = os.stat(cfg.tokenizer).st_mtime
-    sizes = (visual_tokens, cfg.max_tokens, cfg.max_query_tokens, cfg.max_images)
-    return _chat(cfg.tokenizer, stamp, cfg.template, cfg.system, cfg.turns, sizes)
-
-
-class Features:
-    """A cache of encoder features: last.npy [N P C], taps.npy [N P Z] (absent if equal), index.json {path: row}."""
-
-    def __init__(self, directory: str):
-        self.directory = directory
-        with open(os.path.join(directory, "index.json"), encoding="utf-8") as file:
-            self.rows: dict[str, int] = json.load(file)
-        self.last = np.load(os.path.join(directory, "last.npy"), mmap_mode="r")
-        taps = os.path.join(directory, "taps.npy")
-        self.taps = np.load(taps, mmap_mode="r") if os.path.isfile(taps) else None
-        if self.rows and max(self.rows.values()) >= len(self.last):
-            raise ConfigError(
-                f"data: {directory}: index.json points past the {len(self.last)} rows of last.npy."
-            )
-
-    def gather(self, rows: np.ndarray) -> Batch:
-        """Features of rows int [B I]; zeros for -1."""
-        last = _take(self.last, rows)
-        taps = last if self.taps is None else _take(self.taps, rows)
-        return {"feature_last": last, "feature_taps": taps}
-
-
-def _take(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    out = np.asarray(table[np.maximum(rows, 0)])
-    out[rows < 0] = 0
-    return out
-
-
-@dataclasses.dataclass(frozen=True)
-class Pixels:
-    """How images become pixels."""
-
-    image_px: int
-    mode: str
-    mean: tuple[float, ...]
-    max_pixels: int
-
-    def load(self, record: Record, image: str | bytes) -> UInt8[np.ndarray, "H W 3"]:
-        source = image if isinstance(image, bytes) else os.path.join(record.root, image)
-        name = f"image {image!r}: " if isinstance(image, str) else ""
-        try:
-            return images.load(source, self.image_px, self.mode, self.mean, self.max_pixels)
-        except images.ImageError as error:
-            raise record.bad(f"{name}{error}") from None
-
-
-def _pixels(cfg: DataConfig, image_px: int, mean: Sequence[float]) -> Pixels:
-    return Pixels(image_px, cfg.image_mode, tuple(mean), cfg.max_image_pixels)
-
-
-class Encoder:
-    """Record -> one row of arrays without the batch axis. Picklable: worker processes get a copy."""
-
-    def __init__(self, chat: Chat, pixels: Pixels, feature_rows: dict[str, int] | None):
-        self.chat, self.pixels, self.feature_rows = chat, pixels, feature_rows
-
-    def __call__(self, record: Record) -> Batch:
-        return {**self.chat.encode(record)._asdict(), "ids": record.id, **self.visual(record)}
-
-    def visual(self, record: Record) -> Batch:
-        """Queries and pixels (or rows of the feature cache) of a record's images."""
-        slots = self.chat.max_images
-        if slots == 0:
-            return {}
-        query_tokens, query_mask = self.chat.query_arrays(record)
-        row: Batch = {"query_tokens": query_tokens, "query_mask": query_mask}
-        if self.feature_rows is not None:
-            rows = [self._feature_row(record, image) for image in record.images]
-            row["feature_rows"] = np.array(rows + [-1] * (slots - len(rows)), np.int64)
-            return row
-        px = self.pixels.image_px
-        row["images"] = np.zeros((slots, px, px, 3), np.uint8)
-        for i, image in enumerate(record.images):
-            row["images"][i] = self.pixels.load(record, image)
-        return row
-
-    def _feature_row(self, record: Record, image: str | bytes) -> int:
-        if isinstance(image, bytes) or image not in self.feature_rows:
-            name = "<bytes>" if isinstance(image, bytes) else image
-            raise record.bad(f"image {name!r} is not in the index of features_dir")
-        return self.feature_rows[image]
-
-
-def _features(cfg: DataConfig) -> Features | None:
-    return Features(cfg.features_dir) if cfg.features_dir and cfg.max_images else None
-
-
-def _make_encoder(
-    cfg: DataConfig,
-    visual_tokens: int,
-    image_px: int,
-    mean: Sequence[float],
-    features: Features | None,
-) -> Encoder:
-    rows = None if features is None else features.rows
-    return Encoder(make_chat(cfg, visual_tokens), _pixels(cfg, image_px, mean), rows)
-
-
-def _stack(rows: Sequence[Batch], features: Features | None) -> Batch:
-    batch = {key: [row[key] for row in rows] for key in rows[0]}
-    batch = {key: column if key == "ids" else np.stack(column) for key, column in batch.items()}
-    if "feature_rows" in batch:
-        batch.update(features.gather(batch.pop("feature_rows")))
-    return batch
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -224,7 +95,7 @@ class TrainIterator(grain.DatasetIterator):
                 self._drop(BadRecord(*row["bad"]))
             else:
                 rows.append(row)
-        return _stack(rows, self._features)
+        return stack(rows, self._features)
 
     def _drop(self, error: BadRecord) -> None:
         if self._cfg.on_bad_record == "raise":
@@ -303,8 +174,8 @@ def train_iterator(
         raise ConfigError(
             f"data: batch_size {cfg.batch_size} is not divisible by the {num_shards} processes that load data."
         )
-    source, features = sources.open_source(cfg), _features(cfg)
-    encode = _EncodeChunk(source, _make_encoder(cfg, visual_tokens, image_px, mean, features))
+    source, features = sources.open_source(cfg), open_features(cfg)
+    encode = _EncodeChunk(source, make_encoder(cfg, visual_tokens, image_px, mean, features))
     stream = (
         grain.MapDataset.range(len(source)).seed(cfg.seed).shuffle().repeat()[shard::num_shards]
     )
@@ -355,7 +226,7 @@ class _PromptBatch(grain.transforms.Map):
         width, numbers = work
         rows = [self._row(number, width) for number in numbers]
         rows += [{**rows[-1], "ids": ""}] * (self.size - len(rows))
-        return _stack(rows, self.features)
+        return stack(rows, self.features)
 
     def _row(self, number: int, width: int) -> Batch:
         record = self.records[number]
@@ -379,8 +250,8 @@ def eval_batches(
     repeating a row with id "", so that only `len(buckets)` shapes exist. Raises BadRecord whatever on_bad_record says:
     a dropped question would change the error that is measured.
     """
-    features = _features(cfg)
-    encoder = _make_encoder(cfg, visual_tokens, image_px, mean, features)
+    features = open_features(cfg)
+    encoder = make_encoder(cfg, visual_tokens, image_px, mean, features)
     parsed = [
         sources.parse(raw, "evaluation records", image_root, f"#{i}", generate=True)
         for i, raw in enumerate(records)
@@ -467,6 +338,6 @@ def image_batches(
     A bad image raises BadRecord, or is left out (and logged) if bad records are skipped.
     """
     work = [list(paths[at : at + batch_size]) for at in range(0, len(paths), batch_size)]
-    load = _LoadImages(_pixels(cfg, image_px, mean), batch_size, cfg.on_bad_record == "skip")
+    load = _LoadImages(make_pixels(cfg, image_px, mean), batch_size, cfg.on_bad_record == "skip")
     batches = grain.MapDataset.source(work).map(load)
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)))

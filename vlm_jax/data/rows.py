@@ -1,0 +1,152 @@
+"""One record to one row of arrays: text by `chat`, pixels by `images` or rows of a feature cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from vlm_jax.config import ConfigError, DataConfig
+from vlm_jax.data import images, tokenizer
+from vlm_jax.data.chat import Chat
+from vlm_jax.data.sources import Record
+
+Batch = dict[str, Any]
+
+
+@functools.lru_cache(8)
+def _tokenizer(directory: str, stamp: float) -> tokenizer.Tokenizer:
+    del stamp  # a rewritten directory is read again
+    return tokenizer.load(directory)
+
+
+@functools.lru_cache(64)
+def _chat(
+    directory: str,
+    stamp: float,
+    template: str,
+    system: str | None,
+    turns: str,
+    sizes: tuple[int, int, int, int],
+) -> Chat:
+    return Chat(_tokenizer(directory, stamp), template, system, turns, *sizes)
+
+
+def make_chat(cfg: DataConfig, visual_tokens: int) -> Chat:
+    """The encoder a config asks for; the same object (and its caches) for the same settings."""
+    tokenizer.check_directory(cfg.tokenizer)
+    stamp = os.stat(cfg.tokenizer).st_mtime
+    sizes = (visual_tokens, cfg.max_tokens, cfg.max_query_tokens, cfg.max_images)
+    return _chat(cfg.tokenizer, stamp, cfg.template, cfg.system, cfg.turns, sizes)
+
+
+class Features:
+    """A cache of encoder features: last.npy [N P C], taps.npy [N P Z] (absent if equal), index.json {path: row}."""
+
+    def __init__(self, directory: str):
+        self.directory = directory
+        with open(os.path.join(directory, "index.json"), encoding="utf-8") as file:
+            self.rows: dict[str, int] = json.load(file)
+        self.last = np.load(os.path.join(directory, "last.npy"), mmap_mode="r")
+        taps = os.path.join(directory, "taps.npy")
+        self.taps = np.load(taps, mmap_mode="r") if os.path.isfile(taps) else None
+        if self.rows and max(self.rows.values()) >= len(self.last):
+            raise ConfigError(
+                f"data: {directory}: index.json points past the {len(self.last)} rows of last.npy."
+            )
+
+    def gather(self, rows: np.ndarray) -> Batch:
+        """Features of rows int [B I]; zeros for -1."""
+        last = _take(self.last, rows)
+        taps = last if self.taps is None else _take(self.taps, rows)
+        return {"feature_last": last, "feature_taps": taps}
+
+
+def _take(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    out = np.asarray(table[np.maximum(rows, 0)])
+    out[rows < 0] = 0
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+    """How images become pixels."""
+
+    image_px: int
+    mode: str
+    mean: tuple[float, ...]
+    max_pixels: int
+
+    def load(self, record: Record, image: str | bytes) -> UInt8[np.ndarray, "H W 3"]:
+        source = image if isinstance(image, bytes) else os.path.join(record.root, image)
+        name = f"image {image!r}: " if isinstance(image, str) else ""
+        try:
+            return images.load(source, self.image_px, self.mode, self.mean, self.max_pixels)
+        except images.ImageError as error:
+            raise record.bad(f"{name}{error}") from None
+
+
+def make_pixels(cfg: DataConfig, image_px: int, mean: Sequence[float]) -> Pixels:
+    return Pixels(image_px, cfg.image_mode, tuple(mean), cfg.max_image_pixels)
+
+
+class Encoder:
+    """Record -> one row of arrays without the batch axis. Picklable: worker processes get a copy."""
+
+    def __init__(self, chat: Chat, pixels: Pixels, feature_rows: dict[str, int] | None):
+        self.chat, self.pixels, self.feature_rows = chat, pixels, feature_rows
+
+    def __call__(self, record: Record) -> Batch:
+        return {**self.chat.encode(record)._asdict(), "ids": record.id, **self.visual(record)}
+
+    def visual(self, record: Record) -> Batch:
+        """Queries and pixels (or rows of the feature cache) of a record's images."""
+        slots = self.chat.max_images
+        if slots == 0:
+            return {}
+        query_tokens, query_mask = self.chat.query_arrays(record)
+        row: Batch = {"query_tokens": query_tokens, "query_mask": query_mask}
+        if self.feature_rows is not None:
+            rows = [self._feature_row(record, image) for image in record.images]
+            row["feature_rows"] = np.array(rows + [-1] * (slots - len(rows)), np.int64)
+            return row
+        px = self.pixels.image_px
+        row["images"] = np.zeros((slots, px, px, 3), np.uint8)
+        for i, image in enumerate(record.images):
+            row["images"][i] = self.pixels.load(record, image)
+        return row
+
+    def _feature_row(self, record: Record, image: str | bytes) -> int:
+        if isinstance(image, bytes) or image not in self.feature_rows:
+            name = "<bytes>" if isinstance(image, bytes) else image
+            raise record.bad(f"image {name!r} is not in the index of features_dir")
+        return self.feature_rows[image]
+
+
+def open_features(cfg: DataConfig) -> Features | None:
+    return Features(cfg.features_dir) if cfg.features_dir and cfg.max_images else None
+
+
+def make_encoder(
+    cfg: DataConfig,
+    visual_tokens: int,
+    image_px: int,
+    mean: Sequence[float],
+    features: Features | None,
+) -> Encoder:
+    rows = None if features is None else features.rows
+    return Encoder(make_chat(cfg, visual_tokens), make_pixels(cfg, image_px, mean), rows)
+
+
+def stack(rows: Sequence[Batch], features: Features | None) -> Batch:
+    batch = {key: [row[key] for row in rows] for key in rows[0]}
+    batch = {key: column if key == "ids" else np.stack(column) for key, column in batch.items()}
+    if "feature_rows" in batch:
+        batch.update(features.gather(batch.pop("feature_rows")))
+    return batch
