@@ -78,8 +78,11 @@ class Linear(nn.Module):
         kernel = weight(
             self, "kernel", _flat(kernel_init, fan_in), (*contracted, *self.out), self.names
         )
-        dims = (tuple(range(x.ndim - self.in_axes, x.ndim)), tuple(range(self.in_axes)))
-        y = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), (dims, ((), ())))
+        # One [rows, in] x [in, out] product: XLA's CPU backend takes half the time of the many-axis contraction in
+        # the backward pass (measured at 3584 x 64 x 680); elsewhere the reshapes are free.
+        rows = x.astype(self.dtype).reshape(-1, fan_in)
+        y = rows @ kernel.astype(self.dtype).reshape(fan_in, -1)
+        y = y.reshape(*x.shape[: x.ndim - self.in_axes], *self.out)
         if self.use_bias:
             bias_init = self.bias_init or uniform_fan_in(fan_in)
             bias = weight(self, "bias", bias_init, self.out, self.names[self.in_axes :])
@@ -192,6 +195,10 @@ class GatedMLP(nn.Module):
         return linear(x.shape[-1:], ("mlp", "embed"), name="down")(hidden)
 
 
+UNROLLED_LAYERS = (
+    4  # a stack this short is unrolled: one program, no copies between layers (CPU step -25 % at 2)
+)
+
 REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 
 
@@ -206,5 +213,5 @@ def scan_layers(
         block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[remat])
     return nn.scan(
         block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=in_axes, length=length,
-        metadata_params={nn.PARTITION_NAME: "layers"},
+        unroll=length if length <= UNROLLED_LAYERS else 1, metadata_params={nn.PARTITION_NAME: "layers"},
     )  # fmt: skip
