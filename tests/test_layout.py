@@ -25,6 +25,8 @@ ALLOWED: dict[str, set[str]] = {
     "optim": {"config", "sharding"},
     "checkpoint": {"config", "sharding"},
     "telemetry": {"config"},
+    "experiment": {"config", "presets", "data"},
+    "loop": {"*"},
     "compressors": {"layers", "config"},
     "models": {"layers", "config", "compressors"},
     "data": {"config"},
@@ -39,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "aot": {"*"},
     "show": {"*"},
 }
-NO_JAX = ("data", "miniworld", "benchmarks", "config", "cli", "presets", "axes")
+NO_JAX = ("data", "miniworld", "benchmarks", "config", "cli", "presets", "axes", "experiment")
 NO_JAX_LAWS = ("table", "fit", "plot", "report")
 
 

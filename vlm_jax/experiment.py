@@ -154,11 +154,29 @@ def last_step(workdir: str | Path) -> int | None:
 
 
 def write(experiment: Experiment, workdir: Path) -> None:
-    """Saves the settings as `config.json`, whole or not at all."""
-    text = json.dumps(dataclasses.asdict(experiment), indent=2)
-    partial = workdir / f"config.json.{os.getpid()}"
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(workdir / "config.json")
+    """Saves the settings as `config.json`."""
+    _write_json(dataclasses.asdict(experiment), workdir / "config.json")
+
+
+def finish(workdir: Path, metrics: Mapping[str, float]) -> None:
+    """Marks a run as finished: `final.json` holds the metrics of its last step."""
+    _write_json(metrics, workdir / "final.json")
+
+
+def finished(workdir: Path) -> dict[str, float] | None:
+    """The final metrics of a finished run whose last checkpoint is still there; None otherwise."""
+    path = workdir / "final.json"
+    metrics = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"step": None}
+    return (
+        metrics if metrics["step"] is not None and metrics["step"] == last_step(workdir) else None
+    )
+
+
+def _write_json(content: Mapping[str, Any], path: Path) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def read(workdir: str | Path) -> Experiment:
@@ -186,8 +204,8 @@ def read(workdir: str | Path) -> Experiment:
 
 def check_same(experiment: Experiment, workdir: Path) -> None:
     """Raises ConfigError when `workdir` belongs to a run with other settings, naming the first field that differs."""
-    if not (workdir / "config.json").is_file():
-        return
+    if last_step(workdir) is None or not (workdir / "config.json").is_file():
+        return  # nothing was learnt there yet
     before, now = dict(_fields(read(workdir))), dict(_fields(experiment))
     for name in now:
         if before[name] != now[name] and not name.startswith(MUTABLE):

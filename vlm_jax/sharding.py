@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,28 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("length", None),
     ("layers", None),
 )
+
+
+def start_processes() -> None:
+    """Joins the other processes of a run, if the environment says that there are any; call it before any jax operation.
+
+    Several TPU hosts and SLURM tasks are found by jax itself; elsewhere set JAX_COORDINATOR_ADDRESS (host:port),
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    """
+    environment = os.environ
+    if jax.distributed.is_initialized():
+        return
+    if "JAX_COORDINATOR_ADDRESS" in environment:
+        jax.distributed.initialize(
+            environment["JAX_COORDINATOR_ADDRESS"],
+            int(environment["JAX_NUM_PROCESSES"]),
+            int(environment["JAX_PROCESS_ID"]),
+        )
+    elif (
+        "," in environment.get("TPU_WORKER_HOSTNAMES", "")
+        or int(environment.get("SLURM_NTASKS", "1")) > 1
+    ):
+        jax.distributed.initialize()
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -155,10 +155,14 @@ class Display:
         found = {"steps_per_second": rate, "tokens_per_second": rate * tokens}
         return found | ({"mfu": rate * flops / peak} if peak else {})
 
-    def report(self, step: int, scalars: Mapping[str, float], speed: Mapping[str, float]) -> None:
+    def report(self, scalars: Mapping[str, float], speed: Mapping[str, float]) -> None:
+        """scalars: a line of metrics.jsonl; speed: what `speed` returned."""
+        step = int(scalars["step"])
         text = f"loss {scalars['loss']:.4f}  {speed['tokens_per_second']:,.0f} tokens/s"
         if "mfu" in speed:
             text += f"  MFU {speed['mfu']:.1%}"
+        if scalars["bad_records"]:
+            text += f"  {scalars['bad_records']} bad records"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)
         elif self._shows:

@@ -1,0 +1,54 @@
+"""python -m vlm_jax.train --config=configs/stage1.py --workdir=DIR [--config.x.y=..]: one training stage.
+
+    DIR/config.json  checkpoints/  metrics.jsonl (every step)  tensorboard/  final.json (once it is finished)
+
+The same command again resumes after the newest checkpoint, or returns at once when the run is finished.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from vlm_jax import cli, experiment
+from vlm_jax.experiment import check_inputs, check_same, open_workdir, resolve
+
+log = logging.getLogger(__name__)
+
+
+def train(cfg: ConfigDict, workdir: str) -> dict[str, float]:
+    """Runs the stage that `cfg` describes and returns the metrics of its last step.
+
+    Raises ConfigError, before any compilation, for a wrong setting, a missing input, a directory that cannot be written,
+    or a workdir that belongs to a run with other settings.
+    """
+    exp = resolve(cfg)
+    check_inputs(exp)
+    folder = open_workdir(workdir)
+    check_same(exp, folder)
+    finished = experiment.finished(folder)
+    if finished is not None:
+        log.info("%s is finished (step %d, loss %.4f)", folder, finished["step"], finished["loss"])
+        return finished
+    from vlm_jax import (
+        loop,
+    )  # here, not above: jax, orbax and grain take seconds, mistakes are answered before
+
+    return loop.run(exp, folder)
+
+
+def command(argv: Sequence[str]) -> None:
+    flags = cli.parse(argv, {"workdir": "directory of the run"})
+    train(flags.config, flags.workdir)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0, or 2 for a mistake of the user's."""
+    return cli.run(command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
