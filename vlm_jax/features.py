@@ -1,0 +1,65 @@
+"""A frozen encoder's features of a data set, computed once and memory-mapped by every later run.
+
+FOLDER/last.npy [images P C]  taps.npy [images P Z] (only when a compressor taps)  index.json {relative image path: row}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from numpy.lib.format import open_memmap
+
+from vlm_jax.checkpoint import load_params
+from vlm_jax.data import pipeline
+from vlm_jax.experiment import Experiment
+from vlm_jax.models.vlm import VLM, init_params
+
+BATCH = 256  # images per encoder call
+
+
+def cache(exp: Experiment, encoder: Path, folder: Path) -> None:
+    """Encodes every image that `exp.data` names with the encoder of the training run `encoder`.
+
+    The folder appears only when it is complete. Raises ConfigError for a checkpoint that does not fit the model.
+    """
+    model = VLM(exp.model)
+    abstract = nn.unbox(jax.eval_shape(lambda: init_params(exp.model, jax.random.key(0))))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    vit = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract["vit"]
+    )
+    params = load_params(encoder, {"vit": vit})
+    encode = jax.jit(
+        lambda images: model.apply({"params": params}, images, method=VLM.encode_images)
+    )
+
+    paths = pipeline.list_images(exp.data)
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    arrays: dict[str, Any] = {}
+    rows: dict[str, int] = {}
+    batches = pipeline.image_batches(
+        paths, exp.data, exp.model.vit.image_px, exp.model.vit.mean, BATCH
+    )
+    for names, images in batches:
+        found = encode(images)
+        levels = {"last": found.last} | ({"taps": found.taps} if exp.model.compressor.taps else {})
+        for level, values in levels.items():
+            values = np.asarray(values)
+            if level not in arrays:
+                shape = (len(paths), *values.shape[1:])
+                arrays[level] = open_memmap(partial / f"{level}.npy", "w+", values.dtype, shape)
+            arrays[level][len(rows) : len(rows) + len(names)] = values[: len(names)]
+        rows |= {name: len(rows) + i for i, name in enumerate(names)}
+    for array in arrays.values():
+        array.flush()
+    (partial / "index.json").write_text(json.dumps(rows))
+    partial.replace(folder)

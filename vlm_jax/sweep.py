@@ -1,0 +1,276 @@
+"""python -m vlm_jax.sweep --config=configs/mini.py --workdir=DIR: every (LM, visual tokens) cell, the law, the report.
+
+    DIR/seed0/{data,encoder,features,text/<lm>}          what the cells of one seed share
+    DIR/seed0/cells/<compressor>-<lm>-v<tokens>          one training and its evaluation
+    DIR/errors.csv  law.json  *.png  *.svg  report.md  report.html
+
+Every part resumes by itself or is skipped when it is finished, so a killed sweep goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+import logging
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from vlm_jax import cli, experiment, presets
+from vlm_jax.config import ConfigError, check_choice, stride_for
+from vlm_jax.evaluate import evaluate
+from vlm_jax.laws import fit, law, report, table
+from vlm_jax.miniworld import generate
+from vlm_jax.train import train
+
+log = logging.getLogger(__name__)
+
+QUERY_AWARE = "quecc"
+RETRY_SEED = 1000  # a failed cell's k-th rerun draws its seeds from seed + k * RETRY_SEED
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One point of the sweep."""
+
+    seed: int
+    compressor: str
+    lm: str
+    visual_tokens: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.compressor}-{self.lm}-v{self.visual_tokens}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """What all cells of one seed have in common: directories below seed<k>/."""
+
+    root: Path
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data"
+
+    @property
+    def encoder(self) -> Path:
+        return self.root / "encoder"
+
+    @property
+    def features(self) -> Path:
+        return self.root / "features"
+
+    def text(self, lm: str) -> Path:
+        return self.root / "text" / lm
+
+
+def cells(cfg: ConfigDict) -> list[Cell]:
+    """The law's cells and the query-aware ones shown beside it, seed by seed; every name and size is checked."""
+    model = presets.vlm(cfg.model)
+    check_choice("sweep", "model.compressor.name", model.compressor.name, ("tokenpacker",))
+    points = [
+        (model.compressor.name, lm, v) for lm in cfg.sweep.lms for v in cfg.sweep.visual_tokens
+    ]
+    points += [(QUERY_AWARE, lm, v) for lm, v in cfg.sweep.query_aware]
+    for _, lm, visual_tokens in points:
+        presets.lm(lm)
+        stride_for(model.vit.grid, visual_tokens)
+    if len(set(points)) < len(points) or not cfg.sweep.seeds:
+        raise ConfigError("sweep: lms, visual_tokens and seeds must be given, each value once.")
+    return [Cell(seed, *point) for seed in cfg.sweep.seeds for point in points]
+
+
+def sweep(cfg: ConfigDict, workdir: str, made_by: str) -> Path:
+    """Runs what is missing and writes the report; returns its path. `made_by` is the command to print in it."""
+    todo = cells(cfg)
+    root = experiment.open_workdir(workdir)
+    clock = Clock(root / "timing.json")
+    for seed in cfg.sweep.seeds:
+        shared = Shared(root / f"seed{seed}")
+        with clock.part(f"seed {seed}: data"):
+            write_data(cfg, seed, shared)
+        with clock.part(f"seed {seed}: encoder"):
+            train(encoder_stage(cfg, seed, shared), str(shared.encoder))
+        with clock.part(f"seed {seed}: features"):
+            cache_features(cfg, shared)
+        for lm in dict.fromkeys(cell.lm for cell in todo):
+            with clock.part(f"seed {seed}: text {lm}"):
+                train(text_stage(cfg, seed, lm, shared), str(shared.text(lm)))
+        for cell in (cell for cell in todo if cell.seed == seed):
+            with clock.part(f"seed {seed}: {cell.name}"):
+                rows = run_cell(cfg, cell, shared)
+            table.append(root / "errors.csv", rows)
+            errors = "  ".join(
+                f"{row.benchmark} {row.error:.3f}{' ' + row.flag if row.flag else ''}"
+                for row in rows
+            )
+            log.info(
+                "%d/%d seed %d %s: %s", todo.index(cell) + 1, len(todo), seed, cell.name, errors
+            )
+    return conclude(root, made_by, clock)
+
+
+# --- what the cells share ---------------------------------------------------------------------------------------------
+
+
+def write_data(cfg: ConfigDict, seed: int, shared: Shared) -> None:
+    done = shared.data / "complete"
+    sizes = {
+        "num_train_images": cfg.sweep.train_images,
+        "num_test_images": cfg.sweep.test_images,
+        "num_text_records": cfg.sweep.text_records,
+    }
+    made = json.dumps(sizes)
+    if done.is_file():
+        if done.read_text() != made:
+            raise ConfigError(
+                f"sweep: {shared.data} was made with {done.read_text()}, now {made}; use another workdir."
+            )
+        return
+    generate.write(shared.data, seed, **sizes)
+    done.write_text(made)
+
+
+def stage(cfg: ConfigDict, seed: int, name: str, shared: Shared) -> ConfigDict:
+    """A copy of `cfg` with the settings of sweep.<name>, on the miniature's files and with its seeds."""
+    settings = cfg.sweep[name]
+    c = copy.deepcopy(cfg)
+    c.train.num_steps = settings.steps
+    c.train.save_every = settings.steps
+    c.train.seed = c.data.seed = seed
+    c.optim.trainable = settings.trainable
+    c.optim.learning_rate = settings.learning_rate
+    c.optim.muon_learning_rate = settings.muon_learning_rate
+    c.data.annotations = (str(shared.data / settings.annotations),)
+    c.data.image_roots = (str(shared.data),)
+    c.data.tokenizer = str(shared.data / "tokenizer")
+    c.data.batch_size = settings.batch_size
+    c.data.max_tokens = settings.text_tokens
+    return c
+
+
+def encoder_stage(cfg: ConfigDict, seed: int, shared: Shared) -> ConfigDict:
+    """The encoder learns inside a VLM without compression, everything trainable."""
+    c = stage(cfg, seed, "encoder", shared)
+    c.model.compressor.name = "identity"
+    c.data.max_tokens += presets.vlm(c.model).vit.num_patches
+    return c
+
+
+def text_stage(cfg: ConfigDict, seed: int, lm: str, shared: Shared) -> ConfigDict:
+    """The language model learns the world from text alone."""
+    c = stage(cfg, seed, "text", shared)
+    c.model.lm.preset = lm
+    c.data.max_images = 0
+    return c
+
+
+def cell_stage(cfg: ConfigDict, cell: Cell, shared: Shared, seed: int) -> ConfigDict:
+    """Compressor, projector and language model learn on the frozen encoder's cached features."""
+    c = stage(cfg, seed, "query_aware_vlm" if cell.compressor == QUERY_AWARE else "vlm", shared)
+    c.model.lm.preset = cell.lm
+    c.model.compressor.name = cell.compressor
+    c.model.compressor.stride = stride_for(presets.vlm(c.model).vit.grid, cell.visual_tokens)
+    c.data.max_tokens += cell.visual_tokens
+    c.data.features_dir = str(shared.features)
+    c.init.vit = str(shared.encoder)
+    c.init.lm = str(shared.text(cell.lm))
+    return c
+
+
+def cache_features(cfg: ConfigDict, shared: Shared) -> None:
+    """The frozen encoder's features of every image of the seed, training and test, written once."""
+    if shared.features.is_dir():
+        return
+    from vlm_jax import features  # here, not above: jax takes seconds, mistakes are answered before
+
+    annotations = [
+        cfg.sweep.vlm.annotations,
+        *(f"{name}_test.json" for name in ("reasoning", "ocr")),
+    ]
+    c = encoder_stage(cfg, 0, shared)
+    c.data.annotations = tuple(str(shared.data / name) for name in annotations)
+    c.data.image_roots = (str(shared.data),) * len(annotations)
+    c.model.compressor.name = cfg.model.compressor.name
+    features.cache(experiment.resolve(c), shared.encoder, shared.features)
+
+
+# --- one cell ---------------------------------------------------------------------------------------------------------
+
+
+def run_cell(cfg: ConfigDict, cell: Cell, shared: Shared) -> list[table.Row]:
+    """Trains and evaluates; while an error is at chance, again with other seeds; then the rows are flagged."""
+    for attempt in range(cfg.sweep.max_reruns + 1):
+        seed = cell.seed + attempt * RETRY_SEED
+        folder = shared.root / "cells" / (cell.name + (f"-rerun{attempt}" if attempt else ""))
+        train(cell_stage(cfg, cell, shared, seed), str(folder))
+        rows = evaluate_cell(cfg, folder, shared, cell.seed)
+        failed = [row for row in rows if row.error >= cfg.sweep.failed_above]
+        if not failed:
+            return rows
+        log.warning(
+            "%s: %s stays at chance (error %.3f)", folder, failed[0].benchmark, failed[0].error
+        )
+    return [dataclasses.replace(row, flag="chance level") for row in rows]
+
+
+def evaluate_cell(cfg: ConfigDict, folder: Path, shared: Shared, seed: int) -> list[table.Row]:
+    c = copy.deepcopy(cfg)
+    c.eval.checkpoint = str(folder)
+    c.eval.benchmarks = tuple(cfg.sweep.benchmarks)
+    c.eval.annotations = (str(shared.data),) * len(cfg.sweep.benchmarks)
+    c.eval.features_dir = str(shared.features)
+    evaluate(c, str(folder / "eval"))
+    return [
+        dataclasses.replace(row, seed=seed) for row in table.read(folder / "eval" / "errors.csv")
+    ]
+
+
+# --- after the cells --------------------------------------------------------------------------------------------------
+
+
+def conclude(root: Path, made_by: str, clock: Clock) -> Path:
+    """Fits one law per family and writes law.json, figures and report."""
+    rows = table.read(root / "errors.csv")
+    fits = fit.fit_table(rows)
+    law.save(root / "law.json", fits, law.provenance("errors.csv", made_by, {}))
+    return report.write_report(root, rows, fits, made_by, clock.seconds)
+
+
+class Clock:
+    """Wall seconds of each part, kept in a file so that a resumed sweep still knows them."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        log.info("%s ...", name)
+        start = time.monotonic()
+        yield
+        self.seconds.setdefault(name, round(time.monotonic() - start, 1))
+        self.path.write_text(json.dumps(self.seconds, indent=1))
+
+
+def command(argv: Sequence[str]) -> None:
+    flags = cli.parse(argv, {"workdir": "directory of the sweep"})
+    made_by = shlex.join(["python", "-m", "vlm_jax.sweep", *argv])
+    path = sweep(flags.config, flags.workdir, made_by)
+    log.info("report: %s", path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0, or 2 for a mistake of the user's."""
+    return cli.run(command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
