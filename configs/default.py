@@ -45,6 +45,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.eval.batch_size = 16  # prompts per step, all devices together
     c.eval.max_new_tokens = 128  # per answer (LLaVA-1.5's evaluation)
     c.eval.temperature = 0.0  # 0 = greedy
+    c.eval.top_p = 1.0  # sample among the likeliest tokens that hold this probability
     c.eval.seed = 0  # of sampling
     c.eval.limit = 0  # first questions of each benchmark only; 0 = all
     c.eval.features_dir = ""  # cached encoder features to read instead of images

@@ -34,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "benchmarks": {"config"},
     "hf": {"config"},
     "generate": {"models", "config"},
+    "answer": {"*"},
     "laws": {"config", "cli", "presets", "compressors"},
     "train": {"*", "train"},
     "evaluate": {"*", "evaluate"},

@@ -1,0 +1,290 @@
+"""python -m vlm_jax.evaluate --config=configs/eval.py --workdir=DIR: the errors of a trained model on benchmarks.
+
+    DIR/<benchmark>/predictions.jsonl   {"id", "text"} per line, appended batch by batch; the same command continues it
+    DIR/<benchmark>/run.json            what the predictions were made with
+    DIR/scores.json                     [{"benchmark", "score", "error", "n", "details"}, ...]
+    DIR/errors.csv                      one row per benchmark (laws/table.py)
+
+python -m vlm_jax.evaluate --score --benchmark=NAME --predictions=P --annotations=DIR [--out=F] [--allow-missing]
+scores saved predictions; it needs no model. With several processes, DIR is on a disk they share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vlm_jax import benchmarks, cli, experiment, presets
+from vlm_jax.benchmarks import predictions
+from vlm_jax.config import ConfigError, LMConfig, MeshConfig, build, check_positive
+from vlm_jax.experiment import Experiment
+from vlm_jax.laws import table
+
+log = logging.getLogger(__name__)
+
+Score = dict[str, Any]  # {"benchmark", "score", "error", "n", "details"}
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """What to ask, and how."""
+
+    checkpoint: str  # workdir of the training run
+    benchmarks: tuple[str, ...]  # keys of BENCHMARKS
+    annotations: tuple[str, ...]  # one directory per benchmark
+    batch_size: int
+    max_new_tokens: int
+    temperature: float  # 0 = greedy
+    top_p: float
+    seed: int  # of sampling
+    limit: int  # first questions only; 0 = all
+    features_dir: str  # cached encoder features; "" = encode the images
+
+    def __post_init__(self):
+        check_positive("eval", batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
+        if not self.checkpoint:
+            raise ConfigError("eval: checkpoint is empty; give the workdir of a training run.")
+        if not self.benchmarks:
+            names = ", ".join(benchmarks.BENCHMARKS)
+            raise ConfigError(f"eval: benchmarks is empty; name one or more of {names}.")
+        if len(self.benchmarks) != len(self.annotations):
+            raise ConfigError(
+                f"eval: {len(self.benchmarks)} benchmarks but {len(self.annotations)} annotations; give one "
+                "directory per benchmark."
+            )
+        if len(set(self.benchmarks)) != len(self.benchmarks):
+            raise ConfigError(
+                f"eval: benchmarks {self.benchmarks} names one twice; name each once."
+            )
+        if self.limit < 0:
+            raise ConfigError(f"eval: limit must be 0 (all) or more, got {self.limit}.")
+        for name in self.benchmarks:
+            benchmarks.get(name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One benchmark of a run: its questions and where its answers are kept."""
+
+    name: str
+    image_root: str
+    folder: Path
+    rows: list[dict[str, Any]]  # those to be scored
+    beyond: frozenset[str]  # ids left out by the limit
+    unanswered: list[dict[str, Any]]
+
+    @property
+    def predictions(self) -> Path:
+        return self.folder / "predictions.jsonl"
+
+
+def evaluate(cfg: ConfigDict, workdir: str) -> list[Score]:
+    """Asks what is not yet answered, scores everything, and writes scores.json and errors.csv.
+
+    Raises ConfigError, before anything heavy is imported, for wrong settings, missing inputs or predictions of another run.
+    """
+    settings, mesh = build(EvalConfig, cfg.eval), build(MeshConfig, cfg.mesh)
+    run = experiment.read(settings.checkpoint)
+    if experiment.last_step(settings.checkpoint) is None:
+        raise ConfigError(
+            f"eval: checkpoint {settings.checkpoint!r} has no finished checkpoint; train first."
+        )
+    folder = experiment.open_workdir(workdir)
+    tasks = [
+        open_task(name, annotations, settings, folder / name)
+        for name, annotations in zip(settings.benchmarks, settings.annotations, strict=True)
+    ]
+    from vlm_jax.answer import Answerer  # here, not above: jax and orbax take seconds
+
+    answerer = Answerer(
+        settings.checkpoint, mesh, settings.features_dir, settings.max_new_tokens, settings.temperature,
+        settings.top_p, settings.seed,
+    )  # fmt: skip
+    known = (
+        {row.key: row for row in table.read(folder / "errors.csv")}
+        if (folder / "errors.csv").is_file()
+        else {}
+    )
+    scores, measured = [], []
+    for task in tasks:
+        seconds = _ask(task, answerer, settings.batch_size)
+        answerer.wait()
+        answers = [a for a in predictions.read(task.predictions) if a[0] not in task.beyond]
+        scores.append(benchmarks.score_answers(task.name, task.rows, answers))
+        texts = dict(answers)
+        cost = answerer.flops(task.rows, task.image_root, [texts[row["id"]] for row in task.rows])
+        row = _row(scores[-1], run, answerer.visual_tokens, cost, seconds)
+        if seconds is None and row.key in known:
+            row = dataclasses.replace(row, seconds=known[row.key].seconds)
+        measured.append(row)
+        log.info("%s: error %.4f (%d questions)", task.name, scores[-1]["error"], scores[-1]["n"])
+    if answerer.writes:
+        (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+        table.append(folder / "errors.csv", measured)
+    return scores
+
+
+def open_task(name: str, annotations: str, settings: EvalConfig, folder: Path) -> Task:
+    """Reads the questions and what is answered already. Raises ConfigError when `folder` holds another run's answers."""
+    rows = benchmarks.get(name).rows(annotations)
+    chosen = rows[: settings.limit] if settings.limit else rows
+    made_with = {
+        "checkpoint": str(Path(settings.checkpoint).absolute()),
+        "step": experiment.last_step(settings.checkpoint),
+        "annotations": str(Path(annotations).absolute()),
+        "max_new_tokens": settings.max_new_tokens,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "seed": settings.seed,
+    }
+    folder.mkdir(exist_ok=True)
+    _check_same(folder / "run.json", made_with)
+    answered = {i for i, _ in predictions.resume(folder / "predictions.jsonl")}
+    root = annotations if Path(annotations).is_dir() else str(Path(annotations).parent)
+    unanswered = [row for row in chosen if row["id"] not in answered]
+    beyond = frozenset(row["id"] for row in rows[len(chosen) :])
+    return Task(name, root, folder, chosen, beyond, unanswered)
+
+
+def _check_same(path: Path, made_with: Mapping[str, Any]) -> None:
+    """Writes run.json, or compares with the one that is there."""
+    if not path.is_file():
+        path.write_text(json.dumps(made_with, indent=1) + "\n", encoding="utf-8")
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for field, value in made_with.items():
+        if before[field] != value:
+            raise ConfigError(
+                f"--workdir: {str(path.parent)!r} holds answers made with {field} = {before[field]!r}, now {value!r}; "
+                "give another workdir, or delete it."
+            )
+
+
+def _ask(task: Task, answerer: Any, batch_size: int) -> float | None:
+    """Appends the answers that are missing, from an answer.Answerer; wall seconds per question (None: none was missing).
+
+    Batches that were compiled are left out of the time, unless there are no others.
+    """
+    if not task.unanswered:
+        return None
+    steady = [0.0, 0]  # seconds, questions
+    start = last = time.perf_counter()
+    first = compiled = answerer.compilations
+    with _progress(task.name, len(task.unanswered), answerer.writes) as advance:
+        for answers in answerer.ask(task.unanswered, task.image_root, batch_size):
+            if answerer.writes:
+                predictions.append(task.predictions, answers)
+            now = time.perf_counter()
+            if answerer.compilations == compiled:
+                steady = [steady[0] + now - last, steady[1] + len(answers)]
+            last, compiled = now, answerer.compilations
+            advance(len(answers))
+    count, seconds = len(task.unanswered), last - start
+    log.info(
+        "%s: %d questions in %.1f s, %.1f questions/s, %d compilations",
+        task.name, count, seconds, count / seconds, compiled - first,
+    )  # fmt: skip
+    return steady[0] / steady[1] if steady[1] else seconds / count
+
+
+@contextlib.contextmanager
+def _progress(name: str, total: int, shows: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal; calling what it yields moves it on."""
+    console = Console(stderr=True)
+    if not (shows and console.is_terminal):
+        yield lambda count: None
+        return
+    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task(name, total=total)
+        yield lambda count: progress.advance(bar, count)
+
+
+def _row(
+    score: Score, run: Experiment, visual_tokens: int, flops: float, seconds: float | None
+) -> table.Row:
+    lm = run.model.lm
+    return table.Row(
+        lm_params=float(lm.nominal_params or lm.non_embedding_params),
+        visual_tokens=visual_tokens,
+        error=score["error"],
+        benchmark=score["benchmark"],
+        family=benchmarks.get(score["benchmark"]).family,
+        lm=lm_name(lm),
+        compressor=run.model.compressor.name,
+        n=score["n"],
+        seed=run.train.seed,
+        flops=flops,
+        seconds=seconds,
+    )
+
+
+def lm_name(lm: LMConfig) -> str:
+    """The preset with this shape (its vocabulary may be another), or the size where there is none."""
+    free = ("vocab_size", "nominal_params", "dtype", "remat")
+    for name in presets.LM:
+        preset = presets.lm(name, **{field: getattr(lm, field) for field in free})
+        if preset == lm:
+            return name
+    return table.size_name(float(lm.nominal_params or lm.non_embedding_params))
+
+
+def score(
+    benchmark: str, predictions_file: str, annotations: str, allow_missing: bool = False
+) -> Score:
+    """Scores a saved predictions.jsonl. Raises ConfigError for missing files and ids that do not pair up."""
+    rows = benchmarks.get(benchmark).rows(annotations)
+    return benchmarks.score_answers(
+        benchmark, rows, predictions.read(predictions_file), allow_missing
+    )
+
+
+SCORE_FLAGS = ("benchmark", "predictions", "annotations")
+
+
+def command(argv: Sequence[str]) -> None:
+    scoring = any(word in ("--score", "-score", "--score=true") for word in argv)
+    flags = cli.parse(
+        argv,
+        {
+            "workdir": "directory of the run",
+            "benchmark": "with --score: its name",
+            "predictions": "with --score: a predictions.jsonl",
+            "annotations": "with --score: the benchmark's files",
+            "out": "with --score: also write the result to this file",
+        },
+        {
+            "score": "score saved predictions, without a model",
+            "allow-missing": "with --score: score the questions that are answered",
+        },
+        required=SCORE_FLAGS if scoring else ("config", "workdir"),
+    )
+    if not scoring:
+        result: Any = evaluate(flags.config, flags.workdir)
+    else:
+        allow_missing = flags["allow-missing"].value
+        result = score(flags.benchmark, flags.predictions, flags.annotations, allow_missing)
+    text = json.dumps(result) + "\n"
+    if flags.out:
+        Path(flags.out).write_text(text, encoding="utf-8")
+    sys.stdout.write(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0, or 2 for a mistake of the user's."""
+    return cli.run(command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
