@@ -12,7 +12,7 @@ import mmap
 import os
 import re
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -59,6 +59,7 @@ class Record:
         return BadRecord(self.file, self.id, reason)
 
 
+@runtime_checkable
 class Source(Protocol):
     """What `open_source` gives: picklable, indexable by any thread; a bad record raises BadRecord."""
 
