@@ -1,0 +1,70 @@
+"""Compressor checkpoints as the reference repositories name them, put at our parameter paths.
+
+Prefixes `model.mm_projector.` and `model.query_abstractor.` are already removed.
+"""
+
+import numpy as np
+from einops import rearrange
+
+from refs.hf_layout import State, heads_in, heads_out, linear, norm
+from vlm_jax.config import ConfigError
+
+
+def projector(state: State, indices: tuple[str, ...]) -> dict:
+    """The linear maps of "mlp2x_gelu", wherever the checkpoint counts them."""
+    return {f"dense_{i}": linear(state, name) for i, name in enumerate(indices)}
+
+
+def attention(state: State, name: str, heads: int) -> dict:
+    """Packed multi-head attention: rows [query; key; value]."""
+    weights = np.split(state[f"{name}.in_proj_weight"], 3)
+    biases = np.split(state[f"{name}.in_proj_bias"], 3)
+    tree = {
+        n: heads_out({"x.weight": w, "x.bias": b}, "x", heads)
+        for n, w, b in zip("qkv", weights, biases, strict=True)
+    }
+    return tree | {"out": heads_in(state, f"{name}.out_proj", heads)}
+
+
+def normed_mlp(state: State, first: str, second: str, norm_name: str) -> dict:
+    return {
+        "fc1": linear(state, first),
+        "fc2": linear(state, second),
+        "norm": norm(state, norm_name),
+    }
+
+
+def quecc(state: State, heads: int, stride: int) -> tuple[dict, dict]:
+    """(compressor, projector). Raises ConfigError when the convolution's kernel is not its stride."""
+    conv = state["0.q_downsample.weight"]
+    kernel = conv.shape[-1]
+    if kernel != stride:
+        raise ConfigError(
+            f"quecc: kernel {kernel} differs from stride {stride}; use a checkpoint with both equal."
+        )
+    mlps = {
+        f"{ours}_mlp": normed_mlp(state, f"0.{n}_proj.0", f"0.{n}_proj.2", f"0.{n}_proj.3")
+        for ours, n in (("query", "q"), ("key", "k"), ("value", "v"))
+    }
+    compressor = mlps | {
+        "text": linear(state, "0.text_projection.0"),
+        "text_norm": norm(state, "0.text_projection.1"),
+        "downsample": {
+            "kernel": rearrange(conv, "c 1 y x -> y x c"),
+            "bias": state["0.q_downsample.bias"],
+        },
+        "attention": attention(state, "0.clip_attn", heads),
+    }
+    return compressor, projector(state, ("1", "3"))
+
+
+def tokenpacker(state: State, heads: int) -> tuple[dict, dict]:
+    """(compressor, projector)."""
+    compressor = {
+        "query": linear(state, "q_proj_1"),
+        "query_norm": norm(state, "ln_q_1"),
+        "key_mlp": normed_mlp(state, "k_proj_1.0", "k_proj_1.2", "ln_k_1"),
+        "value_mlp": normed_mlp(state, "v_proj_1.0", "v_proj_1.2", "ln_v_1"),
+        "attention": attention(state, "clip_attn", heads),
+    }
+    return compressor, projector(state, ("mlp.0", "mlp.2"))

@@ -1,0 +1,330 @@
+"""Every file of a folder of golden vectors: outputs of the public reference implementations, to be matched to 2e-5.
+
+The folder is VLM_JAX_GOLDEN (default ../shared/golden beside the repository); its README is the format. A compressor that
+is not registered is skipped by name. The formats that the folder lacks (weights from a recipe, end to end from pixels,
+kernel != stride, quirks) are written here from NumPy twins, so that each branch of the runner is seen to work.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from refs import compressors_numpy as twin
+from refs import hf_layout, reference_layout
+
+from vlm_jax import presets
+from vlm_jax.compressors import COMPRESSORS
+from vlm_jax.config import CompressorConfig, ConfigError, LMConfig, ViTConfig, VLMConfig
+from vlm_jax.models.projector import Projector
+from vlm_jax.models.vit import Features, ViT
+from vlm_jax.models.vlm import VLM, Inputs
+
+TOLERANCE = 2e-5  # of the largest absolute reference value
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = Path(os.environ.get("VLM_JAX_GOLDEN", ROOT.parent / "shared" / "golden"))
+FILES = sorted(FOLDER.glob("*.npz"))
+INPUTS = {"features", "multi", "text", "images", "input_ids", "attention_mask", "projected_features", "hidden_states_m2", "q", "k"}  # fmt: skip
+REDUCED = ("tokens_first64", "token_sum", "channel_mean", "abs_mean")
+
+
+@dataclasses.dataclass
+class Case:
+    """One file: its settings, the reference's tensors, what goes in and what must come out."""
+
+    config: dict
+    params: dict[str, np.ndarray]
+    inputs: dict[str, np.ndarray]
+    outputs: dict[str, np.ndarray]
+    mids: dict[str, np.ndarray]
+
+
+def load(path: Path) -> Case:
+    with np.load(path) as file:
+        config = json.loads(str(file["config_json"]))
+        group = {
+            kind: {k.removeprefix(kind): file[k] for k in file.files if k.startswith(kind)}
+            for kind in ("param/", "in/", "out/", "mid/")
+        }
+    if config.get("weights_from_recipe"):
+        for name, entry in recipe_entries(config):
+            bare = name.removeprefix("param/").removeprefix("in/")
+            kind = "in/" if name.startswith("in/") or bare in INPUTS else "param/"
+            fields = {k: entry[k] for k in ("index", "shape", "scale", "offset")}
+            group[kind][bare] = twin.draw(config["seed"], **fields)
+    return Case(config, *group.values())
+
+
+def recipe_entries(node, name=""):
+    """(name, {index, shape, scale, offset}) wherever in the settings they stand: as a mapping or a list with names."""
+    if isinstance(node, dict) and {"index", "shape", "scale", "offset"} <= node.keys():
+        yield node.get("name", name), node
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            yield from recipe_entries(value, key)
+    elif isinstance(node, list):
+        for value in node:
+            yield from recipe_entries(value, name)
+
+
+def encode(case: Case) -> Features:
+    """The case's own CLIP on its pixels [B 3 H W]; already normalised unless they are bytes."""
+    clip, state = case.config.get("clip", case.config), hf_layout.sub(case.params, "vision_model.")
+    width, _, patch, _ = state["embeddings.patch_embedding.weight"].shape
+    images = jnp.asarray(case.inputs["images"]).transpose(0, 2, 3, 1)
+    layers = {int(k.split(".")[2]) for k in state if k.startswith("encoder.layers.")}
+    vit = presets.vit(
+        "clip-l-336", image_px=images.shape[1], patch_px=patch, width=width, num_layers=len(layers),
+        num_heads=clip["heads" if "heads" in clip else "num_heads"], mlp_width=state["encoder.layers.0.mlp.fc1.weight"].shape[0],
+        feature_layer=case.config.get("select_layer", -2),
+    )  # fmt: skip
+    if images.dtype == jnp.uint8:
+        images = (images / 255.0 - jnp.array(vit.mean)) / jnp.array(vit.std)
+    params = hf_layout.encoder(state, vit.feature_state, vit.num_heads, post_norm=False)
+    taps = tuple(case.config.get("multi_layers", (12, 16, 22, 23)))
+    return jax.jit(ViT(vit, taps).apply)({"params": params}, images)
+
+
+def features_of(case: Case) -> Features:
+    if "images" in case.inputs:
+        return encode(case)
+    features = jnp.asarray(case.inputs["features"])
+    return Features(features, jnp.asarray(case.inputs.get("multi", features)))
+
+
+def text_of(case: Case) -> jax.Array:
+    """The question's state [B D]: given, or from the case's own decoder."""
+    if "text" in case.inputs:
+        return jnp.asarray(case.inputs["text"])[:, 0]
+    settings, state = case.config["llama"], hf_layout.sub(case.params, "llm.")
+    lm = LMConfig(
+        vocab_size=settings["vocab"], width=settings["hidden"], num_layers=settings["layers"], num_heads=settings["heads"],
+        num_kv_heads=settings["kv_heads"], head_dim=settings["hidden"] // settings["heads"],
+        mlp_width=settings["intermediate"], rope_theta=settings["rope_theta"], norm_eps=settings["rms_eps"],
+        qkv_bias=False, qk_norm=False, tied_embeddings=False,
+    )  # fmt: skip
+    params = {"lm": hf_layout.decoder(state, lm.num_heads, lm.num_kv_heads, tied=False)}
+    model = VLM(VLMConfig(tiny_vit(1), CompressorConfig("quecc", num_heads=1), lm))
+    ids, mask = case.inputs["input_ids"], case.inputs["attention_mask"] > 0
+    order = np.argsort(~mask, axis=1, kind="stable")  # ours are padded on the right
+    ids, mask = (np.take_along_axis(x, order, axis=1) for x in (ids, mask))
+    nothing = jnp.zeros((len(ids), 1), jnp.int32)
+    inputs = Inputs(
+        nothing, nothing, nothing, nothing, query_tokens=jnp.asarray(ids, jnp.int32)[:, None], query_mask=jnp.asarray(mask)[:, None],
+    )  # fmt: skip
+    return jax.jit(model.apply, static_argnames="method")(
+        {"params": params}, inputs, method="query"
+    )
+
+
+def tiny_vit(grid: int, width: int = 8) -> ViTConfig:
+    """Stands in for the encoder where only its grid and width matter."""
+    return presets.vit("mini", image_px=8 * grid, width=width, num_heads=1)
+
+
+def compressed(
+    case: Case, name: str, compressor: dict, projector: dict, stride: int = 1
+) -> dict[str, np.ndarray]:
+    """Runs compressor and projector, after the same validation as any model."""
+    last, taps = features_of(case)
+    grid = round(last.shape[1] ** 0.5)
+    heads = case.config.get("num_heads", 1)
+    eps = case.config.get("ln_eps", 1e-6)
+    config = CompressorConfig(name, stride, heads, norm_eps=eps)
+    VLMConfig(tiny_vit(grid, last.shape[-1]), config, presets.lm("mini-25k"))
+    entry = COMPRESSORS[name]
+    query = text_of(case) if entry.uses_query else None
+    mid = jax.jit(entry.module(config, grid).apply)({"params": compressor}, last, taps, query)
+    assert mid.shape[1] == entry.num_tokens(config, grid)
+    width = projector["dense_1"]["kernel"].shape[1]
+    tokens = jax.jit(Projector(width, 2, "none", "float32").apply)({"params": projector}, mid)
+    made = {"tokens": tokens, "compressed": mid, "features": last, "multi": taps}
+    return made | ({} if query is None else {"text": query[:, None]})
+
+
+def run_llava_mlp(case: Case) -> dict:
+    return compressed(case, "identity", {}, reference_layout.projector(case.params, ("0", "2")))
+
+
+def run_quecc(case: Case) -> dict:
+    stride = case.config["stride"]
+    trees = reference_layout.quecc(case.params, case.config.get("num_heads", 8), stride)
+    return compressed(case, "quecc", *trees, stride)
+
+
+def run_tokenpacker(case: Case) -> dict:
+    trees = reference_layout.tokenpacker(case.params, case.config.get("num_heads", 8))
+    return compressed(case, "tokenpacker", *trees, case.config["scale_factor"])
+
+
+def run_tower(case: Case) -> dict:
+    last, taps = encode(case)
+    return {"features": last, "multi": taps, "text": text_of(case)[:, None]}
+
+
+# golden name -> (our compressor, runner); a name without a registered compressor is skipped
+RUNNERS: dict[str, tuple[str, Callable[[Case], dict]]] = {
+    "llava_mlp": ("identity", run_llava_mlp),
+    "quecc": ("quecc", run_quecc),
+    "quecc_tower": ("quecc", run_tower),
+    "tokenpacker": ("tokenpacker", run_tokenpacker),
+}
+
+
+def check(case: Case) -> list[str]:
+    """Compares every output (and those intermediates that have a name here); the names that were compared."""
+    _, run = RUNNERS[case.config["compressor"]]
+    wrong = [name for name in case.outputs if name.startswith("quirk_")]
+    stride = case.config.get("stride")
+    differs = case.config.get("kernel", stride) != stride
+    if wrong or differs:
+        with pytest.raises(ConfigError):
+            run(case)
+        return wrong or ["kernel != stride"]
+    made = run(case)
+    for name, reference in case.outputs.items():
+        ours = reduced(name, made["tokens"], reference) if name in REDUCED else made[name]
+        assert_close(np.asarray(ours), reference, name)
+    shared = case.mids.keys() & made.keys()
+    for name in shared:
+        assert_close(np.asarray(made[name]), case.mids[name], f"mid/{name}")
+    return [*case.outputs, *shared]
+
+
+def assert_close(ours: np.ndarray, reference: np.ndarray, name: str) -> None:
+    assert ours.shape == reference.shape, f"{name}: {ours.shape} but reference {reference.shape}"
+    if np.issubdtype(reference.dtype, np.integer):
+        np.testing.assert_array_equal(ours, reference, err_msg=name)
+        return
+    error = np.abs(ours - reference).max() / np.abs(reference).max()
+    assert error <= TOLERANCE, f"{name}: {error:.1e} of the largest value, allowed {TOLERANCE}"
+
+
+def reduced(name: str, tokens, reference: np.ndarray) -> np.ndarray:
+    """What full-size files keep of the tokens [B T D]."""
+    tokens = np.asarray(tokens, np.float64)
+    if name == "tokens_first64":
+        return tokens[..., :64]
+    if name == "token_sum":
+        return tokens.sum(-1)
+    if name == "channel_mean":
+        return tokens.mean(1)
+    return np.abs(tokens).mean(axis=tuple(range(reference.ndim, 3)))
+
+
+@pytest.fixture(autouse=True)
+def highest_precision():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.mark.skipif(not FILES, reason=f"no golden vectors in {FOLDER}; set VLM_JAX_GOLDEN")
+@pytest.mark.parametrize("path", FILES or [None], ids=lambda p: getattr(p, "stem", "none"))
+def test_a_golden_file_is_matched(path):
+    case = load(path)
+    name = case.config["compressor"]
+    if name not in RUNNERS or RUNNERS[name][0] not in COMPRESSORS:
+        pytest.skip(f"{name} is not registered")
+    assert check(case)
+
+
+# The formats that the folder lacks.
+
+
+def write(path: Path, config: dict, **groups: dict) -> Case:
+    arrays = {f"{kind}/{k}": v for kind, group in groups.items() for k, v in group.items()}
+    np.savez_compressed(path, config_json=np.array(json.dumps(config)), **arrays)
+    return load(path)
+
+
+QUECC = {"compressor": "quecc", "num_heads": 4, "kernel": 2, "stride": 2, "seed": 5}
+
+
+def quecc_state(stride: int = 2, kernel: int = 2):
+    state = twin.random_state(twin.shapes_quecc(8, 32, 12, 20, kernel), 5)
+    rng = np.random.default_rng(6)
+    shapes = {"features": (2, 16, 8), "multi": (2, 16, 32), "text": (2, 1, 12)}
+    return state, {k: np.float32(rng.standard_normal(s)) for k, s in shapes.items()}
+
+
+@pytest.mark.parametrize("layout", ["nested", "list"])
+def test_weights_and_inputs_come_from_the_recipe_and_reduced_outputs_are_compared(tmp_path, layout):
+    shapes = twin.shapes_quecc(8, 32, 12, 80, 2)
+    inputs = {"features": (2, 16, 8), "multi": (2, 16, 32), "text": (2, 1, 12)}
+    entries = {"params": twin.recipe(shapes), "inputs": twin.recipe(inputs, first_index=100)}
+    drawn = {k: twin.draw(5, **e) for group in entries.values() for k, e in group.items()}
+    tokens = twin.quecc(drawn, drawn["features"], drawn["multi"], drawn["text"], 4, 2)[1]
+    if layout == "list":
+        entries = {k: [{"name": n, **e} for n, e in g.items()] for k, g in entries.items()}
+    out = {
+        "tokens_first64": tokens[..., :64], "token_sum": tokens.sum(-1), "channel_mean": tokens.mean(1),
+        "abs_mean": np.abs(tokens).mean(),
+    }  # fmt: skip
+    config = QUECC | entries | {"weights_from_recipe": True}
+    case = write(tmp_path / "quecc_fullsize.npz", config, out=out)
+    assert sorted(check(case)) == sorted(REDUCED)
+    case.outputs["channel_mean"][0, 0] += 1e-3 * np.abs(case.outputs["channel_mean"]).max()
+    with pytest.raises(AssertionError, match="channel_mean"):
+        check(case)
+
+
+@pytest.mark.parametrize("name", ["llava_mlp", "quecc", "tokenpacker"])
+def test_end_to_end_files_start_from_pixels(tmp_path, name):
+    settings = {"llava_mlp": {}, "quecc": QUECC, "tokenpacker": {"scale_factor": 2, "num_heads": 4}}
+    shapes = {
+        "llava_mlp": {"0.weight": (20, 8), "0.bias": (20,), "2.weight": (20, 20), "2.bias": (20,)},
+        "quecc": twin.shapes_quecc(8, 32, 12, 20, 2),
+        "tokenpacker": twin.shapes_tokenpacker(8, 32, 20),
+    }
+    state = twin.random_state(twin.shapes_clip(8, 12, 24, 4, 3) | shapes[name], 7)
+    rng = np.random.default_rng(8)
+    given = {"images": np.float32(rng.standard_normal((2, 3, 12, 12)))}
+    if name == "quecc":
+        given["text"] = np.float32(rng.standard_normal((2, 1, 12)))
+    states = twin.clip_states(state, given["images"], heads=2)
+    last, multi = (
+        states[23][:, 1:],
+        np.concatenate([states[i][:, 1:] for i in (12, 16, 22, 23)], -1),
+    )
+    tokens = {
+        "llava_mlp": lambda: twin.mlp(state, "0", "2", last),
+        "quecc": lambda: twin.quecc(state, last, multi, given["text"], 4, 2)[1],
+        "tokenpacker": lambda: twin.tokenpacker(state, last, multi, 4, 2)[1],
+    }[name]()
+    config = settings[name] | {"compressor": name, "end_to_end": True, "clip": {"heads": 2}}
+    case = write(tmp_path / "e2e.npz", config, param=state, **{"in": given}, out={"tokens": tokens})
+    assert check(case) == ["tokens"]
+    case.config["clip"]["heads"] = 4
+    with pytest.raises(AssertionError, match="tokens"):
+        check(case)
+
+
+def test_a_kernel_that_differs_from_the_stride_must_be_refused(tmp_path):
+    state, given = quecc_state(kernel=3)
+    config = QUECC | {"kernel": 3}
+    case = write(
+        tmp_path / "k3s2.npz", config, param=state, **{"in": given}, out={"tokens": given["text"]}
+    )
+    assert check(case) == ["kernel != stride"]
+
+
+def test_what_the_reference_silently_returns_must_be_refused(tmp_path):
+    state, given = quecc_state(kernel=3)
+    config = QUECC | {"kernel": 3, "stride": 3}
+    quirk = {"quirk_tokens": np.zeros((2, 1, 20), np.float32)}
+    case = write(tmp_path / "quirk.npz", config, param=state, **{"in": given}, out=quirk)
+    assert check(case) == ["quirk_tokens"]
+    state, given = quecc_state()
+    legal = write(tmp_path / "legal.npz", QUECC, param=state, **{"in": given}, out=quirk)
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        check(legal)
+
+
+def test_integer_outputs_must_match_exactly():
+    with pytest.raises(AssertionError):
+        assert_close(np.array([100000]), np.array([100001]), "kept_idx")
