@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from vlm_jax import presets
 from vlm_jax.config import (
     CompressorConfig,
@@ -77,8 +79,9 @@ MUTABLE = (
 )  # fmt: skip
 
 
-def resolve(config: Mapping[str, Any]) -> Experiment:
+def resolve(cfg: ConfigDict) -> Experiment:
     """The frozen settings of an experiment config; presets are filled in. Raises ConfigError for a wrong value."""
+    config = cfg.to_dict()
     return Experiment(
         model=presets.vlm(config["model"]),
         data=build(DataConfig, config["data"]),
