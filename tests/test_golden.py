@@ -6,6 +6,7 @@ kernel != stride, quirks) are written here from NumPy twins, so that each branch
 """
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -87,7 +88,12 @@ def encode(case: Case) -> Features:
         images = (images / 255.0 - jnp.array(vit.mean)) / jnp.array(vit.std)
     params = hf_layout.encoder(state, vit.feature_state, vit.num_heads, post_norm=False)
     taps = tuple(case.config.get("multi_layers", (12, 16, 22, 23)))
-    return jax.jit(ViT(vit, taps).apply)({"params": params}, images)
+    return encoder(vit, taps)({"params": params}, images)
+
+
+@functools.cache
+def encoder(vit: ViTConfig, taps: tuple[int, ...]) -> Callable:
+    return jax.jit(ViT(vit, taps).apply)
 
 
 def features_of(case: Case) -> Features:

@@ -5,8 +5,8 @@ Prefixes `model.mm_projector.` and `model.query_abstractor.` are already removed
 
 import numpy as np
 from einops import rearrange
-
 from refs.hf_layout import State, heads_in, heads_out, linear, norm
+
 from vlm_jax.config import ConfigError
 
 
