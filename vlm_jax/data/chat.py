@@ -24,6 +24,8 @@ NO_QUERY = "image"  # the query of a row without one, as in the reference
 CACHED_CHARS = 300  # shorter texts are tokenised once per process
 CACHE_SIZE = 1 << 16
 
+Spans = tuple[tuple[int, int], ...]  # [begin, end) characters of the supervised stretches of a text
+
 
 class Segment(NamedTuple):
     """A stretch of a rendered conversation; text IMAGE is an image. alone: not tokenised together with its neighbours."""
@@ -243,12 +245,12 @@ class Chat:
             raise record.bad(
                 f"has {len(record.images)} images, but max_images is {self.max_images}"
             )
-        texts = [
-            record.system or "",
-            *(t.question for t in record.turns),
-            *(t.answer or "" for t in record.turns),
-        ]
-        found = self._reserved.search("\n".join(texts))
+        text = "\n".join(
+            [record.system or "", *(f"{t.question}\n{t.answer}" for t in record.turns)]
+        )
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise record.bad("its text contains half of a surrogate pair, which is no character")
+        found = self._reserved.search(text)
         if found:
             raise record.bad(f"its text contains the control token {found.group()!r}")
         if not self.template.keeps_question and len(record.turns) > 1 and not self.independent:
@@ -281,12 +283,9 @@ class Chat:
         for chunk in _chunks(render(self.template, system, turns)):
             if chunk is None:
                 units.append(_IMAGE_UNIT)
-                continue
-            text, spans = chunk
-            ids, _, loss = (self._cached_chunk if len(text) < CACHED_CHARS else self._chunk)(
-                text, spans
-            )
-            units.append(Unit(ids, loss))
+            else:
+                ids, _, loss = self._tokenised(*chunk)
+                units.append(Unit(ids, loss))
         return units
 
     def _turns_apart(self, record: Record) -> list[Unit]:
@@ -296,15 +295,10 @@ class Chat:
         """
         system = self.system if record.system is None else record.system
         images = record.turns[0].images
+        chars = len(system) + max(len(t.question) + len(t.answer or "") for t in record.turns)
+        encode = self._cached_alone if chars < CACHED_CHARS else self._alone
         try:
-            alone = [
-                (
-                    self._cached_alone
-                    if len(system) + len(t.question) + len(t.answer or "") < CACHED_CHARS
-                    else self._alone
-                )(system, images, t.question, t.answer)
-                for t in record.turns
-            ]
+            alone = [encode(system, images, t.question, t.answer) for t in record.turns]
         except ValueError as error:
             raise record.bad(str(error)) from None
         prefix, shared = alone[0].prefix, min(a.shared for a in alone)
@@ -329,34 +323,32 @@ class Chat:
         units = [Unit(self._bos, np.zeros(len(self._bos), bool)), *self._encoded(system, [turn])]
         if images:
             return Alone(tuple(units[:-1]), units[-1], 0)
-        chunks = _chunks(render(self.template, system, [turn]))
-        text, spans = chunks[0]
-        _, ends, _ = self._chunk(text, spans)
-        opening = render(self.template, system, [])
-        header = sum(len(s.text) for s in opening) + sum(
-            len(t) for t, _ in self.template.user.before
-        )
+        (chunk,) = _chunks(render(self.template, system, [turn]))
+        _, ends, _ = self._tokenised(*chunk)
+        header = sum(len(text) for text, _, _, _ in render(self.template, system, []))
+        header += sum(len(text) for text, _ in self.template.user.before)
         return Alone((units[0],), units[1], int(np.searchsorted(ends > header, True)))
 
-    def _chunk(
-        self, text: str, spans: tuple[tuple[int, int], ...]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _tokenised(self, text: str, spans: Spans) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return (self._cached_chunk if len(text) < CACHED_CHARS else self._chunk)(text, spans)
+
+    def _chunk(self, text: str, spans: Spans) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids, end offsets and loss mask of one text; spans: its supervised stretches.
 
         Raises ValueError if a token begins before an answer and reaches into it: prompt and answer share it then.
         """
         ids, offsets = self.tokenizer.encode(text)
-        loss = np.zeros(len(ids), bool)
-        for begin, end in spans:
-            for i, (start, stop) in enumerate(offsets):
-                if begin <= start < end:
-                    loss[i] = True
-                elif start < begin < stop:
-                    raise ValueError(
-                        f"the tokenizer merges prompt and answer into the token {text[start:stop]!r}"
-                    )
-        ends = np.array([stop for _, stop in offsets], np.int64)
-        return np.array(ids, np.int32), ends, loss
+        starts, stops = np.array(offsets, np.int64).reshape(-1, 2).T
+        # One slot past either end of the spans, so that "the span at or before a token" and "the next one" exist.
+        begins = np.array([-1, *(begin for begin, _ in spans), len(text) + 1])
+        ends = np.array([-1, *(end for _, end in spans)])
+        span = np.searchsorted(begins, starts, side="right") - 1
+        loss = starts < ends[span]
+        merged = ~loss & (stops > begins[span + 1])
+        if merged.any():
+            token = text[slice(*offsets[int(merged.argmax())])]
+            raise ValueError(f"the tokenizer merges prompt and answer into the token {token!r}")
+        return np.array(ids, np.int32), stops, loss
 
     def _query(self, text: str) -> np.ndarray:
         ids, _ = self.tokenizer.encode(text)
@@ -371,9 +363,9 @@ class Alone(NamedTuple):
     shared: int
 
 
-def _chunks(segments: Sequence[Segment]) -> list[tuple[str, tuple[tuple[int, int], ...]] | None]:
+def _chunks(segments: Sequence[Segment]) -> list[tuple[str, Spans] | None]:
     """Joined texts with their supervised spans (adjacent ones merged); None for an image."""
-    chunks: list[tuple[str, tuple[tuple[int, int], ...]] | None] = []
+    chunks: list[tuple[str, Spans] | None] = []
     text, spans = "", []
 
     def close() -> None:

@@ -177,7 +177,10 @@ def train_iterator(
     source, features = sources.open_source(cfg), open_features(cfg)
     encode = _EncodeChunk(source, make_encoder(cfg, visual_tokens, image_px, mean, features))
     stream = (
-        grain.MapDataset.range(len(source)).seed(cfg.seed).shuffle().repeat()[shard::num_shards]
+        grain.MapDataset.range(len(source))
+        .seed(cfg.seed)
+        .shuffle()
+        .repeat(2**32)[shard::num_shards]
     )
     return TrainIterator(cfg, stream, encode, cfg.batch_size // num_shards, features)
 
