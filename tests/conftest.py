@@ -7,7 +7,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from absl import flags
 from jaxtyping import install_import_hook
 
-hook = install_import_hook("vlm_jax", "beartype.beartype")
+hook = install_import_hook("vlm_jax", "typechecker.check")
 hook.__enter__()
 
 if not flags.FLAGS.is_parsed():  # grain's worker processes read an absl flag
