@@ -41,7 +41,7 @@ def check_choice(owner: str, field: str, value: str, allowed: Any) -> None:
         raise ConfigError(f"{owner}: {field} {value!r} is not one of {sorted(allowed)}.")
 
 
-def check_positive(owner: str, **values: int | float) -> None:
+def check_positive(owner: str, **values: float) -> None:
     for name, value in values.items():
         if not value > 0:
             raise ConfigError(f"{owner}: {name} must be positive, got {value!r}.")
