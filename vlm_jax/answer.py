@@ -18,6 +18,7 @@ from vlm_jax.benchmarks.predictions import Answer
 from vlm_jax.checkpoint import load_params
 from vlm_jax.config import MeshConfig
 from vlm_jax.data import pipeline, sources
+from vlm_jax.data.rows import make_chat
 from vlm_jax.generate import Decoding, make_generate
 from vlm_jax.laws import flops
 from vlm_jax.models.vlm import Inputs, init_params
@@ -47,7 +48,7 @@ class Answerer:
         self.model, self.seed = run.model, seed
         self.data = dataclasses.replace(run.data, features_dir=features_dir)
         self.visual_tokens = compressors.num_tokens(run.model.compressor, run.model.vit.grid)
-        self.chat = pipeline.make_chat(self.data, self.visual_tokens)
+        self.chat = make_chat(self.data, self.visual_tokens)
         self.mesh = sharding.make_mesh(mesh)
         self.params = self._restore(checkpoint)
         self.decoding = Decoding(

@@ -94,7 +94,7 @@ def evaluate(cfg: ConfigDict, workdir: str) -> list[Score]:
 
     Raises ConfigError, before anything heavy is imported, for wrong settings, missing inputs or predictions of another run.
     """
-    settings, mesh = build(EvalConfig, cfg.eval), build(MeshConfig, cfg.mesh)
+    settings, mesh = build(EvalConfig, cfg.eval.to_dict()), build(MeshConfig, cfg.mesh.to_dict())
     run = experiment.read(settings.checkpoint)
     if experiment.last_step(settings.checkpoint) is None:
         raise ConfigError(
