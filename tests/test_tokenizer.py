@@ -70,7 +70,7 @@ def test_a_saved_truncation_does_not_cut(tmp_path):
 def test_what_is_no_tokenizer_is_named(tmp_path):
     with pytest.raises(ConfigError, match="does not exist; save one there"):
         tokenizer.load(str(tmp_path / "no"))
-    with pytest.raises(ConfigError, match="holds no tokenizer; expected one of tokenizer.json"):
+    with pytest.raises(ConfigError, match="holds no tokenizer; expected one of"):
         tokenizer.load(str(tmp_path))
     (tmp_path / "tokenizer.json").write_text("{broken")
     with pytest.raises(ConfigError, match="cannot be read"):
