@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from refs import hf_layout, reference_layout
 from vlm_jax import presets
 from vlm_jax.compressors import COMPRESSORS
 from vlm_jax.config import CompressorConfig, ConfigError, LMConfig, ViTConfig, VLMConfig
+from vlm_jax.data import chat, sources
 from vlm_jax.models.projector import Projector
 from vlm_jax.models.vit import Features, ViT
 from vlm_jax.models.vlm import VLM, Inputs
@@ -237,6 +239,41 @@ def test_a_golden_file_is_matched(path):
     if name not in RUNNERS or RUNNERS[name][0] not in COMPRESSORS:
         pytest.skip(f"{name} is not registered")
     assert check(case)
+
+
+STRINGS = FOLDER / "quecc_query_strings.json"
+# The reference cuts the query out of decoded text; where that goes wrong, the question itself is right.
+QUIRKS = {
+    "\nNo assistant marker here": "No assistant marker here",  # there: the last character is lost
+    "a caption\n": chat.NO_QUERY,  # a bare caption asks nothing; there: the empty string
+}
+
+
+def conversation(row: str | None) -> dict:
+    """The record whose rendering after the image is `row`."""
+    if row is None:
+        said = ["hello", "hello"]
+    elif row == "a caption\n":
+        said = ["<image>", "a caption"]
+    else:
+        question, *rest = re.split(r" (?:ASSISTANT|USER): ?", row)
+        said = [f"<image>{question}", *(text or "yes" for text in rest or [""])]
+    turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(said)]
+    return {"id": "0", "conversations": turns} | ({} if row is None else {"image": "a.png"})
+
+
+@pytest.mark.skipif(not STRINGS.is_file(), reason=f"no {STRINGS.name} in {FOLDER}")
+def test_the_query_is_the_question_the_reference_finds_where_it_finds_one():
+    cases = json.loads(STRINGS.read_text())
+    pairs = [pair for c in cases for pair in zip(c["rows"], c["query_text"], strict=True)]
+    seen = set()
+    for row, reference in pairs:
+        record = sources.parse(conversation(row), "golden.json", "images", "0")
+        ours = chat.queries(record) or [chat.NO_QUERY]
+        assert ours == [QUIRKS.get(row, reference)], row
+        assert (row in QUIRKS) == (ours != [reference])
+        seen.add(row)
+    assert len(pairs) >= 9 and QUIRKS.keys() <= seen
 
 
 # The formats that the folder lacks.
