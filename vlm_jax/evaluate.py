@@ -28,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vlm_jax import benchmarks, cli, experiment, presets
 from vlm_jax.benchmarks import predictions
 from vlm_jax.config import ConfigError, LMConfig, MeshConfig, build, check_positive
+from vlm_jax.data import tokenizer
 from vlm_jax.experiment import Experiment
 from vlm_jax.laws import table
 
@@ -67,6 +68,12 @@ class EvalConfig:
             raise ConfigError(
                 f"eval: benchmarks {self.benchmarks} names one twice; name each once."
             )
+        if self.temperature < 0:
+            raise ConfigError(
+                f"eval: temperature must be 0 (greedy) or more, got {self.temperature}."
+            )
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"eval: top_p must lie in (0, 1], got {self.top_p}.")
         if self.limit < 0:
             raise ConfigError(f"eval: limit must be 0 (all) or more, got {self.limit}.")
         for name in self.benchmarks:
@@ -99,6 +106,11 @@ def evaluate(cfg: ConfigDict, workdir: str) -> list[Score]:
     if experiment.last_step(settings.checkpoint) is None:
         raise ConfigError(
             f"eval: checkpoint {settings.checkpoint!r} has no finished checkpoint; train first."
+        )
+    tokenizer.check_directory(run.data.tokenizer)
+    if settings.features_dir and not (Path(settings.features_dir) / "index.json").is_file():
+        raise ConfigError(
+            f"eval: features_dir {settings.features_dir!r} holds no index.json; cache the features first."
         )
     folder = experiment.open_workdir(workdir)
     tasks = [

@@ -1,0 +1,271 @@
+"""The harness: answers on disk, restarts, batch sizes, scores, the command line. One tiny model, trained once."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+
+from configs import eval as eval_config
+from vlm_jax import answer, benchmarks, evaluate, experiment, features, presets, train
+from vlm_jax.config import ConfigError, MeshConfig
+from vlm_jax.laws import table
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder of data and, in `run`, a model that has seen it for a few steps: its answers are wrong but various."""
+    directory = tiny.write(tmp_path_factory.mktemp("world") / "data")
+    cfg = tiny.config(directory, num_steps=12)
+    cfg.optim.trainable = "."
+    train.train(cfg, str(directory.parent / "run"))
+    return directory
+
+
+def config(world, **fields):
+    cfg = eval_config.get_config()
+    settings = {
+        "checkpoint": str(world.parent / "run"), "benchmarks": ("llava",), "annotations": (str(world),),
+        "batch_size": 4, "max_new_tokens": 3,
+    }  # fmt: skip
+    cfg.eval.update(settings | fields)
+    return cfg
+
+
+def answers(workdir, name="llava"):
+    lines = (workdir / name / "predictions.jsonl").read_text().splitlines()
+    return {line["id"]: line["text"] for line in map(json.loads, lines)}
+
+
+def rows(world):
+    return benchmarks.get("llava").rows(world)
+
+
+@pytest.fixture(scope="module")
+def first(world):
+    """The workdir of one evaluation, and what it returned."""
+    workdir = world.parent / "first"
+    return workdir, evaluate.evaluate(config(world), str(workdir))
+
+
+def test_every_question_is_answered_once_and_scored_from_the_file(world, first):
+    workdir, scores = first
+    texts = answers(workdir)
+    gold = {row["id"]: row["answer"] for row in rows(world)}
+    assert set(texts) == set(gold) and len(gold) == 14
+    assert len(set(texts.values())) > 2, "the answers must differ for these tests to mean anything"
+    right = sum(texts[i].lower() == gold[i].lower() for i in gold)
+    assert scores == [
+        {"benchmark": "llava", "score": right / 14, "error": 1 - right / 14, "n": 14, "details": {}}
+    ]
+    assert json.loads((workdir / "scores.json").read_text()) == scores
+
+
+def test_the_errors_row_says_what_was_measured(world, first):
+    workdir, scores = first
+    (row,) = table.read(workdir / "errors.csv")
+    lm = experiment.resolve(tiny.config(world)).model.lm
+    assert (row.benchmark, row.family, row.compressor, row.n) == (
+        "llava",
+        "other",
+        "tokenpacker",
+        14,
+    )
+    assert (row.lm_params, row.visual_tokens, row.seed) == (lm.non_embedding_params, 1, 0)
+    assert row.error == pytest.approx(scores[0]["error"])
+    assert row.lm == table.size_name(lm.non_embedding_params)
+    assert 0 < row.seconds < 60
+    assert 2 * lm.non_embedding_params * 5 < row.flops < 2 * lm.non_embedding_params * 100
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_answers_do_not_depend_on_the_batch_size(world, first, tmp_path, batch_size):
+    scores = evaluate.evaluate(config(world, batch_size=batch_size), str(tmp_path))
+    assert answers(tmp_path) == answers(first[0])
+    assert scores == first[1]
+
+
+def test_answers_and_scores_do_not_depend_on_the_order_of_the_questions(world, first, tmp_path):
+    records = json.loads((world / "data.json").read_text())
+    turned = tmp_path / "turned.json"
+    turned.write_text(json.dumps(records[::-1]))
+    (tmp_path / "images").symlink_to(world / "images")
+    scores = evaluate.evaluate(config(world, annotations=(str(turned),)), str(tmp_path / "run"))
+    assert answers(tmp_path / "run") == answers(first[0])
+    assert scores == first[1]
+
+
+def test_a_killed_evaluation_asks_only_what_is_missing(world, first, tmp_path, monkeypatch):
+    """Cut after five answers, inside the sixth."""
+    whole = (first[0] / "llava" / "predictions.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "llava").mkdir()
+    (tmp_path / "llava" / "predictions.jsonl").write_text("".join(whole[:5]) + whole[5][:9])
+    asked = []
+    ask = answer.Answerer.ask
+    monkeypatch.setattr(
+        answer.Answerer,
+        "ask",
+        lambda self, rows, *rest: asked.extend(rows) or ask(self, rows, *rest),
+    )
+    scores = evaluate.evaluate(config(world), str(tmp_path))
+    assert len(asked) == 9
+    assert scores == first[1]
+    assert answers(tmp_path) == answers(first[0])
+    before = (tmp_path / "errors.csv").read_text()
+    assert evaluate.evaluate(config(world), str(tmp_path)) == first[1]
+    assert len(asked) == 9
+    assert (tmp_path / "errors.csv").read_text() == before
+
+
+def test_a_limit_scores_the_first_questions_and_can_be_lifted(world, first, tmp_path):
+    (limited,) = evaluate.evaluate(config(world, limit=5), str(tmp_path))
+    assert limited["n"] == 5 and len(answers(tmp_path)) == 5
+    assert evaluate.evaluate(config(world), str(tmp_path)) == first[1]
+    assert evaluate.evaluate(config(world, limit=5), str(tmp_path)) == [limited]
+
+
+def test_sampled_answers_repeat_with_the_seed_whatever_the_batch(world, first, tmp_path):
+    def sampled(name, **fields):
+        evaluate.evaluate(config(world, temperature=3.0, **fields), str(tmp_path / name))
+        return answers(tmp_path / name)
+
+    one = sampled("one", seed=1)
+    assert one == sampled("same", seed=1, batch_size=16)
+    assert one != sampled("other", seed=2)
+    assert one != answers(first[0])
+
+
+def test_a_second_evaluation_of_the_same_model_compiles_nothing(world, first, tmp_path):
+    answerer = answer.Answerer(str(world.parent / "run"), MeshConfig(), "", 3, 0.0, 1.0, 0)
+    before = answerer.compilations
+    assert 1 <= before <= 12  # at most four widths per batch size
+    evaluate.evaluate(config(world), str(tmp_path))
+    assert answerer.compilations == before
+
+
+def test_cached_features_give_the_answers_of_the_images(world, first, tmp_path):
+    run = experiment.read(world.parent / "run")
+    features.cache(run, world.parent / "run", tmp_path / "features")
+    cfg = config(world, features_dir=str(tmp_path / "features"))
+    assert evaluate.evaluate(cfg, str(tmp_path / "out")) == first[1]
+    assert answers(tmp_path / "out") == answers(first[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["8,1,1", "1,2,4", "2,2,2"])
+def test_a_mesh_of_eight_devices_gives_the_answers_of_one(world, first, tmp_path, mesh):
+    data, fsdp, tensor = mesh.split(",")
+    words = [
+        f"--config.mesh.{k}={v}" for k, v in (("data", data), ("fsdp", fsdp), ("tensor", tensor))
+    ]
+    words += [
+        f"--config.eval.checkpoint={world.parent / 'run'}",
+        "--config.eval.benchmarks=('llava',)",
+    ]
+    words += [f"--config.eval.annotations=('{world}',)", "--config.eval.batch_size=8"]
+    words += ["--config.eval.max_new_tokens=3", f"--workdir={tmp_path}", "--config=configs/eval.py"]
+    done = run_evaluate(*words, devices="8")
+    assert done.returncode == 0, done.stderr
+    assert answers(tmp_path) == answers(first[0])
+    assert json.loads(done.stdout) == first[1]
+
+
+def run_evaluate(*words, devices="1"):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": devices}
+    command = [sys.executable, "-m", "vlm_jax.evaluate", *words]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_scoring_saved_predictions_needs_no_jax_and_prints_one_object(world, first, tmp_path):
+    code = """
+import sys
+from vlm_jax import evaluate
+sys.exit(evaluate.main() or 10 * ("jax" in sys.modules))
+"""
+    words = [
+        "--score",
+        "--benchmark=llava",
+        f"--annotations={world}",
+        f"--out={tmp_path / 'score.json'}",
+    ]
+    words += [f"--predictions={first[0] / 'llava' / 'predictions.jsonl'}"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == first[1][0]
+    assert json.loads((tmp_path / "score.json").read_text()) == first[1][0]
+
+
+def test_scoring_an_incomplete_file_is_refused_unless_it_is_allowed(world, first, tmp_path, capsys):
+    lines = (first[0] / "llava" / "predictions.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "some.jsonl").write_text("".join(lines[:6]))
+    words = ["--score", "--benchmark=llava", f"--annotations={world}"]
+    words += [f"--predictions={tmp_path / 'some.jsonl'}"]
+    assert evaluate.main(words) == 2
+    assert "8 missing" in capsys.readouterr().err
+    assert evaluate.main([*words, "--allow-missing"]) == 0
+    assert json.loads(capsys.readouterr().out)["n"] == 6
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"checkpoint": ""}, "checkpoint is empty; give the workdir"),
+        ({"checkpoint": "/nowhere"}, "config.json' does not exist"),
+        ({"benchmarks": ()}, "benchmarks is empty; name one or more of llava"),
+        ({"benchmarks": ("llva",)}, "unknown benchmark 'llva'; use one of llava"),
+        ({"benchmarks": ("llava", "mini_ocr")}, "2 benchmarks but 1 annotations"),
+        ({"benchmarks": ("mini_ocr",)}, "ocr_test.json does not exist"),
+        ({"benchmarks": ("llava",) * 2, "annotations": ("x",) * 2}, "names one twice"),
+        ({"batch_size": 0}, "batch_size must be positive"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be positive"),
+        ({"limit": -1}, "limit must be 0"),
+        ({"temperature": -1.0}, "temperature must be 0"),
+        ({"top_p": 0.0}, "top_p must lie in"),
+        ({"features_dir": "/nowhere"}, "features_dir"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_that_names_the_fix(world, tmp_path, fields, match):
+    with pytest.raises(ConfigError, match=match) as caught:
+        evaluate.evaluate(config(world, **fields), str(tmp_path / "out"))
+    assert "\n" not in str(caught.value)
+
+
+def test_answers_of_another_run_are_not_continued(world, first):
+    with pytest.raises(ConfigError, match="max_new_tokens = 3, now 4; give another workdir"):
+        evaluate.evaluate(config(world, max_new_tokens=4), str(first[0]))
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["--config=configs/eval.py", "--workdir=x", "--config.eval.batchsize=3"], "batchsize"),
+        (["--config=configs/eval.py"], "--workdir is missing"),
+        (["--config=configs/eval.py", "--workdir=x"], "checkpoint is empty"),
+        (["--score", "--benchmark=llava", "--annotations=x"], "--predictions is missing"),
+    ],
+)
+def test_mistakes_on_the_command_line_exit_with_2_before_jax_wakes_up(words, match):
+    start = time.perf_counter()
+    done = run_evaluate(*words)
+    assert done.returncode == 2 and match in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("name", presets.LM)
+def test_a_model_is_named_after_its_preset_whatever_its_vocabulary(name):
+    assert evaluate.lm_name(presets.lm(name, vocab_size=77, dtype="bfloat16")) == name
+
+
+def test_a_model_without_preset_is_named_after_its_size():
+    assert evaluate.lm_name(presets.lm("mini-25k", mlp_width=48)) == table.size_name(
+        presets.lm("mini-25k", mlp_width=48).non_embedding_params
+    )
