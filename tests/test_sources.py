@@ -89,7 +89,7 @@ def test_a_bad_record_is_named(raw, reason):
 
 
 def test_an_image_without_a_folder_is_bad():
-    with pytest.raises(BadRecord, match="image_roots entry is empty"):
+    with pytest.raises(BadRecord, match=r"image_roots entry is empty"):
         parse(talk(human("<image>"), gpt("b"), image="a.png"), "a.json", "", "0")
 
 
@@ -162,9 +162,19 @@ def test_a_source_travels_without_its_open_file(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps(RECORDS))
     source = JsonSource(str(path), "")
-    assert source[2].id == "#2" and source._map is not None
+    assert source[2].id == "#2" and source._file is not None
     again = pickle.loads(pickle.dumps(source))
-    assert again._map is None and again[2] == source[2]
+    assert again._file is None and again[2] == source[2]
+
+
+def test_a_file_cut_short_while_it_is_read_is_a_bad_record(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(RECORDS))
+    source = JsonSource(str(path), "")
+    assert source[0].id == "é"
+    path.write_text("[]")
+    with pytest.raises(BadRecord, match="#2: cannot be parsed"):
+        source[2]
 
 
 def build_tfds(path, features, rows, file_format="array_record"):
@@ -261,9 +271,9 @@ def test_missing_paths_are_named_before_anything_is_read(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(RECORDS))
     sources.check_paths(config(tmp_path))
     missing = str(tmp_path / "no")
-    with pytest.raises(ConfigError, match="image_roots '.*no' .*does not exist"):
+    with pytest.raises(ConfigError, match=r"image_roots '.*no' .*does not exist"):
         sources.check_paths(config(tmp_path, image_roots=(missing,)))
-    with pytest.raises(ConfigError, match="tokenizer directory '.*no' does not exist"):
+    with pytest.raises(ConfigError, match=r"tokenizer directory '.*no' does not exist"):
         sources.check_paths(config(tmp_path, tokenizer=missing))
     with pytest.raises(ConfigError, match=r"features_dir '.*no' holds no index\.json"):
         sources.check_paths(config(tmp_path, features_dir=missing))

@@ -7,8 +7,8 @@ file when it reads its first record. Nothing is held in memory but 16 bytes per 
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
-import mmap
 import os
 import re
 from collections.abc import Sequence
@@ -181,21 +181,20 @@ class JsonSource:
         self.spans = (
             _line_spans(data) if self.lines else _list_spans(data, path)
         )  # int64 [N 2] bytes
-        self._map: mmap.mmap | None = None
+        self._file: io.FileIO | None = None
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_map": None}
+        return {**self.__dict__, "_file": None}
 
     def __len__(self) -> int:
         return len(self.spans)
 
     def __getitem__(self, index: int) -> Record:
-        if self._map is None:
-            with open(self.path, "rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if self._file is None:
+            self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (lives as long as the source)
         start, end = self.spans[index].tolist()
-        try:
-            raw = json.loads(self._map[start:end])
+        try:  # pread and not mmap: a file cut short under a mapping kills the process (SIGBUS)
+            raw = json.loads(os.pread(self._file.fileno(), end - start, start))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise BadRecord(self.path, self._name(index), f"cannot be parsed: {error}") from None
         return parse(raw, self.path, self.root, self._name(index))
