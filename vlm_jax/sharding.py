@@ -16,7 +16,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vlm_jax.config import ConfigError, MeshConfig
 
@@ -85,7 +85,7 @@ def use(mesh: Mesh) -> Iterator[None]:
         yield
 
 
-def shardings_of(boxed: Any, mesh: Mesh) -> Any:
+def shardings_of(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The NamedSharding of each leaf of a tree whose leaves are boxed with logical axes (bare leaves: replicated).
 
     The result has the structure of the unboxed tree. Shapes suffice (`jax.eval_shape`). Raises ConfigError naming the
@@ -136,7 +136,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def check_batch(batch_size: int, mesh: Mesh) -> None:
+def check_batch(batch_size: int, mesh: Mesh | AbstractMesh) -> None:
     """Raises ConfigError when the global batch cannot be dealt out evenly."""
     ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if batch_size % ways:

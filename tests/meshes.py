@@ -1,0 +1,78 @@
+"""Run by test_sharding.py in a process with 8 fake CPU devices: one training step and one prefill on each mesh.
+
+Prints a JSON object: mesh sizes -> loss, gradient norm, a checksum of the new parameters, and the prefill's logits.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiny
+
+from vlm_jax import experiment, loop, optim, sharding
+from vlm_jax.config import MeshConfig
+from vlm_jax.models.lm import empty_cache
+from vlm_jax.models.vlm import VLM, Inputs
+
+MESHES = ((1, 1, 1), (8, 1, 1), (2, 4, 1), (1, 2, 4), (2, 2, 2))
+
+
+def batch(rows: int, length: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    visual = np.full((rows, length), -1, np.int32)
+    visual[:, 2] = 0
+    return {
+        "tokens": rng.integers(4, 60, (rows, length), np.int32),
+        "visual_index": visual,
+        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+        "segments": np.zeros((rows, length), np.int32),
+        "loss_mask": np.tile(np.arange(length) > 3, (rows, 1)) & (rng.random((rows, length)) < 0.7),
+        "images": rng.integers(0, 255, (rows, 1, 16, 16, 3), np.uint8),
+        "query_tokens": rng.integers(4, 60, (rows, 1, 4), np.int32),
+        "query_mask": np.ones((rows, 1, 4), bool),
+    }
+
+
+def run(exp: experiment.Experiment, sizes: tuple[int, ...]) -> dict[str, list[float]]:
+    mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[: np.prod(sizes)])
+    plan = loop.plan(exp, mesh, 4)
+    state = loop.fresh_state(plan)
+    spread = {str(leaf.sharding.spec) for leaf in jax.tree.leaves(state)}
+    step, data = loop.make_step(plan), sharding.put(batch(8, 12), mesh)
+    with sharding.use(mesh):
+        for _ in range(2):
+            state, scalars = step(state, data)
+        params = optim.merge(state.trainable, state.frozen)
+        model = VLM(exp.model)
+
+        def prefill(params, inputs):
+            return model.apply(
+                {"params": params}, inputs, empty_cache(exp.model.lm, 8, 16), method="prefill"
+            )[0]
+
+        logits = jax.jit(prefill)(params, Inputs.from_batch(data))
+    total = sum(float(jnp.abs(leaf).sum()) for leaf in jax.tree.leaves(params))
+    kernel = nn.unbox(params)["lm"]["head"]
+    return {
+        "loss": [float(scalars["loss"])], "grad_norm": [float(scalars["grad_norm"])], "params": [total],
+        "logits": np.asarray(logits).ravel()[::7].tolist(), "specs": sorted(spread),
+        "head_shard": list(kernel.addressable_shards[0].data.shape), "compilations": [step._cache_size()],
+    }  # fmt: skip
+
+
+def main(folder: str) -> None:
+    config = tiny.config(Path(folder))
+    config.model.lm.update({"num_heads": 4, "num_kv_heads": 4, "head_dim": 4})
+    config.data.batch_size = 8
+    config.model.vit.num_heads = 4
+    config.optim.update({"optimizer": "muon", "warmup_ratio": 0.0})
+    exp = experiment.resolve(config)
+    sys.stdout.write(json.dumps({str(sizes): run(exp, sizes) for sizes in MESHES}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

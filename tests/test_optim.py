@@ -1,0 +1,164 @@
+"""Which parameters move, by which rule, and how fast."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.traverse_util import flatten_dict
+
+from vlm_jax.config import ConfigError, OptimConfig
+from vlm_jax.optim import make_optimizer, merge, muon_axes, partition, schedule
+
+STAGE_1, STAGE_2 = "^(compressor|projector)/", "^(compressor|projector|lm)/"
+
+
+def boxed(shape, names):
+    values = jax.random.normal(jax.random.key(len(shape) * 100 + shape[-1]), shape)
+    return nn.LogicallyPartitioned(values, names)
+
+
+def tree():
+    """The shapes of a small model: 2 layers, width 6, 3 heads of 4."""
+    q = {
+        "kernel": boxed((2, 6, 3, 4), ("layers", "embed", "heads", None)),
+        "bias": boxed((2, 3, 4), ("layers", "heads", None)),
+    }
+    o = {"kernel": boxed((2, 3, 4, 6), ("layers", "heads", None, "embed"))}
+    up = {"kernel": boxed((2, 6, 10), ("layers", "embed", "mlp"))}
+    return {
+        "vit": {"patch": {"kernel": boxed((8, 5), (None, "vision"))}},
+        "compressor": {"proj": {"kernel": boxed((5, 5), (None, "vision")), "bias": boxed((5,), ("vision",))}},
+        "projector": {"dense_0": {"kernel": boxed((5, 6), ("vision", "mlp"))}},
+        "lm": {"embed": boxed((9, 6), ("vocab", "embed")), "layers": {"attn": {"q": q, "o": o}, "mlp": {"up": up}}},
+    }  # fmt: skip
+
+
+def config(**changes):
+    fields = dict(
+        trainable=STAGE_2, optimizer="adamw", learning_rate=1e-2, muon_learning_rate=2e-2, warmup_ratio=0.0,
+        weight_decay=0.0, beta1=0.9, beta2=0.999, eps=1e-8, clip_norm=1e9,
+    )  # fmt: skip
+    return OptimConfig(**(fields | changes))
+
+
+def paths(tree):
+    return sorted(flatten_dict(tree, sep="/"))
+
+
+def test_stage_1_trains_compressor_and_projector_and_stage_2_also_the_decoder():
+    params = nn.unbox(tree())
+    trainable, frozen = partition(params, STAGE_1)
+    assert set(trainable) == {"compressor", "projector"} and set(frozen) == {"vit", "lm"}
+    trainable, frozen = partition(params, STAGE_2)
+    assert set(trainable) == {"compressor", "projector", "lm"} and set(frozen) == {"vit"}
+    assert jax.tree.all(
+        jax.tree.map(lambda a, b: bool((a == b).all()), merge(trainable, frozen), params)
+    )
+
+
+def test_a_regex_may_cut_through_a_part():
+    trainable, frozen = partition(nn.unbox(tree()), "lm/layers/.*/kernel")
+    assert paths(trainable) == [f"lm/layers/{x}/kernel" for x in ("attn/o", "attn/q", "mlp/up")]
+    assert "lm/embed" in paths(frozen) and "lm/layers/attn/q/bias" in paths(frozen)
+
+
+def test_a_regex_that_matches_nothing_names_the_parts():
+    with pytest.raises(
+        ConfigError,
+        match="'mm_projector' matches no parameter; paths begin with compressor/, lm/, projector/, vit/",
+    ):
+        partition(nn.unbox(tree()), "mm_projector")
+    with pytest.raises(ConfigError, match="not a regular expression"):
+        partition(nn.unbox(tree()), "(lm")
+
+
+def test_the_schedule_is_warm_up_then_half_a_cosine_to_zero():
+    rate = schedule(2.0, 100, 0.03)  # ceil(3) warm-up steps
+    assert [float(rate(i)) for i in (0, 1, 2, 3)] == pytest.approx([0, 2 / 3, 4 / 3, 2], abs=1e-6)
+    for i in (10, 50, 99):
+        assert float(rate(i)) == pytest.approx(1 + np.cos(np.pi * (i - 3) / 97), abs=1e-6)
+    assert float(rate(100)) == 0
+    assert float(schedule(2.0, 100, 0.025)(2)) == pytest.approx(
+        4 / 3, abs=1e-6
+    )  # 2.5 steps round up to 3
+    assert float(schedule(2.0, 100, 0.0)(0)) == 2
+
+
+def test_frozen_parameters_have_no_optimiser_state():
+    trainable, _ = partition(nn.unbox(tree()), STAGE_1)
+    for kind in ("adamw", "muon"):
+        state = make_optimizer(config(optimizer=kind), 10, partition(tree(), STAGE_1)[0]).init(
+            trainable
+        )
+        sizes = sum(
+            leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim and leaf.shape != (3,)
+        )
+        assert sizes == 2 * sum(
+            leaf.size for leaf in jax.tree.leaves(trainable)
+        )  # first and second moment
+
+
+def test_adamw_is_the_textbook_update():
+    params, (chosen, _) = nn.unbox(tree()), partition(tree(), STAGE_2)
+    trainable, _ = partition(params, STAGE_2)
+    optimizer = make_optimizer(config(weight_decay=0.1), 4, chosen)
+    state, grads = optimizer.init(trainable), jax.tree.map(lambda x: x * 2 + 1, trainable)
+    updates, _ = optimizer.update(grads, state, trainable)
+    kernel, bias = (nn.unbox(chosen)["compressor"]["proj"][name] for name in ("kernel", "bias"))
+    sign = lambda x: np.sign(np.asarray(x) * 2 + 1)  # noqa: E731 (the first step of Adam)
+    got = updates["compressor"]["proj"]
+    np.testing.assert_allclose(got["kernel"], -1e-2 * (sign(kernel) + 0.1 * kernel), rtol=1e-4)
+    np.testing.assert_allclose(got["bias"], -1e-2 * sign(bias), rtol=1e-4)  # no decay on biases
+
+
+def test_the_gradient_is_clipped_by_its_global_norm():
+    trainable, _ = partition(nn.unbox(tree()), STAGE_1)
+    optimizer = make_optimizer(config(clip_norm=0.5, beta1=0.0), 4, partition(tree(), STAGE_1)[0])
+    clip = optax.clip_by_global_norm(0.5)
+    grads = jax.tree.map(
+        lambda x: 1e-9 * x, trainable
+    )  # far below the clip: untouched, but Adam's eps notices size
+    small, _ = optimizer.update(grads, optimizer.init(trainable), trainable)
+    big, _ = optimizer.update(
+        jax.tree.map(lambda x: 1e12 * x, grads), optimizer.init(trainable), trainable
+    )
+    clipped, _ = clip.update(jax.tree.map(lambda x: 1e12 * x, grads), clip.init(trainable))
+    assert float(optax.tree.norm(clipped)) == pytest.approx(0.5, rel=1e-5)
+    again, _ = optimizer.update(clipped, optimizer.init(trainable), trainable)
+    np.testing.assert_allclose(
+        big["projector"]["dense_0"]["kernel"], again["projector"]["dense_0"]["kernel"], rtol=1e-5
+    )
+    assert not np.allclose(
+        small["projector"]["dense_0"]["kernel"], big["projector"]["dense_0"]["kernel"], rtol=1e-3
+    )
+
+
+def test_muon_takes_the_decoder_s_kernels_as_matrices_and_nothing_else():
+    spec = optax.contrib.MuonDimensionNumbers
+    axes = muon_axes(tree())
+    assert axes["lm"]["layers"]["attn"]["q"]["kernel"] == spec(1, (2, 3))
+    assert axes["lm"]["layers"]["attn"]["o"]["kernel"] == spec((1, 2), 3)
+    assert axes["lm"]["layers"]["mlp"]["up"]["kernel"] == spec(1, (2,))
+    assert axes["lm"]["embed"] is None and axes["lm"]["layers"]["attn"]["q"]["bias"] is None
+    assert (
+        axes["compressor"]["proj"]["kernel"] is None
+        and axes["projector"]["dense_0"]["kernel"] is None
+    )
+
+
+def test_a_muon_update_is_near_orthogonal_per_layer_and_scaled_by_its_own_rate():
+    params, (chosen, _) = nn.unbox(tree()), partition(tree(), STAGE_2)
+    trainable, _ = partition(params, STAGE_2)
+    optimizer = make_optimizer(config(optimizer="muon"), 4, chosen)
+    updates, _ = optimizer.update(trainable, optimizer.init(trainable), trainable)
+    q = np.asarray(updates["lm"]["layers"]["attn"]["q"]["kernel"]).reshape(2, 6, 12)
+    for (
+        layer
+    ) in q:  # Newton-Schulz drives the singular values near 1; width scaling is sqrt(12 / 6)
+        values = np.linalg.svd(layer, compute_uv=False) / (2e-2 * np.sqrt(2))
+        assert values.min() > 0.6 and values.max() < 1.3
+    embed = np.abs(np.asarray(updates["lm"]["embed"]))
+    np.testing.assert_allclose(embed, 1e-2, rtol=1e-4)  # AdamW's first step: the rate itself
+    assert jnp.isfinite(optax.tree.norm(updates))
