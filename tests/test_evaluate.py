@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder of data and, in `run`, a model that has seen it for a few steps: its answers are wrong but various."""
+    """A folder of data and, in `run`, a model that has seen it for a while: its answers differ, and not all are right."""
     directory = tiny.write(tmp_path_factory.mktemp("world") / "data")
-    cfg = tiny.config(directory, num_steps=12)
+    cfg = tiny.config(directory, num_steps=80, save_every=80)
     cfg.optim.trainable = "."
     train.train(cfg, str(directory.parent / "run"))
     return directory
