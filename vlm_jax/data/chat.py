@@ -7,6 +7,7 @@ hold "ASSISTANT:" and a tokenizer may merge as it likes.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import re
 from collections.abc import Sequence
@@ -129,7 +130,8 @@ class Chat:
         self.independent = turns == "independent"
         self.visual_tokens, self.max_tokens = visual_tokens, max_tokens
         self.max_query_tokens, self.max_images = max_query_tokens, max_images
-        self._bos = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], np.int32)
+        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        self._bos = Unit(np.array(bos, np.int32), np.zeros(len(bos), bool))
         reserved = sorted(
             {*tokenizer.specials, *self.template.control, IMAGE}, key=len, reverse=True
         )
@@ -139,6 +141,7 @@ class Chat:
     def _make_caches(self) -> None:
         self._cached_chunk = functools.lru_cache(CACHE_SIZE)(self._chunk)
         self._cached_alone = functools.lru_cache(CACHE_SIZE)(self._alone)
+        self._cached_header = functools.lru_cache(CACHE_SIZE)(self._header)
         self._cached_query = functools.lru_cache(CACHE_SIZE)(self._query)
 
     def __getstate__(self) -> dict:
@@ -271,10 +274,7 @@ class Chat:
     def _dialogue(self, record: Record) -> list[Unit]:
         system = self.system if record.system is None else record.system
         try:
-            return [
-                Unit(self._bos, np.zeros(len(self._bos), bool)),
-                *self._encoded(system, record.turns),
-            ]
+            return [self._bos, *self._encoded(system, record.turns)]
         except ValueError as error:
             raise record.bad(str(error)) from None
 
@@ -284,7 +284,7 @@ class Chat:
             if chunk is None:
                 units.append(_IMAGE_UNIT)
             else:
-                ids, _, loss = self._tokenised(*chunk)
+                ids, loss, _ = self._tokenised(*chunk)
                 units.append(Unit(ids, loss))
         return units
 
@@ -301,12 +301,12 @@ class Chat:
             alone = [encode(system, images, t.question, t.answer) for t in record.turns]
         except ValueError as error:
             raise record.bad(str(error)) from None
-        prefix, shared = alone[0].prefix, min(a.shared for a in alone)
-        first = alone[0].tail
-        while shared and any(
-            not np.array_equal(a.tail.ids[:shared], first.ids[:shared]) for a in alone
-        ):
-            shared -= 1
+        prefix, first = alone[0].prefix, alone[0].tail
+        low, high = min(a.shared for a in alone), max(a.shared for a in alone)
+        differ = (i for i, (x, y) in enumerate(zip(low, high, strict=False)) if x != y)
+        shared = next(
+            differ, len(low)
+        )  # ids common to the first and last in order are common to all
         if shared:
             prefix = (*prefix, Unit(first.ids[:shared], first.loss[:shared]))
         units = list(prefix)
@@ -320,47 +320,51 @@ class Chat:
 
     def _alone(self, system: str, images: int, question: str, answer: str | None) -> Alone:
         turn = Turn(images, question, answer)
-        units = [Unit(self._bos, np.zeros(len(self._bos), bool)), *self._encoded(system, [turn])]
         if images:
-            return Alone(tuple(units[:-1]), units[-1], 0)
-        (chunk,) = _chunks(render(self.template, system, [turn]))
-        _, ends, _ = self._tokenised(*chunk)
-        header = sum(len(text) for text, _, _, _ in render(self.template, system, []))
-        header += sum(len(text) for text, _ in self.template.user.before)
-        return Alone((units[0],), units[1], int(np.searchsorted(ends > header, True)))
+            units = [self._bos, *self._encoded(system, [turn])]
+            return Alone(tuple(units[:-1]), units[-1], [])
+        ids, loss, stops = self._chunk(*_chunks(render(self.template, system, [turn]))[0])
+        header = self._cached_header(system)
+        shared = ids[: bisect.bisect_right(stops, header)].tolist()
+        return Alone((self._bos,), Unit(ids, loss), shared)
 
-    def _tokenised(self, text: str, spans: Spans) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _header(self, system: str) -> int:
+        """Characters before the first question."""
+        before = [text for text, _, _, _ in render(self.template, system, [])]
+        return sum(map(len, before)) + sum(len(text) for text, _ in self.template.user.before)
+
+    def _tokenised(self, text: str, spans: Spans) -> tuple[np.ndarray, np.ndarray, list[int]]:
         return (self._cached_chunk if len(text) < CACHED_CHARS else self._chunk)(text, spans)
 
-    def _chunk(self, text: str, spans: Spans) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids, end offsets and loss mask of one text; spans: its supervised stretches.
+    def _chunk(self, text: str, spans: Spans) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """Ids, loss mask and end offsets of one text; spans: its supervised stretches, in order.
 
         Raises ValueError if a token begins before an answer and reaches into it: prompt and answer share it then.
         """
         ids, offsets = self.tokenizer.encode(text)
-        starts, stops = np.array(offsets, np.int64).reshape(-1, 2).T
-        # One slot past either end of the spans, so that "the span at or before a token" and "the next one" exist.
-        begins = np.array([-1, *(begin for begin, _ in spans), len(text) + 1])
-        ends = np.array([-1, *(end for _, end in spans)])
-        span = np.searchsorted(begins, starts, side="right") - 1
-        loss = starts < ends[span]
-        merged = ~loss & (stops > begins[span + 1])
-        if merged.any():
-            token = text[slice(*offsets[int(merged.argmax())])]
-            raise ValueError(f"the tokenizer merges prompt and answer into the token {token!r}")
-        return np.array(ids, np.int32), stops, loss
+        loss = []
+        ahead = [*spans, (len(text) + 1, len(text) + 1)]
+        for start, stop in offsets:
+            while start >= ahead[0][1]:
+                del ahead[0]
+            begin = ahead[0][0]
+            if start < begin < stop:
+                token = text[start:stop]
+                raise ValueError(f"the tokenizer merges prompt and answer into the token {token!r}")
+            loss.append(start >= begin)
+        return np.array(ids, np.int32), np.array(loss, bool), [stop for _, stop in offsets]
 
     def _query(self, text: str) -> np.ndarray:
         ids, _ = self.tokenizer.encode(text)
-        return np.concatenate([self._bos, np.array(ids, np.int32)])[: self.max_query_tokens]
+        return np.concatenate([self._bos.ids, np.array(ids, np.int32)])[: self.max_query_tokens]
 
 
 class Alone(NamedTuple):
-    """A turn as the only one of its record: prefix units, the rest, and how many tokens of the rest come before the question."""
+    """A turn as the only one of its record: prefix units, the rest, and the ids of the rest that come before the question."""
 
     prefix: tuple[Unit, ...]
     tail: Unit
-    shared: int
+    shared: list[int]
 
 
 def _chunks(segments: Sequence[Segment]) -> list[tuple[str, Spans] | None]:

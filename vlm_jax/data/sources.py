@@ -195,7 +195,7 @@ class JsonSource:
         start, end = self.spans[index].tolist()
         try:  # pread and not mmap: a file cut short under a mapping kills the process (SIGBUS)
             raw = json.loads(os.pread(self._file.fileno(), end - start, start))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise BadRecord(self.path, self._name(index), f"cannot be parsed: {error}") from None
         return parse(raw, self.path, self.root, self._name(index))
 
@@ -250,6 +250,8 @@ def _list_spans(data: bytes, path: str) -> np.ndarray:
             _, end = scan(text, at)
         except json.JSONDecodeError as error:
             raise fail(error.pos, f"cannot be parsed: {error.msg}") from None
+        except (ValueError, RecursionError) as error:  # an absurd number, or absurd nesting
+            raise fail(at, f"cannot be parsed: {error}") from None
         spans.append((at, end))
         at = _SPACE.match(text, end).end()
     return np.array(spans, np.int64).reshape(-1, 2)
