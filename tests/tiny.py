@@ -96,6 +96,9 @@ def config(directory: Path, **train: int) -> ConfigDict:
     c.model.compressor.update(
         {"name": "tokenpacker", "stride": 2, "num_heads": 2, "taps": (), "dtype": "float32"}
     )
+    c.model.projector_norm = (
+        "rms"  # without it the colours of such a small encoder take long to learn
+    )
     c.model.lm.update(
         {
             "preset": "", "vocab_size": 64, "width": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2, "head_dim": 8,
