@@ -172,21 +172,28 @@ def test_the_vicuna_prompt_ends_in_the_header_without_a_space(tokens):
     assert text.endswith("USER: Why? ASSISTANT:")
 
 
-@pytest.mark.parametrize("template", ["vicuna_v1", "chatml", "chatml_llava_next", "llama3", "phi3"])
+TEMPLATES_AND_KINDS = [
+    *((t, KIND[t]) for t in TEMPLATES if t != "plain"),
+    ("vicuna_v1", "word"),
+    ("vicuna_v1", "llama_class"),
+]
+
+
+@pytest.mark.parametrize("template, kind", TEMPLATES_AND_KINDS)
 @pytest.mark.parametrize("image", ["", "<image>", "<image><image>"])
 @pytest.mark.parametrize("system", [None, "", "yes no"])
 def test_an_independent_turn_looks_exactly_as_if_it_were_asked_alone(
-    tokens, template, image, system
+    tokens, template, kind, image, system
 ):
     turns = [
         (image + "What is this?", "A red cat."),
         ("Why?", "Because it is."),
         ("What colour?", "Red"),
     ]
-    c = make(tokens, template, turns="independent", system=system)
+    c = make(tokens, template, kind, turns="independent", system=system)
     row = c.encode(record(*turns))
     assert set(row.segments.tolist()) >= {1, 2, 3}
-    alone = make(tokens, template, turns="dialogue", system=system)
+    alone = make(tokens, template, kind, turns="dialogue", system=system)
     for n, (question, answer) in enumerate(turns, start=1):
         one = alone.encode(record((question if n == 1 else image + question, answer)))
         length = int((one.segments >= 0).sum())

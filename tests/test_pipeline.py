@@ -8,7 +8,7 @@ import textwrap
 import numpy as np
 import pytest
 from PIL import Image
-from refs import tokenizers
+from refs import tfds_builder, tokenizers
 
 from vlm_jax.config import ConfigError, DataConfig
 from vlm_jax.data import pipeline, rows
@@ -120,6 +120,33 @@ def test_images_and_text_only_rows_mix(folder):
             )
             if i % 2 == 0 and i > 4:
                 assert picture[0, 0, 0] > i  # padded with the mean colour
+
+
+def test_a_tfds_directory_trains_like_a_json_file(folder, tmp_path):
+    rows = [
+        {
+            "image": (folder / "images" / f"{i}.png").read_bytes(),
+            "question": "What colour ?",
+            "answer": "red",
+        }
+        for i in (0, 2, 4, 8)
+    ]
+    path = tfds_builder.build(
+        tmp_path, lambda f: {"image": f.Image(), "question": f.Text(), "answer": f.Text()}, rows
+    )
+    mixed = config(
+        folder,
+        annotations=(str(folder / "a.json"), str(path)),
+        image_roots=(str(folder / "images"), ""),
+    )
+    seen = {}
+    for batch in take(iterate(mixed), 4):  # 12 + 4 records
+        seen |= {name: batch["images"][i, 0, 4, 4].tolist() for i, name in enumerate(batch["ids"])}
+    assert len(seen) == 16
+    colours = [seen[f"#{i}"] for i in range(4)]
+    assert sorted(colours) == [[0, 100, 200], [2, 102, 200], [4, 104, 200], [8, 108, 200]]
+    with pytest.raises(ConfigError, match="holds its images itself"):
+        pipeline.list_images(mixed)
 
 
 def test_every_epoch_holds_every_record_once_in_a_new_order(folder):

@@ -4,7 +4,7 @@ import json
 import pickle
 
 import pytest
-from refs import tokenizers
+from refs import tfds_builder, tokenizers
 
 from vlm_jax.config import ConfigError, DataConfig
 from vlm_jax.data import sources
@@ -177,29 +177,6 @@ def test_a_file_cut_short_while_it_is_read_is_a_bad_record(tmp_path):
         source[2]
 
 
-def build_tfds(path, features, rows, file_format="array_record"):
-    import tensorflow_datasets as tfds
-
-    class Small(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        VERSION = tfds.core.Version("1.0.0")
-
-        def _info(self):
-            return tfds.core.DatasetInfo(
-                builder=self, features=tfds.features.FeaturesDict(features(tfds.features))
-            )
-
-        def _split_generators(self, manager):
-            del manager
-            return {"train": self._generate_examples()}
-
-        def _generate_examples(self):
-            yield from enumerate(rows)
-
-    builder = Small(data_dir=str(path), file_format=file_format)
-    builder.download_and_prepare()
-    return builder.data_path
-
-
 def png():
     import io
 
@@ -222,7 +199,7 @@ def test_tfds_dialogues_are_records_with_encoded_images(tmp_path):
             "conversations": [human("<image>Wie?"), gpt("\u2603"), human("Why?"), gpt("no")],
         }
     ]
-    source = TfdsSource(str(build_tfds(tmp_path, features, rows)), "")
+    source = TfdsSource(str(tfds_builder.build(tmp_path, features, rows)), "")
     r = pickle.loads(pickle.dumps(source))[0]
     assert (len(source), r.id, r.images) == (1, "é", (png(),))
     assert r.turns == (Turn(1, "Wie?", "\u2603"), Turn(0, "Why?", "no"))
@@ -230,7 +207,7 @@ def test_tfds_dialogues_are_records_with_encoded_images(tmp_path):
 
 def test_tfds_questions_are_records(tmp_path):
     rows = [{"image": png(), "question": "Why?", "answer": a} for a in ("yes", " ")]
-    path = build_tfds(
+    path = tfds_builder.build(
         tmp_path, lambda f: {"image": f.Image(), "question": f.Text(), "answer": f.Text()}, rows
     )
     source = TfdsSource(str(path), "")
@@ -246,7 +223,7 @@ def test_tfds_questions_are_records(tmp_path):
 
 
 def test_tfds_without_questions_is_named(tmp_path):
-    path = build_tfds(tmp_path, lambda f: {"text": f.Text()}, [{"text": "x"}])
+    path = tfds_builder.build(tmp_path, lambda f: {"text": f.Text()}, [{"text": "x"}])
     with pytest.raises(ConfigError, match=r"features \['text'\] are neither"):
         TfdsSource(str(path), "")
 

@@ -7,6 +7,7 @@ file when it reads its first record. Nothing is held in memory but 16 bytes per 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -175,12 +176,9 @@ class JsonSource:
 
     def __init__(self, path: str, root: str):
         self.path, self.root = path, root
-        with open(path, "rb") as file:
-            data = file.read()
+        stat = os.stat(path)
         self.lines = path.endswith(".jsonl")
-        self.spans = (
-            _line_spans(data) if self.lines else _list_spans(data, path)
-        )  # int64 [N 2] bytes
+        self.spans = _spans(path, stat.st_mtime_ns, stat.st_size)  # int64 [N 2] bytes
         self._file: io.FileIO | None = None
 
     def __getstate__(self) -> dict:
@@ -206,6 +204,15 @@ class JsonSource:
         start = int(self.spans[index, 0])
         with open(self.path, "rb") as file:
             return f"line {1 + file.read(start).count(10)}"
+
+
+@functools.lru_cache(16)
+def _spans(path: str, mtime_ns: int, size: int) -> np.ndarray:
+    """Byte spans of a file's records; a file is scanned once per process (1.5 s for 100 MB) as long as it is unchanged."""
+    del mtime_ns, size
+    with open(path, "rb") as file:
+        data = file.read()
+    return _line_spans(data) if path.endswith(".jsonl") else _list_spans(data, path)
 
 
 def _line_spans(data: bytes) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""Slow, plain twins and small fixtures the tests compare with."""
