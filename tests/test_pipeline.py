@@ -7,8 +7,9 @@ import textwrap
 
 import numpy as np
 import pytest
+import tfds_builder
 from PIL import Image
-from refs import tfds_builder, tokenizers
+from refs import tokenizers
 
 from vlm_jax.config import ConfigError, DataConfig
 from vlm_jax.data import pipeline, rows

@@ -4,7 +4,8 @@ import json
 import pickle
 
 import pytest
-from refs import tfds_builder, tokenizers
+import tfds_builder
+from refs import tokenizers
 
 from vlm_jax.config import ConfigError, DataConfig
 from vlm_jax.data import sources

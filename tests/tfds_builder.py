@@ -1,4 +1,4 @@
-"""Prepares a small tfds dataset without TensorFlow."""
+"""Prepares a small tfds dataset without TensorFlow (a module at the top: tfds needs importlib_resources otherwise)."""
 
 import tensorflow_datasets as tfds
 

@@ -1,1 +1,0 @@
-"""Slow, plain twins and small fixtures the tests compare with."""
