@@ -24,6 +24,7 @@ def world(tmp_path_factory):
     directory = tiny.write(tmp_path_factory.mktemp("world") / "data")
     cfg = tiny.config(directory, num_steps=80, save_every=80)
     cfg.optim.trainable = "."
+    cfg.model.lm.num_heads = cfg.model.lm.num_kv_heads = 4  # so that four devices can share them
     train.train(cfg, str(directory.parent / "run"))
     return directory
 
@@ -70,7 +71,7 @@ def test_every_question_is_answered_once_and_scored_from_the_file(world, first):
 def test_the_errors_row_says_what_was_measured(world, first):
     workdir, scores = first
     (row,) = table.read(workdir / "errors.csv")
-    lm = experiment.resolve(tiny.config(world)).model.lm
+    lm = experiment.read(world.parent / "run").model.lm
     assert (row.benchmark, row.family, row.compressor, row.n) == (
         "llava",
         "other",
@@ -161,15 +162,11 @@ def test_cached_features_give_the_answers_of_the_images(world, first, tmp_path):
 @pytest.mark.parametrize("mesh", ["8,1,1", "1,2,4", "2,2,2"])
 def test_a_mesh_of_eight_devices_gives_the_answers_of_one(world, first, tmp_path, mesh):
     data, fsdp, tensor = mesh.split(",")
-    words = [
-        f"--config.mesh.{k}={v}" for k, v in (("data", data), ("fsdp", fsdp), ("tensor", tensor))
-    ]
-    words += [
-        f"--config.eval.checkpoint={world.parent / 'run'}",
-        "--config.eval.benchmarks=('llava',)",
-    ]
-    words += [f"--config.eval.annotations=('{world}',)", "--config.eval.batch_size=8"]
-    words += ["--config.eval.max_new_tokens=3", f"--workdir={tmp_path}", "--config=configs/eval.py"]
+    words = ["--config=configs/eval.py", f"--workdir={tmp_path}"]
+    words += [f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}"]
+    words += [f"--config.mesh.tensor={tensor}", "--config.eval.benchmarks=('llava',)"]
+    words += [f"--config.eval.checkpoint={world.parent / 'run'}", "--config.eval.batch_size=8"]
+    words += [f"--config.eval.annotations=('{world}',)", "--config.eval.max_new_tokens=3"]
     done = run_evaluate(*words, devices="8")
     assert done.returncode == 0, done.stderr
     assert answers(tmp_path) == answers(first[0])

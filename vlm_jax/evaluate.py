@@ -32,7 +32,7 @@ from vlm_jax.data import tokenizer
 from vlm_jax.experiment import Experiment
 from vlm_jax.laws import table
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("vlm_jax.evaluate")  # run as a module, __name__ is "__main__"
 
 Score = dict[str, Any]  # {"benchmark", "score", "error", "n", "details"}
 
