@@ -179,6 +179,18 @@ def resize_matrix(size: int, source: int) -> np.ndarray:
     return matrix.astype(np.float32)
 
 
+def sincos_positions(grid: int, width: int) -> np.ndarray:
+    """Fixed 2-D positions [grid * grid, width], row by row: the first half of the channels encodes the column, the
+    second the row, each as sines and cosines of geometrically spaced frequencies (10000^(-4 i / width)).
+    """
+    frequencies = 10000.0 ** (-np.arange(width // 4) / (width // 4))
+    angles = np.arange(grid)[:, None] * frequencies
+    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # [grid, width / 2]
+    column = np.broadcast_to(axis[None], (grid, grid, width // 2))
+    row = np.broadcast_to(axis[:, None], (grid, grid, width // 2))
+    return np.concatenate([column, row], axis=2).reshape(grid * grid, width).astype(np.float32)
+
+
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) * up(x)), without biases."""
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from vlm_jax.config import ViTConfig
 from vlm_jax.layers import (
@@ -22,6 +22,7 @@ from vlm_jax.layers import (
     constrain,
     resize_matrix,
     scan_layers,
+    sincos_positions,
     weight,
 )
 
@@ -125,8 +126,13 @@ class ViT(nn.Module):
             bias_init=nn.initializers.zeros, dtype=cfg.dtype, name="patch_embed",
         )(patches)  # fmt: skip
         source = cfg.position_grid or cfg.grid
-        init = nn.initializers.normal(cfg.width**-0.5)
         shape = (source**2 + cfg.cls_token, cfg.width)
+
+        def init(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
+            """2-D sines: neighbours and quadrants are told apart before anything is learned; a class token at zero."""
+            patches = sincos_positions(source, cfg.width)
+            return jnp.concatenate([jnp.zeros((shape[0] - len(patches), cfg.width)), patches])
+
         table = weight(self, "position", init, shape, (None, "vision"))
         positions = table[int(cfg.cls_token) :]
         if source != cfg.grid:

@@ -1,0 +1,17 @@
+"""The miniature with tiny settings: every part runs, nothing is learned. A plumbing test, not a result."""
+
+from configs import mini
+
+
+def get_config():
+    c = mini.get_config()
+    c.sweep.lms = ("mini-25k", "mini-66k")
+    c.sweep.visual_tokens = (1, 4, 16)
+    c.sweep.train_images = 160
+    c.sweep.test_images = 80
+    c.sweep.text_records = 320
+    c.sweep.max_reruns = 0
+    c.sweep.failed_above = 1.01
+    for stage in ("encoder", "text", "vlm", "query_aware_vlm"):
+        c.sweep[stage].steps = 10
+    return c

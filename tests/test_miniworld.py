@@ -1,0 +1,258 @@
+"""The embedded benchmark: every gold answer is derived again from the saved contents and tables alone."""
+
+import collections
+import hashlib
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import AutoTokenizer
+
+from vlm_jax.config import ConfigError
+from vlm_jax.miniworld import generate, questions, rendering, scenes
+
+SIZES = dict(num_train_images=400, num_test_images=160, num_text_records=400)
+COLOURS = "red orange yellow green blue purple pink white".split()
+FLOORS = "sand moss slate coal brick lake navy plum".split()
+ENTITIES = "ant bee cat dog eel fox gnu hen ibex jay koi lynx mole newt owl pig".split()
+RELATIONS = "friend rival cousin guest guard tutor pilot baker".split()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+    directory = tmp_path_factory.mktemp("miniworld")
+    generate.write(directory, seed=3, **SIZES)
+    return directory
+
+
+def load(folder, name):
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def turns(record):
+    said = [m for m in record["conversations"] if m["from"] != "system"]
+    assert [m["from"] for m in said] == ["human", "gpt"] * (len(said) // 2)
+    return [(q["value"], a["value"]) for q, a in zip(said[::2], said[1::2], strict=True)]
+
+
+def gold(question, colour, floor, world):
+    """The answer from the tables, by another road than the generator's: words are looked up one by one."""
+    words = question.split()
+    if words[0] == "shape's":
+        at = COLOURS.index(colour)
+        for word in words[1:]:
+            entity = world["relation"][RELATIONS.index(word.removesuffix("'s"))][at]
+            at = 8 + entity
+        return ENTITIES[entity]
+    first, second, about = words
+    attribute = COLOURS.index(colour) if about == "shape" else 8 + FLOORS.index(floor)
+    return ENTITIES[world["fact"][ENTITIES.index(first)][ENTITIES.index(second)][attribute]]
+
+
+def test_the_same_seed_writes_the_same_bytes_and_another_seed_does_not(tmp_path):
+    small = dict(num_train_images=16, num_test_images=8, num_text_records=8)
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        generate.write(tmp_path / name, seed=seed, **small)
+    files = sorted(
+        p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()
+    )
+    assert len(files) == 24 + 8 + 2
+    assert all(
+        (tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files
+    )
+    differing = [
+        str(f)
+        for f in files
+        if (tmp_path / "a" / f).read_bytes() != (tmp_path / "c" / f).read_bytes()
+    ]
+    assert len(differing) == 24 + 8  # only the tokenizer is the same in every world
+
+
+@pytest.mark.parametrize(
+    "name", ["vlm_train", "vlm_single_train", "encoder_train", "reasoning_test", "ocr_test"]
+)
+def test_gold_answers_follow_from_the_saved_contents(folder, name):
+    contents, world = load(folder, "contents"), load(folder, "world")
+    for record in load(folder, name):
+        shown = contents[record["image"]]
+        for i, (question, answer) in enumerate(turns(record)):
+            assert question.startswith("<image>\n") == (i == 0)
+            question = question.removeprefix("<image>\n")
+            if question == "list":
+                continue
+            assert len(answer.split()) == 1
+            if "colour" in shown:
+                assert answer == gold(question, shown["colour"], shown["floor"], world)
+            else:
+                word, square = question.split()
+                assert word == "read"
+                assert answer == shown["characters"][shown["squares"].index(square)]
+
+
+def test_text_only_questions_follow_from_their_captions_and_the_same_tables(folder):
+    world, records = load(folder, "world"), load(folder, "text_train")
+    assert len(records) == SIZES["num_text_records"]
+    for record in records:
+        assert "image" not in record
+        system = record["conversations"][0]
+        assert system["from"] == "system"
+        colour, _, _, floor, _ = system["value"].split()
+        assert len(turns(record)) == 8
+        for question, answer in turns(record):
+            assert answer == gold(question, colour, floor, world)
+
+
+def test_listings_name_every_slot_in_raster_order(folder):
+    contents = load(folder, "contents")
+    for record in load(folder, "encoder_train"):
+        shown, (question, answer) = contents[record["image"]], turns(record)[0]
+        slots = answer.split()
+        assert question == "<image>\nlist"
+        assert len(slots) == 64
+        if "side" in shown:
+            for square, character in zip(shown["squares"], shown["characters"], strict=True):
+                column, row = "abcdefgh".index(square[0]), int(square[1]) - 1
+                assert slots[8 * row + column] == character
+            assert slots.count("blank") == 64 - shown["side"] ** 2
+        else:
+            assert set(slots) == {shown["colour"], shown["floor"]}
+            middle = [round(shown[k] + shown["size"] / 2) // 8 for k in ("top", "left")]
+            assert slots[8 * middle[0] + middle[1]] == shown["colour"]
+
+
+def test_pictures_show_what_the_contents_say(folder):
+    for name, shown in load(folder, "contents").items():
+        image = np.asarray(Image.open(folder / name)).astype(float)
+        assert image.shape == (64, 64, 3)
+        if "colour" in shown:
+            row, column = (round(shown[k] + shown["size"] / 2) for k in ("top", "left"))
+            seen = image[row - 2 : row + 2, column - 2 : column + 2].mean((0, 1))
+            assert np.abs(seen - scenes.COLOURS[shown["colour"]]).max() < 20
+            continue
+        grey = image.reshape(8, 8, 8, 8, 3).mean(4)  # row, y, column, x
+        contrast = grey.std((1, 3)).reshape(-1)
+        bright = np.sort(np.argsort(contrast)[-len(shown["squares"]) :])
+        expected = [(int(s[1]) - 1) * 8 + "abcdefgh".index(s[0]) for s in shown["squares"]]
+        assert bright.tolist() == expected
+
+
+def test_characters_are_pairwise_different_bitmaps():
+    flat = rendering.GLYPHS.reshape(20, -1)
+    distance = (flat[:, None] != flat[None]).sum(-1) + 100 * np.eye(20, dtype=int)
+    assert distance.min() >= 3
+
+
+def test_no_test_image_is_a_training_image(folder):
+    digests = collections.defaultdict(set)
+    for path in sorted((folder / "images").iterdir()):
+        digests[path.name.split("-")[0]].add(hashlib.sha256(path.read_bytes()).hexdigest())
+    assert (len(digests["train"]), len(digests["test"])) == (400, 160)
+    assert not digests["train"] & digests["test"]
+    named = {r["image"] for name in ("reasoning_test", "ocr_test") for r in load(folder, name)}
+    assert named == {f"images/test-{i:05d}.png" for i in range(160)}
+    assert all(
+        "/train-" in r["image"] for r in load(folder, "vlm_train") + load(folder, "encoder_train")
+    )
+
+
+def test_scenes_and_the_four_densities_have_equal_shares(folder):
+    contents = load(folder, "contents")
+    for split, count in (("train", 400), ("test", 160)):
+        sides = collections.Counter(v.get("side") for k, v in contents.items() if f"/{split}-" in k)
+        assert sides == {
+            None: count // 2,
+            1: count // 8,
+            2: count // 8,
+            4: count // 8,
+            8: count // 8,
+        }
+
+
+def test_each_record_has_its_number_of_turns_and_its_own_id(folder):
+    vlm, single = load(folder, "vlm_train"), load(folder, "vlm_single_train")
+    assert len(vlm) == 3 * 400 and {len(turns(r)) for r in vlm} == {8}
+    assert len(single) == 8 * len(vlm) and {len(turns(r)) for r in single} == {1}
+    assert {len(turns(r)) for r in load(folder, "reasoning_test") + load(folder, "ocr_test")} == {8}
+    for records in (vlm, single, load(folder, "text_train")):
+        assert len({r["id"] for r in records}) == len(records)
+    packed = [(r["image"], q.removeprefix("<image>\n"), a) for r in vlm for q, a in turns(r)]
+    assert packed == [
+        (r["image"], *(x.removeprefix("<image>\n") for x in turns(r)[0])) for r in single
+    ]
+
+
+def test_question_kinds_have_their_shares_and_frequent_facts_come_first(folder):
+    asked = [q.split() for r in load(folder, "text_train") for q, _ in turns(r)]
+    chains = [q for q in asked if q[0] == "shape's"]
+    assert abs(len(chains) / len(asked) - 0.45) < 0.03  # 3200 questions: 3 standard errors
+    assert abs(np.mean([len(q) == 3 for q in chains]) - 0.5) < 0.05
+    weight = np.sort(scenes.make_world(3).fact_weight.reshape(-1))[::-1]
+    np.testing.assert_allclose(weight[[0, 9, 4095]], [1.0, 10**-0.8, 4096**-0.8])
+    asker, rng = questions.Asker(scenes.make_world(3)), np.random.default_rng(0)
+    drawn = [
+        asker.ask(scenes.Scene("red", "sand", "disc", 30, 0, 0), 1, rng)[0] for _ in range(4000)
+    ]
+    facts = collections.Counter(q for q, _ in drawn if not q.startswith("shape's"))
+    weights = asker.world.fact_weight[:, :, [0, 8]]
+    heaviest = np.unravel_index(weights.argmax(), weights.shape)
+    assert facts.most_common(1)[0][0] == (
+        f"{ENTITIES[heaviest[0]]} {ENTITIES[heaviest[1]]} {('shape', 'floor')[heaviest[2]]}"
+    )
+    share = weights.max() / weights.sum()
+    assert abs(facts.most_common(1)[0][1] / sum(facts.values()) - share) < 4 * np.sqrt(share / 2200)
+
+
+def test_guessing_without_the_image_stays_at_chance(folder):
+    ocr = [a for r in load(folder, "ocr_test") for _, a in turns(r)]
+    assert 0.90 < 1 - max(collections.Counter(ocr).values()) / len(ocr) < 0.95
+    reasoning = [a for r in load(folder, "reasoning_test") for _, a in turns(r)]
+    assert 0.85 < 1 - max(collections.Counter(reasoning).values()) / len(reasoning) < 0.94
+
+
+def test_the_tokenizer_has_one_token_for_every_word(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    names = ("encoder_train", "vlm_train", "text_train", "reasoning_test", "ocr_test")
+    said = [
+        m["value"].replace("<image>", "")
+        for n in names
+        for r in load(folder, n)
+        for m in r["conversations"]
+    ]
+    words = {word for text in said for word in text.split()} | {
+        "USER:",
+        "ASSISTANT:",
+        "image",
+        "</s>",
+        "<s>",
+        "<pad>",
+    }
+    for word in words:
+        ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+        assert len(ids) == 1 and ids[0] != tokenizer.unk_token_id, word
+    text = "USER: shape's friend's rival ASSISTANT: fox</s>"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(ids) == 7 and ids[-1] == tokenizer.eos_token_id
+    assert (
+        tokenizer.decode(ids, skip_special_tokens=True)
+        == "USER: shape's friend's rival ASSISTANT: fox"
+    )
+    assert tokenizer("nonsense", add_special_tokens=False)["input_ids"] == [tokenizer.unk_token_id]
+
+
+@pytest.mark.parametrize("count", [0, 12, -8])
+def test_uneven_image_counts_are_refused(tmp_path, count):
+    with pytest.raises(
+        ConfigError, match=rf"num_train_images {count} is not a positive multiple of 8"
+    ):
+        generate.write(tmp_path, seed=0, num_train_images=count)
+
+
+def test_the_generator_never_imports_jax():
+    code = (
+        "import sys; from vlm_jax.miniworld import generate; assert 'jax' not in sys.modules, 'jax'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

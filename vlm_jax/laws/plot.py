@@ -1,0 +1,235 @@
+"""Figures of a law, drawn from the table and the fit: nothing is typed in. PNG and SVG, colour-blind safe."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from vlm_jax.config import ConfigError
+from vlm_jax.laws.law import Fit
+from vlm_jax.laws.table import Number, Row, family_mean, paper_flops, size_name
+
+if TYPE_CHECKING:
+    from vlm_jax.laws.plan import Plan
+
+MARKERS = "osD^vP*Xp<>h"  # one per token count, fewest first
+FRONTIER = "#d55e00"  # vermilion of Okabe and Ito: apart from every shade of the size scale
+MUTED = "#666666"
+SAMPLES = 200  # points of a drawn curve
+
+
+def errors_figure(rows: Sequence[Row], fit: Fit, text_tokens: int = 0) -> Figure:
+    """Error against the paper's inference FLOPs 2 N (Q + V), as its Figure 1.
+
+    Points are measured cells (mean over seeds, bars from the lowest to the highest seed), thin lines the fitted law for
+    each LM, the band its Pareto frontier. Flagged cells are hollow and were not fitted. text_tokens: Q.
+    """
+    rows = [row for row in family_mean(rows_of(rows, fit), fit.family)]
+    figure, axes = _canvas()
+    lms = sorted(fit.lms.items(), key=lambda item: item[1])
+    colours = dict(zip((lm for lm, _ in lms), _shades(len(lms)), strict=True))
+    _draw_law(axes, fit, lms, colours, text_tokens)
+    for lm, params in lms:
+        for i, tokens in enumerate(fit.visual_tokens):
+            x = paper_flops(params, text_tokens, tokens)
+            runs = [row for row in rows if row.cell == (lm, tokens)]
+            _draw_cell(axes, x, runs, colours[lm], MARKERS[i % len(MARKERS)])
+    _finish(
+        axes,
+        f"FLOPs of one answer, 2 N (Q + V), Q = {text_tokens}",
+        f"{fit.family} error (1 - score)",
+    )
+    law = fit.law
+    floor = f" + {law.D:.3g}" if law.D > 0 else ""
+    axes.set_title(
+        f"{fit.family}: error = {law.A:.3g} N$^{{{-law.alpha:.3f}}}$ V$^{{{-law.beta:.3f}}}${floor}"
+        "   (N in billions)",
+        fontsize=11,
+    )
+    _legends(axes, [(size_name(params), colours[lm]) for lm, params in lms], fit.visual_tokens)
+    return figure
+
+
+def plan_figure(plan: Plan, fit: Fit) -> Figure:
+    """The candidates' predicted error against their cost, the Pareto frontier, the budget and the choice."""
+    figure, axes = _canvas()
+    lms = sorted({(c.lm, c.lm_params) for c in plan.candidates}, key=lambda item: item[1])
+    tokens = sorted({c.visual_tokens for c in plan.candidates})
+    colours = dict(zip((lm for lm, _ in lms), _shades(len(lms)), strict=True))
+    low, high = min(c.flops for c in plan.candidates), max(c.flops for c in plan.candidates)
+    right = max(high, plan.budget_flops) * 1.3
+    axes.axvspan(plan.budget_flops, right, color="#eeeeee", zorder=0, linewidth=0)
+    axes.axvline(plan.budget_flops, color=MUTED, linewidth=1.2, linestyle="--", zorder=1)
+    steps = [*plan.frontier]
+    axes.plot([c.flops for c in steps], [c.error for c in steps], color=FRONTIER, linewidth=5, alpha=0.35, zorder=1, solid_joinstyle="round")  # fmt: skip
+    for c in plan.candidates:
+        marker = MARKERS[tokens.index(c.visual_tokens) % len(MARKERS)]
+        axes.plot(c.flops, c.error, marker, color=colours[c.lm], markersize=7, markeredgecolor="white", markeredgewidth=0.6, zorder=3)  # fmt: skip
+    best = plan.best
+    below, above = best.error - best.interval[0], best.interval[1] - best.error
+    axes.errorbar(best.flops, best.error, yerr=[[max(below, 0)], [max(above, 0)]], fmt="none", ecolor="black", elinewidth=1.2, capsize=3, zorder=4)  # fmt: skip
+    axes.plot(best.flops, best.error, "o", markersize=16, markerfacecolor="none", markeredgecolor="black", markeredgewidth=1.6, zorder=5)  # fmt: skip
+    axes.set_xlim(low / 1.3, right)
+    _finish(
+        axes,
+        f"FLOPs of one answer ({plan.cost}, Q = {plan.text_tokens})",
+        f"predicted {plan.family} error",
+    )
+    axes.set_title(
+        f"{plan.family}: {plan.budget_flops / 1e9:.4g} GFLOPs buy {best.lm} with {best.visual_tokens} visual token(s)",
+        fontsize=11,
+    )
+    extra = [
+        Line2D([], [], color=MUTED, linestyle="--", linewidth=1.2, label="budget"),
+        Line2D(
+            [],
+            [],
+            color="black",
+            marker="o",
+            markersize=11,
+            markerfacecolor="none",
+            linestyle="",
+            label="choice",
+        ),
+    ]
+    _legends(axes, [(lm, colours[lm]) for lm, _ in lms], tokens, extra)
+    return figure
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    """Writes PNG (150 dots per inch) or SVG, by suffix; the same figure gives the same bytes."""
+    path = Path(path)
+    if path.suffix not in (".png", ".svg"):
+        raise ConfigError(f"plot: {path.name} must end in .png or .svg.")
+    if not path.parent.is_dir():
+        raise ConfigError(f"plot: the folder {str(path.parent)!r} does not exist; make it first.")
+    with matplotlib.rc_context({"svg.hashsalt": "vlm_jax", "svg.fonttype": "none"}):
+        date = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+        figure.savefig(path, dpi=150, metadata=date, bbox_inches="tight")
+    return path
+
+
+def save_both(figure: Figure, folder: str | os.PathLike[str], name: str) -> dict[str, Path]:
+    """NAME.png and NAME.svg in `folder`."""
+    return {kind: save(figure, Path(folder) / f"{name}.{kind}") for kind in ("png", "svg")}
+
+
+def rows_of(rows: Sequence[Row], fit: Fit) -> list[Row]:
+    """The measurements behind a fit, flagged ones included."""
+    own = [row for row in rows if row.family == fit.family and row.compressor == fit.compressor]
+    single = [row for row in own if row.benchmark == fit.benchmark]
+    return single or own
+
+
+def _canvas() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7.6, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _shades(count: int) -> list[tuple[float, ...]]:
+    """Ordered from light to dark with size; viridis stays ordered for every kind of colour vision and in grey."""
+    return [matplotlib.colormaps["viridis_r"](x) for x in np.linspace(0.18, 1.0, count)]
+
+
+def _draw_law(axes: Axes, fit: Fit, lms, colours, text_tokens: int) -> None:
+    tokens = np.geomspace(fit.visual_tokens[0], fit.visual_tokens[-1], SAMPLES)
+    curves = []
+    for lm, params in lms:
+        cost, error = paper_flops(params, text_tokens, tokens), fit.law.error(params, tokens)
+        curves.append((cost, error))
+        axes.plot(cost, error, color=colours[lm], linewidth=1.6, zorder=2)
+    cost, error = _envelope(curves)
+    axes.plot(
+        cost, error, color=FRONTIER, linewidth=7, alpha=0.35, zorder=1, solid_joinstyle="round"
+    )
+
+
+def _envelope(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """The least error any of the curves reaches at or below each cost."""
+    cost = np.unique(np.concatenate([c for c, _ in curves]))
+    reached = []
+    for own_cost, own_error in curves:
+        error = np.interp(np.log(cost), np.log(own_cost), own_error, left=np.inf)
+        reached.append(np.minimum.accumulate(error))
+    return cost, np.minimum.reduce(reached)
+
+
+def _draw_cell(axes: Axes, x: Number, runs: Sequence[Row], colour, marker: str) -> None:
+    good = [row.error for row in runs if not row.flag]
+    if good:
+        mean = float(np.mean(good))
+        if len(good) > 1:
+            axes.vlines(x, min(good), max(good), color=colour, linewidth=1.4, zorder=3)
+        axes.plot(x, mean, marker, color=colour, markersize=8, markeredgecolor="white", markeredgewidth=0.7, zorder=4)  # fmt: skip
+    for row in runs:
+        if row.flag:
+            axes.plot(
+                x,
+                row.error,
+                marker,
+                markersize=8,
+                markerfacecolor="none",
+                markeredgecolor=colour,
+                zorder=4,
+            )
+
+
+def _finish(axes: Axes, x_label: str, y_label: str) -> None:
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    low, high = axes.get_ylim()
+    if high / low < 30:  # a decade has too few round numbers to label
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
+        axes.yaxis.set_minor_locator(LogLocator(subs=[]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(True, which="major", color="#dddddd", linewidth=0.6, zorder=0)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _legends(axes: Axes, sizes, tokens: Sequence[int], extra: Sequence[Line2D] = ()) -> None:
+    """Colours for sizes, shapes for token counts, right of the axes."""
+    colour_keys = [Line2D([], [], color=colour, linewidth=4, label=name) for name, colour in sizes]
+    shape_keys = [
+        Line2D(
+            [],
+            [],
+            color=MUTED,
+            marker=MARKERS[i % len(MARKERS)],
+            linestyle="",
+            markersize=7,
+            label=str(v),
+        )
+        for i, v in enumerate(tokens)
+    ]
+    other = [
+        Line2D([], [], color=FRONTIER, linewidth=7, alpha=0.35, label="Pareto frontier"),
+        *extra,
+    ]
+    at = 1.0
+    for title, keys in (
+        ("language model", colour_keys),
+        ("visual tokens", shape_keys),
+        (None, other),
+    ):
+        legend = axes.legend(
+            handles=keys, title=title, loc="upper left", bbox_to_anchor=(1.01, at), frameon=False, fontsize=9,
+            title_fontsize=9, alignment="left", borderaxespad=0.0, labelspacing=0.35,
+        )  # fmt: skip
+        axes.add_artist(legend)
+        at -= 0.062 * len(keys) + (0.09 if title else 0.03)
+    axes.get_legend().remove() if axes.get_legend() else None

@@ -1,0 +1,159 @@
+"""Writes the miniature world to disk: images, LLaVA-format conversations and a word-level tokenizer.
+
+DIRECTORY/
+  images/*.png            64 x 64
+  encoder_train.json      images; dense listings and ordinary questions, for the encoder's training
+  vlm_train.json          images, half scenes and half sheets; `questions` turns per record
+  vlm_single_train.json   the same questions, one per record: for compressors that look at the question
+  text_train.json         no images; a system message describes the scene
+  reasoning_test.json     held-out scenes      ocr_test.json  held-out sheets
+  contents.json           what each image shows; world.json  the tables: enough to derive every answer again
+  tokenizer/              loadable by transformers.AutoTokenizer
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from vlm_jax.config import ConfigError
+from vlm_jax.miniworld import questions, rendering, scenes
+from vlm_jax.miniworld.scenes import Scene, Sheet
+
+SPECIALS = ("<pad>", "<unk>", "<s>", "</s>")
+TEMPLATE_WORDS = (
+    "USER:",
+    "ASSISTANT:",
+    "image",
+)  # of the vicuna template, and the query of an absent image
+Record = dict[str, Any]
+
+# What the images of a split show, in turn: 0 a scene, k a sheet of k x k characters.
+KINDS = (0, 1, 0, 2, 0, 4, 0, 8)
+
+
+def write(
+    directory: str | pathlib.Path,
+    seed: int,
+    num_train_images: int = 4000,
+    num_test_images: int = 800,
+    num_encoder_images: int = 2048,
+    num_text_records: int = 32000,
+    records_per_image: int = 3,
+    questions_per_record: int = 8,
+) -> None:
+    """Writes everything below `directory` (created; files of the same name are replaced). Same arguments, same bytes.
+
+    Half of the images of each split are scenes, half are sheets with 1, 4, 16 and 64 characters in equal shares.
+    records_per_image: conversations about each training image, with different questions. No test image equals a
+    training image. Raises ConfigError for image counts that cannot be split evenly.
+    """
+    for name, count in (
+        ("num_train_images", num_train_images),
+        ("num_test_images", num_test_images),
+        ("num_encoder_images", num_encoder_images),
+    ):
+        if count < 8 or count % 8:
+            raise ConfigError(
+                f"miniworld: {name} {count} is not a positive multiple of 8; use e.g. {max(8, count // 8 * 8)}."
+            )
+    directory = pathlib.Path(directory)
+    (directory / "images").mkdir(parents=True, exist_ok=True)
+    world = scenes.make_world(seed)
+    asker = questions.Asker(world)
+    images = functools.partial(_write_images, directory)
+    train = images("train", num_train_images, False, np.random.default_rng([seed, 1]))
+    test = images("test", num_test_images, False, np.random.default_rng([seed, 2]))
+    dense = images("encoder", num_encoder_images, True, np.random.default_rng([seed, 6]))
+
+    def ask(content: Scene | Sheet, rng: np.random.Generator) -> list[questions.Turn]:
+        if isinstance(content, Scene):
+            return asker.ask(content, questions_per_record, rng)
+        return questions.read(content, questions_per_record, rng)
+
+    rng = np.random.default_rng([seed, 3])
+    encoder = [
+        _record(name, [questions.listing(c), *ask(c, rng)], image=name) for name, c in dense.items()
+    ]
+    vlm = [
+        _record(f"{name}-{i}", ask(content, rng), image=name)
+        for i in range(records_per_image)
+        for name, content in train.items()
+    ]
+    single = [
+        _record(f"{r['id']}-{i}", [turn], image=r["image"])
+        for r in vlm
+        for i, turn in enumerate(_turns(r))
+    ]
+    rng = np.random.default_rng([seed, 4])
+    text = []
+    for i in range(num_text_records):
+        scene = scenes.sample_scene(rng)
+        text.append(_record(f"text-{i:06d}", ask(scene, rng), system=questions.caption(scene)))
+    rng = np.random.default_rng([seed, 5])
+    held_out = {name: ask(content, rng) for name, content in test.items()}
+    reasoning = [_record(n, t, image=n) for n, t in held_out.items() if isinstance(test[n], Scene)]
+    ocr = [_record(n, t, image=n) for n, t in held_out.items() if isinstance(test[n], Sheet)]
+    files = {
+        "encoder_train": encoder, "vlm_train": vlm, "vlm_single_train": single, "text_train": text,
+        "reasoning_test": reasoning, "ocr_test": ocr,
+        "contents": {name: dataclasses.asdict(content) for name, content in (train | test | dense).items()},
+        "world": {name: table.tolist() for name, table in dataclasses.asdict(world).items()},
+    }  # fmt: skip
+    for name, content in files.items():
+        (directory / f"{name}.json").write_text(json.dumps(content, separators=(",", ":")))
+    write_tokenizer(directory / "tokenizer")
+
+
+def _write_images(
+    directory: pathlib.Path, split: str, count: int, filled: bool, rng: np.random.Generator
+) -> dict[str, Scene | Sheet]:
+    """Draws and saves `count` images, kind after kind; returns what each shows. filled: sheets without blank slots."""
+    shown: dict[str, Scene | Sheet] = {}
+    for i in range(count):
+        side = KINDS[i % len(KINDS)]
+        content = scenes.sample_sheet(side, rng, filled) if side else scenes.sample_scene(rng)
+        name = f"images/{split}-{i:05d}.png"
+        Image.fromarray(rendering.draw(content, rng)).save(directory / name, compress_level=1)
+        shown[name] = content
+    return shown
+
+
+def _record(name: str, turns: list[questions.Turn], image: str = "", system: str = "") -> Record:
+    """One LLaVA-format record; the image is asked for in the first turn."""
+    identity = name.removeprefix("images/").replace(".png", "")
+    conversations = [{"from": "system", "value": system}] if system else []
+    for i, (question, answer) in enumerate(turns):
+        mark = "<image>\n" if image and i == 0 else ""
+        conversations.append({"from": "human", "value": mark + question})
+        conversations.append({"from": "gpt", "value": answer})
+    return {"id": identity} | ({"image": image} if image else {}) | {"conversations": conversations}
+
+
+def _turns(record: Record) -> list[questions.Turn]:
+    said = [message["value"].removeprefix("<image>\n") for message in record["conversations"]]
+    return list(zip(said[::2], said[1::2], strict=True))
+
+
+def write_tokenizer(directory: pathlib.Path) -> None:
+    """A word-level tokenizer of the world's words, split at white space."""
+    vocabulary = [*SPECIALS, *TEMPLATE_WORDS, *dict.fromkeys(questions.words())]
+    tokenizer = Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(list(SPECIALS))
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>",
+        "eos_token": "</s>", "model_max_length": 4096, "clean_up_tokenization_spaces": False,
+    }  # fmt: skip
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))

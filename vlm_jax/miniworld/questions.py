@@ -1,0 +1,120 @@
+"""Asks about a scene or a sheet, in words, and knows the one-word answers.
+
+| family    | question                | answer                                                    |
+|-----------|-------------------------|-----------------------------------------------------------|
+| reasoning | `shape's friend`        | one step: relation table at the shape's colour            |
+| reasoning | `shape's friend's rival`| two steps: the rival of that friend                       |
+| reasoning | `ant bee shape`         | fact table at (ant, bee, the shape's colour)              |
+| reasoning | `ant bee floor`         | fact table at (ant, bee, the floor)                       |
+| ocr       | `read c 5`              | the character in column c, row 5 (rows count from the top)|
+| dense     | `list`                  | all 64 slots in raster order (trains the encoder only)    |
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from vlm_jax.miniworld.rendering import shape_mask
+from vlm_jax.miniworld.scenes import (
+    CHARACTERS,
+    COLOURS,
+    ENTITIES,
+    FLOORS,
+    GRID,
+    RELATIONS,
+    SLOT_PX,
+    SQUARES,
+    Scene,
+    Sheet,
+    World,
+)
+
+Turn = tuple[str, str]  # question, answer
+
+CHAIN_SHARE = 0.45  # of the reasoning questions; the others ask for facts
+TWO_STEP_SHARE = 0.5  # of the chains
+LIST = "list"
+BLANK = "blank"
+
+
+def caption(scene: Scene) -> str:
+    """What a text-only sample is told in place of the image."""
+    return f"{scene.colour} shape on {scene.floor} floor"
+
+
+class Asker:
+    """Draws reasoning questions about scenes of one world, facts by their Zipf weights."""
+
+    def __init__(self, world: World):
+        self.world = world
+
+    @functools.lru_cache(maxsize=None)  # noqa: B019 (64 entries, lives as long as the world)
+    def _fact_chances(self, colour: int, floor: int) -> np.ndarray:
+        """Cumulative chances of the 2 x 256 facts that a scene can be asked for."""
+        attributes = [colour, len(COLOURS) + floor]
+        weights = self.world.fact_weight[:, :, attributes].reshape(-1)
+        return np.cumsum(weights) / weights.sum()
+
+    def ask(self, scene: Scene, count: int, rng: np.random.Generator) -> list[Turn]:
+        """`count` questions about the scene with their answers."""
+        colour, floor = list(COLOURS).index(scene.colour), list(FLOORS).index(scene.floor)
+        chances = self._fact_chances(colour, floor)
+        is_chain, two_steps, fact_draw = rng.random((3, count))
+        relations = rng.integers(len(RELATIONS), size=(count, 2))
+        turns = []
+        for i in range(count):
+            if is_chain[i] < CHAIN_SHARE:
+                steps = relations[i, : 2 if two_steps[i] < TWO_STEP_SHARE else 1]
+                turns.append(self.chain(colour, [int(s) for s in steps]))
+            else:
+                fact = min(int(np.searchsorted(chances, fact_draw[i])), chances.size - 1)
+                turns.append(
+                    self.fact(colour, floor, *(int(x) for x in np.unravel_index(fact, (16, 16, 2))))
+                )
+        return turns
+
+    def chain(self, colour: int, steps: list[int]) -> Turn:
+        row, words = colour, ["shape"]
+        for step in steps:
+            entity = int(self.world.relation[step, row])
+            row = len(COLOURS) + entity
+            words.append(RELATIONS[step])
+        return " ".join([w + "'s" for w in words[:-1]] + words[-1:]), ENTITIES[entity]
+
+    def fact(self, colour: int, floor: int, first: int, second: int, about_floor: int) -> Turn:
+        attribute = len(COLOURS) + floor if about_floor else colour
+        answer = ENTITIES[self.world.fact[first, second, attribute]]
+        return f"{ENTITIES[first]} {ENTITIES[second]} {'floor' if about_floor else 'shape'}", answer
+
+
+def read(sheet: Sheet, count: int, rng: np.random.Generator) -> list[Turn]:
+    """`count` questions for characters of the sheet: each equally often, up to one, in random order."""
+    rounds = -(-count // len(sheet.squares))
+    order = np.concatenate([rng.permutation(len(sheet.squares)) for _ in range(rounds)])[:count]
+    return [(f"read {' '.join(sheet.squares[i])}", sheet.characters[i]) for i in order]
+
+
+def listing(content: Scene | Sheet) -> Turn:
+    """What each of the 64 slots shows, in raster order: a character or blank; the shape's colour or the floor."""
+    if isinstance(content, Sheet):
+        shown = dict(zip(content.squares, content.characters, strict=True))
+        return LIST, " ".join(shown.get(square, BLANK) for square in SQUARES)
+    covered = shape_mask(content).reshape(GRID, SLOT_PX, GRID, SLOT_PX).mean((1, 3)).reshape(-1)
+    return LIST, " ".join(content.colour if share > 0.5 else content.floor for share in covered)
+
+
+def words() -> list[str]:
+    """Every word that occurs in a question, an answer or a caption."""
+    asked = [
+        "read",
+        LIST,
+        "shape's",
+        *(f"{r}'s" for r in RELATIONS),
+        *RELATIONS,
+        "shape",
+        "on",
+        "floor",
+    ]
+    return [*asked, *COLOURS, *FLOORS, *ENTITIES, *"".join(SQUARES), *CHARACTERS, BLANK]

@@ -1,0 +1,114 @@
+"""What exists in the miniature world: scenes, text images, and the fixed tables that hold its knowledge.
+
+A scene is one big coloured shape on a floor: two facts, which fit one visual token. A text image is a sheet with
+1, 4, 16 or 64 characters: the more characters, the more visual tokens are needed to read them. Knowledge about colours
+and floors is the same in every image, so it must be stored in the language model's weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+IMAGE_PX = 64
+SLOT_PX = 8  # one character fills one slot; the encoder's patches are as large
+GRID = IMAGE_PX // SLOT_PX
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (225, 30, 40), "orange": (245, 140, 20), "yellow": (250, 235, 50), "green": (40, 190, 60),
+    "blue": (35, 70, 230), "purple": (150, 40, 200), "pink": (250, 140, 190), "white": (250, 250, 250),
+}  # fmt: skip
+FLOORS: dict[str, tuple[int, int, int]] = {
+    "sand": (200, 180, 130), "moss": (80, 110, 60), "slate": (95, 105, 120), "coal": (25, 25, 30),
+    "brick": (130, 65, 50), "lake": (70, 140, 170), "navy": (20, 25, 85), "plum": (85, 40, 80),
+}  # fmt: skip
+SHAPES = ("square", "disc", "diamond")  # drawn, never asked for
+CHARACTERS = tuple("ABCDEFHJKLMNPRSTUVXZ")
+SQUARES = tuple(
+    f"{column}{row}" for row in range(1, GRID + 1) for column in "abcdefgh"
+)  # raster order
+CHARACTERS_PER_SIDE = (1, 2, 4, 8)
+
+ENTITIES = (
+    "ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibex", "jay", "koi", "lynx", "mole", "newt", "owl", "pig",
+)  # fmt: skip
+RELATIONS = ("friend", "rival", "cousin", "guest", "guard", "tutor", "pilot", "baker")
+FACT_ZIPF = 0.8  # frequency of the n-th most frequent fact ~ n^-0.8
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """One shape on one floor; lengths in pixels, `left` and `top` of the shape's bounding box."""
+
+    colour: str
+    floor: str
+    shape: str
+    size: int
+    left: int
+    top: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Sheet:
+    """A text image: `characters[i]` stands in the slot named `squares[i]`; one character per cell of side x side."""
+
+    side: int
+    squares: tuple[str, ...]
+    characters: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """The knowledge: every entry is a number of an entity.
+
+    relation: int [8 relations, 8 colours + 16 entities]; what a colour's or an entity's friend, rival, .. is.
+    fact: int [16 entities, 16 entities, 8 colours + 8 floors]; what two entities make of a colour or a floor.
+    fact_weight: float of the same shape; how often each fact is asked, relative to the others.
+    """
+
+    relation: np.ndarray
+    fact: np.ndarray
+    fact_weight: np.ndarray
+
+
+def make_world(seed: int) -> World:
+    """Random tables; the same seed gives the same world."""
+    rng = np.random.default_rng([seed, 0])
+    entities, attributes = len(ENTITIES), len(COLOURS) + len(FLOORS)
+    relation = rng.integers(entities, size=(len(RELATIONS), len(COLOURS) + entities))
+    fact = rng.integers(entities, size=(entities, entities, attributes))
+    weight = np.arange(1, fact.size + 1, dtype=np.float64) ** -FACT_ZIPF
+    return World(relation, fact, rng.permutation(weight).reshape(fact.shape))
+
+
+def sample_scene(rng: np.random.Generator) -> Scene:
+    size = int(rng.integers(28, 41))
+    left, top = (int(x) for x in rng.integers(0, IMAGE_PX - size + 1, size=2))
+    return Scene(
+        colour=list(COLOURS)[rng.integers(len(COLOURS))],
+        floor=list(FLOORS)[rng.integers(len(FLOORS))],
+        shape=SHAPES[rng.integers(len(SHAPES))],
+        size=size,
+        left=left,
+        top=top,
+    )
+
+
+def sample_sheet(side: int, rng: np.random.Generator, filled: bool = False) -> Sheet:
+    """side x side characters, each in a random slot of its own cell of (8 / side) x (8 / side) slots, or in all of them."""
+    cell = GRID // side
+    cells = np.arange(side * side)
+    drawn = rng.integers(len(CHARACTERS), size=side * side)
+    if filled:
+        rows, columns = (slots.reshape(-1) for slots in np.mgrid[:GRID, :GRID])
+        cells = rows // cell * side + columns // cell
+    else:
+        rows = cells // side * cell + rng.integers(cell, size=side * side)
+        columns = cells % side * cell + rng.integers(cell, size=side * side)
+    order = np.argsort(rows * GRID + columns)
+    return Sheet(
+        side=side,
+        squares=tuple(SQUARES[rows[i] * GRID + columns[i]] for i in order),
+        characters=tuple(CHARACTERS[drawn[cells[i]]] for i in order),
+    )
