@@ -1,0 +1,134 @@
+"""QueCC with its query pass, cut over meshes of 8 devices: every gradient and the prefill equal one device's numbers.
+
+The numbers are made by this file run as a program in a process with 8 fake CPU devices.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+MESHES = ((8, 1, 1), (2, 4, 1), (1, 2, 4), (2, 2, 2))
+ROWS, LENGTH = 8, 10
+
+
+def main(path: str) -> None:
+    import jax
+
+    from vlm_jax import sharding
+    from vlm_jax.config import MeshConfig
+
+    jax.config.update("jax_default_matmul_precision", "highest")
+    made = {}
+    for sizes in ((1, 1, 1), *MESHES):
+        devices = jax.devices()[: int(np.prod(sizes))]
+        made[str(sizes)] = compute(sharding.make_mesh(MeshConfig(*sizes), devices))
+    arrays = {f"{mesh}/{k}": v for mesh, tree in made.items() for k, v in tree.items()}
+    np.savez(path, **arrays)
+
+
+def compute(mesh) -> dict[str, np.ndarray]:
+    """Loss, gradient of every parameter and last logits of a prefill, from the same weights and batch."""
+    import jax
+    import jax.numpy as jnp
+    from flax import linen as nn
+    from flax.traverse_util import flatten_dict
+
+    from vlm_jax import sharding
+    from vlm_jax.models.lm import empty_cache
+    from vlm_jax.models.vlm import VLM, Inputs, init_params
+
+    cfg = model_config()
+    boxed = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    weights = jax.tree.map(
+        lambda x: np.float32(0.2 * rng.standard_normal(x.shape)), nn.unbox(boxed)
+    )
+    params = jax.device_put(weights, sharding.shardings_of(boxed, mesh))
+    inputs = Inputs.from_batch(sharding.put(batch(rng), mesh))
+    model = VLM(cfg)
+
+    def loss(params):
+        return jnp.square(model.apply({"params": params}, inputs)).mean()
+
+    def prefill(params):
+        cache = empty_cache(cfg.lm, ROWS, LENGTH + 2)
+        return model.apply({"params": params}, inputs, cache, method="prefill")[0]
+
+    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    with sharding.use(mesh):
+        step = jax.jit(lambda p: (jax.value_and_grad(loss)(p), prefill(p)), compiler_options=quick)
+        (value, grads), logits = step(params)
+    spread = {"/".join(k): v for k, v in flatten_dict(params).items()}
+    cut = sum(v.addressable_shards[0].data.size < v.size for v in spread.values())
+    named = {"grad/" + "/".join(k): v for k, v in flatten_dict(grads).items()}
+    made = named | {"loss": value, "logits": logits, "cut": cut}
+    return {k: np.asarray(v) for k, v in made.items()}
+
+
+def model_config():
+    from vlm_jax import presets
+    from vlm_jax.config import CompressorConfig, VLMConfig
+
+    return VLMConfig(
+        vit=presets.vit("mini", image_px=16, patch_px=4, width=8, num_layers=2, num_heads=4, mlp_width=16),
+        compressor=CompressorConfig("quecc", 2, 2, taps=(1, 2)),
+        lm=presets.lm(
+            "qwen2.5-0.5b", vocab_size=32, width=16, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=4, mlp_width=32
+        ),
+    )  # fmt: skip
+
+
+def batch(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Left-padded rows of several lengths; the last two show no image."""
+    pad = np.arange(ROWS) % 3
+    slots = np.tile(np.arange(LENGTH), (ROWS, 1))
+    real = slots >= pad[:, None]
+    index = np.where((slots >= 3) & (slots < 7), slots - 3, -1)
+    index[-2:] = -1
+    integers = lambda *shape: rng.integers(1, 32, shape).astype(np.int32)  # noqa: E731
+    return {
+        "tokens": integers(ROWS, LENGTH),
+        "visual_index": index.astype(np.int32),
+        "positions": np.where(real, slots - pad[:, None], 0).astype(np.int32),
+        "segments": np.where(real, 0, -1).astype(np.int32),
+        "images": rng.integers(0, 256, (ROWS, 1, 16, 16, 3)).astype(np.uint8),
+        "query_tokens": integers(ROWS, 1, 3),
+        "query_mask": np.arange(3) < integers(ROWS, 1, 1) % 3 + 1,
+    }
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    path = tmp_path_factory.mktemp("meshes") / "results.npz"
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
+    subprocess.run(
+        [sys.executable, __file__, str(path)], env=env, check=True, cwd=Path(__file__).parents[1]
+    )
+    made: dict[str, dict] = {}
+    with np.load(path) as file:
+        for key in file.files:
+            mesh, name = key.split("/", 1)
+            made.setdefault(mesh, {})[name] = file[key]
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [str(m) for m in MESHES])
+def test_gradients_and_prefill_on_a_mesh_equal_one_device(results, mesh):
+    alone, together = results["(1, 1, 1)"], results[mesh]
+    assert alone.keys() == together.keys()
+    assert (together["cut"] > 5) == (mesh != "(8, 1, 1)")  # parameters really lie in pieces
+    for name in alone.keys() - {"cut"}:
+        scale = np.abs(alone[name]).max()
+        assert scale > 0 or name.endswith("k/bias"), name
+        np.testing.assert_allclose(
+            together[name], alone[name], atol=1e-5 * scale + 1e-8, rtol=0, err_msg=name
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
