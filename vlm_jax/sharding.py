@@ -54,7 +54,7 @@ def start_processes() -> None:
         )
     elif (
         "," in environment.get("TPU_WORKER_HOSTNAMES", "")
-        or int(environment.get("SLURM_NTASKS", "1")) > 1
+        or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1
     ):
         jax.distributed.initialize()
 

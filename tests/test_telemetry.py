@@ -1,0 +1,60 @@
+"""What a run tells about itself: FLOPs against the compiler's count, speed, plain lines."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+
+from vlm_jax import experiment, loop, sharding, telemetry
+
+
+@pytest.mark.parametrize(
+    "trainable", [".*", "^(compressor|projector|lm)/", "^(compressor|projector)/"]
+)
+def test_the_flops_of_a_step_are_a_lower_bound_near_the_compiler_s_count(tmp_path, trainable):
+    config = tiny.config(tmp_path)
+    size = {"width": 64, "num_heads": 4, "mlp_width": 256}
+    config.model.lm.update(size | {"num_kv_heads": 4, "head_dim": 16, "vocab_size": 128})
+    config.model.vit.update(size | {"image_px": 64})
+    config.model.compressor.stride, config.optim.trainable = 8, trainable
+    exp = experiment.resolve(config)
+    plan = loop.plan(exp, sharding.make_mesh(exp.mesh), 3)
+    ints = jax.ShapeDtypeStruct((4, 128), jnp.int32)
+    batch = dict.fromkeys(("tokens", "visual_index", "positions", "segments"), ints)
+    batch["loss_mask"] = jax.ShapeDtypeStruct((4, 128), bool)
+    batch["images"] = jax.ShapeDtypeStruct((4, 1, 64, 64, 3), jnp.uint8)
+    counted = (
+        loop.make_step(plan).lower(plan.state, batch).cost_analysis()["flops"]
+    )  # element-wise work included
+    got = telemetry.step_flops(
+        exp.model, rows=4, tokens=128, images=4, trainable=set(plan.state.trainable)
+    )
+    assert 0.7 * counted < got < counted
+
+
+def test_the_peak_is_known_for_accelerators_only():
+    assert telemetry.peak_flops("NVIDIA H200") == 989e12
+    assert (
+        telemetry.peak_flops("TPU v5 lite") == 197e12 and telemetry.peak_flops("TPU v5") == 459e12
+    )
+    assert telemetry.peak_flops("cpu") is None
+
+
+def test_speed_counts_the_steps_since_the_last_call(monkeypatch):
+    now = iter((10.0, 12.0))
+    monkeypatch.setattr(telemetry.time, "perf_counter", lambda: next(now))
+    display = telemetry.Display(total=100, done=4, shows=False)
+    speed = display.speed(8, tokens=50, flops=3e12, peak=24e12)
+    assert speed == pytest.approx({"steps_per_second": 2, "tokens_per_second": 100, "mfu": 0.25})
+
+
+def test_without_a_terminal_a_report_is_one_plain_line(caplog):
+    display = telemetry.Display(total=100, done=0, shows=True)
+    line = {"step": 40, "loss": 1.23456, "bad_records": 2}
+    with caplog.at_level(logging.INFO, logger="vlm_jax"):
+        display.report(line, {"steps_per_second": 0.5, "tokens_per_second": 12345.6, "mfu": 0.421})
+    assert caplog.messages == [
+        "step 40/100  loss 1.2346  12,346 tokens/s  MFU 42.1%  2 bad records  0:02:00 left"
+    ]
