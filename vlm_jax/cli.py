@@ -105,7 +105,15 @@ def load_config(path: str) -> ConfigDict:
     config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=words)
     try:
         values(words)
-    except (ValueError, TypeError) as error:
+    except (
+        flags.Error,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        SyntaxError,
+        ImportError,
+    ) as error:
         raise ConfigError(
             f"--config: {file} does not load: {str(error).strip().splitlines()[-1]}"
         ) from error

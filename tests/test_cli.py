@@ -1,0 +1,105 @@
+"""Flags, overrides, and one line per mistake."""
+
+import pytest
+
+from vlm_jax import cli
+from vlm_jax.config import ConfigError
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config():
+    return ConfigDict({"a": {"size": 1, "names": ("p", "q"), "rate": 0.5}, "on": True})
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "mine.py").write_text(CONFIG)
+    return str(tmp_path / "mine.py")
+
+
+def parse(*argv, required=("config", "workdir")):
+    return cli.parse(argv, {"workdir": "where"}, {"score": "whether"}, required)
+
+
+def test_overrides_keep_their_field_s_type(config):
+    flags = parse(
+        f"--config={config}",
+        "--workdir=d",
+        "--config.a.size=3",
+        "--config.a.names=('z',)",
+        "--config.a.rate",
+        "2",
+        "--score",
+    )
+    assert flags.config.a.to_dict() == {"size": 3, "names": ("z",), "rate": 2.0}
+    assert flags.workdir == "d" and flags.score and flags.config.is_locked
+    assert not parse("--config", config, "--workdir=d", "--noconfig.on").config.on
+
+
+def test_two_commands_in_one_process_do_not_share_flags(config):
+    assert parse(f"--config={config}", "--workdir=d", "--config.a.size=3").config.a.size == 3
+    assert parse(f"--config={config}", "--workdir=e").config.a.size == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--workdir=d"], "--config is missing"),
+        (["--config=CONFIG"], "--workdir is missing"),
+        (["--config=CONFIG", "--workdir=d", "more"], "'more' is not a flag"),
+        (
+            ["--config=CONFIG", "--workdir=d", "--scor"],
+            "Unknown command line flag 'scor'. Did you mean: score",
+        ),
+        (
+            ["--config=CONFIG", "--workdir=d", "--config.a.sise=2"],
+            "config.a has no field 'sise'; it has: names, rate, size.",
+        ),
+        (
+            ["--config=CONFIG", "--workdir=d", "--config.a.size.x=2"],
+            "config.a.size has no field 'x'; it has: no fields.",
+        ),
+        (["--config=CONFIG", "--workdir=d", "--config.a.size=big"], "invalid literal for int"),
+        (["--config=CONFIG.nope", "--workdir=d"], "no file"),
+        (["--config.a.size=2", "--workdir=d"], "needs --config=FILE before it"),
+    ],
+)
+def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(config, capsys, argv, message):
+    code = cli.run(parse_all, [word.replace("CONFIG", config) for word in argv])
+    out, err = capsys.readouterr()
+    assert (
+        code == 2
+        and out == ""
+        and message in err
+        and err.count("\n") == 1
+        and err.startswith("error: ")
+    )
+
+
+def parse_all(argv):
+    parse(*argv)
+
+
+def test_a_config_file_that_does_not_load_is_named(tmp_path):
+    (tmp_path / "broken.py").write_text(
+        "def get_config():\n    raise ValueError('half a config')\n"
+    )
+    with pytest.raises(ConfigError, match=r"broken.py does not load: ValueError: half a config"):
+        parse(f"--config={tmp_path}/broken.py", "--workdir=d")
+
+
+def test_other_errors_are_not_swallowed():
+    def command(argv):
+        raise RuntimeError("a bug of ours")
+
+    with pytest.raises(RuntimeError):
+        cli.run(command, [])
+    assert cli.run(lambda argv: None, []) == 0
+
+
+def test_help_lists_the_flags(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    assert stop.value.code == 0 and "--score: whether" in capsys.readouterr().out
