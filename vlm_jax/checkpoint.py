@@ -74,12 +74,13 @@ def load_params(workdir: str | Path, abstract: Tree) -> Tree:
         raise ConfigError(
             f"{str(workdir)!r} has no checkpoint; give the workdir of a training run."
         )
+    handlers: dict[str, Any] = {
+        "state": ocp.PyTreeCheckpointHandler(),
+        "iterator": grain.checkpoint.CheckpointHandler(),
+    }
     with ocp.CheckpointManager(
         folder,
-        item_handlers={
-            "state": ocp.PyTreeCheckpointHandler(),
-            "iterator": grain.checkpoint.CheckpointHandler(),
-        },
+        item_handlers=handlers,
         options=ocp.CheckpointManagerOptions(create=False, read_only=True),
     ) as manager:
         step = manager.latest_step()

@@ -117,7 +117,12 @@ def load_config(path: str) -> ConfigDict:
         raise ConfigError(
             f"--config: {file} does not load: {str(error).strip().splitlines()[-1]}"
         ) from error
-    return values["config"].value
+    config = values["config"].value
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(
+            f"--config: get_config() of {file} returns no ConfigDict; start from configs/default.py."
+        )
+    return config
 
 
 def check_overrides(argv: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,8 +125,8 @@ def next_token_loss(
     return loss, {"tokens": mask.sum(), "accuracy": hits.sum() / count}
 
 
-def make_step(p: Plan) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-    """The jitted step. It consumes the state it is given (donated); the new one has the same shardings.
+def make_step(p: Plan) -> Any:
+    """The jitted step, (state, batch) -> (new state, scalars). It consumes the state it is given (donated); the new one has the same shardings.
 
     Gradients are taken of the trainable parameters alone: nothing is kept or computed backwards for frozen parts below
     the first trainable one (with a frozen encoder: the encoder has no backward pass).
@@ -139,12 +139,12 @@ def make_step(p: Plan) -> Callable[[TrainState, Batch], tuple[TrainState, dict[s
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         def loss_of(trainable: Tree) -> tuple[Array, dict[str, Array]]:
             params = optim.merge(trainable, state.frozen)
-            logits = model.apply({"params": params}, Inputs.from_batch(batch))
+            logits: Any = model.apply({"params": params}, Inputs.from_batch(batch))
             return next_token_loss(logits, batch["tokens"], batch["loss_mask"])
 
         (loss, scalars), grads = jax.value_and_grad(loss_of, has_aux=True)(state.trainable)
         updates, opt_state = p.optimizer.update(grads, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
+        trainable: Any = optax.apply_updates(state.trainable, updates)
         scalars = {
             "loss": loss,
             "grad_norm": optax.tree.norm(grads),
@@ -222,28 +222,24 @@ def _loop(
             state, scalars = step_function(state, batch)
             metrics.append(step, scalars | {"bad_records": iterator.bad_records})
             if step % exp.train.save_every == 0 or step == last:
-                metrics.flush(
-                    step
-                )  # a checkpoint's metrics are on disk before it is: a resumed file has no gap
+                # First the metrics, then the checkpoint: a resumed metrics.jsonl has no gap.
+                metrics.flush(step)
                 checkpoints.save(step, to_saved(state), iterator)
             if step == done + 1:
                 metrics.flush(step)  # waits for the compilation, which the speed leaves out
                 display.speed(step, 0, 0, None)
             elif step % exp.train.log_every == 0 or step == last:
-                computed = (
-                    step if step == last else step - 1
-                )  # the step just sent keeps the device busy
+                # The step just sent keeps the device busy; only the ones before it are waited for.
+                computed = step if step == last else step - 1
                 metrics.flush(computed)
                 speed = display.speed(computed, rows * length, flops, peak)
                 metrics.board(computed, speed)
                 display.report(metrics.last, speed)
-            if step < last:  # after the save: its iterator has handed out exactly `step` batches
+            # After the save, whose iterator must have handed out exactly `step` batches.
+            if step < last:
                 batch = sharding.put(next(iterator), p.mesh)
-    compilations = step_function._cache_size() if done < last else 0
-    if compilations > 1:
-        log.warning(
-            "the training step was compiled %d times; batches changed their shape", compilations
-        )
+    if step_function._cache_size() > 1:
+        log.warning("the training step was compiled again: batches changed their shape")
     return dict(metrics.last)
 
 

@@ -91,7 +91,11 @@ def shardings_of(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
     The result has the structure of the unboxed tree. Shapes suffice (`jax.eval_shape`). Raises ConfigError naming the
     parameter when a mesh axis does not divide the dimension it would split.
     """
-    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+    shardings = jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        nn.logical_to_mesh(nn.get_partition_spec(boxed), RULES),
+        is_leaf=lambda node: isinstance(node, PartitionSpec),
+    )
     flat, _ = jax.tree_util.tree_flatten_with_path(nn.unbox(boxed))
     specs = [sharding.spec for sharding in jax.tree.leaves(shardings)]
     for (path, leaf), spec in zip(flat, specs, strict=True):

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -69,7 +69,8 @@ class Metrics:
         writes: False on all processes but the first.
         """
         self._pending: list[tuple[int, Mapping[str, Any]]] = []
-        self._file = self._board = None
+        self._file: TextIO | None = None
+        self._board: SummaryWriter | None = None
         self.last: dict[str, float] = {}
         path = workdir / "metrics.jsonl"
         kept = [line for line in read_lines(path) if line["step"] <= last_step]
@@ -95,7 +96,7 @@ class Metrics:
         self._pending = self._pending[len(ready) :]
         for step, scalars in ready:
             self.last = {"step": step} | {name: _number(value) for name, value in scalars.items()}
-            if self._file is not None:
+            if self._file is not None and self._board is not None:
                 self._file.write(json.dumps(self.last) + "\n")
                 for name, value in self.last.items():
                     self._board.add_scalar(f"train/{name}", value, step)
@@ -110,7 +111,7 @@ class Metrics:
                 self._board.add_scalar(f"speed/{name}", value, step)
 
     def close(self) -> None:
-        if self._file is not None:
+        if self._file is not None and self._board is not None:
             self._file.close()
             self._board.close()
 
