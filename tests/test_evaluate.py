@@ -24,7 +24,9 @@ def world(tmp_path_factory):
     directory = tiny.write(tmp_path_factory.mktemp("world") / "data")
     cfg = tiny.config(directory, num_steps=80, save_every=80)
     cfg.optim.trainable = "."
-    cfg.model.lm.num_heads = cfg.model.lm.num_kv_heads = 4  # so that four devices can share them
+    for part in (cfg.model.vit, cfg.model.lm):
+        part.num_heads = 4  # so that four devices can share them
+    cfg.model.lm.num_kv_heads = 4
     train.train(cfg, str(directory.parent / "run"))
     return directory
 
