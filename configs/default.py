@@ -148,7 +148,7 @@ def data() -> ml_collections.ConfigDict:
 def optim() -> ml_collections.ConfigDict:
     o = ml_collections.ConfigDict()
     o.trainable = "^(compressor|projector|lm)/"  # regex over parameter paths
-    o.optimizer = "adamw"  # adamw | muon (matrices of the decoder by Muon, the rest by AdamW)
+    o.optimizer = "adamw"  # adamw | muon (hidden matrices by Muon, the rest by AdamW)
     o.learning_rate = 2e-5  # peak
     o.muon_learning_rate = 1e-2  # peak, of Muon's matrices
     o.warmup_ratio = 0.03  # of the steps, then cosine to 0

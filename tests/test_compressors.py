@@ -237,7 +237,7 @@ def test_initial_weights_have_the_spread_of_the_references():
     assert peak(attention["q"]["kernel"]) == pytest.approx((6 / 1024) ** 0.5, rel=0.01)
     assert peak(attention["out"]["kernel"]) == pytest.approx(1 / 16, rel=0.01)
     assert peak(attention["q"]["bias"]) == peak(attention["out"]["bias"]) == 0
-    assert peak(p["downsample"]["kernel"]) == pytest.approx(1 / 4, rel=0.01)
+    assert peak(p["downsample"]["filter"]) == pytest.approx(1 / 4, rel=0.01)
     assert peak(p["downsample"]["bias"]) == pytest.approx(1 / 4, rel=0.05)
     assert peak(p["text"]["kernel"]) == pytest.approx(128**-0.5, rel=0.01)
     assert peak(p["key_mlp"]["fc1"]["bias"]) == pytest.approx(1 / 16, rel=0.05)

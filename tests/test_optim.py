@@ -1,5 +1,7 @@
 """Which parameters move, by which rule, and how fast."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,10 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
+from configs import mini
+from vlm_jax import presets
 from vlm_jax.config import ConfigError, OptimConfig
+from vlm_jax.models.vlm import init_params
 from vlm_jax.optim import make_optimizer, merge, muon_axes, partition, schedule
 
 STAGE_1, STAGE_2 = "^(compressor|projector)/", "^(compressor|projector|lm)/"
@@ -88,16 +93,14 @@ def test_the_schedule_is_warm_up_then_half_a_cosine_to_zero():
 
 def test_frozen_parameters_have_no_optimiser_state():
     trainable, _ = partition(nn.unbox(tree()), STAGE_1)
-    for kind in ("adamw", "muon"):
-        state = make_optimizer(config(optimizer=kind), 10, partition(tree(), STAGE_1)[0]).init(
-            trainable
-        )
-        sizes = sum(
-            leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim and leaf.shape != (3,)
-        )
-        assert sizes == 2 * sum(
-            leaf.size for leaf in jax.tree.leaves(trainable)
-        )  # first and second moment
+    chosen = partition(tree(), STAGE_1)[0]
+    total = sum(leaf.size for leaf in jax.tree.leaves(trainable))
+    kernels = 5 * 5 + 5 * 6
+    moments = {"adamw": 2 * total, "muon": 2 * (total - kernels) + kernels}  # Muon keeps one moment
+    for kind, expected in moments.items():
+        state = make_optimizer(config(optimizer=kind), 10, chosen).init(trainable)
+        leaves = jax.tree.leaves(state)
+        assert sum(x.size for x in leaves if x.ndim and x.shape != (3,)) == expected
 
 
 def test_adamw_is_the_textbook_update():
@@ -135,17 +138,30 @@ def test_the_gradient_is_clipped_by_its_global_norm():
     )
 
 
-def test_muon_takes_the_decoder_s_kernels_as_matrices_and_nothing_else():
+def test_muon_takes_hidden_kernels_as_matrices_and_nothing_else():
     spec = optax.contrib.MuonDimensionNumbers
     axes = muon_axes(tree())
-    assert axes["lm"]["layers"]["attn"]["q"]["kernel"] == spec(1, (2, 3))
-    assert axes["lm"]["layers"]["attn"]["o"]["kernel"] == spec((1, 2), 3)
-    assert axes["lm"]["layers"]["mlp"]["up"]["kernel"] == spec(1, (2,))
+    assert axes["lm"]["layers"]["attn"]["q"]["kernel"] == spec((1,), (2, 3))
+    assert axes["lm"]["layers"]["attn"]["o"]["kernel"] == spec((1, 2), (3,))
+    assert axes["lm"]["layers"]["mlp"]["up"]["kernel"] == spec((1,), (2,))
     assert axes["lm"]["embed"] is None and axes["lm"]["layers"]["attn"]["q"]["bias"] is None
-    assert (
-        axes["compressor"]["proj"]["kernel"] is None
-        and axes["projector"]["dense_0"]["kernel"] is None
+    assert axes["compressor"]["proj"]["kernel"] == spec((0,), (1,))
+    assert axes["projector"]["dense_0"]["kernel"] == spec((0,), (1,))
+
+
+def test_muon_leaves_quecc_s_filter_and_the_patch_embedding_to_adam():
+    model = presets.vlm(mini.get_config().model)
+    model = dataclasses.replace(
+        model, compressor=dataclasses.replace(model.compressor, name="quecc")
     )
+    boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    axes = flatten_dict(muon_axes(boxed), sep="/")
+    assert axes["compressor/downsample/filter"] is None and axes["vit/patch_embed/kernel"] is None
+    assert axes["vit/position"] is None and axes["lm/head"] is None
+    spec = optax.contrib.MuonDimensionNumbers
+    assert axes["compressor/attention/out/kernel"] == spec((0, 1), (2,))
+    assert axes["vit/layers/attn/out/kernel"] == spec((1, 2), (3,))
+    assert all(spec is None for path, spec in axes.items() if path.endswith(("bias", "scale")))
 
 
 def test_a_muon_update_is_near_orthogonal_per_layer_and_scaled_by_its_own_rate():

@@ -290,7 +290,7 @@ class OptimConfig:
     """Optimiser and schedule of the trainable parameters."""
 
     trainable: str  # regex searched in parameter paths such as "projector/dense_0/kernel"
-    optimizer: str  # adamw | muon (matrices by Muon, the rest by AdamW)
+    optimizer: str  # adamw | muon (hidden matrices by Muon, the rest by AdamW)
     learning_rate: float  # peak, AdamW's
     muon_learning_rate: float  # peak, Muon's
     warmup_ratio: float  # of the steps

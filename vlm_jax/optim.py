@@ -63,7 +63,7 @@ def schedule(peak: float, num_steps: int, warmup_ratio: float) -> optax.Schedule
 def make_optimizer(
     config: OptimConfig, num_steps: int, boxed: Tree
 ) -> optax.GradientTransformation:
-    """Clip by the global norm, then AdamW, or Muon for the decoder's matrices and AdamW for the rest.
+    """Clip by the global norm, then AdamW, or Muon for the hidden matrices and AdamW for the rest.
 
     `boxed`: the trainable parameters with their logical axes (shapes suffice). Weight decay falls on kernels alone.
     """
@@ -91,20 +91,21 @@ def make_optimizer(
 def muon_axes(boxed: Tree) -> Tree:
     """Per parameter: which axes Muon contracts and which it fills, or None where AdamW acts.
 
-    Muon takes every kernel under "lm/layers": it maps from or to the residual stream, so its "embed" axis is one side of
-    the matrix, the other axes (heads x head dim, mlp) together the other side, and the stacked "layers" axis counts
-    matrices. Embedding table, head, norms, biases, encoder, compressor and projector go to AdamW.
+    Muon takes the hidden kernels: those of the encoder's and the decoder's layers, of the compressor and of the
+    projector. A kernel is [in, out], [in, heads, head dim] or [heads, head dim, out], stacked along "layers" or not.
+    Embeddings (of tokens, patches and positions), head, filters, norms and biases go to AdamW.
     """
 
     def axes(path: str, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
-        if not re.match(r"lm/layers/.*/kernel$", path):
+        if not re.match(r"((lm|vit)/layers|compressor|projector)/.*kernel$", path):
             return None
-        names = nn.get_partition_spec(leaf)
-        embed = names.index("embed")
-        others = tuple(i for i, name in enumerate(names) if name not in ("embed", "layers"))
-        if embed < others[0]:
-            return optax.contrib.MuonDimensionNumbers(embed, others)
-        return optax.contrib.MuonDimensionNumbers(others, embed)
+        names = list(nn.get_partition_spec(leaf))
+        stacked = names[:1] == ["layers"]
+        found = list(range(int(stacked), len(names)))
+        split = (
+            2 if len(found) == 3 and names[-1] is not None else 1
+        )  # only head dims are unnamed at the end
+        return optax.contrib.MuonDimensionNumbers(tuple(found[:split]), tuple(found[split:]))
 
     flat = flatten_dict(boxed, sep="/")
     return unflatten_dict({path: axes(path, leaf) for path, leaf in flat.items()}, sep="/")

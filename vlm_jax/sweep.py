@@ -26,7 +26,7 @@ from vlm_jax import cli, experiment, presets
 from vlm_jax.config import ConfigError, check_choice, stride_for
 from vlm_jax.evaluate import evaluate
 from vlm_jax.laws import fit, law, report, table
-from vlm_jax.miniworld import generate
+from vlm_jax.miniworld import CAVEATS, generate
 from vlm_jax.train import train
 
 log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def sweep(cfg: ConfigDict, workdir: str, made_by: str) -> Path:
             log.info(
                 "%d/%d seed %d %s: %s", todo.index(cell) + 1, len(todo), seed, cell.name, errors
             )
-    return conclude(root, made_by, clock)
+    return conclude(cfg, root, made_by, clock)
 
 
 # --- what the cells share ---------------------------------------------------------------------------------------------
@@ -236,12 +236,16 @@ def evaluate_cell(cfg: ConfigDict, folder: Path, shared: Shared, seed: int) -> l
 # --- after the cells --------------------------------------------------------------------------------------------------
 
 
-def conclude(root: Path, made_by: str, clock: Clock) -> Path:
+def conclude(cfg: ConfigDict, root: Path, made_by: str, clock: Clock) -> Path:
     """Fits one law per family and writes law.json, figures and report."""
     rows = table.read(root / "errors.csv")
     fits = fit.fit_table(rows)
     law.save(root / "law.json", fits, law.provenance("errors.csv", made_by, {}))
-    return report.write_report(root, rows, fits, made_by, clock.seconds)
+    return report.write_report(
+        root, rows, fits, title="The miniature: LM size against visual tokens", made_by=made_by,
+        text_tokens=cfg.sweep.plan_text_tokens, budget_gflops=cfg.sweep.plan_budget_gflops, caveats=CAVEATS,
+        seconds=clock.seconds,
+    )  # fmt: skip
 
 
 class Clock:

@@ -50,7 +50,7 @@ def quecc(state: State, heads: int, stride: int) -> tuple[dict, dict]:
         "text": linear(state, "0.text_projection.0"),
         "text_norm": norm(state, "0.text_projection.1"),
         "downsample": {
-            "kernel": rearrange(conv, "c 1 y x -> y x c"),
+            "filter": rearrange(conv, "c 1 y x -> y x c"),
             "bias": state["0.q_downsample.bias"],
         },
         "attention": attention(state, "0.clip_attn", heads),

@@ -61,7 +61,7 @@ class DepthwiseConv(nn.Module):
     def __call__(self, x: Float[Array, "B M s s C"]) -> Float[Array, "B M C"]:
         side, width = self.stride, x.shape[-1]
         init = uniform_fan_in(side**2)
-        kernel = weight(self, "kernel", init, (side, side, width), (None, None, "vision"))
+        kernel = weight(self, "filter", init, (side, side, width), (None, None, "vision"))
         bias = weight(self, "bias", init, (width,), ("vision",))
         y = jnp.einsum(
             "bmyxc,yxc->bmc", x, kernel.astype(self.dtype), preferred_element_type=jnp.float32

@@ -3,3 +3,16 @@
 `scenes` says what exists, `rendering` draws it, `questions` asks about it and knows the answers, `generate` writes
 LLaVA-format datasets and a tokenizer to disk. A run reads them like any other data.
 """
+
+# What a report of the miniature must say beside its numbers.
+CAVEATS = (
+    "The tasks are built so that each resource binds: reasoning is recall and short composition, whose error the LM's "
+    "capacity sets; OCR needs as many visual tokens as there are characters. The order of the exponents is therefore "
+    "nearly built in. The miniature shows the machinery and the order, not the paper's ratio.",
+    "A scene is two facts and fits one visual token, so reasoning's beta is near 0 by construction; all LMs have the same "
+    "width, which keeps OCR's alpha near 0.",
+    "The curves are not clean power laws over so short a range. With D free, alpha moves a lot along the flat direction of "
+    "the fit; compare exponents at D = 0 and trust their order only.",
+    "Differences between seeds are larger than what resampling questions would suggest: read intervals over seeds.",
+    "N counts the parameters of the layers, without embeddings.",
+)

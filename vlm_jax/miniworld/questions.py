@@ -50,7 +50,7 @@ class Asker:
     def __init__(self, world: World):
         self.world = world
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019 (64 entries, lives as long as the world)
+    @functools.cache  # noqa: B019 (64 entries, lives as long as the world)
     def _fact_chances(self, colour: int, floor: int) -> np.ndarray:
         """Cumulative chances of the 2 x 256 facts that a scene can be asked for."""
         attributes = [colour, len(COLOURS) + floor]
