@@ -89,7 +89,7 @@ class Answerer:
         mine = slice(jax.process_index() * local, (jax.process_index() + 1) * local)
         for batch in batches:
             ids = batch.pop("ids")
-            seeds = np.array([zlib.crc32(i.encode()) ^ self.seed for i in ids], np.uint32)
+            seeds = np.array([(zlib.crc32(i.encode()) ^ self.seed) % 2**32 for i in ids], np.uint32)
             batch = {name: value[mine] for name, value in batch.items()} | {
                 "seeds": seeds.view(np.int32)[mine]
             }
