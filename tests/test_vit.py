@@ -10,7 +10,7 @@ from refs import hf_layout
 
 from vlm_jax import presets
 from vlm_jax.config import ViTConfig
-from vlm_jax.layers import resize_matrix
+from vlm_jax.layers import resize_matrix, sincos_positions
 from vlm_jax.models.vit import ViT
 
 SIZE = dict(image_px=28, patch_px=7, width=12, num_layers=3, num_heads=2, mlp_width=20)
@@ -124,6 +124,19 @@ def test_the_interpolation_matrix_is_torchs_bicubic(size, source):
     )
     matrix = resize_matrix(size, source)
     np.testing.assert_allclose(matrix @ table @ matrix.T, theirs[0, 0].numpy(), atol=1e-5)
+
+
+def test_initial_positions_tell_rows_columns_and_neighbours_apart():
+    table = sincos_positions(6, 32)
+    square = table.reshape(6, 6, 32)
+    np.testing.assert_array_equal(
+        square[:, 2, :16], square[:1, 2, :16].repeat(6, axis=0)
+    )  # columns
+    np.testing.assert_array_equal(square[3, :, 16:], square[3, :1, 16:].repeat(6, axis=0))  # rows
+    np.testing.assert_array_equal(square[:, 2, 16:], square[2, :, :16])
+    np.testing.assert_allclose(square[0, 2, :2], [np.sin(2), np.sin(2 * 10**-0.5)], atol=1e-6)
+    distances = np.linalg.norm(square[2, 2] - square, axis=-1)
+    assert distances[2, 3] < distances[2, 4] < distances[4, 4]
 
 
 def test_a_border_narrower_than_a_patch_is_left_out():
