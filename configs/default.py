@@ -91,9 +91,8 @@ def model() -> ml_collections.ConfigDict:
     m.compressor.dtype = "bfloat16"
 
     m.projector_layers = 2  # LLaVA-1.5's mlp2x_gelu
-    m.projector_norm = (
-        "none"  # none | rms (RMSNorm of the visual tokens; used by the embedded experiment)
-    )
+    m.projector_norm = "none"  # none | rms: RMSNorm of the visual tokens (the miniature's)
+    m.projector_positions = "none"  # none | grid: a learned vector per visual token (likewise)
 
     m.lm = ml_collections.ConfigDict()
     m.lm.preset = "vicuna-7b"  # a key of presets.LM, or "" with every field set

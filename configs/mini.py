@@ -20,6 +20,7 @@ def get_config():
     c.model.compressor.taps = ()
     c.model.compressor.dtype = "float32"
     c.model.projector_norm = "rms"
+    c.model.projector_positions = "grid"
     c.model.lm.preset = "mini-66k"
     c.model.lm.dtype = "float32"
     c.model.lm.remat = "none"

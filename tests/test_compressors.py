@@ -191,7 +191,7 @@ def test_parameters_of_the_true_size_are_the_published_number(name, stride):
     config, inputs = full_size(name, stride)
     module = COMPRESSORS[name].module(config, 24)
     mid = jax.ShapeDtypeStruct((1, 1, 1024), jnp.float32)
-    trees = initial(module, *inputs), initial(Projector(4096, 2, "none", "float32"), mid)
+    trees = initial(module, *inputs), initial(Projector(4096, 2, "none", "none", "float32"), mid)
     assert sum(leaf.size for leaf in jax.tree.leaves(trees)) == COUNTS[name, stride]
 
 

@@ -150,7 +150,7 @@ def compressed(
     mid = jax.jit(entry.module(config, grid).apply)({"params": compressor}, last, taps, query)
     assert mid.shape[1] == entry.num_tokens(config, grid)
     width = projector["dense_1"]["kernel"].shape[1]
-    tokens = jax.jit(Projector(width, 2, "none", "float32").apply)({"params": projector}, mid)
+    tokens = jax.jit(Projector(width, 2, "none", "none", "float32").apply)({"params": projector}, mid)
     made = {"tokens": tokens, "compressed": mid, "features": last, "multi": taps}
     return made | ({} if query is None else {"text": query[:, None]})
 

@@ -150,7 +150,7 @@ def test_muon_takes_hidden_kernels_as_matrices_and_nothing_else():
 
 
 def test_muon_leaves_quecc_s_filter_and_the_patch_embedding_to_adam():
-    model = presets.vlm(mini.get_config().model)
+    model = presets.vlm(mini.get_config().model.to_dict())
     model = dataclasses.replace(
         model, compressor=dataclasses.replace(model.compressor, name="quecc")
     )

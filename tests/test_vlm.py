@@ -182,7 +182,7 @@ def test_visual_tokens_stand_at_their_slots_and_text_everywhere_else():
     features = call_features(cfg, params, inputs)
     compressor = COMPRESSORS["tokenpacker"].module(cfg.compressor, GRID)
     mid = jax.jit(compressor.apply)({"params": params["compressor"]}, *features, None)
-    visual = jax.jit(Projector(24, 2, "none", "float32").apply)(
+    visual = jax.jit(Projector(24, 2, "none", "none", "float32").apply)(
         {"params": params["projector"]}, mid
     )
     visual = np.asarray(visual).reshape(3, 8, 24)

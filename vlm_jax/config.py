@@ -213,10 +213,14 @@ class VLMConfig:
     lm: LMConfig
     projector_layers: int = 2  # linear layers with GELU between ("mlp2x_gelu" = 2)
     projector_norm: str = "none"  # none | rms: RMSNorm of the visual tokens handed to the decoder
+    projector_positions: str = (
+        "none"  # none | grid: a learned vector per visual token, added after the norm
+    )
 
     def __post_init__(self):
         check_positive("vlm", projector_layers=self.projector_layers)
         check_choice("vlm", "projector_norm", self.projector_norm, ("none", "rms"))
+        check_choice("vlm", "projector_positions", self.projector_positions, ("none", "grid"))
         name, grid, stride = self.compressor.name, self.vit.grid, self.compressor.stride
         if name in WINDOWED and grid % stride:
             raise ConfigError(
@@ -225,6 +229,10 @@ class VLMConfig:
         if name in WINDOWED and self.vit.width % self.compressor.num_heads:
             raise ConfigError(
                 f"{name}: encoder width {self.vit.width} is not divisible by num_heads {self.compressor.num_heads}."
+            )
+        if self.projector_positions == "grid" and name not in (*WINDOWED, "identity"):
+            raise ConfigError(
+                f"vlm: projector_positions 'grid' needs visual tokens on a square grid, which {name} does not give; use 'none'."
             )
         for tap in self.compressor.taps:
             if not 0 <= tap <= self.vit.feature_state:

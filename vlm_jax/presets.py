@@ -146,6 +146,7 @@ def vlm(model: Mapping[str, Any]) -> VLMConfig:
         lm=lm(given["lm"].pop("preset"), **_set(given["lm"])),
         projector_layers=model["projector_layers"],
         projector_norm=model["projector_norm"],
+        projector_positions=model["projector_positions"],
     )
 
 

@@ -73,7 +73,7 @@ class Shared:
 
 def cells(cfg: ConfigDict) -> list[Cell]:
     """The law's cells and the query-aware ones shown beside it, seed by seed; every name and size is checked."""
-    model = presets.vlm(cfg.model)
+    model = presets.vlm(cfg.model.to_dict())
     check_choice("sweep", "model.compressor.name", model.compressor.name, ("tokenpacker",))
     points = [
         (model.compressor.name, lm, v) for lm in cfg.sweep.lms for v in cfg.sweep.visual_tokens
@@ -160,7 +160,7 @@ def encoder_stage(cfg: ConfigDict, seed: int, shared: Shared) -> ConfigDict:
     """The encoder learns inside a VLM without compression, everything trainable."""
     c = stage(cfg, seed, "encoder", shared)
     c.model.compressor.name = "identity"
-    c.data.max_tokens += presets.vlm(c.model).vit.num_patches
+    c.data.max_tokens += presets.vlm(c.model.to_dict()).vit.num_patches
     return c
 
 
@@ -177,7 +177,7 @@ def cell_stage(cfg: ConfigDict, cell: Cell, shared: Shared, seed: int) -> Config
     c = stage(cfg, seed, "query_aware_vlm" if cell.compressor == QUERY_AWARE else "vlm", shared)
     c.model.lm.preset = cell.lm
     c.model.compressor.name = cell.compressor
-    c.model.compressor.stride = stride_for(presets.vlm(c.model).vit.grid, cell.visual_tokens)
+    c.model.compressor.stride = stride_for(presets.vlm(c.model.to_dict()).vit.grid, cell.visual_tokens)
     c.data.max_tokens += cell.visual_tokens
     c.data.features_dir = str(shared.features)
     c.init.vit = str(shared.encoder)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import flax.linen as nn
-from jaxtyping import Array, Float
+import math
 
-from vlm_jax.layers import ACTIVATIONS, Linear, RMSNorm
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from vlm_jax.layers import ACTIVATIONS, Linear, RMSNorm, sincos_positions, weight
 
 
 class Projector(nn.Module):
-    """`num_layers` linear maps C -> D -> D ... with exact GELU between; default initialisation of linear layers."""
+    """`num_layers` linear maps C -> D -> D ... with exact GELU between; default initialisation of linear layers.
+
+    positions "grid": a learned vector per visual token is added last, for decoders that start without knowing images.
+    """
 
     width: int
     num_layers: int
     norm: str  # none | rms
+    positions: str  # none | grid
     dtype: str
 
     @nn.compact
@@ -25,4 +32,12 @@ class Projector(nn.Module):
             )
         if self.norm == "rms":
             x = RMSNorm(1e-6, self.dtype, name="norm")(x)
+        if self.positions == "grid":
+            table = weight(self, "position", _sines, (x.shape[1], self.width), (None, None))
+            x = x + table.astype(x.dtype)
         return x
+
+
+def _sines(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
+    """2-D sines of a square grid of visual tokens, row by row: where learning starts from."""
+    return jnp.asarray(sincos_positions(math.isqrt(shape[0]), shape[1]))

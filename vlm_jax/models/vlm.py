@@ -50,7 +50,11 @@ class VLM(nn.Module):
         self.vit = ViT(cfg.vit, cfg.compressor.taps if compressor.uses_taps else ())
         self.compressor = compressor.module(cfg.compressor, cfg.vit.grid)
         self.projector = Projector(
-            cfg.lm.width, cfg.projector_layers, cfg.projector_norm, cfg.lm.dtype
+            cfg.lm.width,
+            cfg.projector_layers,
+            cfg.projector_norm,
+            cfg.projector_positions,
+            cfg.lm.dtype,
         )
         self.lm = LM(cfg.lm)
 
