@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
-from vlm_jax.laws.table import Row
+from vlm_jax.laws.cells import Cells
 
 MODES = ("cells", "seeds", "cells and seeds")
 
 
 def resample(
-    rows: Sequence[Row], cell_of: Int[np.ndarray, " n"], constants: int, draws: int, seed: int
+    cells: Cells, constants: int, draws: int, seed: int
 ) -> dict[str, Float[np.ndarray, "R n"]]:
     """Row weights of every bootstrap sample, per mode; the seed modes only where seeds were repeated."""
+    rows = cells.rows
     seeds = {
         lm: sorted({row.seed for row in rows if row.lm == lm}) for lm in {row.lm for row in rows}
     }
     modes = MODES if max(map(len, seeds.values())) > 1 else MODES[:1]
     return {
-        mode: _draw(rows, cell_of, seeds, mode, constants, draws, np.random.default_rng([seed, i]))
+        mode: _draw(cells, seeds, mode, constants, draws, np.random.default_rng([seed, i]))
         for i, mode in enumerate(modes)
     }
 
 
 def _draw(
-    rows: Sequence[Row],
-    cell_of: Int[np.ndarray, " n"],
+    cells: Cells,
     seeds: Mapping[str, list[int]],
     mode: str,
     constants: int,
     draws: int,
     rng: np.random.Generator,
 ) -> Float[np.ndarray, "R n"]:
+    rows, cell_of = cells.rows, cells.cell_of
     num_cells = cell_of.max() + 1
     lms = sorted({row.lm for row in rows})
     lm_of = np.array([lms.index(row.lm) for row in rows])

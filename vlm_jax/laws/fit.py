@@ -29,9 +29,12 @@ from vlm_jax import cli
 from vlm_jax.config import ConfigError
 from vlm_jax.laws import law as law_file
 from vlm_jax.laws import least_squares, table
-from vlm_jax.laws.bootstrap import MODES, resample
+from vlm_jax.laws.bootstrap import resample
+from vlm_jax.laws.cells import Cells, select
 from vlm_jax.laws.law import BILLION, Fit, Law
 from vlm_jax.laws.table import Number, Row
+
+PROFILE_POINTS = 81  # values of D tried between 0 and the smallest error
 
 
 def fit_family(
@@ -59,52 +62,45 @@ def fit_family(
         raise ConfigError(f"fit: {draws} draws are too few for an interval; give at least 100.")
     if fixed_d is not None and not 0 <= fixed_d < 1:
         raise ConfigError(f"fit: D must lie in [0, 1), got {fixed_d}.")
-    used, left_out = _select(rows, family, benchmark, compressor)
-    constants = 4 if fixed_d is None else 3
-    _check_design(used, family, constants)
-    cells = sorted({row.cell for row in used}, key=lambda c: (used_size(used, c[0]), c[1]))
-    index = {cell: i for i, cell in enumerate(cells)}
-    cell_of = np.array([index[row.cell] for row in used])
-    size = np.array([row.lm_params for row in used]) / BILLION
-    tokens = np.array([row.visual_tokens for row in used], float)
-    errors = np.array([row.error for row in used])
-    even = (1.0 / np.bincount(cell_of))[cell_of][None]  # every cell counts once
-    free = _one(least_squares.solve(size, tokens, errors[None], even, _fixed(fixed_d, 1)))
-    zero = _one(least_squares.solve(size, tokens, errors[None], even, np.zeros(1)))
-    means = np.bincount(cell_of, errors) / np.bincount(cell_of)
-    params = np.array([used_size(used, lm) for lm, _ in cells])
-    predicted = free.error(params, [v for _, v in cells])
-    sse = float(np.sum((predicted - means) ** 2))
-    several = len({row.seed for row in used}) > 1
-    weights = resample(used, cell_of, constants, draws, seed)
+    cells = select(rows, family, benchmark, compressor, 4 if fixed_d is None else 3)
+    points = cells.size, cells.tokens
+    observed, even = cells.errors[None], cells.weights[None]
+    law = _one(least_squares.solve(*points, observed, even, _fixed(fixed_d, 1)))
+    zero = _one(least_squares.solve(*points, observed, even, np.zeros(1)))
+    predicted = np.zeros(len(cells.means))
+    predicted[cells.cell_of] = law.error(cells.size * BILLION, cells.tokens)
+    sse = float(np.sum((predicted - cells.means) ** 2))
     solved = {
         mode: least_squares.solve(
-            size, tokens, np.tile(errors, (draws, 1)), w, _fixed(fixed_d, draws)
+            *points, np.tile(observed, (draws, 1)), weights, _fixed(fixed_d, draws)
         )
-        for mode, w in weights.items()
+        for mode, weights in resample(cells, 4 if fixed_d is None else 3, draws, seed).items()
     }
-    mode = MODES[2] if several else MODES[0]
+    mode = list(solved)[-1]  # both, where both can be drawn
+    spread = float(np.sum((cells.means - cells.means.mean()) ** 2))
     return Fit(
         family=family,
-        benchmark=used[0].benchmark,
-        compressor=used[0].compressor,
-        law=free,
+        benchmark=cells.rows[0].benchmark,
+        compressor=cells.rows[0].compressor,
+        law=law,
         law_d_zero=zero,
         d_fixed=fixed_d is not None,
         sse=sse,
-        r2=1 - sse / max(float(np.sum((means - means.mean()) ** 2)), 1e-30),
-        max_relative_error=float(np.max(np.abs(predicted - means) / np.maximum(means, 1e-12))),
-        num_cells=len(cells),
-        num_seeds=len({row.seed for row in used}),
+        r2=1 - sse / max(spread, 1e-30),
+        max_relative_error=float(
+            np.max(np.abs(predicted - cells.means) / np.maximum(cells.means, 1e-12))
+        ),
+        num_cells=len(cells.means),
+        num_seeds=len({row.seed for row in cells.rows}),
         level=level,
         intervals={m: _intervals(s, level) for m, s in solved.items()},
         p_alpha_greater={m: float(np.mean(s.alpha > s.beta)) for m, s in solved.items()},
-        d_profile=_profile_d(size, tokens, errors, even, means, sse, len(cells), level, fixed_d),
+        d_profile=_profile_d(cells, sse, level, fixed_d),
         resamples=np.stack(solved[mode][:4], axis=1),
         mode=mode,
-        lms={row.lm: row.lm_params for row in used},
-        visual_tokens=tuple(sorted({row.visual_tokens for row in used})),
-        left_out=left_out,
+        lms={row.lm: row.lm_params for row in cells.rows},
+        visual_tokens=tuple(sorted({row.visual_tokens for row in cells.rows})),
+        left_out=cells.left_out,
     )
 
 
@@ -114,67 +110,6 @@ def fit_table(rows: Sequence[Row], **options: Any) -> dict[str, Fit]:
         family: fit_family(rows, family, **options)
         for family in dict.fromkeys(r.family for r in rows)
     }
-
-
-def used_size(rows: Sequence[Row], lm: str) -> Number:
-    return next(row.lm_params for row in rows if row.lm == lm)
-
-
-def _select(rows, family, benchmark, compressor) -> tuple[list[Row], tuple[str, ...]]:
-    """The rows to fit, one per (cell, seed), and a line for each group of rows left out."""
-    families = sorted({row.family for row in rows})
-    if family not in families:
-        raise ConfigError(f"fit: family {family!r} is not in the table; it has {families}.")
-    rows = [row for row in rows if row.family == family]
-    if benchmark is not None:
-        names = sorted({row.benchmark for row in rows})
-        rows = [row for row in rows if row.benchmark == benchmark]
-        if not rows:
-            raise ConfigError(
-                f"fit: benchmark {benchmark!r} is not in family {family!r}; it has {names}."
-            )
-    counts: dict[str, int] = {}
-    for row in rows:
-        counts[row.compressor] = counts.get(row.compressor, 0) + 1
-    if compressor is None:
-        compressor, most = max(counts.items(), key=lambda item: item[1])
-        if list(counts.values()).count(most) > 1:
-            raise ConfigError(
-                f"fit: family {family!r} holds {sorted(counts)} equally often; choose one with --compressor."
-            )
-    elif compressor not in counts:
-        raise ConfigError(
-            f"fit: compressor {compressor!r} is not in family {family!r}; it has {sorted(counts)}."
-        )
-    left_out = [
-        f"{count} row(s) with compressor {name!r}: the law is fitted to {compressor!r} only"
-        for name, count in counts.items()
-        if name != compressor
-    ]
-    rows = table.family_mean([row for row in rows if row.compressor == compressor], family)
-    left_out += [
-        f"{row.lm}, {row.visual_tokens} visual tokens, seed {row.seed} (error {row.error:.3f}): flagged {row.flag!r}"
-        for row in rows
-        if row.flag
-    ]
-    return [row for row in rows if not row.flag], tuple(left_out)
-
-
-def _check_design(rows: Sequence[Row], family: str, constants: int) -> None:
-    cells = {row.cell for row in rows}
-    for what, values in (
-        ("LM size", {row.lm_params for row in rows}),
-        ("visual token count", {row.visual_tokens for row in rows}),
-    ):
-        if len(values) < 2:
-            raise ConfigError(
-                f"fit: family {family!r} has {len(values)} {what}(s); its exponent needs at least 2."
-            )
-    if len(cells) <= constants:
-        fix = " or fix D with --fix-d 0" if constants == 4 and len(cells) == 4 else ""
-        raise ConfigError(
-            f"fit: family {family!r} has {len(cells)} cells for {constants} constants; measure at least {constants + 1}{fix}."
-        )
 
 
 def _fixed(value: Number | None, count: int) -> np.ndarray | None:
@@ -202,28 +137,30 @@ def _pair(values) -> tuple[float, float]:
     return (float(low), float(high))
 
 
-def _profile_d(size, tokens, errors, even, means, sse, cells, level, fixed_d) -> dict[str, Any]:
+def _profile_d(
+    cells: Cells, sse: float, level: float, fixed_d: Number | None
+) -> dict[str, tuple[float, float] | None]:
     """Every D whose best law is not significantly worse (F test), and the exponents along the way."""
-    nothing: dict[str, Any] = dict.fromkeys(("D", "alpha", "beta", "ratio"))
+    spans: dict[str, Any] = dict.fromkeys(("D", "alpha", "beta", "ratio"))
     if fixed_d is not None:
-        return nothing
-    candidates = np.linspace(0, float(means.min()), 81)
-    many = len(candidates)
+        return spans
+    candidates = np.linspace(0, float(cells.means.min()), PROFILE_POINTS)
     solved = least_squares.solve(
-        size, tokens, np.tile(errors, (many, 1)), np.repeat(even, many, axis=0), candidates
+        cells.size,
+        cells.tokens,
+        np.tile(cells.errors, (PROFILE_POINTS, 1)),
+        np.tile(cells.weights, (PROFILE_POINTS, 1)),
+        candidates,
     )
-    within = float(
-        np.sum(even * errors**2) - np.sum(means**2)
-    )  # seed scatter, the same for every D
-    freedom = cells - 4
+    freedom = len(cells.means) - 4
     limit = sse * (1 + float(fdtri(1, freedom, level)) / freedom)
-    fits = solved.sse - within <= limit + 1e-12
+    fits = solved.sse - cells.seed_scatter <= limit + 1e-12
     if not fits.any():
-        return nothing
+        return spans
     alpha, beta = solved.alpha[fits], solved.beta[fits]
-    both = bool(((alpha > 0) & (beta > 0)).all())
-    ratio = alpha / beta if both else None
-    spans = {"D": candidates[fits], "alpha": alpha, "beta": beta, "ratio": ratio}
+    spans |= {"D": candidates[fits], "alpha": alpha, "beta": beta}
+    if ((alpha > 0) & (beta > 0)).all():
+        spans["ratio"] = alpha / beta
     return {
         name: None if v is None else (float(v.min()), float(v.max())) for name, v in spans.items()
     }
