@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Float
+from scipy.special import ndtr, stdtrit
 
 from vlm_jax.laws.cells import Cells
 
@@ -25,6 +26,22 @@ def resample(
         mode: _draw(cells, seeds, mode, constants, draws, np.random.default_rng([seed, i]))
         for i, mode in enumerate(modes)
     }
+
+
+def expanded_tail(cells: Cells, mode: str, constants: int, level: float) -> float:
+    """Percent of resamples to cut off at either end of an interval; less than (1 - level) / 2.
+
+    Resamples spread less than the truth by sqrt(freedom / count), and a few residuals call for Student's t. Source:
+    the expanded percentile interval of Hesterberg (2015), "What Teachers Should Know About the Bootstrap", section 4,
+    there for a mean. Count what is drawn: cells, or training runs when only those are.
+    """
+    if mode == "seeds":
+        count = len({(row.lm, row.seed) for row in cells.rows})
+        freedom = count - len({row.lm for row in cells.rows})
+    else:
+        count = len(cells.means)
+        freedom = count - constants
+    return 100 * float(ndtr(-np.sqrt(count / freedom) * stdtrit(freedom, (1 + level) / 2)))
 
 
 def _draw(

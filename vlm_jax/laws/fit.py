@@ -6,8 +6,8 @@ N is lm_params in billions, V the visual tokens (arXiv 2411.03312, equation 2; i
 only the cost). Least squares with every (LM, visual tokens) cell weighted equally; see `least_squares.py`.
 
 Two things may be resampled. *Cells*: which (LM, V) pairs were measured. *Seeds*: which training runs; drawn per LM size,
-whole, because one seed's language model is shared by all its token counts. Few seeds make the seed interval too narrow (with
-3, by about a fifth). With several seeds the headline resamples both; with one seed only cells, and says so.
+whole, because one seed's language model is shared by all its token counts. With several seeds the headline resamples both;
+with one seed only cells, and says so. Intervals are widened for small numbers, see `bootstrap.expanded_tail`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from vlm_jax import cli
 from vlm_jax.config import ConfigError
 from vlm_jax.laws import law as law_file
 from vlm_jax.laws import least_squares, table
-from vlm_jax.laws.bootstrap import resample
+from vlm_jax.laws.bootstrap import expanded_tail, resample
 from vlm_jax.laws.cells import Cells, select
 from vlm_jax.laws.law import BILLION, Fit, Law
 from vlm_jax.laws.table import Number, Row
 
+CONSTANTS = ("A", "alpha", "beta", "D", "alpha/beta")
 PROFILE_POINTS = 81  # values of D tried between 0 and the smallest error
 
 
@@ -62,7 +63,8 @@ def fit_family(
         raise ConfigError(f"fit: {draws} draws are too few for an interval; give at least 100.")
     if fixed_d is not None and not 0 <= fixed_d < 1:
         raise ConfigError(f"fit: D must lie in [0, 1), got {fixed_d}.")
-    cells = select(rows, family, benchmark, compressor, 4 if fixed_d is None else 3)
+    constants = 4 if fixed_d is None else 3
+    cells = select(rows, family, benchmark, compressor, constants)
     points = cells.size, cells.tokens
     observed, even = cells.errors[None], cells.weights[None]
     law = _one(least_squares.solve(*points, observed, even, _fixed(fixed_d, 1)))
@@ -74,8 +76,9 @@ def fit_family(
         mode: least_squares.solve(
             *points, np.tile(observed, (draws, 1)), weights, _fixed(fixed_d, draws)
         )
-        for mode, weights in resample(cells, 4 if fixed_d is None else 3, draws, seed).items()
+        for mode, weights in resample(cells, constants, draws, seed).items()
     }
+    tails = {mode: expanded_tail(cells, mode, constants, level) for mode in solved}
     mode = list(solved)[-1]  # both, where both can be drawn
     spread = float(np.sum((cells.means - cells.means.mean()) ** 2))
     return Fit(
@@ -93,9 +96,10 @@ def fit_family(
         num_cells=len(cells.means),
         num_seeds=len({row.seed for row in cells.rows}),
         level=level,
-        intervals={m: _intervals(s, level) for m, s in solved.items()},
+        intervals={m: _intervals(s, tails[m], level) for m, s in solved.items()},
+        tails=tails,
         p_alpha_greater={m: float(np.mean(s.alpha > s.beta)) for m, s in solved.items()},
-        d_profile=_profile_d(cells, sse, level, fixed_d),
+        d_profile=_profile_d(cells, law.D, sse, level, fixed_d),
         resamples=np.stack(solved[mode][:4], axis=1),
         mode=mode,
         lms={row.lm: row.lm_params for row in cells.rows},
@@ -120,11 +124,12 @@ def _one(solution: least_squares.Solutions) -> Law:
     return Law(*(float(column[0]) for column in solution[:4]))
 
 
-def _intervals(solved, level) -> dict[str, tuple[float, float] | None]:
-    tails = [50 * (1 - level), 50 * (1 + level)]
+def _intervals(
+    solved: least_squares.Solutions, tail: float, level: float
+) -> dict[str, tuple[float, float] | None]:
+    tails = [tail, 100 - tail]
     out: dict[str, tuple[float, float] | None] = {
-        name: _pair(np.percentile(getattr(solved, name), tails))
-        for name in ("A", "alpha", "beta", "D")
+        name: _pair(np.percentile(getattr(solved, name), tails)) for name in CONSTANTS[:4]
     }
     positive = (solved.alpha > 0) & (solved.beta > 0)
     ratio = solved.alpha[positive] / solved.beta[positive]
@@ -138,29 +143,28 @@ def _pair(values) -> tuple[float, float]:
 
 
 def _profile_d(
-    cells: Cells, sse: float, level: float, fixed_d: Number | None
+    cells: Cells, best_d: float, sse: float, level: float, fixed_d: Number | None
 ) -> dict[str, tuple[float, float] | None]:
     """Every D whose best law is not significantly worse (F test), and the exponents along the way."""
-    spans: dict[str, Any] = dict.fromkeys(("D", "alpha", "beta", "ratio"))
+    spans: dict[str, Any] = dict.fromkeys(CONSTANTS)
     if fixed_d is not None:
         return spans
     candidates = np.linspace(0, float(cells.means.min()), PROFILE_POINTS)
+    candidates = np.union1d(candidates, [best_d])  # so that at least one is good enough
     solved = least_squares.solve(
         cells.size,
         cells.tokens,
-        np.tile(cells.errors, (PROFILE_POINTS, 1)),
-        np.tile(cells.weights, (PROFILE_POINTS, 1)),
+        np.tile(cells.errors, (len(candidates), 1)),
+        np.tile(cells.weights, (len(candidates), 1)),
         candidates,
     )
     freedom = len(cells.means) - 4
     limit = sse * (1 + float(fdtri(1, freedom, level)) / freedom)
     fits = solved.sse - cells.seed_scatter <= limit + 1e-12
-    if not fits.any():
-        return spans
     alpha, beta = solved.alpha[fits], solved.beta[fits]
-    spans |= {"D": candidates[fits], "alpha": alpha, "beta": beta}
+    spans |= {"A": solved.A[fits], "alpha": alpha, "beta": beta, "D": candidates[fits]}
     if ((alpha > 0) & (beta > 0)).all():
-        spans["ratio"] = alpha / beta
+        spans["alpha/beta"] = alpha / beta
     return {
         name: None if v is None else (float(v.min()), float(v.max())) for name, v in spans.items()
     }
@@ -207,6 +211,7 @@ def show(fit: Fit, console: Console) -> None:
     grid.add_column("value", justify="right")
     for mode in fit.intervals:
         grid.add_column(f"{fit.level:.0%} over {mode}", justify="right")
+    grid.add_column("any D that fits", justify="right")
     grid.add_column("at D = 0", justify="right")
     for name, cells in constant_rows(fit).items():
         grid.add_row(name, *cells)
@@ -216,21 +221,28 @@ def show(fit: Fit, console: Console) -> None:
 
 
 def constant_rows(fit: Fit) -> dict[str, list[str]]:
-    """Per constant: its value, an interval per resampling mode, its value at D = 0; as text."""
+    """Per constant, as text: value, interval per resampling mode, range over every D that fits, value at D = 0.
+
+    An unidentified D has no interval from resamples: they all sit at 0 where the table does.
+    """
     rows = {}
-    for name in ("A", "alpha", "beta", "D", "alpha/beta"):
+    for name in CONSTANTS:
         values = [
             law.ratio if name == "alpha/beta" else getattr(law, name)
             for law in (fit.law, fit.law_d_zero)
         ]
-        texts = ["-" if value is None else f"{value:.4g}" for value in values]
+        first, last = ("-" if value is None else f"{value:.3g}" for value in values)
         spans = [group[name] for group in fit.intervals.values()]
-        rows[name] = [
-            texts[0],
-            *("-" if s is None else f"[{s[0]:.3g}, {s[1]:.3g}]" for s in spans),
-            texts[1],
-        ]
+        if name == "D" and not fit.d_identified:
+            spans = [None] * len(spans)
+        spans.append(fit.d_profile[name])
+        rows[name] = [first, *("-" if s is None else _span(s) for s in spans), last]
     return rows
+
+
+def _span(pair: tuple[float, float]) -> str:
+    low, high = (f"{value:.3g}" for value in pair)
+    return f"{low}..{high}"
 
 
 def run(argv: Sequence[str]) -> None:

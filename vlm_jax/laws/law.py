@@ -33,7 +33,8 @@ class Law:
     def error(self, lm_params: Any, visual_tokens: Any) -> np.ndarray:
         """Predicted error; lm_params in parameters; arguments broadcast."""
         n = np.asarray(lm_params, float) / BILLION
-        return self.A * n**-self.alpha * np.asarray(visual_tokens, float) ** -self.beta + self.D
+        power = n**-self.alpha * np.asarray(visual_tokens, float) ** -self.beta
+        return np.asarray(self.A * power + self.D)
 
     @property
     def ratio(self) -> float | None:
@@ -43,7 +44,7 @@ class Law:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """One family's law and how sure it is. Intervals are percentiles of resamples at `level`."""
+    """One family's law and how sure it is. Intervals are percentiles of resamples, `tails` from either end."""
 
     family: str
     benchmark: str
@@ -62,10 +63,11 @@ class Fit:
     intervals: dict[
         str, dict[str, tuple[float, float] | None]
     ]  # resampling mode -> constant -> interval
+    tails: dict[str, float]  # resampling mode -> percent cut off at either end for `level`
     p_alpha_greater: dict[str, float]  # resampling mode -> share of resamples with alpha > beta
     d_profile: dict[
         str, tuple[float, float] | None
-    ]  # D, alpha, beta, ratio over every D that fits as well
+    ]  # constant -> its range over every D that fits as well
     resamples: Float[np.ndarray, "R 4"]  # A alpha beta D, of the headline mode
     mode: str  # the headline mode
     lms: dict[str, int | float]  # name -> parameters, as measured
@@ -120,10 +122,10 @@ def _statements(fit: Fit) -> list[str]:
 
 def _d_statement(fit: Fit) -> str:
     profile = fit.d_profile
-    if fit.d_identified or profile["D"] is None:
+    if fit.d_identified:
         return f"{fit.family}: D = {fit.law.D:.3g} is identified: D = 0 fits significantly worse."
     along = f"any D in [{profile['D'][0]:.3g}, {profile['D'][1]:.3g}] fits as well at {fit.level:.0%}; alpha moves over [{profile['alpha'][0]:.3g}, {profile['alpha'][1]:.3g}]"
-    ratio = profile["ratio"]
+    ratio = profile["alpha/beta"]
     stable = "" if ratio is None else f", alpha/beta only over [{ratio[0]:.3g}, {ratio[1]:.3g}]"
     return f"{fit.family}: D is not identified: {along}{stable}; compare the exponents at D = 0."
 

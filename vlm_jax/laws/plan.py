@@ -140,7 +140,8 @@ def choose(
     errors = fit.law.error(np.array(params, float), np.array(tokens, float))
     drawn = _errors_of_resamples(fit, np.array(params, float), np.array(tokens, float))
     wins = np.bincount(drawn[:, :affordable].argmin(1), minlength=len(flops)) / len(drawn)
-    low, high = np.percentile(drawn, [50 * (1 - fit.level), 50 * (1 + fit.level)], axis=0)
+    tail = fit.tails[fit.mode]
+    low, high = np.percentile(drawn, [tail, 100 - tail], axis=0)
     sizes = fit.lms.values()
     found = [
         Candidate(

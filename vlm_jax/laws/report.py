@@ -13,6 +13,7 @@ from typing import NamedTuple
 from vlm_jax.config import ConfigError
 from vlm_jax.laws import plan as planning
 from vlm_jax.laws import plot
+from vlm_jax.laws.fit import constant_rows
 from vlm_jax.laws.law import Fit
 from vlm_jax.laws.table import Row, family_mean, size_name
 
@@ -128,18 +129,10 @@ def _cell(runs: Sequence[Row]) -> str:
 
 
 def constants_table(fit: Fit) -> Table:
-    """A, alpha, beta, D with D >= 0 and with D = 0; intervals of the first."""
-    intervals = fit.intervals[fit.mode]
-    body = []
-    for name in ("A", "alpha", "beta", "D"):
-        pair = intervals.get(name)
-        spread = f"[{pair[0]:.3g}, {pair[1]:.3g}]" if pair else ""
-        body.append(
-            [name, f"{getattr(fit.law, name):.3g}", spread, f"{getattr(fit.law_d_zero, name):.3g}"]
-        )
-    return Table(
-        ["constant", "fit, D ≥ 0", f"{fit.level:.0%} interval ({fit.mode})", "fit, D = 0"], body
-    )
+    """A, alpha, beta, D and alpha/beta, with intervals, and what they are when D = 0."""
+    header = ["constant", "fit", *(f"{fit.level:.0%} over {mode}" for mode in fit.intervals)]
+    body = [[name, *cells] for name, cells in constant_rows(fit).items()]
+    return Table([*header, "any D that fits", "fit at D = 0"], body)
 
 
 def _plan_blocks(

@@ -1,0 +1,274 @@
+"""The law: known constants come back, the published tables give the published picture, and every doubt is said."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vlm_jax.config import ConfigError
+from vlm_jax.laws import fit, law, least_squares, table
+from vlm_jax.laws.law import Law
+from vlm_jax.laws.table import Row
+
+PAPER = Path(table.__file__).parent / "data"
+SIZES = {"tiny": 25e3, "small": 100e3, "big": 400e3}
+TOKENS = (1, 4, 16, 64)
+TRUE = Law(A=0.06, alpha=0.21, beta=0.13, D=0.05)
+
+
+def rows_of(truth: Law, seeds=(0,), run_noise=0.0, cell_noise=0.0, rng_seed=0, **changes):
+    """A full table of `truth`; run_noise is shared by all the token counts of one (LM, seed)."""
+    rng = np.random.default_rng(rng_seed)
+    cell = {(lm, v): rng.normal(0, cell_noise) for lm in SIZES for v in TOKENS}
+    run = {(lm, seed): rng.normal(0, run_noise) for lm in SIZES for seed in seeds}
+    fields = {"benchmark": "b", "family": "f", "compressor": "tokenpacker", **changes}
+    return [
+        Row(params, v, float(truth.error(params, v)) + cell[lm, v] + run[lm, seed], lm=lm, seed=seed, **fields)
+        for lm, params in SIZES.items() for v in TOKENS for seed in seeds
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def paper():
+    """Both published tables, fitted with few resamples."""
+    found = {}
+    for family in ("reasoning", "ocr"):
+        rows = table.read(PAPER / f"paper_{family}.csv")
+        found[family] = (rows, fit.fit_family(rows, family, draws=200))
+    return found
+
+
+@pytest.mark.parametrize("truth", [
+    TRUE, Law(0.59, 0.071, 0.015, 0.0), Law(0.4, 0.9, 0.0, 0.0), Law(0.2, -0.05, 0.6, 0.1), Law(0.02, 1.8, 1.1, 0.02),
+], ids=str)  # fmt: skip
+def test_the_constants_of_a_noiseless_table_come_back(truth):
+    size, tokens = (
+        a.ravel() for a in np.meshgrid(np.array([0.5, 1.8, 4, 7]), [1.0, 4, 16, 64, 576])
+    )
+    errors = truth.error(size * 1e9, tokens)[None]
+    found = least_squares.solve(size, tokens, errors, np.ones_like(errors))
+    assert found.sse[0] < 1e-12
+    got = [float(column[0]) for column in found[:4]]
+    np.testing.assert_allclose(got, dataclasses.astuple(truth), atol=2e-4)
+
+
+def test_the_least_squares_optimum_equals_a_general_optimisers():
+    from scipy.optimize import minimize
+
+    size, tokens = (
+        a.ravel() for a in np.meshgrid(np.array([0.5, 1.8, 4, 7]), [1.0, 4, 16, 64, 576])
+    )
+    rng = np.random.default_rng(3)
+    y = TRUE.error(size * 1e9, tokens) * np.exp(rng.normal(0, 0.05, size.shape))
+    weights = rng.uniform(0.2, 2, size.shape)
+    found = least_squares.solve(size, tokens, y[None], weights[None])
+
+    def loss(p):
+        return np.sum(weights * (y - p[0] * size ** -p[1] * tokens ** -p[2] - p[3]) ** 2)
+
+    best = min(
+        minimize(loss, start, method="L-BFGS-B", bounds=[(0, None), (-5, 5), (-5, 5), (0, None)],
+                 options={"ftol": 1e-15, "gtol": 1e-12, "maxiter": 5000}).fun
+        for start in ([0.3, 0.1, 0.1, 0.0], [0.2, 0.5, 0.5, 0.1], [0.5, 0.2, 0.05, 0.0])
+    )  # fmt: skip
+    assert found.sse[0] <= best * (1 + 1e-6)
+
+
+def test_the_same_table_gives_the_same_law_to_the_last_bit_in_any_row_order(tmp_path):
+    rows = rows_of(TRUE, seeds=(0, 1), run_noise=0.02, cell_noise=0.01)
+    texts = []
+    for ordered in (rows, rows, rows[::-1]):
+        law.save(tmp_path / "law.json", {"f": fit.fit_family(ordered, "f", draws=100)}, {})
+        texts.append((tmp_path / "law.json").read_text())
+    assert texts[0] == texts[1] == texts[2]
+    other = fit.fit_family(rows, "f", draws=100, seed=1)
+    assert (
+        other.law == fit.fit_family(rows, "f", draws=100).law
+    )  # the seed moves the intervals only
+
+
+def test_law_json_gives_back_the_fit(tmp_path):
+    found = fit.fit_family(rows_of(TRUE, seeds=(0, 1), run_noise=0.01), "f", draws=100)
+    law.save(tmp_path / "law.json", {"f": found}, {"table": "errors.csv"})
+    (back,) = law.load(tmp_path / "law.json").values()
+    assert (
+        back.law == found.law
+        and back.intervals == found.intervals
+        and back.statements == found.statements
+    )
+    np.testing.assert_allclose(back.resamples, found.resamples, rtol=1e-5, atol=1e-12)
+
+
+def test_the_published_reasoning_scores_give_an_exponent_ratio_of_4_7(paper):
+    found = paper["reasoning"][1]
+    assert found.sse <= 3.80e-4 and found.law.D >= 0
+    assert found.law.ratio == pytest.approx(4.70, abs=0.05)
+    assert found.law.alpha == pytest.approx(0.0709, abs=2e-4)
+    assert found.p_alpha_greater["cells"] == 1.0
+    low, high = found.d_profile["D"]
+    assert low == 0 and high > 0.05 and not found.d_identified
+
+
+def test_the_published_ocr_scores_give_an_exponent_ratio_of_0_72(paper):
+    found = paper["ocr"][1]
+    assert found.law.ratio == pytest.approx(0.72, abs=0.02)
+    assert found.sse == pytest.approx(5.1e-3, abs=1e-4)
+    assert found.p_alpha_greater["cells"] == 0.0
+
+
+@pytest.mark.parametrize(("family", "worst"), [("reasoning", 0.010), ("ocr", 0.035)])
+def test_the_law_of_0_5_to_4b_predicts_7b(paper, family, worst):
+    rows = paper[family][0]
+    small = [row for row in rows if row.lm_params < 5e9]
+    held_out = [row for row in rows if row.lm_params > 5e9]
+    assert len(small) == 21 and len(held_out) == 7
+    found = fit.fit_family(small, family, draws=100).law
+    predicted = found.error([r.lm_params for r in held_out], [r.visual_tokens for r in held_out])
+    measured = np.array([row.error for row in held_out])
+    assert np.max(np.abs(predicted / measured - 1)) <= worst
+
+
+def test_a_flagged_row_is_never_fitted_but_always_named():
+    rows = rows_of(TRUE, seeds=(0, 1))
+    failed = dataclasses.replace(rows[5], error=0.95, flag="chance level")
+    clean = fit.fit_family([row for row in rows if row is not rows[5]], "f", draws=100)
+    found = fit.fit_family([failed if row is rows[5] else row for row in rows], "f", draws=100)
+    assert found.law == clean.law and found.num_cells == 12
+    (line,) = found.left_out
+    assert "tiny, 16 visual tokens, seed 1 (error 0.950)" in line and "chance level" in line
+    assert any(line in statement for statement in found.statements)
+
+
+def test_another_compressors_rows_are_beside_the_law_and_named():
+    rows = rows_of(TRUE)
+    extra = dataclasses.replace(rows[0], compressor="quecc", error=0.01)
+    found = fit.fit_family([*rows, extra], "f", draws=100)
+    assert found.law == fit.fit_family(rows, "f", draws=100).law
+    assert "1 row(s) with compressor 'quecc'" in found.left_out[0]
+
+
+def width(found, mode, name="alpha"):
+    low, high = found.intervals[mode][name]
+    return high - low
+
+
+def test_run_to_run_noise_widens_the_interval_over_seeds_and_not_a_noiseless_one():
+    calm = fit.fit_family(rows_of(TRUE, seeds=(0, 1, 2), cell_noise=0.004), "f", draws=300)
+    wild = fit.fit_family(
+        rows_of(TRUE, seeds=(0, 1, 2), cell_noise=0.004, run_noise=0.03), "f", draws=300
+    )
+    assert width(calm, "seeds") < 1e-6  # identical runs: nothing to learn from drawing them again
+    assert width(wild, "seeds") > 0.02
+    assert width(wild, "cells and seeds") > width(wild, "seeds")
+    assert wild.mode == "cells and seeds"
+
+
+def test_one_seed_gives_only_the_interval_over_cells_and_says_so():
+    found = fit.fit_family(rows_of(TRUE, cell_noise=0.004), "f", draws=100)
+    assert list(found.intervals) == ["cells"] and found.mode == "cells"
+    assert any("one seed per cell" in line for line in found.statements)
+
+
+def test_noise_between_cells_widens_the_interval_over_cells():
+    narrow, wide = (
+        fit.fit_family(rows_of(TRUE, cell_noise=noise), "f", draws=300, fixed_d=0.05)
+        for noise in (0.001, 0.01)
+    )
+    assert 3 * width(narrow, "cells") < width(wide, "cells")
+
+
+def test_a_resource_that_does_nothing_is_said_not_to():
+    found = fit.fit_family(rows_of(Law(0.03, 0.3, 0.0, 0.0), cell_noise=0.01), "f", draws=200)
+    assert any("beta is not distinguishable from 0" in line for line in found.statements)
+    assert any("alpha > beta in 100.0%" in line for line in found.statements)
+
+
+def test_a_d_that_the_data_show_is_called_identified():
+    found = fit.fit_family(rows_of(Law(3e-4, 0.7, 0.5, 0.2), cell_noise=1e-4), "f", draws=100)
+    assert found.d_identified and abs(found.law.D - 0.2) < 0.01
+    assert any("is identified" in line for line in found.statements)
+
+
+def test_a_fixed_d_is_kept():
+    found = fit.fit_family(rows_of(TRUE), "f", draws=100, fixed_d=0.02)
+    assert found.law.D == 0.02 and set(found.resamples[:, 3]) == {0.02}
+
+
+def test_cells_with_many_seeds_weigh_no_more_than_cells_with_one():
+    rows = rows_of(TRUE, cell_noise=0.02)
+    repeated = [dataclasses.replace(rows[0], seed=seed) for seed in range(1, 9)]
+    plain, heavy = (fit.fit_family(r, "f", draws=100) for r in (rows, [*rows, *repeated]))
+    assert heavy.law.alpha == pytest.approx(plain.law.alpha, abs=1e-6)
+    assert heavy.sse == pytest.approx(plain.sse, rel=1e-6)
+
+
+FULL = "\n".join(
+    f"{n:g},{v},{0.9 * (n / 1e9) ** -0.1 * v**-0.05:.4f}" for n in (1e9, 4e9) for v in (1, 4, 16)
+)
+
+
+@pytest.mark.parametrize(
+    ("body", "flags", "words"),
+    [
+        ("1e9,1,.5\n1e9,4,.4\n4e9,1,.4\n4e9,4,.3", [], "has 4 cells for 4 constants; measure at least 5 or fix D with --fix-d 0"),
+        ("1e9,1,.5\n4e9,4,.4", [], "has 2 cells for 4 constants"),
+        ("7e9,1,.5\n7e9,4,.4\n7e9,16,.3\n7e9,64,.2\n7e9,144,.1", [], "has 1 LM size(s)"),
+        ("1e9,1,.5\n2e9,1,.4\n4e9,1,.3\n7e9,1,.2\n8e9,1,.1", [], "has 1 visual token count(s)"),
+        ("1e9,1,nan", [], "errors.csv:2: error nan is outside [0, 1]"),
+        ("1e9,1,51.5", [], "errors.csv:2: error 51.5 is outside [0, 1]; error = 1 - metric; divide percentages by 100"),
+        ("1e9,1,.5\n1e9,1,.4", [], "duplicate cell (all/all, lm 1B, 1 visual tokens, seed 0)"),
+        (FULL, ["--family", "ocr"], "family 'ocr' is not in the table; it has ['all']"),
+        (FULL, ["--benchmark", "gqa"], "benchmark 'gqa' is not in family 'all'; it has ['all']"),
+        (FULL, ["--compressor", "quecc"], "compressor 'quecc' is not in family 'all'"),
+        (FULL, ["--fix-d", "1.5"], "D must lie in [0, 1), got 1.5"),
+        (FULL, ["--level", "95"], "level must lie in (0, 1), got 95"),
+        (FULL, ["--draws", "3"], "3 draws are too few"),
+        (FULL, ["--out", "/nowhere/law.json"], "/nowhere/law.json: its folder does not exist"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(
+    tmp_path, monkeypatch, capsys, body, flags, words
+):
+    monkeypatch.chdir(tmp_path)
+    Path("errors.csv").write_text("lm_params,visual_tokens,error\n" + body + "\n")
+    assert fit.main(["errors.csv", *flags]) == 2
+    out, err = capsys.readouterr()
+    assert words in err and err.count("\n") == 1 and not out
+
+
+def test_when_every_run_of_a_size_failed_the_message_counts_the_flagged_rows():
+    rows = [
+        dataclasses.replace(r, flag="" if r.lm == "big" else "chance level") for r in rows_of(TRUE)
+    ]
+    with pytest.raises(ConfigError, match=r"has 1 LM size\(s\) beside 8 flagged row\(s\)"):
+        fit.fit_family(rows, "f", draws=100)
+
+
+def test_the_command_writes_law_json_and_a_table_that_fits_a_terminal(tmp_path):
+    source, target = PAPER / "paper_reasoning.csv", tmp_path / "law.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "vlm_jax.laws.fit", str(source), "--out", str(target), "--draws", "100"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stderr == ""
+    assert (
+        "4.7 " in done.stdout and "0.0709" in done.stdout and "D is not identified" in done.stdout
+    )
+    assert max(map(len, done.stdout.split("- reasoning")[0].splitlines())) <= 100
+    content = json.loads(target.read_text())
+    assert (
+        content["laws"]["reasoning"]["law"]["D"] == 0
+        and str(source) in content["provenance"]["command"]
+    )
+    missing = subprocess.run(
+        [sys.executable, "-m", "vlm_jax.laws.fit", "nothing.csv"], capture_output=True, text=True
+    )
+    assert (
+        missing.returncode == 2
+        and missing.stderr.count("\n") == 1
+        and "no such file" in missing.stderr
+    )
