@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "sharding": {"axes", "config"},
     "optim": {"config", "sharding"},
     "checkpoint": {"config", "sharding"},
+    "features": {"models", "data", "checkpoint", "config", "experiment"},
     "telemetry": {"config"},
     "experiment": {"config", "presets", "data"},
     "loop": {"*"},

@@ -91,6 +91,10 @@ class ViTConfig:
             raise ConfigError(
                 f"vit: width {self.width} is not divisible by num_heads {self.num_heads}."
             )
+        if self.width % 4:
+            raise ConfigError(
+                f"vit: width {self.width} is not divisible by 4 (2-D sine positions)."
+            )
         if not -self.num_layers <= self.feature_layer <= -1:
             raise ConfigError(
                 f"vit: feature_layer {self.feature_layer} must lie in [-{self.num_layers}, -1]."

@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,9 +35,11 @@ TEMPLATE_WORDS = (
     "image",
 )  # of the vicuna template, and the query of an absent image
 Record = dict[str, Any]
+Ask = Callable[[Scene | Sheet, np.random.Generator], list[questions.Turn]]
 
-# What the images of a split show, in turn: 0 a scene, k a sheet of k x k characters.
+# What the images of a split show, in turn: 0 a scene, k a sheet of k x k different blocks.
 KINDS = (0, 1, 0, 2, 0, 4, 0, 8)
+ENCODER_KINDS = (0, 1, 2, 4, 0, 8, 4, 8)
 
 
 def write(
@@ -51,7 +54,7 @@ def write(
 ) -> None:
     """Writes everything below `directory` (created; files of the same name are replaced). Same arguments, same bytes.
 
-    Half of the images of each split are scenes, half are sheets with 1, 4, 16 and 64 characters in equal shares.
+    Half of the images of each split are scenes, half are sheets with 1, 4, 16 and 64 different blocks in equal shares.
     records_per_image: conversations about each training image, with different questions. No test image equals a
     training image. Raises ConfigError for image counts that cannot be split evenly.
     """
@@ -67,59 +70,85 @@ def write(
     directory = pathlib.Path(directory)
     (directory / "images").mkdir(parents=True, exist_ok=True)
     world = scenes.make_world(seed)
-    asker = questions.Asker(world)
     images = functools.partial(_write_images, directory)
-    train = images("train", num_train_images, False, np.random.default_rng([seed, 1]))
-    test = images("test", num_test_images, False, np.random.default_rng([seed, 2]))
-    dense = images("encoder", num_encoder_images, True, np.random.default_rng([seed, 6]))
+    train = images("train", num_train_images, KINDS, np.random.default_rng([seed, 1]))
+    test = images("test", num_test_images, KINDS, np.random.default_rng([seed, 2]))
+    dense = images("encoder", num_encoder_images, ENCODER_KINDS, np.random.default_rng([seed, 6]))
+    ask = functools.partial(_ask, questions.Asker(world), questions_per_record)
 
-    def ask(content: Scene | Sheet, rng: np.random.Generator) -> list[questions.Turn]:
-        if isinstance(content, Scene):
-            return asker.ask(content, questions_per_record, rng)
-        return questions.read(content, questions_per_record, rng)
-
-    rng = np.random.default_rng([seed, 3])
-    encoder = [
-        _record(name, [questions.listing(c), *ask(c, rng)], image=name) for name, c in dense.items()
-    ]
-    vlm = [
+    files: dict[str, Any] = {
+        "encoder_train": _encoder_records(dense, ask, np.random.default_rng([seed, 3])),
+        "text_train": _text_records(
+            num_text_records, ask, questions_per_record, np.random.default_rng([seed, 4])
+        ),
+    }
+    rng = np.random.default_rng([seed, 5])
+    files["vlm_train"] = [
         _record(f"{name}-{i}", ask(content, rng), image=name)
         for i in range(records_per_image)
         for name, content in train.items()
     ]
-    single = [
+    files["vlm_single_train"] = [
         _record(f"{r['id']}-{i}", [turn], image=r["image"])
-        for r in vlm
+        for r in files["vlm_train"]
         for i, turn in enumerate(_turns(r))
     ]
-    rng = np.random.default_rng([seed, 4])
-    text = []
-    for i in range(num_text_records):
-        scene = scenes.sample_scene(rng)
-        text.append(_record(f"text-{i:06d}", ask(scene, rng), system=questions.caption(scene)))
-    rng = np.random.default_rng([seed, 5])
-    held_out = {name: ask(content, rng) for name, content in test.items()}
-    reasoning = [_record(n, t, image=n) for n, t in held_out.items() if isinstance(test[n], Scene)]
-    ocr = [_record(n, t, image=n) for n, t in held_out.items() if isinstance(test[n], Sheet)]
-    files = {
-        "encoder_train": encoder, "vlm_train": vlm, "vlm_single_train": single, "text_train": text,
-        "reasoning_test": reasoning, "ocr_test": ocr,
-        "contents": {name: dataclasses.asdict(content) for name, content in (train | test | dense).items()},
-        "world": {name: table.tolist() for name, table in dataclasses.asdict(world).items()},
-    }  # fmt: skip
+    for family, kind in (("reasoning", Scene), ("ocr", Sheet)):
+        held_out = {name: content for name, content in test.items() if isinstance(content, kind)}
+        files[f"{family}_test"] = [_record(n, ask(c, rng), image=n) for n, c in held_out.items()]
+    shown = (train | test | dense).items()
+    files["contents"] = {name: dataclasses.asdict(content) for name, content in shown}
+    files["world"] = {name: t.tolist() for name, t in dataclasses.asdict(world).items()}
     for name, content in files.items():
         (directory / f"{name}.json").write_text(json.dumps(content, separators=(",", ":")))
     write_tokenizer(directory / "tokenizer")
 
 
+def _ask(
+    asker: questions.Asker, count: int, content: Scene | Sheet, rng: np.random.Generator
+) -> list[questions.Turn]:
+    if isinstance(content, Scene):
+        return asker.ask(content, count, rng)
+    return questions.read(content, count, rng)
+
+
+def _encoder_records(
+    shown: dict[str, Scene | Sheet], ask: Ask, rng: np.random.Generator
+) -> list[Record]:
+    """A listing of all slots and the ordinary questions about each image."""
+    return [
+        _record(name, [questions.listing(content), *ask(content, rng)], image=name)
+        for name, content in shown.items()
+    ]
+
+
+def _text_records(
+    count: int, ask: Ask, questions_per_record: int, rng: np.random.Generator
+) -> list[Record]:
+    """Questions about scenes and sheets that are told, not shown, in turn."""
+    records = []
+    for i in range(count):
+        if i % 2:
+            told, turns = questions.note(questions_per_record, rng)
+        else:
+            scene = scenes.sample_scene(rng)
+            told, turns = questions.caption(scene), ask(scene, rng)
+        records.append(_record(f"text-{i:06d}", turns, system=told))
+    return records
+
+
 def _write_images(
-    directory: pathlib.Path, split: str, count: int, filled: bool, rng: np.random.Generator
+    directory: pathlib.Path,
+    split: str,
+    count: int,
+    kinds: tuple[int, ...],
+    rng: np.random.Generator,
 ) -> dict[str, Scene | Sheet]:
-    """Draws and saves `count` images, kind after kind; returns what each shows. filled: sheets without blank slots."""
+    """Draws and saves `count` images, kind after kind; returns what each shows."""
     shown: dict[str, Scene | Sheet] = {}
     for i in range(count):
-        side = KINDS[i % len(KINDS)]
-        content = scenes.sample_sheet(side, rng, filled) if side else scenes.sample_scene(rng)
+        side = kinds[i % len(kinds)]
+        content = scenes.sample_sheet(side, rng) if side else scenes.sample_scene(rng)
         name = f"images/{split}-{i:05d}.png"
         Image.fromarray(rendering.draw(content, rng)).save(directory / name, compress_level=1)
         shown[name] = content

@@ -6,7 +6,7 @@
 | reasoning | `shape's friend's rival`| two steps: the rival of that friend                       |
 | reasoning | `ant bee shape`         | fact table at (ant, bee, the shape's colour)              |
 | reasoning | `ant bee floor`         | fact table at (ant, bee, the floor)                       |
-| ocr       | `read c 5`              | the character in column c, row 5 (rows count from the top)|
+| ocr       | `read c5`               | the character in column c, row 5 (rows count from the top)|
 | dense     | `list`                  | all 64 slots in raster order (trains the encoder only)    |
 """
 
@@ -36,12 +36,20 @@ Turn = tuple[str, str]  # question, answer
 CHAIN_SHARE = 0.45  # of the reasoning questions; the others ask for facts
 TWO_STEP_SHARE = 0.5  # of the chains
 LIST = "list"
-BLANK = "blank"
 
 
 def caption(scene: Scene) -> str:
     """What a text-only sample is told in place of the image."""
     return f"{scene.colour} shape on {scene.floor} floor"
+
+
+def note(count: int, rng: np.random.Generator) -> tuple[str, list[Turn]]:
+    """What a text-only sample is told in place of a sheet: `count` slots with their characters; and one question each."""
+    slots = rng.permutation(len(SQUARES))[:count]
+    characters = [CHARACTERS[i] for i in rng.integers(len(CHARACTERS), size=count)]
+    told = " ".join(f"{SQUARES[slot]} {c}" for slot, c in zip(slots, characters, strict=True))
+    order = rng.permutation(count)
+    return told, [(f"read {SQUARES[slots[i]]}", characters[i]) for i in order]
 
 
 class Asker:
@@ -90,17 +98,22 @@ class Asker:
 
 
 def read(sheet: Sheet, count: int, rng: np.random.Generator) -> list[Turn]:
-    """`count` questions for characters of the sheet: each equally often, up to one, in random order."""
-    rounds = -(-count // len(sheet.squares))
-    order = np.concatenate([rng.permutation(len(sheet.squares)) for _ in range(rounds)])[:count]
-    return [(f"read {' '.join(sheet.squares[i])}", sheet.characters[i]) for i in order]
+    """`count` questions for characters in different slots, spread evenly over the sheet's blocks."""
+    block = GRID // sheet.side
+    slots = np.arange(len(SQUARES))
+    blocks = slots // GRID // block * sheet.side + slots % GRID // block
+    shuffled = rng.permutation(slots)
+    turn = np.array(
+        [np.sum(blocks[shuffled[:i]] == blocks[slot]) for i, slot in enumerate(shuffled)]
+    )
+    asked = shuffled[np.argsort(turn, kind="stable")][:count]
+    return [(f"read {SQUARES[i]}", sheet.characters[i]) for i in asked]
 
 
 def listing(content: Scene | Sheet) -> Turn:
-    """What each of the 64 slots shows, in raster order: a character or blank; the shape's colour or the floor."""
+    """What each of the 64 slots shows, in raster order: a character, or the shape's colour or the floor."""
     if isinstance(content, Sheet):
-        shown = dict(zip(content.squares, content.characters, strict=True))
-        return LIST, " ".join(shown.get(square, BLANK) for square in SQUARES)
+        return LIST, " ".join(content.characters)
     covered = shape_mask(content).reshape(GRID, SLOT_PX, GRID, SLOT_PX).mean((1, 3)).reshape(-1)
     return LIST, " ".join(content.colour if share > 0.5 else content.floor for share in covered)
 
@@ -117,4 +130,4 @@ def words() -> list[str]:
         "on",
         "floor",
     ]
-    return [*asked, *COLOURS, *FLOORS, *ENTITIES, *"".join(SQUARES), *CHARACTERS, BLANK]
+    return [*asked, *COLOURS, *FLOORS, *ENTITIES, *SQUARES, *CHARACTERS]

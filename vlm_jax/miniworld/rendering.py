@@ -12,7 +12,6 @@ from vlm_jax.miniworld.scenes import (
     GRID,
     IMAGE_PX,
     SLOT_PX,
-    SQUARES,
     Scene,
     Sheet,
 )
@@ -84,8 +83,8 @@ def ink_mask(sheet: Sheet, rng: np.random.Generator) -> Bool[np.ndarray, "H W"]:
     """True where a character is inked; each is shifted by up to 2 pixels across and 1 down inside its slot."""
     ink = np.zeros((IMAGE_PX, IMAGE_PX), dtype=bool)
     height, width = FONT_PX
-    for square, character in zip(sheet.squares, sheet.characters, strict=True):
-        row, column = divmod(SQUARES.index(square), GRID)
+    for slot, character in enumerate(sheet.characters):
+        row, column = divmod(slot, GRID)
         top = row * SLOT_PX + int(rng.integers(0, 2))
         left = column * SLOT_PX + int(rng.integers(0, 3))
         ink[top : top + height, left : left + width] = GLYPHS[CHARACTERS.index(character)]

@@ -51,10 +51,9 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True)
 class Sheet:
-    """A text image: `characters[i]` stands in the slot named `squares[i]`; one character per cell of side x side."""
+    """A text image: `characters[i]` stands in the slot SQUARES[i]; side x side blocks repeat one character each."""
 
     side: int
-    squares: tuple[str, ...]
     characters: tuple[str, ...]
 
 
@@ -95,20 +94,9 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     )
 
 
-def sample_sheet(side: int, rng: np.random.Generator, filled: bool = False) -> Sheet:
-    """side x side characters, each in a random slot of its own cell of (8 / side) x (8 / side) slots, or in all of them."""
-    cell = GRID // side
-    cells = np.arange(side * side)
-    drawn = rng.integers(len(CHARACTERS), size=side * side)
-    if filled:
-        rows, columns = (slots.reshape(-1) for slots in np.mgrid[:GRID, :GRID])
-        cells = rows // cell * side + columns // cell
-    else:
-        rows = cells // side * cell + rng.integers(cell, size=side * side)
-        columns = cells % side * cell + rng.integers(cell, size=side * side)
-    order = np.argsort(rows * GRID + columns)
-    return Sheet(
-        side=side,
-        squares=tuple(SQUARES[rows[i] * GRID + columns[i]] for i in order),
-        characters=tuple(CHARACTERS[drawn[cells[i]]] for i in order),
-    )
+def sample_sheet(side: int, rng: np.random.Generator) -> Sheet:
+    """side x side blocks, each repeating one character in all its (8 / side) x (8 / side) slots."""
+    drawn = rng.integers(len(CHARACTERS), size=(side, side))
+    block = GRID // side
+    slots = drawn.repeat(block, axis=0).repeat(block, axis=1)
+    return Sheet(side, tuple(CHARACTERS[i] for i in slots.reshape(-1)))

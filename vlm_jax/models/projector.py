@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from vlm_jax.layers import ACTIVATIONS, Linear, RMSNorm, sincos_positions, weight
+from vlm_jax.layers import ACTIVATIONS, Linear, RMSNorm, weight
 
 
 class Projector(nn.Module):
@@ -33,11 +34,25 @@ class Projector(nn.Module):
         if self.norm == "rms":
             x = RMSNorm(1e-6, self.dtype, name="norm")(x)
         if self.positions == "grid":
-            table = weight(self, "position", _sines, (x.shape[1], self.width), (None, None))
+            table = weight(self, "position", _grid_codes, (x.shape[1], self.width), (None, None))
             x = x + table.astype(x.dtype)
         return x
 
 
-def _sines(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
-    """2-D sines of a square grid of visual tokens, row by row: where learning starts from."""
-    return jnp.asarray(sincos_positions(math.isqrt(shape[0]), shape[1]))
+def _grid_codes(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
+    """Random codes [M, D] of a square grid: per axis the sum of one code per half, per quarter, ... down to the row.
+
+    Codes of different places are nearly orthogonal, so a decoder can tell neighbours apart at once, and blocks share a part.
+    """
+    side = math.isqrt(shape[0])
+    place, axes = jnp.arange(side), []
+    for axis_key in jax.random.split(key):
+        code = jnp.zeros((side, shape[1]))
+        size, count = side, 0
+        while size > 1:
+            size, count = (size + 1) // 2, count + 1
+            code += jax.random.normal(jax.random.fold_in(axis_key, size), (side, shape[1]))[
+                place // size
+            ]
+        axes.append(code / math.sqrt(2 * max(count, 1)))
+    return (axes[0][:, None] + axes[1][None]).reshape(shape)
