@@ -22,9 +22,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.mesh.fsdp = 1  # shards of parameters and optimiser state
     c.mesh.tensor = 1  # shards of heads and MLP widths
 
-    c.init = (
-        ml_collections.ConfigDict()
-    )  # workdir whose last checkpoint supplies the part; "" = random
+    # Per part: the workdir whose last checkpoint supplies it; "" = random.
+    c.init = ml_collections.ConfigDict()
     c.init.vit = ""
     c.init.compressor = ""
     c.init.projector = ""
@@ -81,12 +80,7 @@ def model() -> ml_collections.ConfigDict:
     m.compressor.name = "quecc"  # a key of compressors.COMPRESSORS
     m.compressor.stride = 4  # patches per window side; visual tokens = (grid / stride)^2
     m.compressor.num_heads = 8  # of its attention (QueCC, TokenPacker)
-    m.compressor.taps = (
-        12,
-        16,
-        22,
-        23,
-    )  # encoder states seen as multi-level features; () = the feature alone
+    m.compressor.taps = (12, 16, 22, 23)  # encoder states seen side by side; () = the feature alone
     m.compressor.norm_eps = 1e-6
     m.compressor.dtype = "bfloat16"
 
@@ -127,9 +121,7 @@ def data() -> ml_collections.ConfigDict:
     d.tokenizer = ""  # directory with a Hugging Face tokenizer
     d.template = "vicuna_v1"  # a key of data.chat.TEMPLATES
     d.system = placeholder(str)  # system prompt; None = the template's
-    d.turns = (
-        "dialogue"  # dialogue | independent (each turn sees only the shared prefix and itself)
-    )
+    d.turns = "dialogue"  # dialogue | independent (a turn sees the shared prefix and itself only)
     d.max_tokens = 2048  # tokens per sample, visual ones included (LLaVA-1.5)
     d.max_query_tokens = 64  # tokens of the question that QueCC looks at
     d.max_images = 1  # images per sample; 0 = text only

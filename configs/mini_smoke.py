@@ -5,10 +5,11 @@ from configs import mini
 
 def get_config():
     c = mini.get_config()
-    c.sweep.lms = ("mini-25k", "mini-66k")
+    c.sweep.lms = ("mini-45k", "mini-82k")
     c.sweep.visual_tokens = (1, 4, 16)
     c.sweep.train_images = 160
     c.sweep.test_images = 80
+    c.sweep.encoder_images = 80
     c.sweep.text_records = 320
     c.sweep.max_reruns = 0
     c.sweep.failed_above = 1.01

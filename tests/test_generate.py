@@ -24,7 +24,7 @@ def model():
     config = VLMConfig(
         vit=presets.vit("mini", image_px=16, num_layers=1, width=16, num_heads=2, mlp_width=16),
         compressor=CompressorConfig(name="identity"),
-        lm=presets.lm("mini-25k", vocab_size=VOCAB, width=32, head_dim=16),
+        lm=presets.lm("mini-45k", vocab_size=VOCAB, width=32, head_dim=16),
     )
     params = nn.unbox(jax.jit(init_params, static_argnums=0)(config, jax.random.key(0)))
     return config, jax.tree.map(lambda x: 4.0 * x if x.ndim > 1 else x, params)

@@ -144,13 +144,15 @@ def compressed(
     heads = case.config.get("num_heads", 1)
     eps = case.config.get("ln_eps", 1e-6)
     config = CompressorConfig(name, stride, heads, norm_eps=eps)
-    VLMConfig(tiny_vit(grid, last.shape[-1]), config, presets.lm("mini-25k"))
+    VLMConfig(tiny_vit(grid, last.shape[-1]), config, presets.lm("mini-45k"))
     entry = COMPRESSORS[name]
     query = text_of(case) if entry.uses_query else None
     mid = jax.jit(entry.module(config, grid).apply)({"params": compressor}, last, taps, query)
     assert mid.shape[1] == entry.num_tokens(config, grid)
     width = projector["dense_1"]["kernel"].shape[1]
-    tokens = jax.jit(Projector(width, 2, "none", "none", "float32").apply)({"params": projector}, mid)
+    tokens = jax.jit(Projector(width, 2, "none", "none", "float32").apply)(
+        {"params": projector}, mid
+    )
     made = {"tokens": tokens, "compressed": mid, "features": last, "multi": taps}
     return made | ({} if query is None else {"text": query[:, None]})
 

@@ -85,16 +85,22 @@ def test_a_module_imports_only_what_its_room_allows(path):
         else:
             assert target in allowed, f"{path.relative_to(ROOT)} may not import vlm_jax.{name}"
         if home == "models" and target == "compressors":
-            assert path.name == "vlm.py", f"only models/vlm.py may import compressors, not {path.name}"
+            assert path.name == "vlm.py", (
+                f"only models/vlm.py may import compressors, not {path.name}"
+            )
 
 
 def test_what_feeds_workers_and_reports_never_loads_jax():
     names = [
-        ".".join(("vlm_jax", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+        ".".join(("vlm_jax", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
+            ".__init__"
+        )
         for path in modules()
         if room(path) in NO_JAX or (room(path) == "laws" and path.stem in NO_JAX_LAWS)
     ]
-    sources = [p for p in modules() if room(p) in NO_JAX or (room(p) == "laws" and p.stem in NO_JAX_LAWS)]
+    sources = [
+        p for p in modules() if room(p) in NO_JAX or (room(p) == "laws" and p.stem in NO_JAX_LAWS)
+    ]
     for path in sources:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             heads = []
@@ -103,10 +109,14 @@ def test_what_feeds_workers_and_reports_never_loads_jax():
             elif isinstance(node, ast.ImportFrom) and node.module:
                 heads = [node.module]
             for head in heads:
-                assert head.split(".")[0] not in ("jax", "flax", "optax", "orbax"), f"{path} imports {head}"
+                assert head.split(".")[0] not in ("jax", "flax", "optax", "orbax"), (
+                    f"{path} imports {head}"
+                )
     light = [n for n in names if n != "vlm_jax.data.pipeline"]  # grain loads jax by itself
     code = f"import importlib, sys\nfor name in {light!r}:\n    importlib.import_module(name)\nprint('jax' in sys.modules)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     assert run.stdout.strip() == "False", "a module that must stay light loads jax"
 
 
@@ -139,4 +149,6 @@ def test_mesh_axes_are_named_in_one_file():
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and node.value in ("fsdp", "tensor"):
-                raise AssertionError(f"{path.relative_to(ROOT)}:{node.lineno} names the mesh axis {node.value!r}")
+                raise AssertionError(
+                    f"{path.relative_to(ROOT)}:{node.lineno} names the mesh axis {node.value!r}"
+                )

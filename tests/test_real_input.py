@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 MODEL = {
     "vit.preset": "mini", "vit.dtype": "float32", "compressor.name": "quecc", "compressor.stride": 4,
-    "compressor.num_heads": 4, "compressor.taps": "(0, 1)", "compressor.dtype": "float32", "lm.preset": "mini-98k",
+    "compressor.num_heads": 4, "compressor.taps": "(0, 1)", "compressor.dtype": "float32", "lm.preset": "mini-131k",
     "lm.vocab_size": 512, "lm.dtype": "float32", "lm.remat": "none",
 }  # fmt: skip
 DATA = {
@@ -72,7 +72,7 @@ def test_two_stages_overfit_real_photographs_and_evaluate_answers_every_question
     texts = {line["id"]: line["text"] for line in map(json.loads, lines)}
     assert texts == {row["id"]: row["answer"] for row in llava.rows(data / "dialogues.json")}
     (row,) = table.read(tmp_path / "eval" / "errors.csv")
-    assert (row.error, row.lm, row.visual_tokens, row.compressor) == (0.0, "mini-98k", 4, "quecc")
+    assert (row.error, row.lm, row.visual_tokens, row.compressor) == (0.0, "mini-131k", 4, "quecc")
 
 
 def test_the_fixture_holds_what_real_data_holds(tmp_path):

@@ -237,7 +237,7 @@ def test_mistakes_are_answered_in_one_line_with_exit_code_2_within_5_seconds(fol
     good = [
         "--config=configs/stage1.py", f"--workdir={tmp_path}/run", f"--config.data.annotations={folder}/data.json",
         f"--config.data.image_roots={folder}", f"--config.data.tokenizer={folder}/tokenizer",
-        "--config.model.vit.preset=mini", "--config.model.compressor.taps=(0,1)", "--config.model.lm.preset=mini-25k",
+        "--config.model.vit.preset=mini", "--config.model.compressor.taps=(0,1)", "--config.model.lm.preset=mini-45k",
         "--config.model.compressor.stride=2",
     ]  # fmt: skip
     environment = os.environ | {"JAX_PLATFORMS": "nothing"}  # whoever wakes jax up fails

@@ -109,10 +109,10 @@ LM: dict[str, dict[str, Any]] = {
         32064, 3072, 32, 32, 32, 8192, theta=1e4, eps=1e-5, tied=False, nominal=3.8e9
     ),
     # The embedded experiment: one width, capacity in the MLP; the vocabulary size is its tokenizer's.
-    "mini-25k": _decoder(256, 64, 2, 2, 2, 32, **_MINI),
-    "mini-66k": _decoder(256, 64, 2, 2, 2, 128, **_MINI),
-    "mini-98k": _decoder(256, 64, 2, 2, 2, 256, **_MINI),
-    "mini-295k": _decoder(256, 64, 2, 2, 2, 1024, **_MINI),
+    "mini-45k": _decoder(256, 64, 2, 2, 2, 32, **_MINI),
+    "mini-82k": _decoder(256, 64, 2, 2, 2, 128, **_MINI),
+    "mini-131k": _decoder(256, 64, 2, 2, 2, 256, **_MINI),
+    "mini-230k": _decoder(256, 64, 2, 2, 2, 512, **_MINI),
 }
 
 

@@ -125,6 +125,7 @@ def write_data(cfg: ConfigDict, seed: int, shared: Shared) -> None:
     sizes = {
         "num_train_images": cfg.sweep.train_images,
         "num_test_images": cfg.sweep.test_images,
+        "num_encoder_images": cfg.sweep.encoder_images,
         "num_text_records": cfg.sweep.text_records,
     }
     made = json.dumps(sizes)
@@ -177,7 +178,9 @@ def cell_stage(cfg: ConfigDict, cell: Cell, shared: Shared, seed: int) -> Config
     c = stage(cfg, seed, "query_aware_vlm" if cell.compressor == QUERY_AWARE else "vlm", shared)
     c.model.lm.preset = cell.lm
     c.model.compressor.name = cell.compressor
-    c.model.compressor.stride = stride_for(presets.vlm(c.model.to_dict()).vit.grid, cell.visual_tokens)
+    c.model.compressor.stride = stride_for(
+        presets.vlm(c.model.to_dict()).vit.grid, cell.visual_tokens
+    )
     c.data.max_tokens += cell.visual_tokens
     c.data.features_dir = str(shared.features)
     c.init.vit = str(shared.encoder)
