@@ -25,7 +25,8 @@ def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = N
     0: it returned; 2: a ConfigError, whose one line goes to stderr.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("vlm_jax").setLevel(logging.INFO)
+    for name in ("vlm_jax", "__main__"):  # a command's own module runs as __main__
+        logging.getLogger(name).setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(
         logging.ERROR
     )  # orbax calls every normal step of a restore a warning

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from vlm_jax import cli, experiment, presets
+from vlm_jax import benchmarks, cli, experiment, presets
 from vlm_jax.config import ConfigError, check_choice, stride_for
 from vlm_jax.evaluate import evaluate
 from vlm_jax.laws import fit, law, report, table
@@ -87,9 +87,21 @@ def cells(cfg: ConfigDict) -> list[Cell]:
     return [Cell(seed, *point) for seed in cfg.sweep.seeds for point in points]
 
 
+def check_stages(cfg: ConfigDict, todo: Sequence[Cell]) -> None:
+    """Raises ConfigError for the first setting that a training or an evaluation would refuse hours later."""
+    nowhere = Shared(Path("seed"))
+    for cell in todo:
+        experiment.resolve(cell_stage(cfg, cell, nowhere, cell.seed))
+        experiment.resolve(text_stage(cfg, cell.seed, cell.lm, nowhere))
+    experiment.resolve(encoder_stage(cfg, todo[0].seed, nowhere))
+    for name in cfg.sweep.benchmarks:
+        benchmarks.get(name)
+
+
 def sweep(cfg: ConfigDict, workdir: str, made_by: str) -> Path:
     """Runs what is missing and writes the report; returns its path. `made_by` is the command to print in it."""
     todo = cells(cfg)
+    check_stages(cfg, todo)
     root = experiment.open_workdir(workdir)
     clock = Clock(root / "timing.json")
     for seed in cfg.sweep.seeds:

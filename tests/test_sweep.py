@@ -1,0 +1,124 @@
+"""The sweep: what it plans, what it refuses, and the whole road in small, killed and resumed."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from configs import mini, mini_smoke
+from vlm_jax import sweep
+from vlm_jax.config import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_plan_holds_every_cell_once_and_the_query_aware_ones_beside():
+    cells = sweep.cells(mini.get_config())
+    assert len(cells) == len(set(cells)) == 3 * 4 + 1
+    assert [c.compressor for c in cells] == ["tokenpacker"] * 12 + ["quecc"]
+    assert {c.visual_tokens for c in cells} == {1, 4, 16, 64}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("lms", ("mini-82k", "mini-9k"), "unknown language model preset 'mini-9k'"),
+        ("visual_tokens", (1, 5), "visual_tokens 5 cannot be cut from a 8x8 grid; use one of [1, 4, 16, 64]"),
+        ("visual_tokens", (4, 4), "each value once"),
+        ("seeds", (), "each value once"),
+        ("benchmarks", ("mini_ocr", "mini_maths"), "mini_maths"),
+    ],
+)  # fmt: skip
+def test_a_sweep_that_cannot_be_run_is_refused_before_it_starts(tmp_path, field, value, words):
+    cfg = mini_smoke.get_config()
+    cfg.sweep[field] = value
+    with pytest.raises(ConfigError) as error:
+        sweep.sweep(cfg, str(tmp_path / "run"), "test")
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "run" / "seed0").exists()
+
+
+def test_mistakes_on_the_command_line_cost_one_line_and_exit_code_2(tmp_path):
+    (tmp_path / "file").write_text("")
+    for wrong, words in (
+        (["--config.sweep.stepz=1"], "stepz"),
+        (["--config.model.vit.preset=siglip9"], "siglip9"),
+        ([f"--workdir={tmp_path / 'file' / 'below'}"], "cannot write"),
+    ):
+        command = [
+            sys.executable,
+            "-m",
+            "vlm_jax.sweep",
+            "--config=configs/mini_smoke.py",
+            f"--workdir={tmp_path}",
+        ]
+        start = time.monotonic()
+        run = subprocess.run([*command, *wrong], capture_output=True, text=True, cwd=ROOT)
+        assert run.returncode == 2 and words in run.stderr, run.stderr
+        assert len(run.stderr.strip().splitlines()) == 1
+        assert "jax" not in run.stderr and time.monotonic() - start < 60  # hung, not slow
+
+
+def test_a_cell_at_chance_is_rerun_with_other_seeds_and_then_flagged(tmp_path, monkeypatch):
+    cfg, shared, cell = (
+        mini.get_config(),
+        sweep.Shared(tmp_path),
+        sweep.Cell(7, "tokenpacker", "mini-82k", 4),
+    )
+    errors, seeds = iter([0.95, 0.94, 0.96]), []
+    monkeypatch.setattr(sweep, "train", lambda c, folder: seeds.append((c.train.seed, c.data.seed)))
+    row = sweep.table.Row(
+        lm_params=82240, visual_tokens=4, error=0.5, benchmark="mini_ocr", family="ocr", seed=7
+    )
+    monkeypatch.setattr(
+        sweep, "evaluate_cell", lambda *_: [sweep.dataclasses.replace(row, error=next(errors))]
+    )
+    rows = sweep.run_cell(cfg, cell, shared)
+    assert seeds == [(7, 7), (1007, 1007), (2007, 2007)]
+    assert [(r.error, r.flag, r.seed) for r in rows] == [(0.96, "chance level", 7)]
+
+
+def tiny() -> list[str]:
+    """The smoke sweep with fewer cells still."""
+    return [
+        sys.executable, "-m", "vlm_jax.sweep", "--config=configs/mini_smoke.py",
+        "--config.sweep.text_records=64", "--config.eval.limit=40",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_where_it_stopped_and_reports_every_cell(tmp_path):
+    command = [*tiny(), f"--workdir={tmp_path}"]
+    errors = tmp_path / "errors.csv"
+    first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while not errors.exists() and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert errors.exists(), first.stderr.read()[-2000:]
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    before = errors.read_text()
+    done = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("final.json")}
+    assert done
+
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert all(
+        p.stat().st_mtime_ns == when for p, when in done.items()
+    )  # nothing was trained twice
+    assert errors.read_text().startswith(before)
+    rows = list(csv.DictReader(errors.open()))
+    cells = {(r["compressor"], r["lm"], r["visual_tokens"], r["benchmark"]) for r in rows}
+    assert len(rows) == len(cells) == 2 * (2 * 3 + 1)
+    laws = json.loads((tmp_path / "law.json").read_text())["laws"]
+    assert set(laws) == {"reasoning", "ocr"}
+    page = (tmp_path / "report.html").read_text()
+    assert (tmp_path / "errors_ocr.png").stat().st_size > 10_000
+    for row in rows:
+        assert f"{float(row['error']):.3f}" in page
