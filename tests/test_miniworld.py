@@ -16,10 +16,27 @@ from vlm_jax.config import ConfigError
 from vlm_jax.miniworld import generate, questions, rendering, scenes
 
 SIZES = dict(num_train_images=400, num_test_images=160, num_encoder_images=80, num_text_records=400)
-COLOURS = "red orange yellow green blue purple pink white".split()
-FLOORS = "sand moss slate coal brick lake navy plum".split()
-ENTITIES = "ant bee cat dog eel fox gnu hen ibex jay koi lynx mole newt owl pig".split()
-RELATIONS = "friend rival cousin guest guard tutor pilot baker".split()
+COLOURS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "white"]
+FLOORS = ["sand", "moss", "slate", "coal", "brick", "lake", "navy", "plum"]
+ENTITIES = [
+    "ant",
+    "bee",
+    "cat",
+    "dog",
+    "eel",
+    "fox",
+    "gnu",
+    "hen",
+    "ibex",
+    "jay",
+    "koi",
+    "lynx",
+    "mole",
+    "newt",
+    "owl",
+    "pig",
+]
+RELATIONS = ["friend", "rival", "cousin", "guest", "guard", "tutor", "pilot", "baker"]
 
 
 @pytest.fixture(scope="module")
