@@ -26,6 +26,7 @@ CACHED_CHARS = 300  # shorter texts are tokenised once per process
 CACHE_SIZE = 1 << 16
 
 Spans = tuple[tuple[int, int], ...]  # [begin, end) characters of the supervised stretches of a text
+Chunk = tuple[str, Spans] | None  # text with its supervised spans, or an image
 
 
 class Segment(NamedTuple):
@@ -94,11 +95,11 @@ class Unit(NamedTuple):
     """Consecutive slots of a row: text with ids, or (ids None) the visual tokens of one image."""
 
     ids: np.ndarray | None  # int32 [n]
-    loss: np.ndarray | None  # bool [n]
+    loss: np.ndarray  # bool [n]; empty for an image
     segment: int = 0
 
 
-_IMAGE_UNIT = Unit(None, None)
+_IMAGE_UNIT = Unit(None, np.zeros(0, bool))
 
 
 class Chat:
@@ -131,7 +132,8 @@ class Chat:
         self.visual_tokens, self.max_tokens = visual_tokens, max_tokens
         self.max_query_tokens, self.max_images = max_query_tokens, max_images
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        self._bos = Unit(np.array(bos, np.int32), np.zeros(len(bos), bool))
+        self._bos_ids = np.array(bos, np.int32)
+        self._bos = Unit(self._bos_ids, np.zeros(len(bos), bool))
         reserved = sorted(
             {*tokenizer.specials, *self.template.control, IMAGE}, key=len, reverse=True
         )
@@ -155,8 +157,7 @@ class Chat:
     def closing_ids(self) -> tuple[int, ...]:
         """Ids that end an answer: the template's closing token and the tokenizer's EOS."""
         ids, _ = self.tokenizer.encode(self.template.closing)
-        found = {self.tokenizer.eos_id, ids[-1] if ids else None} - {None}
-        return tuple(sorted(found))
+        return tuple(sorted({i for i in (self.tokenizer.eos_id, *ids[-1:]) if i is not None}))
 
     def encode(self, record: Record) -> Row:
         """A training row, right padded to max_tokens; what does not fit is cut, but never inside an image.
@@ -274,13 +275,13 @@ class Chat:
     def _dialogue(self, record: Record) -> list[Unit]:
         system = self.system if record.system is None else record.system
         try:
-            return [self._bos, *self._encoded(system, record.turns)]
+            return [self._bos, *self._encoded(_chunks(render(self.template, system, record.turns)))]
         except ValueError as error:
             raise record.bad(str(error)) from None
 
-    def _encoded(self, system: str, turns: Sequence[Turn]) -> list[Unit]:
+    def _encoded(self, chunks: Sequence[Chunk]) -> list[Unit]:
         units = []
-        for chunk in _chunks(render(self.template, system, turns)):
+        for chunk in chunks:
             if chunk is None:
                 units.append(_IMAGE_UNIT)
             else:
@@ -301,32 +302,34 @@ class Chat:
             alone = [encode(system, images, t.question, t.answer) for t in record.turns]
         except ValueError as error:
             raise record.bad(str(error)) from None
-        prefix, first = alone[0].prefix, alone[0].tail
+        first = alone[0]
         low, high = min(a.shared for a in alone), max(a.shared for a in alone)
         differ = (i for i, (x, y) in enumerate(zip(low, high, strict=False)) if x != y)
         shared = next(
             differ, len(low)
         )  # ids common to the first and last in order are common to all
+        units = list(first.prefix)
         if shared:
-            prefix = (*prefix, Unit(first.ids[:shared], first.loss[:shared]))
-        units = list(prefix)
+            units.append(Unit(first.ids[:shared], first.loss[:shared]))
         for number, a in enumerate(alone, start=1):
-            loss = a.tail.loss[shared:]
+            loss = a.loss[shared:]
             if number > 1 and len(loss) and loss[0]:
                 loss = loss.copy()
                 loss[0] = False  # the slot before it belongs to another turn
-            units.append(Unit(a.tail.ids[shared:], loss, number))
+            units.append(Unit(a.ids[shared:], loss, number))
         return units
 
     def _alone(self, system: str, images: int, question: str, answer: str | None) -> Alone:
         turn = Turn(images, question, answer)
+        *before, text = _chunks(render(self.template, system, [turn]))
+        assert text is not None  # every template writes something after the answer
+        prefix = (self._bos, *self._encoded(before))
         if images:
-            units = [self._bos, *self._encoded(system, [turn])]
-            return Alone(tuple(units[:-1]), units[-1], [])
-        ids, loss, stops = self._chunk(*_chunks(render(self.template, system, [turn]))[0])
+            ids, loss, _ = self._tokenised(*text)
+            return Alone(prefix, ids, loss, [])
+        ids, loss, stops = self._chunk(*text)
         header = self._cached_header(system)
-        shared = ids[: bisect.bisect_right(stops, header)].tolist()
-        return Alone((self._bos,), Unit(ids, loss), shared)
+        return Alone(prefix, ids, loss, ids[: bisect.bisect_right(stops, header)].tolist())
 
     def _header(self, system: str) -> int:
         """Characters before the first question."""
@@ -356,20 +359,21 @@ class Chat:
 
     def _query(self, text: str) -> np.ndarray:
         ids, _ = self.tokenizer.encode(text)
-        return np.concatenate([self._bos.ids, np.array(ids, np.int32)])[: self.max_query_tokens]
+        return np.concatenate([self._bos_ids, np.array(ids, np.int32)])[: self.max_query_tokens]
 
 
 class Alone(NamedTuple):
-    """A turn as the only one of its record: prefix units, the rest, and the ids of the rest that come before the question."""
+    """A turn as the only one of its record: prefix units, the text after them, and its ids that come before the question."""
 
     prefix: tuple[Unit, ...]
-    tail: Unit
+    ids: np.ndarray  # int32 [n]
+    loss: np.ndarray  # bool [n]
     shared: list[int]
 
 
-def _chunks(segments: Sequence[Segment]) -> list[tuple[str, Spans] | None]:
+def _chunks(segments: Sequence[Segment]) -> list[Chunk]:
     """Joined texts with their supervised spans (adjacent ones merged); None for an image."""
-    chunks: list[tuple[str, Spans] | None] = []
+    chunks: list[Chunk] = []
     text, spans = "", []
 
     def close() -> None:
