@@ -113,7 +113,7 @@ class Encoder:
         query_tokens, query_mask = self.chat.query_arrays(record)
         row: Batch = {"query_tokens": query_tokens, "query_mask": query_mask}
         if self.feature_rows is not None:
-            rows = [self._feature_row(record, image) for image in record.images]
+            rows = [_feature_row(self.feature_rows, record, image) for image in record.images]
             row["feature_rows"] = np.array(rows + [-1] * (slots - len(rows)), np.int64)
             return row
         px = self.pixels.image_px
@@ -122,11 +122,12 @@ class Encoder:
             row["images"][i] = self.pixels.load(record, image)
         return row
 
-    def _feature_row(self, record: Record, image: str | bytes) -> int:
-        if isinstance(image, bytes) or image not in self.feature_rows:
-            name = "<bytes>" if isinstance(image, bytes) else image
-            raise record.bad(f"image {name!r} is not in the index of features_dir")
-        return self.feature_rows[image]
+
+def _feature_row(index: dict[str, int], record: Record, image: str | bytes) -> int:
+    if isinstance(image, bytes) or image not in index:
+        name = "<bytes>" if isinstance(image, bytes) else image
+        raise record.bad(f"image {name!r} is not in the index of features_dir")
+    return index[image]
 
 
 def open_features(cfg: DataConfig) -> Features | None:
@@ -145,8 +146,11 @@ def make_encoder(
 
 
 def stack(rows: Sequence[Batch], features: Features | None) -> Batch:
-    batch = {key: [row[key] for row in rows] for key in rows[0]}
-    batch = {key: column if key == "ids" else np.stack(column) for key, column in batch.items()}
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    batch: Batch = {
+        key: column if key == "ids" else np.stack(column) for key, column in columns.items()
+    }
     if "feature_rows" in batch:
+        assert features is not None  # the encoder took its index from there
         batch.update(features.gather(batch.pop("feature_rows")))
     return batch
