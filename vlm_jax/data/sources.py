@@ -230,6 +230,12 @@ def _line_spans(data: bytes) -> np.ndarray:
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
+def _after_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    assert found is not None  # no space at all matches, too
+    return found.end()
+
+
 def _list_spans(data: bytes, path: str) -> np.ndarray:
     """Byte spans of the elements of a JSON list.
 
@@ -242,17 +248,17 @@ def _list_spans(data: bytes, path: str) -> np.ndarray:
     def fail(at: int, reason: str) -> BadRecord:
         return BadRecord(path, f"#{len(spans)} (line {1 + text.count(chr(10), 0, at)})", reason)
 
-    at = _SPACE.match(text, 3 if data.startswith(b"\xef\xbb\xbf") else 0).end()
+    at = _after_space(text, 3 if data.startswith(b"\xef\xbb\xbf") else 0)
     if text[at : at + 1] != "[":
         raise fail(
             at, "expected a JSON list of records; name files with one record per line .jsonl"
         )
-    at = _SPACE.match(text, at + 1).end()
+    at = _after_space(text, at + 1)
     while text[at : at + 1] != "]":
         if spans:
             if text[at : at + 1] != ",":
                 raise fail(at, "cannot be parsed: expected ',' or ']' (is the file cut short?)")
-            at = _SPACE.match(text, at + 1).end()
+            at = _after_space(text, at + 1)
         try:
             _, end = scan(text, at)
         except json.JSONDecodeError as error:
@@ -260,7 +266,7 @@ def _list_spans(data: bytes, path: str) -> np.ndarray:
         except (ValueError, RecursionError) as error:  # an absurd number, or absurd nesting
             raise fail(at, f"cannot be parsed: {error}") from None
         spans.append((at, end))
-        at = _SPACE.match(text, end).end()
+        at = _after_space(text, end)
     return np.array(spans, np.int64).reshape(-1, 2)
 
 
@@ -303,7 +309,8 @@ class TfdsSource:
         import tensorflow_datasets as tfds
 
         decoders = {"image": tfds.decode.SkipDecoding()} if self.has_image else None
-        return tfds.builder_from_directory(self.path).as_data_source(self.split, decoders=decoders)
+        builder: Any = tfds.builder_from_directory(self.path)  # its decorators hide its types
+        return builder.as_data_source(self.split, decoders=decoders)
 
     def __getitem__(self, index: int) -> Record:
         if self._records is None:
