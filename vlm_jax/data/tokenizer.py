@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from vlm_jax.config import ConfigError
 
@@ -61,7 +62,8 @@ def load(directory: str) -> Tokenizer:
     from transformers import AutoTokenizer  # seconds to import: only who tokenises pays
 
     try:
-        hf = AutoTokenizer.from_pretrained(directory, use_fast=True, local_files_only=True)
+        # Any: its stub allows None, which it never returns.
+        hf: Any = AutoTokenizer.from_pretrained(directory, use_fast=True, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(
