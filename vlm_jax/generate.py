@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -67,8 +68,10 @@ class Generator:
             inputs.tokens.shape,
             self.decoding.max_new_tokens,
         )
+        # flax cannot know what the method it applies returns.
+        apply = cast(Callable[..., tuple[Float[Array, "B V"], Cache]], model.apply)
         cache = empty_cache(self.config.lm, batch, length + new)
-        logits, cache = model.apply({"params": params}, inputs, cache, method="prefill")
+        logits, cache = apply({"params": params}, inputs, cache, method="prefill")
         segments = jnp.pad(inputs.segments, ((0, 0), (0, new)))
         first = choose(logits, seeds, jnp.int32(0), self.decoding)
         output = jnp.full((batch, new), self.decoding.pad_id, jnp.int32).at[:, 0].set(first)
@@ -77,7 +80,7 @@ class Generator:
             return (loop.step < new) & ~loop.done.all()
 
         def decode(loop: Loop) -> Loop:
-            logits, cache = model.apply(
+            logits, cache = apply(
                 {"params": params}, loop.last, inputs.positions[:, -1] + loop.step, segments, length + loop.step - 1,
                 loop.cache, method="decode",
             )  # fmt: skip
