@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -154,4 +154,5 @@ def dummy_inputs(config: VLMConfig) -> Inputs:
 
 def init_params(config: VLMConfig, rng: PRNGKeyArray) -> dict[str, Any]:
     """Random parameters, boxed with their logical axes; call it under jit with out_shardings to have them born sharded."""
-    return VLM(config).init(rng, dummy_inputs(config))["params"]
+    variables = VLM(config).init(rng, dummy_inputs(config))
+    return cast(dict[str, Any], variables["params"])  # flax's stub still allows a FrozenDict
