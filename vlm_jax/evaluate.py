@@ -285,7 +285,7 @@ def command(argv: Sequence[str]) -> None:
     if not scoring:
         result: Any = evaluate(flags.config, flags.workdir)
     else:
-        allow_missing = flags["allow-missing"].value
+        allow_missing = bool(flags["allow-missing"].value)
         result = score(flags.benchmark, flags.predictions, flags.annotations, allow_missing)
     text = json.dumps(result) + "\n"
     if flags.out:
