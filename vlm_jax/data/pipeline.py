@@ -48,8 +48,8 @@ class _EncodeChunk(grain.transforms.Map):
     def __init__(self, source: sources.Concatenated, encoder: Encoder):
         self.source, self.encoder = source, encoder
 
-    def map(self, indices: np.ndarray) -> list[Batch]:
-        return [self._encode(int(index)) for index in indices]
+    def map(self, element: np.ndarray) -> list[Batch]:  # pyrefly: ignore[bad-override] (grain gives no types)
+        return [self._encode(int(index)) for index in element]
 
     def _encode(self, index: int) -> Batch:
         try:
@@ -225,8 +225,8 @@ class _PromptBatch(grain.transforms.Map):
         self.records, self.units, self.encoder = records, units, encoder
         self.features, self.size = features, size
 
-    def map(self, work: tuple[int, list[int]]) -> Batch:
-        width, numbers = work
+    def map(self, element: tuple[int, list[int]]) -> Batch:  # pyrefly: ignore[bad-override] (grain gives no types)
+        width, numbers = element
         rows = [self._row(number, width) for number in numbers]
         rows += [{**rows[-1], "ids": ""}] * (self.size - len(rows))
         return stack(rows, self.features)
@@ -312,10 +312,12 @@ class _LoadImages(grain.transforms.Map):
     def __init__(self, pixels: Pixels, size: int, skip: bool):
         self.pixels, self.size, self.skip = pixels, size, skip
 
-    def map(self, paths: list[tuple[str, str]]) -> tuple[list[str], np.ndarray]:
+    def map(  # pyrefly: ignore[bad-override] (grain gives no types)
+        self, element: list[tuple[str, str]]
+    ) -> tuple[list[str], np.ndarray]:
         px = self.pixels.image_px
         out, names = np.zeros((self.size, px, px, 3), np.uint8), []
-        for path, root in paths:
+        for path, root in element:
             try:
                 out[len(names)] = self.pixels.load(
                     Record(root, path, root, (path,), None, ()), path
