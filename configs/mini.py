@@ -68,12 +68,12 @@ def sweep() -> ml_collections.ConfigDict:
     )  # fmt: skip
     s.vlm = stage(
         annotations="vlm_train.json", trainable="^(compressor|projector|lm)/", steps=400, batch_size=32,
-        text_tokens=58, learning_rate=3e-3, muon_learning_rate=1e-2,
+        text_tokens=58, learning_rate=4e-3, muon_learning_rate=2e-2,
     )  # fmt: skip
     # As many questions per step, one per image: a query-aware compressor looks at one question.
     s.query_aware_vlm = stage(
         annotations="vlm_single_train.json", trainable="^(compressor|projector|lm)/", steps=400, batch_size=256,
-        text_tokens=9, learning_rate=3e-3, muon_learning_rate=1e-2,
+        text_tokens=9, learning_rate=4e-3, muon_learning_rate=2e-2,
     )  # fmt: skip
     return s
 
