@@ -6,7 +6,7 @@ from configs import mini
 def get_config():
     c = mini.get_config()
     c.sweep.lms = ("mini-45k", "mini-82k")
-    c.sweep.visual_tokens = (1, 4, 16)
+    c.sweep.visual_tokens = (1, 16)
     c.sweep.train_images = 160
     c.sweep.test_images = 80
     c.sweep.encoder_images = 80

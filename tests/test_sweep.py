@@ -115,7 +115,7 @@ def test_a_killed_sweep_goes_on_where_it_stopped_and_reports_every_cell(tmp_path
     assert errors.read_text().startswith(before)
     rows = list(csv.DictReader(errors.open()))
     cells = {(r["compressor"], r["lm"], r["visual_tokens"], r["benchmark"]) for r in rows}
-    assert len(rows) == len(cells) == 2 * (2 * 3 + 1)
+    assert len(rows) == len(cells) == 2 * (2 * 2 + 1)
     laws = json.loads((tmp_path / "law.json").read_text())["laws"]
     assert set(laws) == {"reasoning", "ocr"}
     page = (tmp_path / "report.html").read_text()
