@@ -6,6 +6,7 @@ Imports nothing heavy, so that a mistake on the command line is answered before 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,9 @@ def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = N
     logging.getLogger("absl").setLevel(
         logging.ERROR
     )  # orbax calls every normal step of a restore a warning
+    os.environ.setdefault(
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
+    )  # that PyTorch is absent is no news
     try:
         command(sys.argv[1:] if argv is None else argv)
     except ConfigError as error:
