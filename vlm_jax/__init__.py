@@ -1,10 +1,12 @@
 """Compute-optimal vision-language models in JAX: train with any visual-token compressor, measure, fit the law, plan.
 
-config, presets   frozen settings and named model sizes          axes, layers, sharding   letters, blocks, device mesh
-models/           vit, projector, lm, vlm (the whole flow)        compressors/             one file each: module, token count, FLOPs
-data/             images, chat, tokenizer, sources, pipeline      miniworld/               the embedded benchmark
-train  generate  evaluate  sweep                                  benchmarks/              rows, prompt, score, reduce
-optim  checkpoint                                                 laws/                    table, flops, fit, plan, plot, report
+commands      train  evaluate  sweep  laws.fit  laws.plan      cli: their flags and errors
+settings      config: frozen dataclasses   presets: named sizes   experiment: one run's settings, checked and saved
+model         axes  layers  models/ (vit, projector, lm; vlm: the whole flow)  compressors/ (module, token count, FLOPs)
+training      loop  optim  sharding  checkpoint  telemetry  features (a frozen encoder's cache)
+data          data/ (images, chat, tokenizer, sources, pipeline)  miniworld/ (the embedded benchmark)
+evaluation    generate  answer (a checkpoint that answers questions)  benchmarks/ (rows, score, reduce)
+the law       laws/ (table, flops, fit, plan, plot, report)
 """
 
 __version__ = "0.1.0"
