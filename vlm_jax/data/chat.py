@@ -303,11 +303,10 @@ class Chat:
         except ValueError as error:
             raise record.bad(str(error)) from None
         first = alone[0]
+        # Ids common to the first and the last in order are common to all.
         low, high = min(a.shared for a in alone), max(a.shared for a in alone)
         differ = (i for i, (x, y) in enumerate(zip(low, high, strict=False)) if x != y)
-        shared = next(
-            differ, len(low)
-        )  # ids common to the first and last in order are common to all
+        shared = next(differ, len(low))
         units = list(first.prefix)
         if shared:
             units.append(Unit(first.ids[:shared], first.loss[:shared]))

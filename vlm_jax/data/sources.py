@@ -23,6 +23,7 @@ from vlm_jax.data import tokenizer
 IMAGE = "<image>"
 HUMAN, GPT, SYSTEM = "human", "gpt", "system"
 TFDS_FILES = ("dataset_info.json", "features.json")
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class BadRecord(ConfigError):
@@ -219,15 +220,9 @@ def _line_spans(data: bytes) -> np.ndarray:
     ends = np.flatnonzero(np.frombuffer(data, np.uint8) == 10)
     ends = np.append(ends, len(data))
     starts = np.append(0, ends[:-1] + 1)
-    keep = [
-        i
-        for i, (a, b) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True))
-        if data[a:b].strip()
-    ]
+    lines = enumerate(zip(starts.tolist(), ends.tolist(), strict=True))
+    keep = [i for i, (a, b) in lines if data[a:b].strip()]
     return np.stack([starts[keep], ends[keep]], axis=1).astype(np.int64)
-
-
-_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def _after_space(text: str, at: int) -> int:
