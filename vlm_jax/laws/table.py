@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -119,7 +120,7 @@ def read(path: str | os.PathLike[str]) -> list[Row]:
 
 
 def _parse(record: dict[str, str], where: str) -> Row:
-    fields = {}
+    fields: dict[str, Any] = {}
     for name, text in record.items():
         text = text.strip()
         if name in _TEXT:
@@ -179,7 +180,7 @@ def _format(value: Number | str | None) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
+        return str(int(value)) if value % 1 == 0 and abs(value) < 1e15 else repr(value)
     return str(value)
 
 
@@ -210,6 +211,12 @@ def append(path: str | os.PathLike[str], rows: Iterable[Row]) -> list[Row]:
     return list(merged.values())
 
 
+def _mean(values: Sequence[Number | None]) -> float | None:
+    """None where one of them is unknown."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if len(known) == len(values) else None
+
+
 def family_mean(rows: Sequence[Row], family: str) -> list[Row]:
     """The family's error: per (LM, visual tokens, compressor, seed) the unweighted mean over its benchmarks.
 
@@ -235,12 +242,8 @@ def family_mean(rows: Sequence[Row], family: str) -> list[Row]:
                 benchmark=benchmarks[0] if len(benchmarks) == 1 else "mean",
                 error=float(np.mean([row.error for row in group])),
                 n=None if any(row.n is None for row in group) else sum(row.n or 0 for row in group),
-                flops=None
-                if any(row.flops is None for row in group)
-                else float(np.mean([row.flops for row in group])),
-                seconds=None
-                if any(row.seconds is None for row in group)
-                else float(np.mean([row.seconds for row in group])),
+                flops=_mean([row.flops for row in group]),
+                seconds=_mean([row.seconds for row in group]),
                 flag="; ".join(dict.fromkeys(row.flag for row in group if row.flag)),
             )
         )
