@@ -232,6 +232,7 @@ def constant_rows(fit: Fit) -> dict[str, list[str]]:
             for law in (fit.law, fit.law_d_zero)
         ]
         first, last = ("-" if value is None else f"{value:.3g}" for value in values)
+        spans: list[tuple[float, float] | None]
         spans = [group[name] for group in fit.intervals.values()]
         if name == "D" and not fit.d_identified:
             spans = [None] * len(spans)
