@@ -124,8 +124,9 @@ def _d_statement(fit: Fit) -> str:
     profile = fit.d_profile
     if fit.d_identified:
         return f"{fit.family}: D = {fit.law.D:.3g} is identified: D = 0 fits significantly worse."
-    along = f"any D in [{profile['D'][0]:.3g}, {profile['D'][1]:.3g}] fits as well at {fit.level:.0%}; alpha moves over [{profile['alpha'][0]:.3g}, {profile['alpha'][1]:.3g}]"
-    ratio = profile["alpha/beta"]
+    d, alpha, ratio = profile["D"], profile["alpha"], profile["alpha/beta"]
+    assert d is not None and alpha is not None  # None only where D is fixed
+    along = f"any D in [{d[0]:.3g}, {d[1]:.3g}] fits as well at {fit.level:.0%}; alpha moves over [{alpha[0]:.3g}, {alpha[1]:.3g}]"
     stable = "" if ratio is None else f", alpha/beta only over [{ratio[0]:.3g}, {ratio[1]:.3g}]"
     return f"{fit.family}: D is not identified: {along}{stable}; compare the exponents at D = 0."
 
