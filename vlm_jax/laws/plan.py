@@ -356,7 +356,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _as_dict(plan: Plan) -> dict[str, Any]:
-    fields = dataclasses.asdict(plan)
+    fields: dict[str, Any] = dataclasses.asdict(plan)
     if math.isinf(plan.continuous_optimum):
         fields["continuous_optimum"] = None  # JSON has no infinity
     return {**fields, "statements": plan.statements}
