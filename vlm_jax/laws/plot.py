@@ -41,7 +41,7 @@ def errors_figure(rows: Sequence[Row], fit: Fit, text_tokens: int = 0) -> Figure
     _draw_law(axes, fit, lms, colours, text_tokens)
     for lm, params in lms:
         for i, tokens in enumerate(fit.visual_tokens):
-            x = paper_flops(params, text_tokens, tokens)
+            x = float(paper_flops(params, text_tokens, tokens))
             runs = [row for row in rows if row.cell == (lm, tokens)]
             _draw_cell(axes, x, runs, colours[lm], MARKERS[i % len(MARKERS)])
     _finish(
@@ -146,7 +146,8 @@ def _draw_law(axes: Axes, fit: Fit, lms, colours, text_tokens: int) -> None:
     tokens = np.geomspace(fit.visual_tokens[0], fit.visual_tokens[-1], SAMPLES)
     curves = []
     for lm, params in lms:
-        cost, error = paper_flops(params, text_tokens, tokens), fit.law.error(params, tokens)
+        cost = np.asarray(paper_flops(params, text_tokens, tokens))
+        error = fit.law.error(params, tokens)
         curves.append((cost, error))
         axes.plot(cost, error, color=colours[lm], linewidth=1.6, zorder=2)
     cost, error = _envelope(curves)
@@ -232,4 +233,6 @@ def _legends(axes: Axes, sizes, tokens: Sequence[int], extra: Sequence[Line2D] =
         )  # fmt: skip
         axes.add_artist(legend)
         at -= 0.062 * len(keys) + (0.09 if title else 0.03)
-    axes.get_legend().remove() if axes.get_legend() else None
+    current = axes.get_legend()
+    if current is not None:  # the last one was added twice
+        current.remove()
