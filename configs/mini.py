@@ -44,7 +44,7 @@ def get_config():
 def sweep() -> ml_collections.ConfigDict:
     s = ml_collections.ConfigDict()
     s.seeds = (0,)  # each seed repeats everything: world, encoder, text, cells
-    s.lms = ("mini-45k", "mini-82k", "mini-230k")  # keys of presets.LM
+    s.lms = ("mini-38k", "mini-52k", "mini-82k")  # keys of presets.LM
     s.visual_tokens = (1, 4, 16, 64)
     s.query_aware = (("mini-82k", 1),)  # QueCC cells (LM, visual tokens), beside the law, not in it
     s.benchmarks = ("mini_reasoning", "mini_ocr")

@@ -65,7 +65,7 @@ def _decoder(
 _QWEN2: dict[str, Any] = dict(theta=1e6, qkv_bias=True)
 _QWEN3: dict[str, Any] = dict(theta=1e6, head_dim=128, qk_norm=True)
 _LLAMA3_SCALING = RopeScaling("llama3", factor=32.0)
-_MINI: dict[str, Any] = dict(theta=1e4, tied=False, eps=1e-6)
+_MINI: dict[str, Any] = dict(theta=100.0, tied=False, eps=1e-6)  # prompts are short
 
 LM: dict[str, dict[str, Any]] = {
     "qwen1.5-0.5b": _decoder(151936, 1024, 24, 16, 16, 2816, tied=True, nominal=0.5e9, **_QWEN2),
@@ -109,7 +109,9 @@ LM: dict[str, dict[str, Any]] = {
         32064, 3072, 32, 32, 32, 8192, theta=1e4, eps=1e-5, tied=False, nominal=3.8e9
     ),
     # The embedded experiment: one width, capacity in the MLP; the vocabulary size is its tokenizer's.
+    "mini-38k": _decoder(256, 64, 2, 2, 2, 12, **_MINI),
     "mini-45k": _decoder(256, 64, 2, 2, 2, 32, **_MINI),
+    "mini-52k": _decoder(256, 64, 2, 2, 2, 48, **_MINI),
     "mini-82k": _decoder(256, 64, 2, 2, 2, 128, **_MINI),
     "mini-131k": _decoder(256, 64, 2, 2, 2, 256, **_MINI),
     "mini-230k": _decoder(256, 64, 2, 2, 2, 512, **_MINI),
