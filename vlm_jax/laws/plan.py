@@ -286,7 +286,7 @@ def show(plan: Plan, console: Console) -> None:
     for line in plan.statements:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     grid = Table(box=SIMPLE, pad_edge=False)
-    for name in ("", "LM", "visual tokens", "GFLOPs", "error", "interval", "chosen in"):
+    for name in ("", "LM", "tokens", "GFLOPs", "error", "interval", "chosen"):
         grid.add_column(name, justify="left" if name in ("", "LM") else "right", no_wrap=True)
     groups = {
         "best": [plan.best],

@@ -18,6 +18,7 @@ from vlm_jax.laws.law import Fit
 from vlm_jax.laws.table import Row, family_mean, size_name
 
 FLAG = "†"
+NAMES = {"ocr": "OCR", "reasoning": "Reasoning"}  # as headings write families
 
 
 class Heading(NamedTuple):
@@ -97,9 +98,9 @@ def _family_blocks(
     counts = sorted({row.n for row in rows if row.family == family and row.n})
     asked = f"; {' or '.join(map(str, counts))} questions per cell and seed" if counts else ""
     return [
-        Heading(2, f"{family.capitalize()}: error by LM size and visual tokens"),
+        Heading(2, f"{NAMES.get(family, family)}: error by LM size and visual tokens"),
         error_table(rows, fit),
-        Paragraph(f"Compressor {fit.compressor}; {seeds}{asked}. {FLAG}: stayed at chance in every rerun, not fitted."),
+        Paragraph(f"Compressor {fit.compressor}; {seeds}{asked}. {FLAG}: a run that stayed at chance in every rerun is left out."),
         Picture(f"{name}.png", f"{family} error against FLOPs, with the fitted law and its Pareto frontier"),
         constants_table(fit),
         Items(fit.statements),
@@ -121,7 +122,7 @@ def error_table(rows: Sequence[Row], fit: Fit) -> Table:
 def _cell(runs: Sequence[Row]) -> str:
     if not runs:
         return ""
-    errors = [row.error for row in runs]
+    errors = [row.error for row in runs if not row.flag] or [row.error for row in runs]
     text = f"{sum(errors) / len(errors):.3f}"
     if len(runs) > 1:
         text += f" ({min(errors):.3f}–{max(errors):.3f})"

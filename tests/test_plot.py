@@ -1,0 +1,61 @@
+"""Figures: exactly the table's points and the fit's curves, the same bytes each time."""
+
+import numpy as np
+import pytest
+import tables
+
+from vlm_jax.config import ConfigError
+from vlm_jax.laws import fit, plan, plot
+
+
+@pytest.fixture(scope="module")
+def fits():
+    return fit.fit_table(tables.rows(), draws=200)
+
+
+def drawn(figure) -> list[tuple[float, float]]:
+    """Single points of the axes."""
+    lines = figure.axes[0].get_lines()
+    return [
+        (float(x.get_xdata()[0]), float(x.get_ydata()[0])) for x in lines if len(x.get_xdata()) == 1
+    ]
+
+
+@pytest.mark.parametrize("family", ["reasoning", "ocr"])
+def test_each_cell_is_drawn_at_its_mean_and_its_flops(fits, family):
+    rows = [r for r in tables.rows() if r.family == family and r.compressor == "tokenpacker"]
+    points = drawn(plot.errors_figure(tables.rows(), fits[family], text_tokens=10))
+    for lm, params in tables.SIZES.items():
+        for v in tables.TOKENS:
+            mean = np.mean([r.error for r in rows if r.cell == (lm, v) and not r.flag])
+            x = 2 * params * (10 + v)
+            assert any(np.allclose((x, mean), p, rtol=1e-9) for p in points), (lm, v)
+    flagged = [r for r in rows if r.flag]
+    assert all(any(np.isclose(r.error, y) for _, y in points) for r in flagged)
+    assert len(points) == 12 + len(flagged)
+
+
+def test_the_plan_s_figure_marks_budget_and_choice(fits):
+    chosen = plan.choose(fits["ocr"], 5e6, 10)
+    figure = plot.plan_figure(chosen, fits["ocr"])
+    points = drawn(figure)
+    assert (
+        points.count((chosen.best.flops, pytest.approx(chosen.best.error))) == 2
+    )  # the dot and its ring
+    verticals = [x.get_xdata() for x in figure.axes[0].get_lines() if len(set(x.get_xdata())) == 1]
+    assert any(np.allclose(v, 5e6) for v in verticals)
+
+
+def test_the_same_figure_gives_the_same_bytes(fits, tmp_path):
+    for name in ("a", "b"):
+        plot.save_both(plot.errors_figure(tables.rows(), fits["ocr"]), tmp_path, name)
+    for kind in ("png", "svg"):
+        assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
+
+
+def test_a_picture_of_another_kind_is_refused(fits, tmp_path):
+    figure = plot.errors_figure(tables.rows(), fits["ocr"])
+    with pytest.raises(ConfigError, match=r"must end in \.png or \.svg"):
+        plot.save(figure, tmp_path / "a.gif")
+    with pytest.raises(ConfigError, match="does not exist"):
+        plot.save(figure, tmp_path / "nowhere" / "a.png")
