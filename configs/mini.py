@@ -55,7 +55,8 @@ def sweep() -> ml_collections.ConfigDict:
     s.max_reruns = 2  # of a cell that stays at chance, each with other seeds, before it is flagged
     s.failed_above = 0.93  # error of a benchmark at or above which a cell stays at chance
     s.plan_text_tokens = 10  # of the figures and the plan
-    s.plan_budget_gflops = 0.004  # per question
+    s.plan_budget_gflops = 0.003  # per question
+    s.fixed_d = 0.0  # the law's D: over so short a range a free one is not identified
 
     # Stages: steps, samples per step, tokens of a conversation without visual ones, peak rates.
     s.encoder = stage(

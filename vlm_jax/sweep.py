@@ -254,8 +254,9 @@ def evaluate_cell(cfg: ConfigDict, folder: Path, shared: Shared, seed: int) -> l
 def conclude(cfg: ConfigDict, root: Path, made_by: str, clock: Clock) -> Path:
     """Fits one law per family and writes law.json, figures and report."""
     rows = table.read(root / "errors.csv")
-    fits = fit.fit_table(rows)
-    law.save(root / "law.json", fits, law.provenance("errors.csv", made_by, {}))
+    options = {"fixed_d": cfg.sweep.fixed_d}
+    fits = fit.fit_table(rows, **options)
+    law.save(root / "law.json", fits, law.provenance("errors.csv", made_by, options))
     return report.write_report(
         root, rows, fits, title="The miniature: LM size against visual tokens", made_by=made_by,
         text_tokens=cfg.sweep.plan_text_tokens, budget_gflops=cfg.sweep.plan_budget_gflops, caveats=CAVEATS,
