@@ -199,7 +199,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def show(fit: Fit, console: Console) -> None:
-    """Prints one family's constants, intervals and statements."""
+    """Prints one family's constants, the headline intervals (law.json has all) and the statements."""
     compressor = f", {fit.compressor}" if fit.compressor else ""
     console.print(
         f"{fit.family} ({fit.benchmark}{compressor}): {fit.num_cells} cells, {fit.num_seeds} seed(s), "
@@ -209,12 +209,13 @@ def show(fit: Fit, console: Console) -> None:
     grid = Table()
     grid.add_column("constant")
     grid.add_column("value", justify="right")
-    for mode in fit.intervals:
-        grid.add_column(f"{fit.level:.0%} over {mode}", justify="right")
+    grid.add_column(f"{fit.level:.0%} over {fit.mode}", justify="right")
     grid.add_column("any D that fits", justify="right")
     grid.add_column("at D = 0", justify="right")
+    modes = list(fit.intervals)
+    headline = 1 + modes.index(fit.mode)
     for name, cells in constant_rows(fit).items():
-        grid.add_row(name, *cells)
+        grid.add_row(name, cells[0], cells[headline], *cells[1 + len(modes) :])
     console.print(grid)
     for line in fit.statements:
         console.print("- " + line, highlight=False, markup=False, soft_wrap=True)
