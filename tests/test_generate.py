@@ -124,7 +124,7 @@ def test_the_prompt_and_the_image_change_the_answer():
 
 
 def test_a_row_stops_at_the_first_end_token_and_is_padded():
-    whole = answer(batch())
+    whole = answer(batch(), Decoding(max_new_tokens=NEW, eos_ids=(EOS,), pad_id=VOCAB - 1))
     end = int(whole[1, 3])  # a token the model chooses becomes an end token
     cut = answer(batch(), Decoding(max_new_tokens=NEW, eos_ids=(EOS, end), pad_id=VOCAB - 1))
     for before, after in zip(whole.tolist(), cut.tolist(), strict=True):
