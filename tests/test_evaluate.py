@@ -265,6 +265,6 @@ def test_a_model_is_named_after_its_preset_whatever_its_vocabulary(name):
 
 
 def test_a_model_without_preset_is_named_after_its_size():
-    assert evaluate.lm_name(presets.lm("mini-45k", mlp_width=48)) == table.size_name(
-        presets.lm("mini-45k", mlp_width=48).non_embedding_params
+    assert evaluate.lm_name(presets.lm("mini-45k", mlp_width=49)) == table.size_name(
+        presets.lm("mini-45k", mlp_width=49).non_embedding_params
     )
