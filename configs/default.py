@@ -73,7 +73,9 @@ def model() -> ml_collections.ConfigDict:
     m.vit.position_grid = placeholder(
         int
     )  # side of the position table when it is interpolated; 0 = grid
-    m.vit.dtype = "bfloat16"  # of the computation; parameters are float32
+    m.vit.resample = placeholder(str)  # bicubic | bilinear: how images are resized
+    m.vit.dtype = "bfloat16"  # of the computation
+    m.vit.param_dtype = "float32"  # of the parameters; bfloat16 halves a frozen encoder
     m.vit.remat = "none"  # none | dots | full
 
     m.compressor = ml_collections.ConfigDict()
@@ -102,6 +104,7 @@ def model() -> ml_collections.ConfigDict:
     m.lm.qkv_bias = placeholder(bool)
     m.lm.qk_norm = placeholder(bool)
     m.lm.tied_embeddings = placeholder(bool)
+    m.lm.sliding_window = placeholder(int)  # keys a query may look back on; 0 = all
     m.lm.nominal_params = placeholder(float)  # the size in the model's name, parameters
     m.lm.rope_scaling = ml_collections.ConfigDict()
     m.lm.rope_scaling.kind = placeholder(str)  # none | linear | llama3
@@ -109,7 +112,8 @@ def model() -> ml_collections.ConfigDict:
     m.lm.rope_scaling.low_freq_factor = placeholder(float)
     m.lm.rope_scaling.high_freq_factor = placeholder(float)
     m.lm.rope_scaling.original_max_positions = placeholder(int)
-    m.lm.dtype = "bfloat16"
+    m.lm.dtype = "bfloat16"  # of the computation
+    m.lm.param_dtype = "float32"  # of the parameters; bfloat16 halves a frozen decoder
     m.lm.remat = "dots"  # none | dots | full
     return m
 

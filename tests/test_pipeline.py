@@ -11,13 +11,14 @@ import tfds_builder
 from PIL import Image
 from refs import tokenizers
 
+from vlm_jax import presets
 from vlm_jax.config import ConfigError, DataConfig
 from vlm_jax.data import pipeline, rows
 from vlm_jax.data.sources import BadRecord
 
-MEAN = (0.5, 0.25, 0.75)
 M = 4  # visual tokens per image
 PX = 8
+VIT = presets.vit("mini", image_px=PX, mean=(0.5, 0.25, 0.75))
 
 
 def human(text):
@@ -60,7 +61,7 @@ def config(folder, **fields):
 
 
 def iterate(cfg, shard=0, num_shards=1):
-    return pipeline.train_iterator(cfg, M, PX, MEAN, shard, num_shards)
+    return pipeline.train_iterator(cfg, M, VIT, shard, num_shards)
 
 
 def take(iterator, n):
@@ -308,7 +309,7 @@ def test_images_are_listed_once_and_batched_for_a_cache(folder, tmp_path):
     )
     paths = pipeline.list_images(cfg)
     assert paths == [(f"{i}.png", str(folder / "images")) for i in ("0", "10", "2", "4", "6", "8")]
-    batches = list(pipeline.image_batches(paths, cfg, PX, MEAN, 4))
+    batches = list(pipeline.image_batches(paths, cfg, VIT, 4))
     assert [names for names, _ in batches] == [
         ["0.png", "10.png", "2.png", "4.png"],
         ["6.png", "8.png"],
@@ -329,9 +330,9 @@ def test_a_bad_image_stops_a_cache_or_is_left_out(folder):
         ("4.png", str(folder / "images")),
     ]
     with pytest.raises(BadRecord, match=r"record lost\.png: .*does not exist"):
-        list(pipeline.image_batches(paths, config(folder), PX, MEAN, 4))
+        list(pipeline.image_batches(paths, config(folder), VIT, 4))
     skip = config(folder, on_bad_record="skip")
-    ((names, pixels),) = pipeline.image_batches(paths, skip, PX, MEAN, 4)
+    ((names, pixels),) = pipeline.image_batches(paths, skip, VIT, 4)
     assert names == ["2.png", "4.png"]
     assert pixels[:3, 4, 4, 0].tolist() == [2, 4, 0]
 
@@ -343,7 +344,7 @@ def ask(i, words, image=None):
 
 def evaluate(folder, questions, batch_size, **fields):
     return pipeline.eval_batches(
-        questions, str(folder / "images"), config(folder, **fields), M, PX, MEAN, batch_size
+        questions, str(folder / "images"), config(folder, **fields), M, VIT, batch_size
     )
 
 
@@ -426,10 +427,11 @@ WORKERS = """
     import dataclasses, sys
     import numpy as np
     from vlm_jax.config import DataConfig
+    from vlm_jax import presets
     from vlm_jax.data import pipeline
 
     def run(cfg, state, n):
-        iterator = pipeline.train_iterator(cfg, 4, 8, (0.5, 0.25, 0.75))
+        iterator = pipeline.train_iterator(cfg, 4, presets.vit('mini', image_px=8, mean=(0.5, 0.25, 0.75)))
         iterator.set_state(state)
         batches = [next(iterator) for _ in range(n)]
         end = iterator.get_state()

@@ -35,7 +35,7 @@ def overfitted(folder):
     plan = loop.plan(exp, sharding.make_mesh(exp.mesh), STEPS)
     state = loop.fresh_state(plan)
     before = jax.tree.map(np.array, loop.to_saved(state))
-    iterator = loop.pipeline.train_iterator(exp.data, 1, 16, exp.model.vit.mean)
+    iterator = loop.pipeline.train_iterator(exp.data, 1, exp.model.vit)
     batch, step, found = sharding.put(next(iterator), plan.mesh), loop.make_step(plan), []
     iterator.close()
     with sharding.use(plan.mesh):

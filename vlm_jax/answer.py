@@ -81,9 +81,8 @@ class Answerer:
         sampled ones also on the seed; neither on batch_size nor on the other rows.
         """
         sharding.check_batch(batch_size, self.mesh)
-        vit = self.model.vit
         _, batches = pipeline.eval_batches(
-            rows, image_root, self.data, self.visual_tokens, vit.image_px, vit.mean, batch_size
+            rows, image_root, self.data, self.visual_tokens, self.model.vit, batch_size
         )
         local = batch_size // jax.process_count()
         mine = slice(jax.process_index() * local, (jax.process_index() + 1) * local)

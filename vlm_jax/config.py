@@ -49,6 +49,7 @@ def check_positive(owner: str, **values: float) -> None:
 
 DTYPES = ("float32", "bfloat16", "float16")
 REMAT = ("none", "dots", "full")
+RESAMPLE = ("bicubic", "bilinear")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +74,16 @@ class ViTConfig:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     position_grid: int = 0  # side of the learned position table when it is interpolated; 0 = grid
+    resample: str = "bicubic"  # filter that resizes an image to image_px: bicubic | bilinear
     dtype: str = "float32"
+    param_dtype: str = "float32"
     remat: str = "none"
 
     def __post_init__(self):
         check_choice("vit", "activation", self.activation, ("gelu_tanh", "gelu", "quick_gelu"))
+        check_choice("vit", "resample", self.resample, RESAMPLE)
         check_choice("vit", "dtype", self.dtype, DTYPES)
+        check_choice("vit", "param_dtype", self.param_dtype, DTYPES)
         check_choice("vit", "remat", self.remat, REMAT)
         check_positive(
             "vit", image_px=self.image_px, patch_px=self.patch_px, num_layers=self.num_layers
@@ -132,7 +137,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LMConfig:
-    """A decoder-only language model: Llama/Vicuna, Qwen1.5/2/2.5, Qwen3, Phi-3."""
+    """A decoder-only language model: Llama/Vicuna, Mistral, Qwen1.5/2/2.5, Qwen3, Phi-3."""
 
     vocab_size: int
     width: int
@@ -147,12 +152,15 @@ class LMConfig:
     qk_norm: bool  # Qwen3: RMSNorm over each query and key head
     tied_embeddings: bool
     rope_scaling: RopeScaling = RopeScaling()
+    sliding_window: int = 0  # keys a query may look back on, itself included (Mistral); 0 = all
     nominal_params: float = 0.0  # the size in the model's name, in parameters; 0 = count them
     dtype: str = "float32"
+    param_dtype: str = "float32"
     remat: str = "none"
 
     def __post_init__(self):
         check_choice("lm", "dtype", self.dtype, DTYPES)
+        check_choice("lm", "param_dtype", self.param_dtype, DTYPES)
         check_choice("lm", "remat", self.remat, REMAT)
         check_positive(
             "lm", vocab_size=self.vocab_size, width=self.width, num_layers=self.num_layers,
@@ -161,6 +169,10 @@ class LMConfig:
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"lm: num_heads {self.num_heads} is not divisible by num_kv_heads {self.num_kv_heads}."
+            )
+        if self.sliding_window < 0:
+            raise ConfigError(
+                f"lm: sliding_window must be 0 (no window) or more, got {self.sliding_window}."
             )
         if self.head_dim % 2:
             raise ConfigError(f"lm: head_dim {self.head_dim} must be even (rotary pairs).")

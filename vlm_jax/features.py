@@ -46,9 +46,7 @@ def cache(exp: Experiment, encoder: Path, folder: Path) -> None:
     partial.mkdir(parents=True)
     arrays: dict[str, Any] = {}
     rows: dict[str, int] = {}
-    batches = pipeline.image_batches(
-        paths, exp.data, exp.model.vit.image_px, exp.model.vit.mean, BATCH
-    )
+    batches = pipeline.image_batches(paths, exp.data, exp.model.vit, BATCH)
     for names, images in batches:
         found = encode(images)
         levels = {"last": found.last} | ({"taps": found.taps} if exp.model.compressor.taps else {})

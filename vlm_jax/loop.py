@@ -170,8 +170,7 @@ def run(exp: Experiment, workdir: Path) -> dict[str, float]:
     iterator = pipeline.train_iterator(
         exp.data,
         visual_tokens,
-        exp.model.vit.image_px,
-        exp.model.vit.mean,
+        exp.model.vit,
         jax.process_index(),
         jax.process_count(),
     )

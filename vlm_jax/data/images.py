@@ -1,4 +1,4 @@
-"""An image file to uint8 pixels [H W 3]: RGB, squared (pad, crop or stretch), resized with Pillow's bicubic filter.
+"""An image file to uint8 pixels [H W 3]: RGB, squared (pad, crop or stretch), resized with Pillow's filters.
 
 The result equals what Hugging Face's CLIP and SigLIP processors hold before they divide by 255; the model
 normalises on the device. EXIF orientation is ignored, as there.
@@ -15,6 +15,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 MODES = ("pad", "crop", "stretch")
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 CANVAS_FACTOR = (
     4  # a padded or resized canvas may hold this many times max_pixels: bounds 1 x N strips
 )
@@ -25,11 +26,16 @@ class ImageError(ValueError):
 
 
 def load(
-    source: str | bytes, image_px: int, mode: str, mean: Sequence[float], max_pixels: int
+    source: str | bytes,
+    image_px: int,
+    mode: str,
+    mean: Sequence[float],
+    max_pixels: int,
+    resample: str = "bicubic",
 ) -> UInt8[np.ndarray, "H W 3"]:
     """The image at a path, or in encoded bytes, as [image_px image_px 3].
 
-    mean: the encoder's channel means in 0..1; `pad` fills with them. Raises ImageError for a missing, empty,
+    mean: the encoder's channel means in 0..1; `pad` fills with them. resample: a key of FILTERS. Raises ImageError for a missing, empty,
     damaged or non-image file, and for one whose header promises more than max_pixels (before decoding it).
     """
     try:
@@ -46,7 +52,7 @@ def load(
         raise ImageError("not an image in a format Pillow knows") from None
     except Exception as error:  # Pillow's plugins raise whatever a damaged file makes them raise
         raise ImageError(f"cannot be decoded: {type(error).__name__}: {error}") from None
-    return fit(rgb, image_px, mode, mean, max_pixels)
+    return fit(rgb, image_px, mode, mean, max_pixels, resample)
 
 
 def _stream(source: str | bytes) -> str | io.BytesIO:
@@ -75,7 +81,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def fit(
-    image: Image.Image, image_px: int, mode: str, mean: Sequence[float], max_pixels: int
+    image: Image.Image,
+    image_px: int,
+    mode: str,
+    mean: Sequence[float],
+    max_pixels: int,
+    resample: str = "bicubic",
 ) -> UInt8[np.ndarray, "H W 3"]:
     """An RGB image to [image_px image_px 3].
 
@@ -85,8 +96,8 @@ def fit(
     if mode == "pad":
         image = _pad_to_square(image, mean, max_pixels)
     elif mode == "crop":
-        return np.array(_crop(image, image_px, max_pixels))
-    return np.array(image.resize((image_px, image_px), Image.Resampling.BICUBIC))
+        return np.array(_crop(image, image_px, max_pixels, FILTERS[resample]))
+    return np.array(image.resize((image_px, image_px), FILTERS[resample]))
 
 
 def _pad_to_square(image: Image.Image, mean: Sequence[float], max_pixels: int) -> Image.Image:
@@ -100,7 +111,9 @@ def _pad_to_square(image: Image.Image, mean: Sequence[float], max_pixels: int) -
     return canvas
 
 
-def _crop(image: Image.Image, image_px: int, max_pixels: int) -> Image.Image:
+def _crop(
+    image: Image.Image, image_px: int, max_pixels: int, resample: Image.Resampling
+) -> Image.Image:
     width, height = image.size
     short = min(width, height)
     size = (
@@ -108,7 +121,7 @@ def _crop(image: Image.Image, image_px: int, max_pixels: int) -> Image.Image:
         image_px if height == short else int(image_px * height / width),
     )
     _check_canvas(image.size, size[0] * size[1], max(max_pixels, image_px * image_px))
-    image = image.resize(size, Image.Resampling.BICUBIC)
+    image = image.resize(size, resample)
     left, top = (size[0] - image_px) // 2, (size[1] - image_px) // 2
     return image.crop((left, top, left + image_px, top + image_px))
 

@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags, logging
 from jaxtyping import UInt8
 
-from vlm_jax.config import ConfigError, DataConfig
+from vlm_jax.config import ConfigError, DataConfig, ViTConfig
 from vlm_jax.data import sources
 from vlm_jax.data.rows import (
     Batch,
@@ -159,14 +159,13 @@ def _parse_flags() -> None:
 def train_iterator(
     cfg: DataConfig,
     visual_tokens: int,
-    image_px: int,
-    mean: Sequence[float],
+    vit: ViTConfig,
     shard: int = 0,
     num_shards: int = 1,
 ) -> TrainIterator:
     """Endless shuffled batches of shard `shard`: batch_size / num_shards rows each, a new order each epoch.
 
-    visual_tokens: M per image. mean: channel means of the encoder (0..1), for padding. Rows of all shards together are
+    visual_tokens: M per image. vit: gives the size, mean colour and filter of images. Rows of all shards together are
     the same for every num_shards. Raises ConfigError for missing files or sizes that do not fit; iterating raises
     BadRecord (on_bad_record = raise) or ConfigError after more than max_bad_records (skip).
     """
@@ -175,7 +174,7 @@ def train_iterator(
             f"data: batch_size {cfg.batch_size} is not divisible by the {num_shards} processes that load data."
         )
     source, features = sources.open_source(cfg), open_features(cfg)
-    encode = _EncodeChunk(source, make_encoder(cfg, visual_tokens, image_px, mean, features))
+    encode = _EncodeChunk(source, make_encoder(cfg, visual_tokens, vit, features))
     stream = (
         grain.MapDataset.range(len(source))
         .seed(cfg.seed)
@@ -243,8 +242,7 @@ def eval_batches(
     image_root: str,
     cfg: DataConfig,
     visual_tokens: int,
-    image_px: int,
-    mean: Sequence[float],
+    vit: ViTConfig,
     batch_size: int,
 ) -> tuple[tuple[int, ...], Iterator[Batch]]:
     """Left-padded generation prompts of LLaVA records whose last turn is human, shortest bucket first.
@@ -254,7 +252,7 @@ def eval_batches(
     a dropped question would change the error that is measured.
     """
     features = open_features(cfg)
-    encoder = make_encoder(cfg, visual_tokens, image_px, mean, features)
+    encoder = make_encoder(cfg, visual_tokens, vit, features)
     parsed = [
         sources.parse(raw, "evaluation records", image_root, f"#{i}", generate=True)
         for i, raw in enumerate(records)
@@ -334,8 +332,7 @@ class _LoadImages(grain.transforms.Map):
 def image_batches(
     paths: Sequence[tuple[str, str]],
     cfg: DataConfig,
-    image_px: int,
-    mean: Sequence[float],
+    vit: ViTConfig,
     batch_size: int,
 ) -> Iterator[tuple[list[str], UInt8[np.ndarray, "B H W 3"]]]:
     """(relative paths [n <= B], pixels [B H W 3], zeros after the n-th) of what `list_images` gives, in order.
@@ -343,6 +340,6 @@ def image_batches(
     A bad image raises BadRecord, or is left out (and logged) if bad records are skipped.
     """
     work = [list(paths[at : at + batch_size]) for at in range(0, len(paths), batch_size)]
-    load = _LoadImages(make_pixels(cfg, image_px, mean), batch_size, cfg.on_bad_record == "skip")
+    load = _LoadImages(make_pixels(cfg, vit), batch_size, cfg.on_bad_record == "skip")
     batches = grain.MapDataset.source(work).map(load)
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)))

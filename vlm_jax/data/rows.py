@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from vlm_jax.config import ConfigError, DataConfig
+from vlm_jax.config import ConfigError, DataConfig, ViTConfig
 from vlm_jax.data import images, tokenizer
 from vlm_jax.data.chat import Chat
 from vlm_jax.data.sources import Record
@@ -82,18 +82,21 @@ class Pixels:
     mode: str
     mean: tuple[float, ...]
     max_pixels: int
+    resample: str
 
     def load(self, record: Record, image: str | bytes) -> UInt8[np.ndarray, "H W 3"]:
         source = image if isinstance(image, bytes) else os.path.join(record.root, image)
         name = f"image {image!r}: " if isinstance(image, str) else ""
         try:
-            return images.load(source, self.image_px, self.mode, self.mean, self.max_pixels)
+            return images.load(
+                source, self.image_px, self.mode, self.mean, self.max_pixels, self.resample
+            )
         except images.ImageError as error:
             raise record.bad(f"{name}{error}") from None
 
 
-def make_pixels(cfg: DataConfig, image_px: int, mean: Sequence[float]) -> Pixels:
-    return Pixels(image_px, cfg.image_mode, tuple(mean), cfg.max_image_pixels)
+def make_pixels(cfg: DataConfig, vit: ViTConfig) -> Pixels:
+    return Pixels(vit.image_px, cfg.image_mode, vit.mean, cfg.max_image_pixels, vit.resample)
 
 
 class Encoder:
@@ -137,12 +140,11 @@ def open_features(cfg: DataConfig) -> Features | None:
 def make_encoder(
     cfg: DataConfig,
     visual_tokens: int,
-    image_px: int,
-    mean: Sequence[float],
+    vit: ViTConfig,
     features: Features | None,
 ) -> Encoder:
     rows = None if features is None else features.rows
-    return Encoder(make_chat(cfg, visual_tokens), make_pixels(cfg, image_px, mean), rows)
+    return Encoder(make_chat(cfg, visual_tokens), make_pixels(cfg, vit), rows)
 
 
 def stack(rows: Sequence[Batch], features: Features | None) -> Batch:

@@ -1,4 +1,4 @@
-"""The decoder: Llama/Vicuna, Qwen1.5/2/2.5 (qkv bias), Qwen3 (qk-norm), Phi-3 (its fused weights split at import)."""
+"""The decoder: Llama/Vicuna, Mistral (window), Qwen1.5/2/2.5 (qkv bias), Qwen3 (qk-norm), Phi-3 (its fused weights split)."""
 
 from __future__ import annotations
 
@@ -39,8 +39,11 @@ def visible(
     query_segments: Int[Array, "B T"],
     key_segments: Int[Array, "B S"],
     first_slot: Int[Array, ""] | int = 0,
+    window: int = 0,
 ) -> Bool[Array, "B T S"]:
     """Which keys each query may see; query t sits at slot first_slot + t of the keys.
+
+    window: of those, only the nearest `window` slots, the query's own included (0: all).
 
     Segments: -1 padding, 0 shared prefix (or a whole dialogue), n the n-th independent turn. Two turns of two tokens
     behind a prefix of two:
@@ -53,9 +56,10 @@ def visible(
                 1 1 . . 1 1
     """
     query_slots = first_slot + jnp.arange(query_segments.shape[1])
-    causal = jnp.arange(key_segments.shape[1])[None, :] <= query_slots[:, None]
+    back = query_slots[:, None] - jnp.arange(key_segments.shape[1])[None, :]
+    near = (back >= 0) & (back < window) if window else back >= 0
     keys, queries = key_segments[:, None, :], query_segments[:, :, None]
-    return causal & (keys >= 0) & ((keys == 0) | (keys == queries))
+    return near & (keys >= 0) & ((keys == 0) | (keys == queries))
 
 
 class Attention(nn.Module):

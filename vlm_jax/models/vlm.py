@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
@@ -61,7 +62,7 @@ class VLM(nn.Module):
     def __call__(self, inputs: Inputs) -> Float[Array, "B T V"]:
         """Logits of every position, as in training."""
         x = self.embed(inputs)
-        mask = visible(inputs.segments, inputs.segments)
+        mask = self._visible(inputs.segments, inputs.segments)
         return self.lm.logits(self.lm.hidden(x, inputs.positions, mask))
 
     def prefill(self, inputs: Inputs, cache: Cache) -> tuple[Float[Array, "B V"], Cache]:
@@ -72,7 +73,7 @@ class VLM(nn.Module):
             .at[:, :length]
             .set(inputs.segments)
         )
-        mask = visible(inputs.segments, keys)
+        mask = self._visible(inputs.segments, keys)
         hidden, cache = self.lm.cached_hidden(self.embed(inputs), inputs.positions, mask, cache, 0)
         return self.lm.logits(hidden[:, -1:])[:, 0], cache
 
@@ -85,11 +86,14 @@ class VLM(nn.Module):
         cache: Cache,
     ) -> tuple[Float[Array, "B V"], Cache]:
         """One token per row, written at `slot`. segments: of the cache; later slots are hidden by causality."""
-        mask = visible(jnp.zeros_like(segments[:, :1]), segments, slot)
+        mask = self._visible(jnp.zeros_like(segments[:, :1]), segments, slot)
         hidden, cache = self.lm.cached_hidden(
             self.lm.embed(tokens[:, None]), positions[:, None], mask, cache, slot
         )
         return self.lm.logits(hidden)[:, 0], cache
+
+    def _visible(self, queries: Array, keys: Array, first_slot: Array | int = 0) -> Array:
+        return visible(queries, keys, first_slot, self.config.lm.sliding_window)
 
     def embed(self, inputs: Inputs) -> Float[Array, "B T D"]:
         """Token embeddings with the visual tokens put at their slots."""
@@ -137,7 +141,8 @@ class VLM(nn.Module):
         segments = jnp.where(valid, 0, -1)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         with jax.named_scope("query"):
-            hidden = self.lm.hidden(self.lm.embed(tokens), positions, visible(segments, segments))
+            mask = self._visible(segments, segments)
+            hidden = self.lm.hidden(self.lm.embed(tokens), positions, mask)
         last = jnp.maximum(valid.sum(axis=1) - 1, 0)
         return jax.lax.stop_gradient(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
 
@@ -155,4 +160,8 @@ def dummy_inputs(config: VLMConfig) -> Inputs:
 def init_params(config: VLMConfig, rng: PRNGKeyArray) -> dict[str, Any]:
     """Random parameters, boxed with their logical axes; call it under jit with out_shardings to have them born sharded."""
     variables = VLM(config).init(rng, dummy_inputs(config))
-    return cast(dict[str, Any], variables["params"])  # flax's stub still allows a FrozenDict
+    params = cast(dict[str, Any], variables["params"])  # flax's stub still allows a FrozenDict
+    for part, settings in (("vit", config.vit), ("lm", config.lm)):
+        cast_leaf = functools.partial(jax.lax.convert_element_type, new_dtype=settings.param_dtype)
+        params[part] = jax.tree.map(cast_leaf, params[part])
+    return params
