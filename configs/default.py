@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.mesh.fsdp = 1  # shards of parameters and optimiser state
     c.mesh.tensor = 1  # shards of heads and MLP widths
 
-    # Per part: the workdir whose last checkpoint supplies it; "" = random.
+    # Per part: a workdir, whose last checkpoint supplies it, or a model directory of the Hugging Face hub; "" = random.
     c.init = ml_collections.ConfigDict()
     c.init.vit = ""
     c.init.compressor = ""
@@ -54,7 +54,9 @@ def get_config() -> ml_collections.ConfigDict:
 def model() -> ml_collections.ConfigDict:
     m = ml_collections.ConfigDict()
     m.vit = ml_collections.ConfigDict()
-    m.vit.preset = "clip-l-336"  # a key of presets.VIT, or "" with every field set
+    m.vit.preset = (
+        "clip-l-336"  # a key of presets.VIT, a model directory, or "" with every field set
+    )
     m.vit.image_px = placeholder(int)  # side of the square input image, pixels
     m.vit.patch_px = placeholder(int)  # side of a patch, pixels
     m.vit.width = placeholder(int)
@@ -91,7 +93,7 @@ def model() -> ml_collections.ConfigDict:
     m.projector_positions = "none"  # none | grid: a learned vector per visual token (likewise)
 
     m.lm = ml_collections.ConfigDict()
-    m.lm.preset = "vicuna-7b"  # a key of presets.LM, or "" with every field set
+    m.lm.preset = "vicuna-7b"  # a key of presets.LM, a model directory, or "" with every field set
     m.lm.vocab_size = placeholder(int)
     m.lm.width = placeholder(int)
     m.lm.num_layers = placeholder(int)

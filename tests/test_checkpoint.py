@@ -7,8 +7,9 @@ import numpy as np
 import optax
 import pytest
 
-from vlm_jax.checkpoint import Checkpoints, load_params, load_subtrees
-from vlm_jax.config import ConfigError
+from vlm_jax import presets, weights
+from vlm_jax.checkpoint import Checkpoints, load_params
+from vlm_jax.config import CompressorConfig, ConfigError, VLMConfig
 
 
 def state(scale=1.0):
@@ -88,14 +89,18 @@ def test_a_save_cut_short_is_never_seen(tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
 
 
-def test_subtrees_come_from_the_newest_checkpoint_and_the_rest_stays(tmp_path):
+def test_parts_come_from_the_newest_checkpoint_and_no_others_are_read(tmp_path):
     save(tmp_path, 1, state(1.0), numbers())
     save(tmp_path, 2, state(2.0), numbers())
-    mine = state(9.0)["params"]
-    loaded = load_subtrees(mine, {"lm": str(tmp_path), "projector": "", "vit": ""})
+    wanted = abstract(state()["params"])
+    model = VLMConfig(presets.vit("mini"), CompressorConfig("identity"), presets.lm("mini-38k"))
+    sources = {"lm": str(tmp_path), "projector": "", "vit": ""}
+    loaded = weights.load_by_part(sources, model, wanted)
     np.testing.assert_array_equal(loaded["lm"]["embed"], 2 * np.arange(6.0).reshape(2, 3))
     assert loaded["lm"]["layers"]["norm"].dtype == jnp.bfloat16
-    assert loaded["projector"] is mine["projector"]
+    assert set(loaded) == {"lm"}
+    with pytest.raises(ConfigError, match="this model has no part 'vit'"):
+        weights.load_by_part({"vit": str(tmp_path)}, model, wanted)
 
 
 @pytest.mark.parametrize(
@@ -106,13 +111,12 @@ def test_subtrees_come_from_the_newest_checkpoint_and_the_rest_stays(tmp_path):
             r"parameter lm/embed has shape \(2, 3\) there but \(2, 4\) here",
         ),
         ({"lm": {"head": jnp.zeros((2, 4))}}, "has no parameter lm/head"),
-        ({"projector": {"kernel": jnp.zeros((3, 2))}}, "this model has no part 'lm'"),
     ],
 )
-def test_a_subtree_that_does_not_fit_is_named(tmp_path, params, message):
+def test_a_part_that_does_not_fit_is_named(tmp_path, params, message):
     save(tmp_path, 1, state(), numbers())
     with pytest.raises(ConfigError, match=message):
-        load_subtrees(params, {"lm": str(tmp_path)})
+        load_params(tmp_path, abstract(params))
 
 
 def test_a_workdir_without_a_checkpoint_is_named(tmp_path):

@@ -7,21 +7,19 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Int
 
-from vlm_jax import compressors, experiment, sharding
+from vlm_jax import compressors, experiment, sharding, weights
 from vlm_jax.benchmarks.predictions import Answer
-from vlm_jax.checkpoint import load_params
 from vlm_jax.config import MeshConfig
 from vlm_jax.data import pipeline, sources
 from vlm_jax.data.rows import make_chat
 from vlm_jax.generate import Decoding, make_generate
 from vlm_jax.laws import flops
-from vlm_jax.models.vlm import Inputs, init_params
+from vlm_jax.models.vlm import Inputs
 
 Rows = Sequence[dict[str, Any]]
 
@@ -50,7 +48,7 @@ class Answerer:
         self.visual_tokens = compressors.num_tokens(run.model.compressor, run.model.vit.grid)
         self.chat = make_chat(self.data, self.visual_tokens)
         self.mesh = sharding.make_mesh(mesh)
-        self.params = self._restore(checkpoint)
+        self.params = weights.load(checkpoint, self.model, weights.abstract(self.model, self.mesh))
         self.decoding = Decoding(
             max_new_tokens,
             self.chat.closing_ids,
@@ -130,13 +128,3 @@ class Answerer:
         ends = np.flatnonzero(np.isin(tokens, self.decoding.eos_ids))
         kept = tokens[: ends[0]] if len(ends) else tokens
         return self.chat.tokenizer.decode(kept.tolist()).strip()
-
-    def _restore(self, checkpoint: str) -> dict[str, Any]:
-        boxed = jax.eval_shape(lambda: init_params(self.model, jax.random.key(0)))
-        shardings = sharding.shardings_of(boxed, self.mesh)
-        abstract = jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-            nn.unbox(boxed),
-            shardings,
-        )
-        return load_params(checkpoint, abstract)

@@ -5,7 +5,6 @@ workdir/checkpoints/<step>/{state,iterator}      state = {"step", "params", "opt
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,21 +111,3 @@ def _check_shapes(workdir: str | Path, saved: Tree, wanted: Tree) -> None:
                 f"{str(workdir)!r}: parameter {name} has shape {tuple(saved[name].shape)} there but "
                 f"{tuple(leaf.shape)} here; make the two models equal in this part."
             )
-
-
-def load_subtrees(params: Tree, sources: Mapping[str, str]) -> Tree:
-    """`params` with each top-level part of `sources` (part -> workdir, "" = keep) taken from that run's newest checkpoint.
-
-    Shardings stay as they are. Raises ConfigError as `load_params` does.
-    """
-    loaded = dict(params)
-    for part, workdir in sources.items():
-        if not workdir:
-            continue
-        if part not in params:
-            raise ConfigError(f"init: this model has no part {part!r}; set init.{part} to ''.")
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params[part]
-        )
-        loaded[part] = load_params(workdir, {part: abstract})[part]
-    return loaded

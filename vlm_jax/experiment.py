@@ -27,11 +27,13 @@ from vlm_jax.config import (
     check_positive,
 )
 from vlm_jax.data import tokenizer
+from vlm_jax.hf.describe import check_agrees
+from vlm_jax.hf.directory import is_model
 
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
-    """Workdirs whose last checkpoint supplies a part of the parameters; "" = random."""
+    """Per part: a workdir, whose last checkpoint supplies it, or a Hugging Face model directory; "" = random."""
 
     vit: str
     compressor: str
@@ -119,10 +121,13 @@ def check_inputs(experiment: Experiment) -> None:
             "cache the encoder's features first",
             folder=True,
         )
-    for part, workdir in dataclasses.asdict(experiment.init).items():
-        if workdir and last_step(workdir) is None:
+    for part, source in dataclasses.asdict(experiment.init).items():
+        if source and is_model(source):
+            check_agrees(source, part, experiment.model)
+        elif source and last_step(source) is None:
             raise ConfigError(
-                f"init: {part} {workdir!r} has no finished checkpoint; give the workdir of a training run."
+                f"init: {part} {source!r} has no finished checkpoint and is no model directory; give the workdir of a "
+                "training run or a directory with a Hugging Face config.json and *.safetensors."
             )
 
 

@@ -11,15 +11,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from numpy.lib.format import open_memmap
 
-from vlm_jax.checkpoint import load_params
+from vlm_jax import sharding, weights
+from vlm_jax.config import MeshConfig
 from vlm_jax.data import pipeline
 from vlm_jax.experiment import Experiment
-from vlm_jax.models.vlm import VLM, init_params
+from vlm_jax.models.vlm import VLM
 
 BATCH = 256  # images per encoder call
 
@@ -30,12 +30,9 @@ def cache(exp: Experiment, encoder: Path, folder: Path) -> None:
     The folder appears only when it is complete. Raises ConfigError for a checkpoint that does not fit the model.
     """
     model = VLM(exp.model)
-    abstract = nn.unbox(jax.eval_shape(lambda: init_params(exp.model, jax.random.key(0))))
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    vit = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract["vit"]
-    )
-    params = load_params(encoder, {"vit": vit})
+    one = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    vit = weights.abstract(exp.model, one)["vit"]
+    params = weights.load(str(encoder), exp.model, {"vit": vit})
     encode = jax.jit(
         lambda images: model.apply({"params": params}, images, method=VLM.encode_images)
     )

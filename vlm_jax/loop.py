@@ -15,8 +15,8 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from vlm_jax import compressors, experiment, optim, sharding, telemetry
-from vlm_jax.checkpoint import Checkpoints, load_subtrees
+from vlm_jax import compressors, experiment, optim, sharding, telemetry, weights
+from vlm_jax.checkpoint import Checkpoints
 from vlm_jax.config import ConfigError
 from vlm_jax.data import pipeline, tokenizer
 from vlm_jax.experiment import Experiment
@@ -57,6 +57,13 @@ def plan(exp: Experiment, mesh: Mesh, num_steps: int) -> Plan:
     shardings = sharding.shardings_of(boxed, mesh)
     params = jax.tree.map(_with_sharding, nn.unbox(boxed), shardings)
     trainable, frozen = optim.partition(params, exp.optim.trainable)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(trainable):
+        if leaf.dtype != jnp.float32:
+            name = sharding.path_name(path)
+            raise ConfigError(
+                f"optim: {name} is trained, but stored as {leaf.dtype}, in which small updates vanish; set param_dtype to "
+                "float32 or freeze it."
+            )
     optimizer = optim.make_optimizer(
         exp.optim, num_steps, optim.partition(boxed, exp.optim.trainable)[0]
     )
@@ -76,18 +83,22 @@ def _shardings(tree: Any) -> Any:
 
 
 def fresh_state(p: Plan) -> TrainState:
-    """Random parameters, each made where it lives, with the parts of `init` loaded from other runs."""
+    """The parts of `init` from where they are, random parameters for the others, each made where it lives."""
     exp, state = p.experiment, p.state
+    everything = optim.merge(state.trainable, state.frozen)
+    params = weights.load_by_part(dataclasses.asdict(exp.init), exp.model, everything)
+    fresh = {part: leaves for part, leaves in everything.items() if part not in params}
 
     def init(seed: Int[Array, ""]) -> Tree:
-        return nn.unbox(init_params(exp.model, jax.random.key(seed)))
+        random = nn.unbox(init_params(exp.model, jax.random.key(seed)))
+        return {part: random[part] for part in fresh}
 
-    everything = _shardings(optim.merge(state.trainable, state.frozen))
     on_cpu = p.mesh.devices.flat[0].platform == "cpu"
-    params = jax.jit(
-        init, out_shardings=everything, compiler_options=QUICK_COMPILE if on_cpu else None
-    )(exp.train.seed)
-    params = load_subtrees(params, dataclasses.asdict(exp.init))
+    options = QUICK_COMPILE if on_cpu else None
+    if fresh:
+        params |= jax.jit(init, out_shardings=_shardings(fresh), compiler_options=options)(
+            exp.train.seed
+        )
     trainable, frozen = optim.partition(params, exp.optim.trainable)
     opt_state = jax.jit(p.optimizer.init, out_shardings=_shardings(state.opt_state))(trainable)
     step = jax.device_put(jnp.int32(0), state.step.sharding)

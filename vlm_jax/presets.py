@@ -1,12 +1,14 @@
 """Named model sizes: one table per kind, numbers from the models' published config.json files.
 
-`vit("clip-l-336", dtype="bfloat16")` is a preset with fields replaced; configs do the same with their `preset` key.
+`vit("clip-l-336", dtype="bfloat16")` is a preset with fields replaced; configs do the same with their `preset` key. A
+preset may also be a model directory of the Hugging Face hub, whose config.json then gives the fields.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from vlm_jax.config import (
@@ -18,6 +20,8 @@ from vlm_jax.config import (
     VLMConfig,
     build,
 )
+from vlm_jax.hf.describe import describe
+from vlm_jax.hf.settings import feature_layer
 
 _SIGLIP: dict[str, Any] = dict(
     activation="gelu_tanh", norm_eps=1e-6, cls_token=False, pre_norm=False, post_norm=True, patch_bias=True,
@@ -48,6 +52,14 @@ VIT: dict[str, dict[str, Any]] = {
     "siglip2-so400m-384": _tower(_SIGLIP, 384, 14, 1152, 27, 16, 4304),
     "mini": _tower(_SIGLIP, 64, 8, 64, 2, 4, 128),  # the embedded experiment's encoder
 }
+
+# The encoders that config.json files of the original LLaVA layout name.
+HUB = {
+    "openai/clip-vit-base-patch16": "clip-b16-224", "openai/clip-vit-large-patch14": "clip-l-224",
+    "openai/clip-vit-large-patch14-336": "clip-l-336", "google/siglip-base-patch16-224": "siglip-b16-224",
+    "google/siglip-large-patch16-256": "siglip-l16-256", "google/siglip-so400m-patch14-384": "siglip-so400m-384",
+    "google/siglip2-base-patch16-256": "siglip2-b16-256", "google/siglip2-so400m-patch14-384": "siglip2-so400m-384",
+}  # fmt: skip
 
 
 def _decoder(
@@ -129,11 +141,26 @@ def lm(preset: str, **overrides: Any) -> LMConfig:
 def _resolve(
     cls: type, kind: str, table: dict[str, dict], preset: str, overrides: Mapping[str, Any]
 ):
-    if preset and preset not in table:
+    if preset in table:
+        return build(cls, {**table[preset], **overrides})
+    if preset and not Path(preset).is_dir():
         raise ConfigError(
-            f"unknown {kind} preset {preset!r}; use one of {', '.join(table)}, or '' and set every field."
+            f"unknown {kind} preset {preset!r}; use one of {', '.join(table)}, a model directory, or '' and set every field."
         )
-    return build(cls, {**table.get(preset, {}), **overrides})
+    return build(cls, {**(_described(cls, kind, preset) if preset else {}), **overrides})
+
+
+def _described(cls: type, kind: str, directory: str) -> dict[str, Any]:
+    """The fields that a model directory's config.json gives."""
+    found = describe(Path(directory))
+    config = found.vit if cls is ViTConfig else found.lm
+    if config is None and cls is ViTConfig and found.encoder:
+        config = vit(HUB.get(found.encoder, found.encoder))
+        layer = feature_layer(found.select_layer, config.num_layers)
+        config = dataclasses.replace(config, feature_layer=layer)
+    if config is None:
+        raise ConfigError(f"{directory!r} describes no {kind}; give a directory that holds one.")
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(cls)}
 
 
 def vlm(model: Mapping[str, Any]) -> VLMConfig:

@@ -1,0 +1,149 @@
+"""A model directory as it lies on disk: config.json and safetensors files, whose headers alone are read at first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes  # noqa: F401 (teaches NumPy bfloat16, which safetensors needs)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from vlm_jax.config import ConfigError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+class Entry(NamedTuple):
+    """A tensor of a file, by its header."""
+
+    file: Path
+    dtype: str  # a NumPy name
+    shape: tuple[int, ...]
+
+
+class Directory(NamedTuple):
+    """A Hugging Face model directory."""
+
+    path: Path
+    config: dict[str, Any]  # config.json as it stands
+    tensors: dict[str, Entry]
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> np.ndarray:
+        """One tensor, or a stretch of its first axis. The file is closed again, so that its pages are not kept."""
+        with safe_open(self.tensors[name].file, framework="np") as file:
+            if rows is None:
+                return file.get_tensor(name)
+            return file.get_slice(name)[rows[0] : rows[1]]
+
+
+def is_model(path: str | Path) -> bool:
+    """Whether there is a config.json as Hugging Face writes it (a training workdir has one of another kind)."""
+    config = Path(path) / "config.json"
+    return config.is_file() and "model_type" in _read_json(config)
+
+
+def open_directory(path: str | Path) -> Directory:
+    """Raises ConfigError for a missing or damaged file, for pickled weights, and for a dtype that is no plain float."""
+    folder = Path(path)
+    config = read_config(folder)
+    tensors: dict[str, Entry] = {}
+    for file in _weight_files(folder):
+        tensors |= _header(file, tensors)
+    _check_index(folder, tensors)
+    return Directory(folder, config, tensors)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The raw config.json. Raises ConfigError when there is none or it has no model_type."""
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{str(folder)!r} has no config.json; give a directory downloaded from the Hugging Face hub."
+        )
+    config = _read_json(folder / "config.json")
+    if "model_type" not in config:
+        raise ConfigError(f"{str(folder / 'config.json')!r} has no model_type; it is no model's.")
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{str(path)!r} is no valid JSON ({error}); download it again.") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{str(path)!r} holds no JSON object; download it again.")
+    return content
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        names = sorted(set(_weight_map(folder).values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise ConfigError(
+                f"{str(folder)!r} lacks {len(missing)} of {len(names)} weight files of {INDEX}: {', '.join(missing)}; "
+                "download them again."
+            )
+        return [folder / name for name in names]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    found = sorted(folder.glob("*.safetensors"))
+    if found:
+        return found
+    pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
+    if pickles:
+        raise ConfigError(
+            f"{str(folder)!r} has its weights in {pickles[0]} alone, a pickle, which can run code when it is read; convert it "
+            f"first: python scripts/convert_hf.py --from-bin {folder} OUT (needs torch)."
+        )
+    raise ConfigError(f"{str(folder)!r} has no *.safetensors file; download the weights too.")
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    index = _read_json(folder / INDEX)
+    if not isinstance(index.get("weight_map"), dict):
+        raise ConfigError(f"{str(folder / INDEX)!r} has no weight_map; download it again.")
+    for name in index["weight_map"].values():
+        if Path(name).name != name:
+            raise ConfigError(f"{str(folder / INDEX)!r} names {name!r}, outside its directory.")
+    return index["weight_map"]
+
+
+def _header(file: Path, before: dict[str, Entry]) -> dict[str, Entry]:
+    tensors = {}
+    try:
+        with safe_open(file, framework="np") as content:
+            for name in content.keys():  # noqa: SIM118 (no mapping)
+                part = content.get_slice(name)
+                tensors[name] = (part.get_dtype(), tuple(part.get_shape()))
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(
+            f"{str(file)!r} is truncated or damaged ({error}); download it again."
+        ) from None
+    for name, (dtype, _) in tensors.items():
+        if name in before:
+            raise ConfigError(f"{name} stands in {before[name].file.name} and in {file.name}.")
+        if dtype not in DTYPES and not dtype.startswith(("I", "U", "B")):
+            raise ConfigError(
+                f"{str(file)!r}: {name} has dtype {dtype}; allowed: {', '.join(DTYPES)}. Dequantise it first."
+            )
+    return {name: Entry(file, DTYPES.get(d, d), shape) for name, (d, shape) in tensors.items()}
+
+
+def _check_index(folder: Path, tensors: dict[str, Entry]) -> None:
+    """Every tensor must be where the index says."""
+    if not (folder / INDEX).is_file():
+        return
+    listed = _weight_map(folder)
+    wrong = [n for n, file in listed.items() if n not in tensors or tensors[n].file.name != file]
+    wrong += [n for n in tensors if n not in listed]
+    if wrong:
+        raise ConfigError(
+            f"{str(folder / INDEX)!r} and the files disagree about {', '.join(sorted(wrong)[:5])}"
+            f"{' ...' if len(wrong) > 5 else ''} ({len(wrong)} tensors); download them again."
+        )

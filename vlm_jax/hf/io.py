@@ -1,0 +1,170 @@
+"""Tensors of a model directory to parameters where they live, one at a time, and parameters back to tensors.
+
+Strict both ways: every stored tensor of a part is used once or known to play no role, every parameter is set once.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import EinopsError
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
+
+from vlm_jax.config import ConfigError
+from vlm_jax.hf.directory import Directory
+from vlm_jax.hf.maps import Rule, unneeded
+from vlm_jax.hf.naming import Names, listed
+
+log = logging.getLogger(__name__)
+
+Tree = dict[str, Any]
+
+
+Sources = dict[
+    str, tuple[Rule, list[str]]
+]  # path -> rule and the tensors' names in the files, layer by layer
+
+
+def match(part: str, names: Names, rules: Sequence[Rule]) -> Sources:
+    """The source of every parameter of `rules`. names: the tensors of a part, as `naming.sort` gives them.
+
+    Raises ConfigError that lists the tensors missing for a parameter, and those that no parameter takes.
+    """
+    used = {name for rule in rules for name in rule.names}
+    missing = used - set(names)
+    extra = {name for name in set(names) - used if not unneeded(name, rules)}
+    if missing or extra:
+        reasons = [f"missing {listed(missing)}"] * bool(missing)
+        reasons += [f"no parameter takes {listed(names[n] for n in extra)}"] * bool(extra)
+        raise ConfigError(f"{part}: config.json and the weights do not fit: {'; '.join(reasons)}.")
+    return {rule.path: (rule, [names[name] for name in rule.names]) for rule in rules}
+
+
+def load(directory: Directory, sources: Sources, abstract: Tree) -> Tree:
+    """Parameters in the shapes, dtypes and shardings of `abstract`, a tree of ShapeDtypeStructs.
+
+    Each tensor goes from its file to the devices before the next is read. Raises ConfigError for a wrong shape (before
+    anything is read) and for parameters without a source; warns of NaN and infinite values.
+    """
+    leaves: dict[str, Any] = dict(flatten_dict(abstract, sep="/"))
+    unset = sorted(set(leaves) ^ set(sources))
+    if unset:
+        raise ConfigError(f"parameters without a tensor, or the reverse: {listed(unset)}.")
+    for path, leaf in leaves.items():
+        _check_shapes(directory, *sources[path], tuple(leaf.shape))
+    loaded, finite = {}, {}
+    for path, leaf in leaves.items():
+        loaded[path], finite[path] = _put(directory, *sources[path], leaf)
+    bad = [path for path, flags in finite.items() if not all(map(bool, flags))]
+    if bad:
+        log.warning("%s: NaN or infinite values in %s", directory.path, listed(bad))
+    return unflatten_dict(loaded, sep="/")
+
+
+def _check_shapes(
+    directory: Directory, rule: Rule, names: Sequence[str], wanted: tuple[int, ...]
+) -> None:
+    if rule.layers and rule.layers != wanted[0]:
+        raise ConfigError(f"{rule.path}: {rule.layers} layers are stored, {wanted[0]} wanted.")
+    wanted = wanted[1:] if rule.layers else wanted
+    for name in names:
+        stored = directory.tensors[name].shape
+        first, last, total = rule.rows or (0, *stored[:1], *stored[:1])
+        try:
+            rows = jax.ShapeDtypeStruct((last - first, *stored[1:]), jnp.float32)
+            shape = jax.eval_shape(rule.load, rows).shape
+        except EinopsError:
+            shape = None
+        if shape != wanted or stored[0] != total:
+            raise ConfigError(
+                f"{str(directory.tensors[name].file)!r}: {name} has shape {list(stored)}, which does not make {rule.path} "
+                f"{list(wanted)}; config.json and the weights disagree."
+            )
+
+
+def _put(
+    directory: Directory, rule: Rule, names: Sequence[str], leaf: Any
+) -> tuple[jax.Array, list[jax.Array]]:
+    """One parameter, and per tensor whether it is finite. The host holds one tensor at a time."""
+    sharding = leaf.sharding
+    convert, write_layer = _writers(sharding, leaf.dtype)
+    if not rule.layers:
+        parameter, flag = convert(_place(directory, rule, names[0], tuple(leaf.shape), sharding))
+        return jax.block_until_ready(parameter), [flag]
+    stack, flags = jnp.zeros(leaf.shape, leaf.dtype, device=sharding), []
+    for i, name in enumerate(names):
+        x = _place(directory, rule, name, tuple(leaf.shape[1:]), _one_layer(sharding))
+        stack, flag = write_layer(stack, jnp.int32(i), x)
+        flags.append(flag)
+        jax.block_until_ready(stack)  # before the next is read
+    return stack, flags
+
+
+@functools.lru_cache(maxsize=64)
+def _writers(sharding: Any, dtype: Any) -> tuple[Any, Any]:
+    """Jitted: a tensor to a parameter, a tensor to one layer of a (donated) stack; each says whether it is finite."""
+
+    def convert(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return x.astype(dtype), jnp.isfinite(x).all()
+
+    def write_layer(
+        stack: jax.Array, layer: jax.Array, x: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        x, finite = convert(x)
+        return jax.lax.dynamic_update_index_in_dim(stack, x, layer, 0), finite
+
+    out = (sharding, _replicated(sharding))
+    return jax.jit(convert, out_shardings=out), jax.jit(
+        write_layer, donate_argnums=0, out_shardings=out
+    )
+
+
+def _place(
+    directory: Directory, rule: Rule, name: str, shape: tuple[int, ...], sharding: Any
+) -> jax.Array:
+    """A tensor in our layout and the file's dtype, each device holding its shard alone."""
+    tensor = rule.load(directory.read(name, rule.rows and rule.rows[:2]))
+    return jax.make_array_from_callback(
+        shape, sharding, lambda index: np.ascontiguousarray(tensor[index])
+    )
+
+
+def _one_layer(sharding: Any) -> Any:
+    """The sharding of a stack's layer."""
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return sharding
+
+
+def _replicated(sharding: Any) -> Any:
+    return (
+        NamedSharding(sharding.mesh, PartitionSpec())
+        if isinstance(sharding, NamedSharding)
+        else sharding
+    )
+
+
+def tensors(params: Tree, rules: Sequence[Rule]) -> Iterator[tuple[str, np.ndarray]]:
+    """(one name, tensor) of every stored tensor that the parameters make, in the parameters' dtype.
+
+    The inverse of `match` and `load`, bit for bit where no dtype changed.
+    """
+    leaves: dict[str, Any] = dict(flatten_dict(params, sep="/"))
+    fused: dict[str, list[Rule]] = {}
+    for rule in rules:
+        fused.setdefault(rule.tensor, []).append(rule)
+    for pieces in fused.values():
+        pieces = sorted(pieces, key=lambda rule: rule.rows or (0, 0, 0))
+        for i, name in enumerate(pieces[0].names):
+            stored = [
+                rule.store(np.asarray(leaves[rule.path][i] if rule.layers else leaves[rule.path]))
+                for rule in pieces
+            ]
+            yield name, np.ascontiguousarray(np.concatenate(stored))

@@ -1,0 +1,215 @@
+"""One table per part of the model: the tensor's name, our parameter, and the layout between them.
+
+A layout is an einops pattern from the stored axes to ours, read backwards for export. `{}` in a name is a layer's number:
+the parameter has all layers stacked on a leading axis. `rows` is a stretch of a fused tensor's first axis.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from einops import rearrange
+
+from vlm_jax.config import LMConfig, ViTConfig
+
+LINEAR = "o i -> i o"
+HEADS_OUT = "(n h) i -> i n h"  # a linear map whose output is cut into heads
+HEADS_BIAS = "(n h) -> n h"
+HEADS_IN = "o (n h) -> n h o"  # one whose input is all heads side by side
+AS_IT_IS = "... -> ..."
+
+UNNEEDED = (
+    r"lm_head\.weight|.*\.rotary_emb\.inv_freq|.*\.masked_bias"
+    r"|head\..*|post_layernorm\..*|embeddings\.position_ids"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A stored tensor, or some rows of it, is a parameter."""
+
+    tensor: str
+    path: str  # "lm/layers/attn/q/kernel"
+    layout: str = AS_IT_IS
+    sizes: tuple[
+        tuple[str, int], ...
+    ] = ()  # of the axes that the layout splits, in either direction
+    rows: tuple[int, int, int] | None = None  # [first, last) of how many; None = all
+    layers: int = 0  # stacked on the parameter's first axis; 0 = not stacked
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors, layer by layer."""
+        return [self.tensor.format(i) for i in range(self.layers)] or [self.tensor]
+
+    def load(self, tensor: np.ndarray) -> np.ndarray:
+        """A view of the tensor (of the `rows` of it) in our layout. Raises EinopsError when an axis does not split."""
+        return rearrange(tensor, self.layout, **dict(self.sizes))
+
+    def store(self, parameter: np.ndarray) -> np.ndarray:
+        """The inverse of `load`."""
+        stored, ours = self.layout.split(" -> ")
+        return rearrange(parameter, f"{ours} -> {stored}", **dict(self.sizes))
+
+
+def _heads(count: int, size: int) -> tuple[tuple[str, int], ...]:
+    return (("n", count), ("h", size))
+
+
+def _of_part(part: str, rules: Sequence[Rule], layers: int = 0) -> list[Rule]:
+    """The rules with their part in front of the path, and the depth of the stacked ones."""
+    return [
+        dataclasses.replace(
+            rule, path=f"{part}/{rule.path}", layers=layers if "{}" in rule.tensor else 0
+        )
+        for rule in rules
+    ]
+
+
+def _norm(tensor: str, path: str) -> list[Rule]:
+    return [Rule(f"{tensor}.weight", f"{path}/scale"), Rule(f"{tensor}.bias", f"{path}/bias")]
+
+
+def _linear(tensor: str, path: str, bias: bool = True) -> list[Rule]:
+    stem = f"{tensor}." if tensor else ""
+    rules = [Rule(f"{stem}weight", f"{path}/kernel", LINEAR)]
+    return rules + [Rule(f"{stem}bias", f"{path}/bias")] * bias
+
+
+def vit(c: ViTConfig, flat_patches: bool) -> list[Rule]:
+    """SigLIP and CLIP. flat_patches: SigLIP 2 stores the patch projection as a linear map of (y x colour)."""
+    heads = _heads(c.num_heads, c.width // c.num_heads)
+    side = (("c", 3), ("y", c.patch_px), ("x", c.patch_px))
+    patch = "embeddings.patch_embedding"
+    rules = [
+        Rule(f"{patch}.weight", "patch_embed/kernel", LINEAR)
+        if flat_patches
+        else Rule(f"{patch}.weight", "patch_embed/kernel", "o c y x -> (y x c) o", side),
+        Rule("embeddings.position_embedding.weight", "position"),
+    ]
+    rules += [Rule(f"{patch}.bias", "patch_embed/bias")] * c.patch_bias
+    rules += [Rule("embeddings.class_embedding", "cls")] * c.cls_token
+    rules += _norm("pre_layrnorm", "pre_norm") * c.pre_norm
+    rules += _norm("post_layernorm", "post_norm") * (c.post_norm and c.feature_layer == -1)
+    layer = "encoder.layers.{}"
+    for n in "qkv":
+        name, path = f"{layer}.self_attn.{n}_proj", f"layers/attn/{n}"
+        rules.append(Rule(f"{name}.weight", f"{path}/kernel", HEADS_OUT, heads))
+        rules.append(Rule(f"{name}.bias", f"{path}/bias", HEADS_BIAS, heads))
+    out = f"{layer}.self_attn.out_proj"
+    rules.append(Rule(f"{out}.weight", "layers/attn/out/kernel", HEADS_IN, heads))
+    rules.append(Rule(f"{out}.bias", "layers/attn/out/bias"))
+    for n in ("1", "2"):
+        rules += _norm(f"{layer}.layer_norm{n}", f"layers/norm{n}")
+        rules += _linear(f"{layer}.mlp.fc{n}", f"layers/mlp/fc{n}")
+    return _of_part("vit", rules, c.feature_state)
+
+
+def lm(c: LMConfig, fused: bool) -> list[Rule]:
+    """Llama, Mistral, Qwen, Phi-3. fused: Phi-3 stores q, k, v in one tensor, and gate and up in another."""
+    layer = "model.layers.{}"
+    rules = [
+        Rule("model.embed_tokens.weight", "embed"),
+        Rule("model.norm.weight", "final_norm/scale"),
+        Rule(f"{layer}.input_layernorm.weight", "layers/attn_norm/scale"),
+        Rule(f"{layer}.post_attention_layernorm.weight", "layers/mlp_norm/scale"),
+        Rule(f"{layer}.mlp.down_proj.weight", "layers/mlp/down/kernel", LINEAR),
+    ]
+    rules += [Rule("lm_head.weight", "head", LINEAR)] * (not c.tied_embeddings)
+    heads = {"q": c.num_heads, "k": c.num_kv_heads, "v": c.num_kv_heads}
+    start, total = 0, sum(heads.values()) * c.head_dim
+    for n, count in heads.items():
+        name, path = f"{layer}.self_attn.{n}_proj", f"layers/attn/{n}"
+        split, stop = _heads(count, c.head_dim), start + count * c.head_dim
+        if fused:
+            name = f"{layer}.self_attn.qkv_proj"
+        rows = (start, stop, total) if fused else None
+        rules.append(Rule(f"{name}.weight", f"{path}/kernel", HEADS_OUT, split, rows))
+        rules += [Rule(f"{name}.bias", f"{path}/bias", HEADS_BIAS, split, rows)] * c.qkv_bias
+        start = stop
+    rules.append(Rule(f"{layer}.self_attn.o_proj.weight", "layers/attn/o/kernel", HEADS_IN, _heads(c.num_heads, c.head_dim)))  # fmt: skip
+    for n in ("q_norm", "k_norm"):
+        rules += [Rule(f"{layer}.self_attn.{n}.weight", f"layers/attn/{n}/scale")] * c.qk_norm
+    for i, n in enumerate(("gate", "up")):
+        name = f"{layer}.mlp.gate_up_proj" if fused else f"{layer}.mlp.{n}_proj"
+        rows = (i * c.mlp_width, (i + 1) * c.mlp_width, 2 * c.mlp_width) if fused else None
+        rules.append(Rule(f"{name}.weight", f"layers/mlp/{n}/kernel", LINEAR, rows=rows))
+    return _of_part("lm", rules, c.num_layers)
+
+
+def projector(names: Sequence[str]) -> list[Rule]:
+    """Linear maps with GELU between; `names` are the stored ones, in order ("linear_1", "linear_2" in LLaVA)."""
+    rules = [rule for i, name in enumerate(names) for rule in _linear(name, f"dense_{i}")]
+    return _of_part("projector", rules)
+
+
+LLAVA_PROJECTOR = ("linear_1", "linear_2")
+
+
+# --- The reference layout: compressor and projector in one module, mm_projector or query_abstractor. ------------------
+
+
+def _attention(tensor: str, path: str, width: int, num_heads: int) -> list[Rule]:
+    """Packed multi-head attention: rows [query; key; value] of one tensor."""
+    heads = _heads(num_heads, width // num_heads)
+    rules = []
+    for i, n in enumerate("qkv"):
+        rows = (i * width, (i + 1) * width, 3 * width)
+        rules.append(Rule(f"{tensor}.in_proj_weight", f"{path}/{n}/kernel", HEADS_OUT, heads, rows))
+        rules.append(Rule(f"{tensor}.in_proj_bias", f"{path}/{n}/bias", HEADS_BIAS, heads, rows))
+    rules.append(Rule(f"{tensor}.out_proj.weight", f"{path}/out/kernel", HEADS_IN, heads))
+    return [*rules, Rule(f"{tensor}.out_proj.bias", f"{path}/out/bias")]
+
+
+def _normed_mlp(tensor: str, norm: str, path: str) -> list[Rule]:
+    first, second = _linear(f"{tensor}.0", f"{path}/fc1"), _linear(f"{tensor}.2", f"{path}/fc2")
+    return first + second + _norm(norm, f"{path}/norm")
+
+
+def mlp(num_layers: int) -> list[Rule]:
+    """LLaVA's "mlp2x_gelu" (indices 0, 2, ...), or its "linear", which has no index."""
+    return projector([str(2 * i) for i in range(num_layers)] if num_layers > 1 else [""])
+
+
+def quecc(width: int, num_heads: int) -> list[Rule]:
+    """QueCC's release: index 0 of the sequence; its projector is at 1 and 3."""
+    rules = _linear("0.text_projection.0", "text") + _norm("0.text_projection.1", "text_norm")
+    for n, path in (("q", "query_mlp"), ("k", "key_mlp"), ("v", "value_mlp")):
+        rules += _normed_mlp(f"0.{n}_proj", f"0.{n}_proj.3", path)
+    rules.append(Rule("0.q_downsample.weight", "downsample/filter", "c 1 y x -> y x c"))
+    rules.append(Rule("0.q_downsample.bias", "downsample/bias"))
+    rules += _attention("0.clip_attn", "attention", width, num_heads)
+    return _of_part("compressor", rules) + projector(("1", "3"))
+
+
+def tokenpacker(width: int, num_heads: int) -> list[Rule]:
+    """TokenPacker's release; its projector is at mlp.0 and mlp.2."""
+    rules = _linear("q_proj_1", "query", bias=False) + _norm("ln_q_1", "query_norm")
+    for n, path in (("k", "key_mlp"), ("v", "value_mlp")):
+        rules += _normed_mlp(f"{n}_proj_1", f"ln_{n}_1", path)
+    rules += _attention("clip_attn", "attention", width, num_heads)
+    return _of_part("compressor", rules) + projector(("mlp.0", "mlp.2"))
+
+
+# compressor -> (rules of compressor and projector, given the encoder's width, its heads and the projector's layers)
+REFERENCE: dict[str, Callable[[int, int, int], list[Rule]]] = {
+    "identity": lambda width, num_heads, num_layers: mlp(num_layers),
+    "quecc": lambda width, num_heads, num_layers: quecc(width, num_heads),
+    "tokenpacker": lambda width, num_heads, num_layers: tokenpacker(width, num_heads),
+}
+
+
+# --- Tensors that a file may hold and that the model has no use for. -------------------------------------------------
+
+
+def unneeded(name: str, rules: Sequence[Rule]) -> bool:
+    """Whether a stored tensor is known to play no role: the head of tied embeddings, buffers, the encoder's pooling head,
+    its last norm where nobody reads that state, and its layers above the feature layer.
+    """
+    above = re.fullmatch(r"encoder\.layers\.\d+\.(.*)", name)
+    if above:
+        return any(rule.tensor == f"encoder.layers.{{}}.{above[1]}" for rule in rules)
+    return bool(re.fullmatch(UNNEEDED, name))

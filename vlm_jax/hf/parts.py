@@ -1,0 +1,63 @@
+"""Parts of our model out of a model directory: which rules read which of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from vlm_jax.config import ConfigError, VLMConfig
+from vlm_jax.hf import directory, io, maps, naming
+from vlm_jax.hf.directory import Directory
+from vlm_jax.hf.io import Sources, Tree
+from vlm_jax.hf.maps import Rule
+from vlm_jax.hf.naming import Names
+
+
+def group_rules(opened: Directory, names: dict[str, Names], config: VLMConfig) -> dict[str, list[Rule]]:  # fmt: skip
+    """The rules of each group of tensors that a directory holds."""
+    patch = names[naming.VIT].get("embeddings.patch_embedding.weight", "")
+    flat = bool(patch) and len(opened.tensors[patch].shape) == 2
+    fused = "model.layers.0.self_attn.qkv_proj.weight" in names[naming.LM]
+    rules = {
+        naming.VIT: maps.vit(config.vit, flat),
+        naming.LM: maps.lm(config.lm, fused),
+        naming.PROJECTOR: maps.projector(maps.LLAVA_PROJECTOR),
+        naming.REFERENCE: reference_rules(config) if names[naming.REFERENCE] else [],
+    }
+    return {group: rules[group] for group in rules if names[group]}
+
+
+def reference_rules(config: VLMConfig) -> list[Rule]:
+    """Compressor and projector in the reference layout. Raises ConfigError for a compressor that has none."""
+    name = config.compressor.name
+    if name not in maps.REFERENCE:
+        raise ConfigError(
+            f"{name} has no reference layout; the compressors that have one: {', '.join(maps.REFERENCE)}."
+        )
+    return maps.REFERENCE[name](config.vit.width, config.compressor.num_heads, config.projector_layers)  # fmt: skip
+
+
+def sources(opened: Directory, config: VLMConfig, wanted: Collection[str]) -> Sources:
+    """Where each parameter of the wanted parts is stored. Raises ConfigError for a part that is not there."""
+    names = naming.sort(opened.tensors)
+    groups = group_rules(opened, names, config)
+    held = {rule.path.split("/")[0] for rules in groups.values() for rule in rules}
+    for part in wanted:
+        if part not in held:
+            raise ConfigError(
+                f"init: {str(opened.path)!r} holds no {part}; it holds {', '.join(sorted(held)) or 'nothing we know'}."
+            )
+    found: Sources = {}
+    for group, rules in groups.items():
+        if any(rule.path.split("/")[0] in wanted for rule in rules):
+            found |= io.match(group, names[group], rules)
+    return {path: source for path, source in found.items() if path.split("/")[0] in wanted}
+
+
+def load_parts(path: str | Path, config: VLMConfig, abstract: Tree) -> Tree:
+    """The top-level parts of `abstract` (ShapeDtypeStructs with shardings) from a model directory, streamed.
+
+    Raises ConfigError, before anything is read, when the weights are not exactly those of the model.
+    """
+    opened = directory.open_directory(path)
+    return io.load(opened, sources(opened, config, tuple(abstract)), abstract)
