@@ -56,6 +56,17 @@ class Checkpoints:
         self._manager.close()
 
 
+def save_params(workdir: str | Path, params: Tree) -> None:
+    """Parameters that no run made, as step 0 of `workdir`: `load_params` reads them, nothing can be resumed from them."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True)
+    folder = Path(workdir).absolute() / "checkpoints"
+    with ocp.CheckpointManager(
+        folder, item_names=("state", "iterator"), options=options
+    ) as manager:
+        state = ocp.args.StandardSave({"params": params})
+        manager.save(0, args=ocp.args.Composite(state=state))
+
+
 def load_params(workdir: str | Path, abstract: Tree) -> Tree:
     """Parameters of the newest checkpoint of a training run, for the leaves of `abstract` (ShapeDtypeStructs with
     shardings, nested as the parameters are) and no others.

@@ -299,10 +299,6 @@ class DataConfig:
         check_choice("data", "image_mode", self.image_mode, ("pad", "crop", "stretch"))
         check_choice("data", "on_bad_record", self.on_bad_record, ("raise", "skip"))
         check_positive("data", max_tokens=self.max_tokens, batch_size=self.batch_size)
-        if not self.annotations:
-            raise ConfigError(
-                "data: annotations is empty; give at least one .json, .jsonl or tfds directory."
-            )
         if len(self.annotations) != len(self.image_roots):
             raise ConfigError(
                 f"data: {len(self.annotations)} annotations but {len(self.image_roots)} image_roots; give one root per file."

@@ -97,6 +97,10 @@ def resolve(cfg: ConfigDict) -> Experiment:
 def check_inputs(experiment: Experiment) -> None:
     """Raises ConfigError for the first file or directory that the run needs and that is not there."""
     data = experiment.data
+    if not data.annotations:
+        raise ConfigError(
+            "data: annotations is empty; give at least one .json, .jsonl or tfds directory."
+        )
     for path in data.annotations:
         _must_exist(
             "data: annotations", path, "give the path of a .json or .jsonl file or a tfds directory"
@@ -214,6 +218,10 @@ def check_same(experiment: Experiment, workdir: Path) -> None:
     """Raises ConfigError when `workdir` belongs to a run with other settings, naming the first field that differs."""
     if last_step(workdir) is None or not (workdir / "config.json").is_file():
         return  # nothing was learnt there yet
+    if last_step(workdir) == 0:
+        raise ConfigError(
+            f"--workdir: {str(workdir)!r} holds an imported model, not a run; set init.* to it and give another workdir."
+        )
     before, now = dict(_fields(read(workdir))), dict(_fields(experiment))
     for name in now:
         if before[name] != now[name] and not name.startswith(MUTABLE):

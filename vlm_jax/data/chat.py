@@ -18,7 +18,7 @@ from jaxtyping import Bool, Int32
 
 from vlm_jax.config import ConfigError, check_choice
 from vlm_jax.data.sources import IMAGE, Record, Turn
-from vlm_jax.data.templates import TEMPLATES, Piece, Template
+from vlm_jax.data.templates import TEMPLATES, Piece, Template, header
 from vlm_jax.data.tokenizer import Tokenizer
 
 NO_QUERY = "image"  # the query of a row without one, as in the reference
@@ -58,19 +58,11 @@ def render(template: Template, system: str, turns: Sequence[Turn]) -> list[Segme
                 segments.append(Segment("\n", False, number))
         write(((question, False), *template.user.after), number)
         if turn.answer is None:
-            write(_header(template), number)
+            write(header(template), number)
         else:
             answer = (turn.answer, True)
             write((*template.assistant.before, answer, *template.assistant.after), number)
     return [segment for segment in segments if segment.text]
-
-
-def _header(template: Template) -> tuple[Piece, ...]:
-    """The assistant's header without a trailing supervised piece, which belongs to the answer."""
-    pieces = template.assistant.before
-    while pieces and pieces[-1][1]:
-        pieces = pieces[:-1]
-    return pieces
 
 
 def queries(record: Record) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 Piece = tuple[str, bool]  # text, supervised
 
@@ -99,3 +100,57 @@ TEMPLATES: dict[str, Template] = {
         control=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
     ),
 }
+
+
+# A message's content is a text, or parts of type "image" and "text"; images come first, each followed by a newline.
+_WORDS = (
+    "{%- macro words(content, image) -%}{%- if content is string -%}{{ content }}{%- else -%}"
+    "{%- set said = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join -%}"
+    "{%- for part in content if part['type'] == 'image' -%}"
+    "{{ image }}{%- if said or not loop.last -%}{{ '\n' }}{%- endif -%}{%- endfor -%}{{ said }}"
+    "{%- endif -%}{%- endmacro -%}"
+)
+
+
+def chat_template(template: Template, system: str | None) -> str:
+    """A prompt format as the Jinja text of a Hugging Face `chat_template`, rendering what `chat.render` renders.
+
+    system: replaces the template's system prompt. Raises ValueError for a format that leaves the questions out.
+    """
+    if not template.keeps_question:
+        raise ValueError("this format writes no questions; it is for training on captions only")
+
+    def text(*pieces: Piece) -> str:
+        return json.dumps("".join(piece for piece, _ in pieces), ensure_ascii=False)
+
+    def framed(frame: Frame, words: str) -> str:
+        return "{{- " + " + ".join((text(*frame.before), words, text(*frame.after))) + " -}}"
+
+    prompt = json.dumps(template.system_prompt if system is None else system, ensure_ascii=False)
+    image = json.dumps("<image>" + template.after_image, ensure_ascii=False)
+    said = f"words(message['content'], {image})"
+    return (
+        _WORDS
+        + f"{{%- set system, turns = {prompt}, messages -%}}"
+        + "{%- if messages[0]['role'] == 'system' -%}"
+        + f"{{%- set system, turns = words(messages[0]['content'], {image}), messages[1:] -%}}{{%- endif -%}}"
+        + "{%- if system -%}"
+        + framed(template.system, "system")
+        + "{%- endif -%}"
+        + "{%- for message in turns -%}{%- if message['role'] == 'user' -%}"
+        + framed(template.user, said)
+        + "{%- else -%}"
+        + framed(template.assistant, said)
+        + "{%- endif -%}{%- endfor -%}"
+        + "{%- if add_generation_prompt -%}{{- "
+        + text(*header(template))
+        + " -}}{%- endif -%}"
+    )
+
+
+def header(template: Template) -> tuple[Piece, ...]:
+    """The assistant's header without a trailing supervised piece, which belongs to the answer."""
+    pieces = template.assistant.before
+    while pieces and pieces[-1][1]:
+        pieces = pieces[:-1]
+    return pieces

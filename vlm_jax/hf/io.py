@@ -151,20 +151,24 @@ def _replicated(sharding: Any) -> Any:
     )
 
 
-def tensors(params: Tree, rules: Sequence[Rule]) -> Iterator[tuple[str, np.ndarray]]:
-    """(one name, tensor) of every stored tensor that the parameters make, in the parameters' dtype.
+def tensor(params: Tree, rules: Sequence[Rule], name: str) -> np.ndarray:
+    """The stored tensor `name`, made of the parameters of `rules` (several if it is fused), in their dtype.
 
     The inverse of `match` and `load`, bit for bit where no dtype changed.
     """
-    leaves: dict[str, Any] = dict(flatten_dict(params, sep="/"))
-    fused: dict[str, list[Rule]] = {}
+    pieces = []
+    for rule in sorted(rules, key=lambda rule: rule.rows or (0, 0, 0)):
+        leaf: Any = functools.reduce(lambda node, key: node[key], rule.path.split("/"), params)
+        layer = leaf[rule.names.index(name)] if rule.layers else leaf
+        pieces.append(rule.store(np.asarray(layer)))
+    return np.ascontiguousarray(np.concatenate(pieces))
+
+
+def tensors(params: Tree, rules: Sequence[Rule]) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, tensor) of all that the rules store, in their order."""
+    made: dict[str, list[Rule]] = {}
     for rule in rules:
-        fused.setdefault(rule.tensor, []).append(rule)
-    for pieces in fused.values():
-        pieces = sorted(pieces, key=lambda rule: rule.rows or (0, 0, 0))
-        for i, name in enumerate(pieces[0].names):
-            stored = [
-                rule.store(np.asarray(leaves[rule.path][i] if rule.layers else leaves[rule.path]))
-                for rule in pieces
-            ]
-            yield name, np.ascontiguousarray(np.concatenate(stored))
+        for name in rule.names:
+            made.setdefault(name, []).append(rule)
+    for name, pieces in made.items():
+        yield name, tensor(params, pieces, name)

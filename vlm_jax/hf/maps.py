@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from einops import rearrange
@@ -45,8 +46,8 @@ class Rule:
         """The tensors, layer by layer."""
         return [self.tensor.format(i) for i in range(self.layers)] or [self.tensor]
 
-    def load(self, tensor: np.ndarray) -> np.ndarray:
-        """A view of the tensor (of the `rows` of it) in our layout. Raises EinopsError when an axis does not split."""
+    def load(self, tensor: Any) -> Any:
+        """A view of the tensor, or of its `rows`, NumPy's or JAX's, in our layout. Raises EinopsError where an axis does not split."""
         return rearrange(tensor, self.layout, **dict(self.sizes))
 
     def store(self, parameter: np.ndarray) -> np.ndarray:

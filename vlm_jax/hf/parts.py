@@ -27,6 +27,16 @@ def group_rules(opened: Directory, names: dict[str, Names], config: VLMConfig) -
     return {group: rules[group] for group in rules if names[group]}
 
 
+def parts_of(groups: dict[str, list[Rule]]) -> set[str]:
+    """The parts of our model that the rules make."""
+    return {rule.path.split("/")[0] for rules in groups.values() for rule in rules}
+
+
+def held(opened: Directory, config: VLMConfig) -> set[str]:
+    """The parts of our model that a directory holds."""
+    return parts_of(group_rules(opened, naming.sort(opened.tensors), config))
+
+
 def reference_rules(config: VLMConfig) -> list[Rule]:
     """Compressor and projector in the reference layout. Raises ConfigError for a compressor that has none."""
     name = config.compressor.name
@@ -41,7 +51,7 @@ def sources(opened: Directory, config: VLMConfig, wanted: Collection[str]) -> So
     """Where each parameter of the wanted parts is stored. Raises ConfigError for a part that is not there."""
     names = naming.sort(opened.tensors)
     groups = group_rules(opened, names, config)
-    held = {rule.path.split("/")[0] for rules in groups.values() for rule in rules}
+    held = parts_of(groups)
     for part in wanted:
         if part not in held:
             raise ConfigError(

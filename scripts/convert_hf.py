@@ -1,0 +1,227 @@
+#!/usr/bin/env python3
+"""Hugging Face directories to ours and back.
+
+scripts/convert_hf.py IN OUT                 IN is a model directory: OUT becomes a workdir to evaluate, or to start from (init.*)
+scripts/convert_hf.py WORKDIR OUT            WORKDIR is ours: OUT becomes a directory that transformers loads
+scripts/convert_hf.py --from-bin IN OUT      pickled weights to safetensors, with torch, which refuses to run code
+
+A decoder, an encoder or a projector need not be converted before training: set init.lm, init.vit, ... to its directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the package and its configs, from a checkout
+
+from vlm_jax import cli, experiment, presets  # noqa: E402
+from vlm_jax.config import DTYPES, ConfigError  # noqa: E402
+from vlm_jax.data import templates, tokenizer  # noqa: E402
+from vlm_jax.hf import directory  # noqa: E402
+from vlm_jax.hf.describe import describe  # noqa: E402
+from vlm_jax.hf.settings import preprocessing  # noqa: E402
+
+log = logging.getLogger("vlm_jax.convert_hf")
+
+SOURCE = "imported_from.json"  # beside config.json of an imported model: {"base": directory}
+# The prompt format that a tokenizer with these tokens was trained on.
+FORMATS = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3", "<|assistant|>": "phi3"}
+
+
+def main(argv: list[str]) -> None:
+    args = arguments().parse_args(argv)
+    given = Path(args.given)
+    if args.from_bin:
+        unpickle(given, Path(args.out))
+    elif directory.is_model(given):
+        import_model(given, Path(args.out), args)
+    elif (given / "checkpoints").is_dir():
+        export_model(given, Path(args.out), args)
+    else:
+        raise ConfigError(
+            f"{args.given!r} is neither a model directory (config.json with a model_type) nor a workdir (checkpoints/)."
+        )
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("given", metavar="IN")
+    parser.add_argument("out", metavar="OUT")
+    parser.add_argument("--from-bin", action="store_true", help="pickled weights to safetensors")
+    inward = parser.add_argument_group("importing")
+    inward.add_argument("--vit", help="directory of the encoder, where IN only names it")
+    inward.add_argument("--template", choices=sorted(templates.TEMPLATES), help="prompt format; default: by the tokenizer")  # fmt: skip
+    inward.add_argument("--param-dtype", choices=DTYPES, default="float32")
+    outward = parser.add_argument_group("exporting")
+    outward.add_argument("--what", choices=("llava", "lm", "vit", "reference"), default="llava")
+    outward.add_argument("--base", help="directory whose names, files and settings are kept; default: where it was imported from")  # fmt: skip
+    outward.add_argument("--standalone", action="store_true", help="names and settings of our own")
+    outward.add_argument("--dtype", choices=DTYPES, default="", help="of a standalone export; default: the parameters'")  # fmt: skip
+    outward.add_argument("--encoder-name", default="", help="with --what=reference: mm_vision_tower")  # fmt: skip
+    return parser
+
+
+def import_model(given: Path, out: Path, args: argparse.Namespace) -> None:
+    """A model directory to a workdir with one checkpoint, step 0."""
+    from vlm_jax import sharding, weights  # seconds to import
+    from vlm_jax.checkpoint import save_params
+
+    found = describe(given)
+    if (out / "checkpoints").exists():
+        raise ConfigError(f"{str(out)!r} holds checkpoints already; choose another directory.")
+    folder = experiment.open_workdir(str(out))
+    sources = {}
+    if found.lm:
+        sources["lm"] = str(given)
+    if found.vit or args.vit or found.encoder:
+        sources["vit"] = args.vit or (str(given) if found.vit else found.encoder)
+    if found.projector_layers:
+        sources["projector"] = str(given)
+    if found.compressor and found.compressor.name != "identity":
+        sources["compressor"] = str(given)
+    if found.encoder and not directory.is_model(sources["vit"]):
+        raise ConfigError(
+            f"{str(given)!r} names its encoder {found.encoder!r} but does not hold it; give --vit=DIR."
+        )
+    exp = experiment.resolve(settings_of(given, folder, found, sources, args))
+    wanted = weights.abstract(exp.model, sharding.make_mesh(exp.mesh))
+    params = weights.load_by_part(sources, exp.model, wanted)
+    save_params(folder, params)
+    experiment.write(exp, folder)
+    (folder / SOURCE).write_text(json.dumps({"base": str(given.resolve())}) + "\n")
+    log.info("%s: %s", out, ", ".join(sorted(params)))
+
+
+def settings_of(given: Path, folder: Path, found: Any, sources: dict[str, str], args: Any) -> Any:
+    """configs/default.py with the model, the tokenizer and the images of the directory."""
+    c = cli.load_config(str(ROOT / "configs" / "default.py"))
+    for part in ("vit", "lm"):
+        if part in sources:
+            c.model[part].preset = sources[part]
+        c.model[part].param_dtype = args.param_dtype
+        c.model[part].dtype = "float32" if args.param_dtype == "float32" else "bfloat16"
+    if found.encoder:
+        c.model.vit.feature_layer = presets.vit(str(given)).feature_layer
+    compressor = found.compressor
+    c.model.compressor.name = "identity" if compressor is None else compressor.name
+    c.model.compressor.dtype = c.model.vit.dtype
+    if compressor is not None:
+        c.model.compressor.update(
+            {
+                "stride": compressor.stride,
+                "num_heads": compressor.num_heads,
+                "taps": compressor.taps,
+            }
+        )
+    else:
+        c.model.compressor.taps = ()
+    c.model.projector_layers = found.projector_layers or c.model.projector_layers
+    if "vit" in sources:
+        px = presets.vit(sources["vit"]).image_px
+        c.data.image_mode = preprocessing(Path(sources["vit"]), px)["image_mode"]
+    if any((given / name).is_file() for name in tokenizer.FILES):
+        c.data.tokenizer = str(copy_tokenizer(given, folder / "tokenizer"))
+        known = tokenizer.load(c.data.tokenizer)
+        marked = [name for token, name in FORMATS.items() if known.token_id(token) is not None]
+        c.data.template = args.template or (marked or ["vicuna_v1"])[0]
+        log.info("prompt format: %s", c.data.template)
+    return c
+
+
+def copy_tokenizer(given: Path, folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    for path in given.iterdir():
+        own = path.name.startswith(("tokenizer", "special_tokens", "added_tokens", "chat_template"))
+        if path.is_file() and (own or path.name in ("vocab.json", "merges.txt")):
+            shutil.copy(path, folder / path.name)
+    return folder
+
+
+def export_model(workdir: Path, out: Path, args: argparse.Namespace) -> None:
+    """The newest checkpoint of a workdir to a model directory."""
+    import jax
+
+    from vlm_jax import sharding, weights
+    from vlm_jax.config import MeshConfig
+    from vlm_jax.hf import export, parts
+
+    exp = experiment.read(workdir)
+    wanted = weights.abstract(exp.model, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+
+    def load(names: Any) -> dict[str, Any]:
+        own = {name: wanted[name] for name in names if name in wanted}
+        return weights.load(str(workdir), exp.model, own)
+
+    base = None if args.standalone else args.base or recorded_base(workdir)
+    if base is not None:
+        if args.dtype:
+            raise ConfigError("--dtype: a base keeps its dtypes; add --standalone for another.")
+        held = parts.held(directory.open_directory(base), exp.model)
+        export.onto_base(out, Path(base), load(held), exp.model)
+        log.info("%s: %s of %s, the rest as in %s", out, ", ".join(sorted(held)), workdir, base)
+        return
+    has_tokenizer = bool(exp.data.tokenizer)
+    template = templates.TEMPLATES[exp.data.template]
+    companions = export.Companions(
+        tokenizer=Path(exp.data.tokenizer) if has_tokenizer and args.what != "vit" else None,
+        chat_template=templates.chat_template(template, exp.data.system) if template.keeps_question else None,
+        image_mode=exp.data.image_mode,
+    )  # fmt: skip
+    export.standalone(
+        out, args.what, load(export.WHAT[args.what]), exp.model, companions, args.dtype, args.encoder_name
+    )  # fmt: skip
+    log.info("%s: %s of %s", out, args.what, workdir)
+
+
+def recorded_base(workdir: Path) -> str | None:
+    """The directory that an imported model came from."""
+    if not (workdir / SOURCE).is_file():
+        return None
+    base = json.loads((workdir / SOURCE).read_text())["base"]
+    if not directory.is_model(base):
+        raise ConfigError(
+            f"{str(workdir)!r} was imported from {base!r}, which is gone; give --base=DIR, or --standalone to write "
+            "without it."
+        )
+    return base
+
+
+def unpickle(given: Path, out: Path) -> None:
+    """pytorch_model*.bin to safetensors files of the same names; everything else is copied."""
+    import torch
+    from safetensors.torch import save_file
+
+    files = sorted(path for pattern in directory.PICKLES for path in given.glob(pattern))
+    if not files:
+        raise ConfigError(f"{str(given)!r} has no {', '.join(directory.PICKLES)} file.")
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{str(out)!r} exists and is not empty; choose another directory.")
+    out.mkdir(parents=True, exist_ok=True)
+    for path in files:
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # torch raises what the pickle makes it raise
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"{str(path)!r} cannot be read as plain weights: {reason}") from None
+        if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+            raise ConfigError(f"{str(path)!r} holds more than tensors; it is no model's weights.")
+        # Tied weights are one storage in a pickle; safetensors wants each tensor to have its own.
+        own = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+        save_file(own, out / f"{path.stem}.safetensors", metadata={"format": "pt"})
+    for path in given.iterdir():
+        if path.is_file() and path not in files and not path.name.endswith(".bin.index.json"):
+            shutil.copy(path, out / path.name)
+    log.info("%s: %d files", out, len(files))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,238 @@
+"""Parameters to a directory that transformers loads. It appears whole or not at all.
+
+`standalone` writes names and settings of its own:
+
+    llava       the whole model, where the compressor is `identity`
+    lm, vit     the decoder or the encoder alone, with any compressor
+    reference   compressor and projector in the original layout (model.mm_projector...), for the compressors' releases
+
+`onto_base` puts the parameters in the place of those of a directory that the model was imported from: names, dtypes,
+files, settings and what our model has no use for stay, so that import then export is the identity.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes  # noqa: F401 (teaches NumPy bfloat16)
+import numpy as np
+from safetensors.numpy import save_file
+
+from vlm_jax.config import ConfigError, VLMConfig
+from vlm_jax.hf import directory, io, maps, naming, parts, written
+from vlm_jax.hf.describe import check_agrees
+from vlm_jax.hf.maps import Rule
+
+Tree = dict[str, Any]
+WHAT = {"llava": ("vit", "projector", "lm"), "lm": ("lm",), "vit": ("vit",), "reference": ("compressor", "projector")}  # fmt: skip
+SHARD_BYTES = 5_000_000_000
+WEIGHTS = {*directory.PICKLES, "*.safetensors", "*.safetensors.index.json", "*.h5", "*.msgpack", "*.gguf"}  # fmt: skip
+
+# what -> (group of tensors -> what stands before its names)
+STANDALONE = {"lm": {naming.LM: ""}, "vit": {naming.VIT: "vision_model."}, "reference": {naming.REFERENCE: "model.mm_projector."}}  # fmt: skip
+LLAVA = {naming.VIT: "vision_tower.vision_model.", naming.PROJECTOR: "multi_modal_projector.", naming.LM: "language_model."}  # fmt: skip
+
+
+class Companions(NamedTuple):
+    """What stands beside the weights in a directory made without a base; None: not written."""
+
+    tokenizer: Path | None  # directory of a Hugging Face tokenizer
+    chat_template: str | None  # Jinja
+    image_mode: str | None  # data.image_mode
+
+
+def standalone(
+    out: Path,
+    what: str,
+    params: Tree,
+    config: VLMConfig,
+    companions: Companions,
+    dtype: str = "",
+    encoder_name: str = "",
+) -> None:
+    """Writes the directory `out`, which must not exist or be empty.
+
+    what: a key of WHAT; params: its parts. dtype: of the stored tensors; "" = the parameters'. encoder_name: the encoder's
+    name in config.json of the reference layout. Raises ConfigError for a model that the layout cannot hold.
+    """
+    with _whole(out) as partial:
+        ids, image_id = _write_tokenizer(partial, companions, image=what == "llava")
+        settings = _settings(what, config, ids, image_id, encoder_name)
+        rows = settings["text_config"]["vocab_size"] if what == "llava" else 0
+        named = _named(what, params, config)
+        stored = ((name, _grown(name, tensor, rows)) for name, tensor in named)
+        settings["torch_dtype"] = _write_shards(partial, stored, dtype)
+        _write_json(partial / "config.json", settings)
+        if what in ("llava", "vit") and companions.image_mode is not None:
+            pixels = written.preprocessor(config.vit, companions.image_mode)
+            _write_json(partial / "preprocessor_config.json", pixels)
+        if what == "llava":
+            _write_json(partial / "processor_config.json", written.processor(config.vit))
+
+
+@contextlib.contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+    """A directory to fill, which becomes `out` if all goes well and vanishes otherwise."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{str(out)!r} exists and is not empty; choose another directory.")
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if out.exists():
+            out.rmdir()
+        partial.replace(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _settings(
+    what: str, config: VLMConfig, ids: dict[str, int], image_id: int, encoder_name: str
+) -> dict[str, Any]:
+    """config.json."""
+    if what == "vit":
+        return written.encoder(config.vit)
+    if what == "lm":
+        return written.decoder(config.lm) | ids
+    if what == "reference":
+        return written.original(config, encoder_name) | ids
+    settings = written.llava(config, image_id)
+    rows = max(
+        config.lm.vocab_size, image_id + 1
+    )  # a row for the image token, which nobody looks up
+    settings["text_config"] |= {**ids, "vocab_size": rows}
+    return settings
+
+
+def _named(what: str, params: Tree, config: VLMConfig) -> Iterator[tuple[str, np.ndarray]]:
+    """(name in the file, tensor) of everything to be stored."""
+    prefixes = LLAVA if what == "llava" else STANDALONE[what]
+    rules: dict[str, list[Rule]] = {
+        naming.VIT: maps.vit(config.vit, flat_patches=False), naming.LM: maps.lm(config.lm, fused=False),
+        naming.PROJECTOR: maps.projector(maps.LLAVA_PROJECTOR),
+        naming.REFERENCE: parts.reference_rules(config) if what == "reference" else [],
+    }  # fmt: skip
+    for group, prefix in prefixes.items():
+        for name, tensor in io.tensors(params, rules[group]):
+            yield prefix + name, tensor
+        if group == naming.VIT and not (config.vit.post_norm and config.vit.feature_layer == -1):
+            # transformers insists on this norm, of a state that nobody reads: the identity.
+            width = config.vit.width
+            yield f"{prefix}post_layernorm.weight", np.ones(width, np.float32)
+            yield f"{prefix}post_layernorm.bias", np.zeros(width, np.float32)
+
+
+def _grown(name: str, tensor: np.ndarray, rows: int) -> np.ndarray:
+    """Embedding table and head with rows for new tokens: the mean of the others, which is never the likeliest token."""
+    if not name.endswith(("embed_tokens.weight", "lm_head.weight")) or len(tensor) >= rows:
+        return tensor
+    mean = tensor.astype(np.float32).mean(axis=0, keepdims=True).astype(tensor.dtype)
+    return np.concatenate([tensor, np.repeat(mean, rows - len(tensor), axis=0)])
+
+
+def _write_tokenizer(out: Path, companions: Companions, image: bool) -> tuple[dict[str, int], int]:
+    """(bos, eos and pad ids for config.json, the id of IMAGE_TOKEN) after saving the tokenizer."""
+    if companions.tokenizer is None:
+        if image:
+            raise ConfigError("export: a LLaVA directory needs a tokenizer; give --tokenizer=DIR.")
+        return {}, 0
+    from transformers import AutoTokenizer  # seconds to import
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(companions.tokenizer, local_files_only=True)
+    if image:
+        tokenizer.add_tokens([written.IMAGE_TOKEN], special_tokens=True)
+    if companions.chat_template is not None:
+        tokenizer.chat_template = companions.chat_template
+    tokenizer.save_pretrained(out)
+    ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}  # fmt: skip
+    known = {name: value for name, value in ids.items() if value is not None}
+    return known, tokenizer.convert_tokens_to_ids(written.IMAGE_TOKEN) if image else 0
+
+
+def _write_shards(out: Path, stored: Iterator[tuple[str, np.ndarray]], dtype: str) -> str:
+    """Files of at most SHARD_BYTES (or of one tensor), with an index if there are several; the dtype that was stored."""
+    shards: list[dict[str, np.dtype]] = []
+    current: dict[str, np.ndarray] = {}
+    size = total = 0
+
+    def flush() -> None:
+        save_file(current, out / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append({name: tensor.dtype for name, tensor in current.items()})
+        current.clear()
+
+    for name, tensor in stored:
+        tensor = _as(tensor, dtype)
+        if current and size + tensor.nbytes > SHARD_BYTES:
+            flush()
+            size = 0
+        current[name] = tensor
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        (out / "shard-0").replace(out / directory.SINGLE)
+    else:
+        weight_map = {}
+        for i, names in enumerate(shards):
+            file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            (out / f"shard-{i}").replace(out / file)
+            weight_map |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(out / directory.INDEX, index)
+    dtypes = {str(dtype) for names in shards for dtype in names.values()}
+    return "float32" if "float32" in dtypes and not dtype else dtype or min(dtypes)
+
+
+def _as(tensor: np.ndarray, dtype: str) -> np.ndarray:
+    return np.ascontiguousarray(tensor.astype(dtype) if dtype else tensor)
+
+
+def onto_base(out: Path, base: Path, params: Tree, config: VLMConfig) -> None:
+    """Writes `out` as the directory `base` with the parameters of `params` in the place of its own.
+
+    params: at least the parts that the base holds. Raises ConfigError when the base's settings or shapes are others.
+    """
+    opened = directory.open_directory(base)
+    names = naming.sort(opened.tensors)
+    groups = parts.group_rules(opened, names, config)
+    for part in parts.parts_of(groups):
+        check_agrees(str(base), part, config)
+    ours: dict[str, tuple[str, list[Rule]]] = {}  # name in the base -> (its one name, rules)
+    for group, rules in groups.items():
+        io.match(group, names[group], rules)
+        for rule in rules:
+            for name in rule.names:
+                ours.setdefault(names[group][name], (name, []))[1].append(rule)
+
+    def make(name: str) -> np.ndarray:
+        if name not in ours:
+            return opened.read(name)
+        entry, (own, rules) = opened.tensors[name], ours[name]
+        tensor = io.tensor(params, rules, own)
+        if tensor.shape != entry.shape:
+            raise ConfigError(
+                f"export: {name} has shape {list(tensor.shape)}, in the base {list(entry.shape)}."
+            )
+        return _as(tensor, entry.dtype)
+
+    files: dict[Path, list[str]] = {}
+    for name, entry in opened.tensors.items():
+        files.setdefault(entry.file, []).append(name)
+    with _whole(out) as partial:
+        for file, wanted in files.items():
+            save_file({n: make(n) for n in wanted}, partial / file.name, metadata={"format": "pt"})
+        for path in sorted(base.iterdir()):
+            if path.is_file() and not any(path.match(pattern) for pattern in WEIGHTS):
+                shutil.copy(path, partial / path.name)
+        if (base / directory.INDEX).is_file():
+            shutil.copy(base / directory.INDEX, partial / directory.INDEX)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
