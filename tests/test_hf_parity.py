@@ -71,23 +71,29 @@ def inputs_of(ids, valid, pixels=None, image_token: int = -1) -> Inputs:
     )
 
 
-def compare_answers(config, params, inputs, model, ids, valid, **pixels) -> tuple[float, str]:
-    """(relative difference of the logits, greedy tokens that agree) of one left-padded batch."""
+def compare_logits(config, params, inputs, model, ids, valid, **pixels) -> float:
+    """Largest relative difference of one left-padded batch."""
     given = dict(input_ids=torch.tensor(ids), attention_mask=torch.tensor(valid.astype(int)), **pixels)  # fmt: skip
     with torch.no_grad():
         positions = torch.tensor(np.array(inputs.positions, np.int64))
         theirs = model(**given, position_ids=positions).logits.numpy()
+    ours = jax.jit(VLM(config).apply)({"params": params}, inputs)
+    return relative(np.asarray(ours)[valid], theirs[valid])
+
+
+def compare_answers(config, params, inputs, model, ids, valid, **pixels) -> str:
+    """Greedy tokens that agree, of how many."""
+    given = dict(input_ids=torch.tensor(ids), attention_mask=torch.tensor(valid.astype(int)), **pixels)  # fmt: skip
+    with torch.no_grad():
         settings = dict(max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
         model.generation_config.eos_token_id = None
         said = model.generate(**given, **settings).numpy()[:, ids.shape[1] :]
-    ours = jax.jit(VLM(config).apply)({"params": params}, inputs)
     decoding = Decoding(NEW_TOKENS, (), 0)
     answers = np.asarray(
         make_generate(config, decoding)(params, inputs, jnp.zeros(len(ids), jnp.int32))
     )
     assert said.shape == answers.shape
-    agree = f"{int((said == answers).sum())}/{said.size}"
-    return relative(np.asarray(ours)[valid], theirs[valid]), agree
+    return f"{int((said == answers).sum())}/{said.size}"
 
 
 def left_padded(rng, batch: int, length: int, high: int, low: int = 6):
@@ -97,16 +103,14 @@ def left_padded(rng, batch: int, length: int, high: int, low: int = 6):
     return np.where(valid, ids, 0), valid
 
 
-def compare_decoder(folder: Path) -> Compared:
+def compare_decoder(folder: Path, answers: bool = True) -> Compared:
     config, params = load(folder, ("lm",))
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     ids, valid = left_padded(np.random.default_rng(0), 3, 17, config.lm.vocab_size)
-    difference, agree = compare_answers(
-        config, params, inputs_of(ids, valid), model, ids, valid, use_cache=True
-    )
-    return Compared("logits", difference, agree)
+    batch = (config, params, inputs_of(ids, valid), model, ids, valid)
+    return Compared("logits", compare_logits(*batch), compare_answers(*batch) if answers else "")
 
 
 def compare_encoder(folder: Path) -> Compared:
@@ -156,10 +160,9 @@ def compare_llava(folder: Path) -> Compared:
     pictures = rng.integers(0, 256, (3, 2, vit.image_px, vit.image_px, 3), dtype=np.uint8)
     used = np.concatenate([pictures[row, :images] for row, images in enumerate(count)])
     pixels = torch.tensor((used / 255 - np.array(vit.mean)) / np.array(vit.std)).float()
-    difference, agree = compare_answers(
-        config, params, inputs_of(ids, valid, pictures, image), model, ids, valid, pixel_values=pixels.permute(0, 3, 1, 2)
-    )  # fmt: skip
-    return Compared("logits", difference, agree)
+    batch = (config, params, inputs_of(ids, valid, pictures, image), model, ids, valid)
+    theirs = dict(pixel_values=pixels.permute(0, 3, 1, 2))
+    return Compared("logits", compare_logits(*batch, **theirs), compare_answers(*batch, **theirs))
 
 
 def compare(folder: Path) -> Compared:
