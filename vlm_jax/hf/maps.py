@@ -50,6 +50,15 @@ class Rule:
         """A view of the tensor, or of its `rows`, NumPy's or JAX's, in our layout. Raises EinopsError where an axis does not split."""
         return rearrange(tensor, self.layout, **dict(self.sizes))
 
+    def stored_axes(self, axes: Sequence[Any]) -> list[Any]:
+        """What belongs to each stored axis, given what belongs to each of ours (a split axis goes with its first part)."""
+        stored, ours = (re.findall(r"\(([^)]*)\)|(\S+)", side) for side in self.layout.split(" -> "))  # fmt: skip
+        if self.layout == AS_IT_IS:
+            return list(axes)
+        firsts = [(group or name).split()[0] for group, name in ours]
+        belongs = dict(zip(firsts, axes, strict=False))
+        return [belongs.get((group or name).split()[0]) for group, name in stored]
+
     def store(self, parameter: np.ndarray) -> np.ndarray:
         """The inverse of `load`."""
         stored, ours = self.layout.split(" -> ")
