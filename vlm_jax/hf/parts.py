@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+import numpy as np
+
 from vlm_jax.config import ConfigError, VLMConfig
 from vlm_jax.hf import directory, io, maps, naming
 from vlm_jax.hf.directory import Directory
@@ -70,4 +72,20 @@ def load_parts(path: str | Path, config: VLMConfig, abstract: Tree) -> Tree:
     Raises ConfigError, before anything is read, when the weights are not exactly those of the model.
     """
     opened = directory.open_directory(path)
-    return io.load(opened, sources(opened, config, tuple(abstract)), abstract)
+    found = sources(opened, config, tuple(abstract))
+    if "lm" in abstract and config.lm.tied_embeddings:
+        _check_tied(opened)
+    return io.load(opened, found, abstract)
+
+
+def _check_tied(opened: Directory) -> None:
+    """A head that is stored although it is tied must be the embedding table."""
+    names = naming.sort(opened.tensors)[naming.LM]
+    if "lm_head.weight" not in names:
+        return
+    table, head = opened.read(names["model.embed_tokens.weight"]), opened.read(names["lm_head.weight"])  # fmt: skip
+    if not np.array_equal(table, head):
+        raise ConfigError(
+            f"{str(opened.path)!r}: config.json ties the embeddings, but {names['lm_head.weight']} differs from the table; set "
+            "tie_word_embeddings to false there."
+        )

@@ -52,7 +52,7 @@ def complete(raw: Mapping[str, Any], model_type: str, where: str) -> Any:
     fields = {key: value for key, value in raw.items() if key != "model_type"}
     try:
         return AutoConfig.for_model(model_type, **fields)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # its validators raise many kinds, some without a common base
         reason = " ".join(str(error).split())
         raise ConfigError(f"{where}: not a valid {model_type} config: {reason}") from error
 
