@@ -151,32 +151,37 @@ def preprocessing(folder: Path, image_px: int) -> dict[str, Any]:
     p = json.loads(path.read_text(encoding="utf-8"))
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if p.get(step) is False:
-            raise ConfigError(f"{str(path)!r}: {step} is false; images are always resized to the encoder's size and normalised here.")  # fmt: skip
+            raise ConfigError(f"{str(path)!r}: {step} is false; that step is always taken here.")
     if abs(p.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
         raise ConfigError(f"{str(path)!r}: rescale_factor {p['rescale_factor']} is not 1/255.")
     resample = p.get("resample", 3)
     if resample not in RESAMPLE:
         raise ConfigError(f"{str(path)!r}: resample {resample} is not 2 (bilinear) or 3 (bicubic).")
-    mode, side = _squaring(p)
+    mode, side = _squaring(p, str(path))
     if side not in (None, image_px):
-        raise ConfigError(f"{str(path)!r}: images of {side} px, but the encoder takes {image_px} px.")  # fmt: skip
+        raise ConfigError(
+            f"{str(path)!r}: images of {side} px, but the encoder takes {image_px} px."
+        )
     pixels = {ours: tuple(p[theirs]) for ours, theirs in (("mean", "image_mean"), ("std", "image_std")) if p.get(theirs)}  # fmt: skip
     return {"image_mode": mode, "resample": RESAMPLE[resample], **pixels}
 
 
-def _squaring(p: Mapping[str, Any]) -> tuple[str, int | None]:
+def _squaring(p: Mapping[str, Any], where: str) -> tuple[str, int | None]:
     """(data.image_mode, side in pixels or None) of a preprocessor: pad, crop the middle, or stretch."""
-    size = p.get("size")
-    side = size
-    if isinstance(size, Mapping):
-        side = size.get("shortest_edge", size.get("height"))
-    if p.get("do_pad"):
-        return "pad", side
-    shortest = isinstance(size, int) or (isinstance(size, Mapping) and "shortest_edge" in size)
-    if p.get("do_center_crop", shortest) and shortest:
-        crop = p.get("crop_size", side)
-        return "crop", crop["height"] if isinstance(crop, Mapping) else crop
-    return "stretch", side
+    size, crop = p.get("size"), p.get("crop_size")
+    if isinstance(size, Mapping) and "height" in size:
+        if size["height"] != size["width"]:
+            raise ConfigError(f"{where}: {size['height']}x{size['width']} px is no square.")
+        return "stretch", size["height"]
+    side = size["shortest_edge"] if isinstance(size, Mapping) else size
+    cropped = crop["height"] if isinstance(crop, Mapping) else crop
+    if not p.get("do_center_crop", True) and not p.get("do_pad"):
+        raise ConfigError(f"{where}: shortest_edge without do_center_crop leaves no square.")
+    if side is not None and cropped is not None and side != cropped:
+        raise ConfigError(
+            f"{where}: images are resized to {side} px and cropped to {cropped} px; only equal sizes are computed here."
+        )
+    return "pad" if p.get("do_pad") else "crop", side
 
 
 def feature_layer(index: int, num_layers: int) -> int:
