@@ -24,9 +24,9 @@ sys.path.insert(0, str(ROOT))  # the package and its configs, from a checkout
 from vlm_jax import cli, experiment, presets  # noqa: E402
 from vlm_jax.config import DTYPES, ConfigError  # noqa: E402
 from vlm_jax.data import templates, tokenizer  # noqa: E402
-from vlm_jax.hf import directory  # noqa: E402
+from vlm_jax.hf import directory, naming  # noqa: E402
 from vlm_jax.hf.describe import describe  # noqa: E402
-from vlm_jax.hf.settings import preprocessing  # noqa: E402
+from vlm_jax.hf.settings import feature_layer, preprocessing  # noqa: E402
 
 log = logging.getLogger("vlm_jax.convert_hf")
 
@@ -79,19 +79,7 @@ def import_model(given: Path, out: Path, args: argparse.Namespace) -> None:
     if (out / "checkpoints").exists():
         raise ConfigError(f"{str(out)!r} holds checkpoints already; choose another directory.")
     folder = experiment.open_workdir(str(out))
-    sources = {}
-    if found.lm:
-        sources["lm"] = str(given)
-    if found.vit or args.vit or found.encoder:
-        sources["vit"] = args.vit or (str(given) if found.vit else found.encoder)
-    if found.projector_layers:
-        sources["projector"] = str(given)
-    if found.compressor and found.compressor.name != "identity":
-        sources["compressor"] = str(given)
-    if found.encoder and not directory.is_model(sources["vit"]):
-        raise ConfigError(
-            f"{str(given)!r} names its encoder {found.encoder!r} but does not hold it; give --vit=DIR."
-        )
+    sources = sources_of(given, found, args.vit)
     exp = experiment.resolve(settings_of(given, folder, found, sources, args))
     wanted = weights.abstract(exp.model, sharding.make_mesh(exp.mesh))
     params = weights.load_by_part(sources, exp.model, wanted)
@@ -101,16 +89,39 @@ def import_model(given: Path, out: Path, args: argparse.Namespace) -> None:
     log.info("%s: %s", out, ", ".join(sorted(params)))
 
 
+def sources_of(given: Path, found: Any, vit: str | None) -> dict[str, str]:
+    """The directory that each part comes from."""
+    sources = {}
+    if found.lm:
+        sources["lm"] = str(given)
+    if found.projector_layers:
+        sources["projector"] = str(given)
+    if found.compressor and found.compressor.name != "identity":
+        sources["compressor"] = str(given)
+    if found.vit:
+        sources["vit"] = str(given)
+    elif found.encoder:
+        inside = naming.sort(directory.open_directory(given).tensors)[naming.VIT]
+        sources["vit"] = str(given) if inside and not vit else vit or found.encoder
+        if not directory.is_model(sources["vit"]):
+            raise ConfigError(
+                f"{str(given)!r} names its encoder {found.encoder!r} but does not hold it; give --vit=DIR."
+            )
+    return sources
+
+
 def settings_of(given: Path, folder: Path, found: Any, sources: dict[str, str], args: Any) -> Any:
     """configs/default.py with the model, the tokenizer and the images of the directory."""
     c = cli.load_config(str(ROOT / "configs" / "default.py"))
+    presets_of = sources | ({"vit": args.vit} if args.vit else {})
     for part in ("vit", "lm"):
         if part in sources:
-            c.model[part].preset = sources[part]
+            c.model[part].preset = presets_of[part]
         c.model[part].param_dtype = args.param_dtype
         c.model[part].dtype = "float32" if args.param_dtype == "float32" else "bfloat16"
     if found.encoder:
-        c.model.vit.feature_layer = presets.vit(str(given)).feature_layer
+        layers = presets.vit(presets_of["vit"]).num_layers
+        c.model.vit.feature_layer = feature_layer(found.select_layer, layers)
     compressor = found.compressor
     c.model.compressor.name = "identity" if compressor is None else compressor.name
     c.model.compressor.dtype = c.model.vit.dtype
@@ -126,14 +137,16 @@ def settings_of(given: Path, folder: Path, found: Any, sources: dict[str, str], 
         c.model.compressor.taps = ()
     c.model.projector_layers = found.projector_layers or c.model.projector_layers
     if "vit" in sources:
-        px = presets.vit(sources["vit"]).image_px
-        c.data.image_mode = preprocessing(Path(sources["vit"]), px)["image_mode"]
+        px = presets.vit(presets_of["vit"]).image_px
+        c.data.image_mode = preprocessing(Path(presets_of["vit"]), px)["image_mode"]
+    if found.encoder:
+        c.data.image_mode = "pad"  # what the layout's recipes do (image_aspect_ratio)
     if any((given / name).is_file() for name in tokenizer.FILES):
         c.data.tokenizer = str(copy_tokenizer(given, folder / "tokenizer"))
         known = tokenizer.load(c.data.tokenizer)
         marked = [name for token, name in FORMATS.items() if known.token_id(token) is not None]
         c.data.template = args.template or (marked or ["vicuna_v1"])[0]
-        log.info("prompt format: %s", c.data.template)
+        log.info("prompt format: %s (--template sets another)", c.data.template)
     return c
 
 
