@@ -51,7 +51,7 @@ def compiled(module: nn.Module):
 
 
 def run(module, params, inputs):
-    return np.asarray(compiled(module)({"params": params}, *inputs))
+    return np.asarray(compiled(module)({"params": params}, *inputs).tokens)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_gradients_equal_finite_differences(name):
     @jax.jit
     def loss(vector):
         p, x = unravel(vector)
-        return jnp.sum(module.apply({"params": p}, *x) * target)
+        return jnp.sum(module.apply({"params": p}, *x).tokens * target)
 
     gradient = jax.jit(jax.grad(loss))(flat)
     for seed in range(5):
@@ -135,13 +135,13 @@ def test_bfloat16_survives_large_activations(name):
     module, params, _, inputs = case(name, 4, 2)
     half = module.clone(config=CompressorConfig(name, 2, HEADS, dtype="bfloat16"))
     large = [x if x is None else x.at[:, 0].mul(1e4).astype(jnp.bfloat16) for x in inputs]
-    out = compiled(half)({"params": params}, *large)
+    out = compiled(half)({"params": params}, *large).tokens
     assert out.dtype == jnp.bfloat16
     assert bool(jnp.isfinite(out).all())
     exact = run(module, params, [x if x is None else x.astype(jnp.float32) for x in large])
     assert np.abs(np.asarray(out, np.float32) - exact).mean() < 0.05 * np.abs(exact).max()
     grads = jax.jit(
-        jax.grad(lambda p: half.apply({"params": p}, *large).astype(jnp.float32).sum())
+        jax.grad(lambda p: half.apply({"params": p}, *large).tokens.astype(jnp.float32).sum())
     )(params)
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
 
@@ -155,7 +155,7 @@ def test_attention_weights_are_handed_out_on_request_only(name):
     (weights,) = kept["intermediates"]["attention"]["weights"]
     assert weights.shape == (2, 4, HEADS, 2, 2)
     np.testing.assert_allclose(weights.sum((-1, -2)), 1, atol=1e-6)
-    np.testing.assert_allclose(out, run(module, params, inputs), atol=1e-5)
+    np.testing.assert_allclose(out.tokens, run(module, params, inputs), atol=1e-5)
 
 
 # Counts of the true size: CLIP-L/14 at 336 px (24 x 24 patches, width 1024), four taps, a decoder of width 4096.

@@ -139,7 +139,7 @@ def compressed(
     case: Case, name: str, compressor: dict, projector: dict, stride: int = 1
 ) -> dict[str, np.ndarray]:
     """Runs compressor and projector, after the same validation as any model."""
-    last, taps = features_of(case)
+    last, taps = features_of(case)[:2]
     grid = round(last.shape[1] ** 0.5)
     heads = case.config.get("num_heads", 1)
     eps = case.config.get("ln_eps", 1e-6)
@@ -147,7 +147,8 @@ def compressed(
     VLMConfig(tiny_vit(grid, last.shape[-1]), config, presets.lm("mini-45k"))
     entry = COMPRESSORS[name]
     query = text_of(case) if entry.uses_query else None
-    mid = jax.jit(entry.module(config, grid).apply)({"params": compressor}, last, taps, query)
+    apply = jax.jit(entry.module(config, grid).apply)
+    mid = apply({"params": compressor}, last, taps, query).tokens
     assert mid.shape[1] == entry.num_tokens(config, grid)
     width = projector["dense_1"]["kernel"].shape[1]
     tokens = jax.jit(Projector(width, 2, "none", "none", "float32").apply)(
@@ -173,7 +174,7 @@ def run_tokenpacker(case: Case) -> dict:
 
 
 def run_tower(case: Case) -> dict:
-    last, taps = encode(case)
+    last, taps = encode(case)[:2]
     return {"features": last, "multi": taps, "text": text_of(case)[:, None]}
 
 

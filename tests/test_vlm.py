@@ -175,13 +175,13 @@ def test_swapping_images_and_their_slots_together_changes_nothing():
 def test_visual_tokens_stand_at_their_slots_and_text_everywhere_else():
     cfg, params = model("tokenpacker")
     inputs = batch("tokenpacker")
-    x = call("tokenpacker", inputs, "embed")
+    x, _ = placed(cfg, params, inputs)
     index = np.asarray(inputs.visual_index)
     table = np.asarray(params["lm"]["embed"])
     np.testing.assert_array_equal(x[index < 0], table[np.asarray(inputs.tokens)][index < 0])
     features = call_features(cfg, params, inputs)
     compressor = COMPRESSORS["tokenpacker"].module(cfg.compressor, GRID)
-    mid = jax.jit(compressor.apply)({"params": params["compressor"]}, *features, None)
+    mid = jax.jit(compressor.apply)({"params": params["compressor"]}, *features[:2]).tokens
     visual = jax.jit(Projector(24, 2, "none", "none", "float32").apply)(
         {"params": params["projector"]}, mid
     )
@@ -189,6 +189,16 @@ def test_visual_tokens_stand_at_their_slots_and_text_everywhere_else():
     for row in (0, 1):
         shown = index[row][index[row] >= 0]
         np.testing.assert_allclose(x[row][index[row] >= 0], visual[row, shown], atol=1e-5)
+
+
+def placed(cfg, params, inputs):
+    """What the decoder is given: embeddings and layout."""
+
+    def place(module, inputs):
+        return module.place(inputs, module.see(inputs))
+
+    made = jax.jit(functools.partial(VLM(cfg).apply, method=place))({"params": params}, inputs)
+    return jax.tree.map(np.asarray, made)
 
 
 def call_features(cfg, params, inputs):
@@ -201,7 +211,7 @@ def call_features(cfg, params, inputs):
 def test_cached_features_stand_in_for_images(name):
     cfg, params = model(name)
     inputs = batch(name)
-    last, taps = method(cfg, "features")({"params": params}, inputs)
+    last, taps = method(cfg, "features")({"params": params}, inputs)[:2]
     cached = inputs._replace(
         images=None, feature_last=last.reshape(3, 2, *last.shape[1:]),
         feature_taps=taps.reshape(3, 2, *taps.shape[1:]) if cfg.compressor.taps else None,
@@ -262,7 +272,8 @@ def test_no_gradient_flows_through_the_query_into_the_decoder():
     @jax.jit
     @jax.grad
     def gradient(params):
-        return jnp.sum(VLM(cfg).apply({"params": params}, inputs, method="embed") * visual)
+        x, _ = VLM(cfg).apply({"params": params}, inputs, method=lambda m, i: m.place(i, m.see(i)))
+        return jnp.sum(x * visual)
 
     grads = gradient(params)
     assert all(float(jnp.abs(g).max()) == 0 for g in jax.tree.leaves(grads["lm"]))
@@ -307,7 +318,8 @@ def test_prefill_and_decode_of_left_padded_prompts_equal_the_plain_pass(name):
         segments=jnp.pad(inputs.segments[:, :-1], gap, constant_values=-1),
     )
     cache = empty_cache(cfg.lm, 3, length + pad + 3)
-    logits, cache = method(cfg, "prefill")({"params": params}, padded, cache)
+    logits, cache, layout = method(cfg, "prefill")({"params": params}, padded, cache)
+    np.testing.assert_array_equal(layout.positions, padded.positions)
     scale = np.abs(plain).max()
     assert np.abs(logits - plain[:, -2]).max() <= 2e-5 * scale
     segments = jnp.pad(padded.segments, ((0, 0), (0, 4)), constant_values=0)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.config import ConfigError, VLMConfig, check_positive
 from vlm_jax.models.lm import Cache, empty_cache
-from vlm_jax.models.vlm import VLM, Inputs
+from vlm_jax.models.vlm import VLM, Inputs, Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +68,12 @@ class Generator:
             inputs.tokens.shape,
             self.decoding.max_new_tokens,
         )
-        # flax cannot know what the method it applies returns.
-        apply = cast(Callable[..., tuple[Float[Array, "B V"], Cache]], model.apply)
+        # flax cannot know what the methods it applies return.
+        prefill = cast(Callable[..., tuple[Float[Array, "B V"], Cache, Layout]], model.apply)
+        step = cast(Callable[..., tuple[Float[Array, "B V"], Cache]], model.apply)
         cache = empty_cache(self.config.lm, batch, length + new)
-        logits, cache = apply({"params": params}, inputs, cache, method="prefill")
-        segments = jnp.pad(inputs.segments, ((0, 0), (0, new)))
+        logits, cache, layout = prefill({"params": params}, inputs, cache, method="prefill")
+        segments = jnp.pad(layout.segments, ((0, 0), (0, new)))
         first = choose(logits, seeds, jnp.int32(0), self.decoding)
         output = jnp.full((batch, new), self.decoding.pad_id, jnp.int32).at[:, 0].set(first)
 
@@ -80,8 +81,8 @@ class Generator:
             return (loop.step < new) & ~loop.done.all()
 
         def decode(loop: Loop) -> Loop:
-            logits, cache = apply(
-                {"params": params}, loop.last, inputs.positions[:, -1] + loop.step, segments, length + loop.step - 1,
+            logits, cache = step(
+                {"params": params}, loop.last, layout.positions[:, -1] + loop.step, segments, length + loop.step - 1,
                 loop.cache, method="decode",
             )  # fmt: skip
             chosen = choose(logits, seeds, loop.step, self.decoding)

@@ -12,6 +12,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from vlm_jax.compressors import get as get_compressor
+from vlm_jax.compressors.visual import Visual
 from vlm_jax.config import VLMConfig
 from vlm_jax.layers import constrain
 from vlm_jax.models.lm import LM, Cache, visible
@@ -37,6 +38,13 @@ class Inputs(NamedTuple):
         return cls(**{name: batch[name] for name in cls._fields if name in batch})
 
 
+class Layout(NamedTuple):
+    """Where the slots of each row stand once it is known which visual slots are filled."""
+
+    positions: Int[Array, "B T"]
+    segments: Int[Array, "B T"]
+
+
 def _per_image(x: Array) -> Array:
     return rearrange(x, "b i ... -> (b i) ...")
 
@@ -60,21 +68,29 @@ class VLM(nn.Module):
 
     def __call__(self, inputs: Inputs) -> Float[Array, "B T V"]:
         """Logits of every position, as in training."""
-        x = self.embed(inputs)
-        mask = visible(inputs.segments, inputs.segments)
-        return self.lm.logits(self.lm.hidden(x, inputs.positions, mask))
+        return self.read(inputs, self.see(inputs))
 
-    def prefill(self, inputs: Inputs, cache: Cache) -> tuple[Float[Array, "B V"], Cache]:
-        """Fills slots 0..T-1 of the cache; logits of the last position (prompts are left-padded)."""
+    def read(self, inputs: Inputs, visual: Visual | None) -> Float[Array, "B T V"]:
+        """Logits of every position, of images that were seen before."""
+        x, layout = self.place(inputs, visual)
+        mask = visible(layout.segments, layout.segments)
+        return self.lm.logits(self.lm.hidden(x, layout.positions, mask))
+
+    def prefill(self, inputs: Inputs, cache: Cache) -> tuple[Float[Array, "B V"], Cache, Layout]:
+        """Fills slots 0..T-1 of the cache; logits of the last position (prompts are left-padded).
+
+        The layout is the one that later tokens continue.
+        """
+        x, layout = self.place(inputs, self.see(inputs))
         batch, length = inputs.tokens.shape
         keys = (
-            jnp.full((batch, cache.k.shape[2]), -1, inputs.segments.dtype)
+            jnp.full((batch, cache.k.shape[2]), -1, layout.segments.dtype)
             .at[:, :length]
-            .set(inputs.segments)
+            .set(layout.segments)
         )
-        mask = visible(inputs.segments, keys)
-        hidden, cache = self.lm.cached_hidden(self.embed(inputs), inputs.positions, mask, cache, 0)
-        return self.lm.logits(hidden[:, -1:])[:, 0], cache
+        mask = visible(layout.segments, keys)
+        hidden, cache = self.lm.cached_hidden(x, layout.positions, mask, cache, 0)
+        return self.lm.logits(hidden[:, -1:])[:, 0], cache, layout
 
     def decode(
         self,
@@ -91,20 +107,44 @@ class VLM(nn.Module):
         )
         return self.lm.logits(hidden)[:, 0], cache
 
-    def embed(self, inputs: Inputs) -> Float[Array, "B T D"]:
-        """Token embeddings with the visual tokens put at their slots."""
-        text = self.lm.embed(inputs.tokens)
+    def see(self, inputs: Inputs) -> Visual | None:
+        """Visual tokens [B*I M D] of every image; None for text-only batches."""
         features = self.features(inputs)
         if features is None:
-            return text
+            return None
         with jax.named_scope("compress"):
-            visual = self.projector(
-                self.compressor(features.last, features.taps, self.query(inputs))
+            visual = self.compressor(features.last, features.taps, self.query(inputs), None)
+            return visual._replace(tokens=self.projector(visual.tokens))
+
+    def place(self, inputs: Inputs, visual: Visual | None) -> tuple[Float[Array, "B T D"], Layout]:
+        """Token embeddings with the visual tokens put at their slots.
+
+        Slots without a visual token are hidden from every other, and positions close the gap. Each image's tokens stand at
+        the end of its slots: the text behind an image is predicted from the slot before it, which must be a filled one.
+
+            slots      <s> - - v v What  is      -: hidden
+            positions    0 1 1 1 2    3   4
+        """
+        text = self.lm.embed(inputs.tokens)
+        layout = Layout(inputs.positions, inputs.segments)
+        if visual is None:
+            return text, layout
+        tokens, index = visual.tokens, inputs.visual_index
+        if visual.valid is not None:
+            order = jnp.argsort(visual.valid, axis=1, stable=True)
+            tokens = jnp.take_along_axis(tokens, order[..., None], axis=1)
+            valid = jnp.take_along_axis(visual.valid, order, axis=1)
+            valid = rearrange(valid, "(b i) m -> b (i m)", b=text.shape[0])
+            hidden = (index >= 0) & ~jnp.take_along_axis(valid, jnp.maximum(index, 0), axis=1)
+            layout = Layout(
+                layout.positions - jnp.cumsum(hidden, axis=1, dtype=layout.positions.dtype),
+                jnp.where(hidden, -1, layout.segments),
             )
-        visual = rearrange(visual, "(b i) m d -> b (i m) d", b=text.shape[0])
-        index = inputs.visual_index[..., None]
-        placed = jnp.take_along_axis(visual.astype(text.dtype), jnp.maximum(index, 0), axis=1)
-        return constrain(jnp.where(index >= 0, placed, text), "batch", "length", "embed_activation")
+        tokens = rearrange(tokens, "(b i) m d -> b (i m) d", b=text.shape[0])
+        index = index[..., None]
+        placed = jnp.take_along_axis(tokens.astype(text.dtype), jnp.maximum(index, 0), axis=1)
+        x = constrain(jnp.where(index >= 0, placed, text), "batch", "length", "embed_activation")
+        return x, layout
 
     def features(self, inputs: Inputs) -> Features | None:
         """Features of every image [B*I P C]: cached ones, or encoded now; None for text-only batches."""
