@@ -6,7 +6,7 @@ A compressor is one file and one line of COMPRESSORS. Its file holds
   returning `Visual(tokens [B M C], valid [B M] | None)`.
   last: the feature layer; taps: the hidden states `config.taps` side by side (`last` again when none is tapped);
   query: the decoder's state at the question's last token, without gradient (None if `uses_query` is False);
-  scores: what the encoder's last layer compares (None if `uses_scores` is False).
+  scores: a `layers.Scores`, what the encoder's layer after the feature compares (None if `uses_scores` is False).
   Patches and visual tokens are in row-major order where they stand on a grid.
 - num_tokens(config, grid) -> M, the number of slots of one image on a grid x grid encoder: static, so that image slots,
   jitted shapes and FLOPs agree. A compressor whose number of tokens depends on the image marks the slots it fills;

@@ -16,12 +16,3 @@ class Visual(NamedTuple):
 
     tokens: Float[Array, "B M C"]
     valid: Bool[Array, "B M"] | None = None  # None: all of them
-
-
-class Scores(NamedTuple):
-    """What the encoder's last layer compares: query and key maps of its first norm, with bias, unscaled, heads side by
-    side. S counts the class token (row 0, if the encoder has one) and the patches.
-    """
-
-    queries: Float[Array, "B S C"]
-    keys: Float[Array, "B S C"]

@@ -55,7 +55,8 @@ class VLM(nn.Module):
     def setup(self):
         cfg = self.config
         compressor = get_compressor(cfg.compressor.name)
-        self.vit = ViT(cfg.vit, cfg.compressor.taps if compressor.uses_taps else ())
+        taps = cfg.compressor.taps if compressor.uses_taps else ()
+        self.vit = ViT(cfg.vit, taps, compressor.uses_scores)
         self.compressor = compressor.module(cfg.compressor, cfg.vit.grid)
         self.projector = Projector(
             cfg.lm.width,
@@ -113,7 +114,9 @@ class VLM(nn.Module):
         if features is None:
             return None
         with jax.named_scope("compress"):
-            visual = self.compressor(features.last, features.taps, self.query(inputs), None)
+            visual = self.compressor(
+                features.last, features.taps, self.query(inputs), features.scores
+            )
             return visual._replace(tokens=self.projector(visual.tokens))
 
     def place(self, inputs: Inputs, visual: Visual | None) -> tuple[Float[Array, "B T D"], Layout]:
