@@ -83,6 +83,12 @@ def model() -> ml_collections.ConfigDict:
     m.compressor.taps = (12, 16, 22, 23)  # encoder states seen side by side; () = the feature alone
     m.compressor.norm_eps = 1e-6
     m.compressor.dtype = "bfloat16"
+    # PruMerge and PruMerge+ (1/8 and 32 are the release's)
+    m.compressor.prune_ratio = "adaptive"  # adaptive (outliers of each image) | batch | fixed
+    m.compressor.fixed_ratio = 0.125  # share of the patches that "fixed" keeps by score
+    m.compressor.max_kept = 0  # patches per image, at most, with the other two; 0 = no limit
+    m.compressor.neighbours = 32  # patches merged into each kept one
+    m.compressor.sample_last = True  # PruMerge+: the last patch may be sampled (released: never)
 
     m.projector_layers = 2  # LLaVA-1.5's mlp2x_gelu
     m.projector_norm = "none"  # none | rms: RMSNorm of the visual tokens (the miniature's)

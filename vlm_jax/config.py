@@ -185,6 +185,8 @@ WINDOWED = (
     "tokenpacker",
 )  # compressors that cut the patch grid into stride x stride windows
 
+SCORED = ("prumerge", "prumerge_plus")  # compressors that look at the encoder's queries and keys
+
 
 @dataclasses.dataclass(frozen=True)
 class CompressorConfig:
@@ -198,10 +200,25 @@ class CompressorConfig:
     ] = ()  # hidden states concatenated as multi-level features; () = the feature alone
     norm_eps: float = 1e-6
     dtype: str = "float32"
+    prune_ratio: str = "adaptive"  # PruMerge: adaptive | batch | fixed (see compressors.prumerge)
+    fixed_ratio: float = 0.125  # of the patches, kept by "fixed"
+    max_kept: int = 0  # patches kept at most by the other two; 0 = no limit
+    neighbours: int = 32  # patches merged into each kept one
+    sample_last: bool = True  # PruMerge+: may the last patch be sampled
 
     def __post_init__(self):
         check_choice("compressor", "dtype", self.dtype, DTYPES)
         check_positive("compressor", stride=self.stride, num_heads=self.num_heads)
+        check_choice("compressor", "prune_ratio", self.prune_ratio, ("adaptive", "batch", "fixed"))
+        check_positive("compressor", neighbours=self.neighbours)
+        if not 0 < self.fixed_ratio <= 1:
+            raise ConfigError(
+                f"compressor: fixed_ratio must lie in (0, 1], got {self.fixed_ratio}."
+            )
+        if self.max_kept < 0:
+            raise ConfigError(
+                f"compressor: max_kept must be 0 (no limit) or more, got {self.max_kept}."
+            )
 
 
 def valid_strides(grid: int) -> list[int]:
@@ -233,6 +250,10 @@ class VLMConfig:
         if name in WINDOWED and self.vit.width % self.compressor.num_heads:
             raise ConfigError(
                 f"{name}: encoder width {self.vit.width} is not divisible by num_heads {self.compressor.num_heads}."
+            )
+        if name in SCORED and self.compressor.neighbours >= self.vit.num_patches:
+            raise ConfigError(
+                f"{name}: neighbours {self.compressor.neighbours} must be fewer than the {self.vit.num_patches} patches."
             )
         if self.projector_positions == "grid" and name not in (*WINDOWED, "identity"):
             raise ConfigError(
