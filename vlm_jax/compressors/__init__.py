@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 
-from vlm_jax.compressors import identity, quecc, tokenpacker, windows
+from vlm_jax.compressors import identity, prumerge, quecc, tokenpacker, windows
 from vlm_jax.config import CompressorConfig, ConfigError
 
 
@@ -41,6 +41,8 @@ COMPRESSORS: dict[str, Compressor] = {
     "identity": Compressor(identity.Identity, identity.num_tokens, identity.flops),
     "quecc": Compressor(quecc.QueCC, windows.num_tokens, quecc.flops, uses_query=True, uses_taps=True),
     "tokenpacker": Compressor(tokenpacker.TokenPacker, windows.num_tokens, tokenpacker.flops, uses_taps=True),
+    "prumerge": Compressor(prumerge.PruMerge, prumerge.num_tokens, prumerge.flops, uses_scores=True),
+    "prumerge_plus": Compressor(prumerge.PruMergePlus, prumerge.num_tokens_plus, prumerge.flops_plus, uses_scores=True),
 }
 # fmt: on
 
