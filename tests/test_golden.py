@@ -18,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from refs import compressors_numpy as twin
-from refs import hf_layout, reference_layout
+from refs import hf_layout, prumerge_numpy, reference_layout
 
 from vlm_jax import presets
-from vlm_jax.compressors import COMPRESSORS
+from vlm_jax.compressors import COMPRESSORS, prumerge
 from vlm_jax.config import CompressorConfig, ConfigError, LMConfig, ViTConfig, VLMConfig
 from vlm_jax.data import chat, sources
+from vlm_jax.layers import Scores
 from vlm_jax.models.projector import Projector
 from vlm_jax.models.vit import Features, ViT
 from vlm_jax.models.vlm import VLM, Inputs
@@ -75,7 +76,7 @@ def recipe_entries(node, name=""):
             yield from recipe_entries(value, name)
 
 
-def encode(case: Case) -> Features:
+def encode(case: Case, scores: bool = False) -> Features:
     """The case's own CLIP on its pixels [B 3 H W]; already normalised unless they are bytes."""
     clip, state = case.config.get("clip", case.config), hf_layout.sub(case.params, "vision_model.")
     width, _, patch, _ = state["embeddings.patch_embedding.weight"].shape
@@ -89,13 +90,15 @@ def encode(case: Case) -> Features:
     if images.dtype == jnp.uint8:
         images = (images / 255.0 - jnp.array(vit.mean)) / jnp.array(vit.std)
     params = hf_layout.encoder(state, vit.feature_state, vit.num_heads, post_norm=False)
-    taps = tuple(case.config.get("multi_layers", (12, 16, 22, 23)))
-    return encoder(vit, taps)({"params": params}, images)
+    if scores:
+        params["next_layer"] = hf_layout.asking_layer(state, vit.feature_state, vit.num_heads)
+    taps = tuple(case.config.get("multi_layers", () if scores else (12, 16, 22, 23)))
+    return encoder(vit, taps, scores)({"params": params}, images)
 
 
 @functools.cache
-def encoder(vit: ViTConfig, taps: tuple[int, ...]) -> Callable:
-    return jax.jit(ViT(vit, taps).apply)
+def encoder(vit: ViTConfig, taps: tuple[int, ...], scores: bool) -> Callable:
+    return jax.jit(ViT(vit, taps, scores).apply)
 
 
 def features_of(case: Case) -> Features:
@@ -173,6 +176,42 @@ def run_tokenpacker(case: Case) -> dict:
     return compressed(case, "tokenpacker", *trees, case.config["scale_factor"])
 
 
+def run_prumerge(case: Case) -> dict:
+    """Inputs are the states with the class token and the next layer's queries and keys, or pixels."""
+    name, ratio = case.config["compressor"], case.config.get("fixed_ratio")
+    adaptive = case.config.get("adaptive", ratio is None)
+    if "images" in case.inputs:
+        last, _, scores = encode(case, scores=True)
+    else:
+        states, q, k = (jnp.asarray(case.inputs[n]) for n in ("hidden_states_m2", "q", "k"))
+        last, scores = states[:, 1:], Scores(q[:, 0], k[:, 1:], k[:, 0])
+    grid, patches = round(last.shape[1] ** 0.5), last.shape[1]
+    config = CompressorConfig(
+        name, prune_ratio="batch" if adaptive else "fixed", fixed_ratio=ratio or 0.125,
+        neighbours=case.config.get("k_neighbours", 32), sample_last=False,
+    )  # fmt: skip
+    VLMConfig(tiny_vit(grid, last.shape[-1]), config, presets.lm("mini-45k"))
+    module = COMPRESSORS[name].module(config, grid)
+    apply = jax.jit(functools.partial(module.apply, mutable="intermediates"))
+    (tokens, valid), sown = apply({}, last, last, None, scores)
+    (chosen,) = sown["intermediates"]["chosen"]
+    filled = np.asarray(chosen.valid)[0]  # as many in every image
+    if valid is not None:
+        assert tokens.shape[1] == COMPRESSORS[name].num_tokens(config, grid)
+        tokens = tokens[:, np.asarray(valid)[0]]
+    if "0.weight" in case.params:
+        projector = reference_layout.projector(case.params, ("0", "2"))
+        width = projector["dense_1"]["kernel"].shape[1]
+        apply = jax.jit(Projector(width, 2, "none", "none", "float32").apply)
+        tokens = apply({"params": projector}, tokens)
+    a = prumerge.attention(scores)
+    return {
+        "tokens": tokens, "features": last, "cls_attn": a, "kept_idx": np.asarray(chosen.kept)[:, filled],
+        "complement_idx": np.stack([np.flatnonzero(rest) for rest in chosen.rest]),
+        "outlier_ratio": prumerge.outliers(a.reshape(-1)) / (patches * len(a)),
+    }  # fmt: skip
+
+
 def run_tower(case: Case) -> dict:
     last, taps = encode(case)[:2]
     return {"features": last, "multi": taps, "text": text_of(case)[:, None]}
@@ -184,6 +223,8 @@ RUNNERS: dict[str, tuple[str, Callable[[Case], dict]]] = {
     "quecc": ("quecc", run_quecc),
     "quecc_tower": ("quecc", run_tower),
     "tokenpacker": ("tokenpacker", run_tokenpacker),
+    "prumerge": ("prumerge", run_prumerge),
+    "prumerge_plus": ("prumerge_plus", run_prumerge),
 }
 
 
@@ -347,6 +388,39 @@ def test_end_to_end_files_start_from_pixels(tmp_path, name):
     assert check(case) == ["tokens"]
     case.config["clip"]["heads"] = 4
     with pytest.raises(AssertionError, match="tokens"):
+        check(case)
+
+
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("name", ["prumerge", "prumerge_plus"])
+def test_end_to_end_files_of_prumerge_read_the_last_layers_queries_and_keys(
+    tmp_path, name, adaptive, projected
+):
+    state = twin.random_state(twin.shapes_clip(8, 12, 24, 6, 3), 7)
+    given = {"images": np.float32(np.random.default_rng(1).standard_normal((1, 3, 18, 18)))}
+    states = twin.clip_states(state, given["images"], heads=2)
+    layer = "vision_model.encoder.layers.23."
+    normed = twin.layer_norm(state, f"{layer}layer_norm1", states[23], 1e-5)
+    q, k = (twin.linear(state, f"{layer}self_attn.{n}_proj", normed) for n in "qk")
+    plus, ratio = name == "prumerge_plus", "batch" if adaptive else "fixed"
+    (image,) = prumerge_numpy.prumerge(
+        states[23], q, k, plus=plus, ratio=ratio, neighbours=4, bound=35
+    )
+    tokens = image["tokens"][None]
+    if projected:
+        state |= twin.random_state({"0.weight": (20, 8), "0.bias": (20,), "2.weight": (20, 20), "2.bias": (20,)}, 8)  # fmt: skip
+        tokens = twin.mlp(state, "0", "2", tokens)
+    mid = {
+        "kept_idx": np.array([image["kept"]]), "complement_idx": np.array([image["complement"]]),
+        "cls_attn": image["attention"][None],
+    }  # fmt: skip
+    config = {"compressor": name, "end_to_end": True, "clip": {"heads": 2}, "k_neighbours": 4}
+    config |= {"adaptive": adaptive, "fixed_ratio": None if adaptive else 0.125}
+    case = write(tmp_path / "e2e.npz", config, param=state, **{"in": given}, out={"tokens": tokens}, mid=mid)  # fmt: skip
+    assert sorted(check(case)) == ["cls_attn", "complement_idx", "kept_idx", "tokens"]
+    case.mids["kept_idx"][0, 0] += 1
+    with pytest.raises(AssertionError, match="kept_idx"):
         check(case)
 
 

@@ -48,7 +48,6 @@ class PruMerge(nn.Module):
     grid: int
     samples: ClassVar[bool] = False
 
-    @nn.compact
     def __call__(
         self,
         last: Float[Array, "B P C"],
@@ -158,7 +157,7 @@ def _choose_adaptive(
 
 def token_weights(
     keys: Float[Array, "B P C"], a: Float[Array, "B P"], chosen: Chosen, neighbours: int
-) -> Float[Array, "B R+1 P"]:
+) -> Float[Array, "B M P"]:
     """Each token as weights of the patches: 1 for its own and a_j for the neighbours; the last one, a_j for the rest.
 
     Neighbours are looked for among the other kept patches and the rest, by cosine of the keys. Those in empty slots of
