@@ -180,12 +180,11 @@ class LMConfig:
         return self.non_embedding_params + tables * self.vocab_size * self.width
 
 
-WINDOWED = (
-    "quecc",
-    "tokenpacker",
-)  # compressors that cut the patch grid into stride x stride windows
-
-SCORED = ("prumerge", "prumerge_plus")  # compressors that look at the encoder's queries and keys
+# Compressors that ...
+WINDOWED = ("quecc", "tokenpacker", "pool")  # cut the patch grid into stride x stride windows
+ATTENDING = ("quecc", "tokenpacker", "mqt")  # have num_heads heads, together as wide as the encoder
+ELASTIC = ("m3", "mqt")  # are trained for several numbers of visual tokens and show one of them
+SCORED = ("prumerge", "prumerge_plus")  # look at the encoder's queries and keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,10 +193,15 @@ class CompressorConfig:
 
     name: str  # a key of compressors.COMPRESSORS
     stride: int = 1  # patches along one side of a window: visual tokens = (grid / stride)^2
+    visual_tokens: int = (
+        0  # M3, MQT: shown at inference; 0 = all (M3: the patches, MQT: the queries)
+    )
+    train_tokens: tuple[int, ...] = ()  # M3, MQT: the numbers trained for; () = the paper's
+    query_grid: int = 16  # MQT: queries along one side
+    key_source: str = "positions"  # MQT: positions | image (positions added)
+    query_layers: int = -1  # QueCC: decoder layers that read the question; -1 = all, 0 = embeddings
     num_heads: int = 8
-    taps: tuple[
-        int, ...
-    ] = ()  # hidden states concatenated as multi-level features; () = the feature alone
+    taps: tuple[int, ...] = ()  # hidden states side by side as a second input; () = the feature
     norm_eps: float = 1e-6
     dtype: str = "float32"
     prune_ratio: str = "adaptive"  # PruMerge: adaptive | batch | fixed (see compressors.prumerge)
@@ -208,7 +212,14 @@ class CompressorConfig:
 
     def __post_init__(self):
         check_choice("compressor", "dtype", self.dtype, DTYPES)
-        check_positive("compressor", stride=self.stride, num_heads=self.num_heads)
+        check_choice("compressor", "key_source", self.key_source, ("positions", "image"))
+        check_positive(
+            "compressor", stride=self.stride, num_heads=self.num_heads, query_grid=self.query_grid
+        )
+        if self.name not in ELASTIC and (self.visual_tokens or self.train_tokens):
+            raise ConfigError(
+                f"{self.name}: visual_tokens and train_tokens are for {', '.join(ELASTIC)}; set them to 0 and ()."
+            )
         check_choice("compressor", "prune_ratio", self.prune_ratio, ("adaptive", "batch", "fixed"))
         check_positive("compressor", neighbours=self.neighbours)
         if not 0 < self.fixed_ratio <= 1:
@@ -234,9 +245,7 @@ class VLMConfig:
     lm: LMConfig
     projector_layers: int = 2  # linear layers with GELU between ("mlp2x_gelu" = 2)
     projector_norm: str = "none"  # none | rms: RMSNorm of the visual tokens handed to the decoder
-    projector_positions: str = (
-        "none"  # none | grid: a learned vector per visual token, added after the norm
-    )
+    projector_positions: str = "none"  # none | grid: a learned vector per token, after the norm
 
     def __post_init__(self):
         check_positive("vlm", projector_layers=self.projector_layers)
@@ -247,7 +256,7 @@ class VLMConfig:
             raise ConfigError(
                 f"{name}: grid {grid} is not divisible by stride {stride}; use one of {valid_strides(grid)}."
             )
-        if name in WINDOWED and self.vit.width % self.compressor.num_heads:
+        if name in ATTENDING and self.vit.width % self.compressor.num_heads:
             raise ConfigError(
                 f"{name}: encoder width {self.vit.width} is not divisible by num_heads {self.compressor.num_heads}."
             )
@@ -259,11 +268,45 @@ class VLMConfig:
             raise ConfigError(
                 f"vlm: projector_positions 'grid' needs visual tokens on a square grid, which {name} does not give; use 'none'."
             )
+        check_elastic(self.compressor, grid)
+        if not -1 <= self.compressor.query_layers <= self.lm.num_layers:
+            raise ConfigError(
+                f"{name}: query_layers {self.compressor.query_layers} must lie in [-1, {self.lm.num_layers}]."
+            )
         for tap in self.compressor.taps:
             if not 0 <= tap <= self.vit.feature_state:
                 raise ConfigError(
                     f"{name}: tap {tap} is not a hidden state up to the feature layer (0..{self.vit.feature_state})."
                 )
+
+
+def check_elastic(compressor: CompressorConfig, grid: int) -> None:
+    """Raises ConfigError for a number of visual tokens that an elastic compressor cannot give."""
+    counts = [n for n in (compressor.visual_tokens, *compressor.train_tokens)]
+    if compressor.name == "m3":
+        largest = math.isqrt(max(compressor.train_tokens, default=grid**2))
+        for count in filter(None, counts):
+            stride_for(grid, count)
+        for count in compressor.train_tokens:
+            stride_for(largest, count)  # training pools the others from the largest
+    side = compressor.query_grid
+    if compressor.name == "mqt" and not all(0 <= count <= side**2 for count in counts):
+        raise ConfigError(
+            f"mqt: {side} x {side} queries give 1 to {side**2} visual tokens, not {max(counts)}."
+        )
+
+
+def with_tokens(compressor: CompressorConfig, grid: int, visual_tokens: int) -> CompressorConfig:
+    """The compressor set to `visual_tokens` of a grid x grid encoder; ConfigError if it cannot be."""
+    if compressor.name in ELASTIC:
+        sized = dataclasses.replace(compressor, visual_tokens=visual_tokens)
+        check_elastic(sized, grid)
+        return sized
+    if compressor.name in WINDOWED:
+        return dataclasses.replace(compressor, stride=stride_for(grid, visual_tokens))
+    raise ConfigError(
+        f"{compressor.name}: its visual tokens cannot be chosen; use one of {', '.join(WINDOWED + ELASTIC)}."
+    )
 
 
 def stride_for(grid: int, visual_tokens: int) -> int:
@@ -291,6 +334,7 @@ class DataConfig:
     turns: (
         str  # dialogue | independent: may a turn see the turns before it, or only the shared prefix
     )
+    query: str  # first_turn | last_turn | none: the question that a compressor may look at
     max_tokens: int  # T, visual tokens included
     max_query_tokens: int  # Q
     max_images: int  # I, images per sample; 0 = text only
@@ -305,6 +349,7 @@ class DataConfig:
 
     def __post_init__(self):
         check_choice("data", "turns", self.turns, ("dialogue", "independent"))
+        check_choice("data", "query", self.query, ("first_turn", "last_turn", "none"))
         check_choice("data", "image_mode", self.image_mode, ("pad", "crop", "stretch"))
         check_choice("data", "on_bad_record", self.on_bad_record, ("raise", "skip"))
         check_positive("data", max_tokens=self.max_tokens, batch_size=self.batch_size)

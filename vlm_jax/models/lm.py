@@ -125,14 +125,15 @@ class LM(nn.Module):
         init = nn.initializers.normal(0.02)
         shape = (cfg.vocab_size, cfg.width)
         self.table = weight(self, "embed", init, shape, ("vocab", "embed"))
-        broadcast = nn.broadcast
-        scanned = scan_layers(
-            Block, cfg.num_layers, cfg.remat, in_axes=(broadcast, broadcast, broadcast, 0)
-        )
-        self.layers = scanned(cfg)
+        self.layers = self._scanned(cfg.num_layers)(cfg)
         self.final_norm = RMSNorm(cfg.norm_eps, cfg.dtype)
         if not cfg.tied_embeddings:
             self.head = weight(self, "head", init, shape[::-1], ("embed", "vocab"))
+
+    def _scanned(self, num_layers: int) -> type[nn.Module]:
+        broadcast = nn.broadcast
+        axes = (broadcast, broadcast, broadcast, 0)
+        return scan_layers(Block, num_layers, self.config.remat, in_axes=axes)
 
     def embed(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
         return self.table.astype(self.config.dtype)[tokens]
@@ -142,10 +143,16 @@ class LM(nn.Module):
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         mask: Bool[Array, "B T T"],
+        num_layers: int | None = None,
     ) -> Float[Array, "B T D"]:
-        """Final-norm hidden states."""
+        """Final-norm hidden states, after all layers or the first `num_layers`."""
         x = constrain(x, "batch", "length", "embed_activation")
-        x, _ = self.layers(x, positions, mask, 0, None)
+        if num_layers is None or self.is_initializing():
+            x, _ = self.layers(x, positions, mask, 0, None)
+        else:
+            first = jax.tree.map(lambda p: p[:num_layers], self.layers.variables["params"])
+            layers = self._scanned(num_layers)(self.config, parent=None)
+            (x, _) = layers.apply({"params": first}, x, positions, mask, 0, None)
         return self.final_norm(x)
 
     def cached_hidden(

@@ -32,6 +32,7 @@ class Inputs(NamedTuple):
     feature_taps: Float[Array, "B I P Z"] | None = None
     query_tokens: Int[Array, "B I Q"] | None = None
     query_mask: Bool[Array, "B I Q"] | None = None
+    count: Int[Array, ""] | None = None  # how many tokens an elastic compressor shows; None: all M
 
     @classmethod
     def from_batch(cls, batch: Mapping[str, Any]) -> Inputs:
@@ -57,10 +58,11 @@ class VLM(nn.Module):
         compressor = get_compressor(cfg.compressor.name)
         taps = cfg.compressor.taps if compressor.uses_taps else ()
         self.vit = ViT(cfg.vit, taps, compressor.uses_scores)
-        self.compressor = compressor.module(cfg.compressor, cfg.vit.grid)
+        width = (cfg.lm.width,) if compressor.place == "instead" else ()
+        self.compressor = compressor.module(cfg.compressor, cfg.vit.grid, *width)
         self.projector = Projector(
             cfg.lm.width,
-            cfg.projector_layers,
+            0 if compressor.place == "instead" else cfg.projector_layers,
             cfg.projector_norm,
             cfg.projector_positions,
             cfg.lm.dtype,
@@ -109,15 +111,23 @@ class VLM(nn.Module):
         return self.lm.logits(hidden)[:, 0], cache
 
     def see(self, inputs: Inputs) -> Visual | None:
-        """Visual tokens [B*I M D] of every image; None for text-only batches."""
+        """Visual tokens [B*I M D] of every image, up to the projector's norm; None for text-only batches."""
         features = self.features(inputs)
         if features is None:
             return None
+        entry = get_compressor(self.config.compressor.name)
         with jax.named_scope("compress"):
-            visual = self.compressor(
-                features.last, features.taps, self.query(inputs), features.scores
-            )
-            return visual._replace(tokens=self.projector(visual.tokens))
+            last = self.projector.early(features.last) if entry.place == "inside" else features.last
+            visual = self.compressor(last, features.taps, self.query(inputs), features.scores)
+            tokens = visual.tokens
+            if entry.place == "before":
+                tokens = self.projector.early(tokens)
+            visual = visual._replace(tokens=self.projector.late(tokens))
+        if inputs.count is None:
+            return visual
+        if entry.elastic is None:
+            raise ValueError(f"{self.config.compressor.name} cannot show a part of its tokens")
+        return entry.elastic.show(visual.tokens, inputs.count)
 
     def place(self, inputs: Inputs, visual: Visual | None) -> tuple[Float[Array, "B T D"], Layout]:
         """Token embeddings with the visual tokens put at their slots.
@@ -132,7 +142,7 @@ class VLM(nn.Module):
         layout = Layout(inputs.positions, inputs.segments)
         if visual is None:
             return text, layout
-        tokens, index = visual.tokens, inputs.visual_index
+        tokens, index = self.projector.finish(visual.tokens), inputs.visual_index
         if visual.valid is not None:
             order = jnp.argsort(visual.valid, axis=1, stable=True)
             tokens = jnp.take_along_axis(tokens, order[..., None], axis=1)
@@ -168,19 +178,28 @@ class VLM(nn.Module):
     def query(self, inputs: Inputs) -> Float[Array, "B D"] | None:
         """The decoder's final-norm state at each query's last token, without gradient; None if nobody looks at it.
 
-        The question alone, without image or chat template (QueCC as released; spec of the paper's section 4).
+        The question alone, without image or chat template (QueCC as released; spec of the paper's section 4). A question
+        of no tokens (Q = 0) is zeros, which QueCC's text projection turns into a learned vector. With `query_layers` k the
+        decoder stops after k layers; after none a token knows no other, so the mean over the question stands for it.
         """
-        if not get_compressor(self.config.compressor.name).uses_query:
+        cfg = self.config.compressor
+        if not get_compressor(cfg.name).uses_query:
             return None
         if inputs.query_tokens is None or inputs.query_mask is None:
-            raise ValueError(
-                f"{self.config.compressor.name} needs query_tokens and query_mask beside the images"
-            )
+            raise ValueError(f"{cfg.name} needs query_tokens and query_mask beside the images")
         tokens, valid = _per_image(inputs.query_tokens), _per_image(inputs.query_mask)
+        x = self.lm.embed(tokens)
+        if not tokens.shape[1]:
+            return jnp.zeros((len(x), x.shape[-1]), x.dtype)
+        if cfg.query_layers == 0:
+            count = jnp.maximum(valid.sum(axis=1), 1)
+            mean = jnp.where(valid[..., None], x, 0).sum(axis=1) / count[:, None]
+            return jax.lax.stop_gradient(self.lm.final_norm(mean.astype(x.dtype)))
         segments = jnp.where(valid, 0, -1)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        layers = None if cfg.query_layers == -1 else cfg.query_layers
         with jax.named_scope("query"):
-            hidden = self.lm.hidden(self.lm.embed(tokens), positions, visible(segments, segments))
+            hidden = self.lm.hidden(x, positions, visible(segments, segments), layers)
         last = jnp.maximum(valid.sum(axis=1) - 1, 0)
         return jax.lax.stop_gradient(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
 
