@@ -67,9 +67,7 @@ class ViTConfig:
     pre_norm: bool  # CLIP: LayerNorm after the embeddings
     post_norm: bool  # SigLIP: LayerNorm after the last layer (applies when feature_layer is -1)
     patch_bias: bool  # SigLIP: the patch projection has a bias
-    feature_layer: (
-        int  # which hidden state is the feature, counted from the end: -1 last, -2 last but one
-    )
+    feature_layer: int  # the feature's hidden state, from the end: -1 last, -2 last but one
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     position_grid: int = 0  # side of the learned position table when it is interpolated; 0 = grid
@@ -282,7 +280,7 @@ class VLMConfig:
 
 def check_elastic(compressor: CompressorConfig, grid: int) -> None:
     """Raises ConfigError for a number of visual tokens that an elastic compressor cannot give."""
-    counts = [n for n in (compressor.visual_tokens, *compressor.train_tokens)]
+    counts = (compressor.visual_tokens, *compressor.train_tokens)
     if compressor.name == "m3":
         largest = math.isqrt(max(compressor.train_tokens, default=grid**2))
         for count in filter(None, counts):
@@ -302,6 +300,8 @@ def with_tokens(compressor: CompressorConfig, grid: int, visual_tokens: int) -> 
         sized = dataclasses.replace(compressor, visual_tokens=visual_tokens)
         check_elastic(sized, grid)
         return sized
+    if compressor.name == "identity" and visual_tokens == grid**2:
+        return compressor
     if compressor.name in WINDOWED:
         return dataclasses.replace(compressor, stride=stride_for(grid, visual_tokens))
     raise ConfigError(
@@ -334,7 +334,6 @@ class DataConfig:
     turns: (
         str  # dialogue | independent: may a turn see the turns before it, or only the shared prefix
     )
-    query: str  # first_turn | last_turn | none: the question that a compressor may look at
     max_tokens: int  # T, visual tokens included
     max_query_tokens: int  # Q
     max_images: int  # I, images per sample; 0 = text only
@@ -346,6 +345,7 @@ class DataConfig:
     on_bad_record: str  # raise | skip
     max_bad_records: int  # with skip: stop after this many
     features_dir: str  # cached encoder features to read instead of images; "" = none
+    query: str = "first_turn"  # a key of data.queries.QUERIES: the question a compressor looks at
 
     def __post_init__(self):
         check_choice("data", "turns", self.turns, ("dialogue", "independent"))

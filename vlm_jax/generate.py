@@ -56,8 +56,9 @@ class Generator:
     def __call__(self, params: Any, inputs: Inputs, seeds: Int[Array, "B"]) -> Int[Array, "B G"]:
         """The new tokens, G = max_new_tokens, pad_id after a row's end.
 
-        inputs: left-padded prompts, segments 0 (-1 at padding). seeds: one per row, so that a sampled answer does not
-        depend on the rows beside it; greedy decoding ignores them.
+        inputs: left-padded prompts, segments 0 (-1 at padding); `inputs.count` chooses the visual tokens shown by an elastic
+        compressor (traced: any count runs the same code, over the slots of the config). seeds: one per row, so that a
+        sampled answer does not depend on the rows beside it; greedy decoding ignores them.
         """
         return self._jitted(params, inputs, seeds)
 

@@ -90,6 +90,13 @@ def train_tokens(config: CompressorConfig, grid: int) -> tuple[int, ...]:
     return tuple(sorted(set(counts), reverse=True))
 
 
+def decoder_passes(model: VLMConfig) -> int:
+    """How often a training step runs the decoder over each row."""
+    elastic = get(model.compressor.name).elastic
+    once = elastic is None or elastic.draws
+    return 1 if once else len(train_tokens(model.compressor, model.vit.grid))
+
+
 def for_training(model: VLMConfig) -> VLMConfig:
     """The model with slots for the most tokens that training shows; its parameters are the same."""
     if get(model.compressor.name).elastic is None:
