@@ -4,6 +4,7 @@ Written from the method's description; shares nothing with vlm_jax. Indices of p
 """
 
 import math
+from fractions import Fraction
 
 import numpy as np
 
@@ -24,20 +25,23 @@ def percentile(values, part: float) -> float:
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
-def outlier_ratio(values) -> float:
+def outlier_ratio(values) -> Fraction:
     """The share of the values above the upper whisker of their box plot."""
     q1, q3 = percentile(values, 0.25), percentile(values, 0.75)
-    return sum(v > q3 + 1.5 * (q3 - q1) for v in values) / len(values)
+    return Fraction(int(sum(v > q3 + 1.5 * (q3 - q1) for v in values)), len(values))
 
 
 def top(a, count: int) -> list[int]:
     return sorted(range(len(a)), key=lambda i: -a[i])[:count]
 
 
-def adaptive(a, ratio: float, plus: bool, bound: int) -> tuple[list[int], list[int]]:
-    """(kept, complement); at least one patch is kept. Patches from `bound` on are not sampled."""
-    ratio = max(ratio, 1 / len(a))
-    kept = top(a, math.floor(len(a) * ratio))
+def adaptive(a, ratio: Fraction, plus: bool, bound: int) -> tuple[list[int], list[int]]:
+    """(kept, complement); at least one patch is kept. Patches from `bound` on are not sampled.
+
+    Exact fractions: 49 x (1 / 49) is less than 1 in floating point (with 576 patches no product is).
+    """
+    count = max(math.floor(len(a) * ratio), 1)
+    kept, ratio = top(a, count), Fraction(count, len(a))
     if plus:
         step = math.floor(math.floor(1 / ratio) / 3)
         kept = kept + [i for i in range(0, bound, step) if i not in kept]
