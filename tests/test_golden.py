@@ -21,9 +21,9 @@ from refs import compressors_numpy as twin
 from refs import hf_layout, prumerge_numpy, reference_layout
 
 from vlm_jax import presets
-from vlm_jax.compressors import COMPRESSORS, prumerge
+from vlm_jax.compressors import COMPRESSORS, mqt, prumerge
 from vlm_jax.config import CompressorConfig, ConfigError, LMConfig, ViTConfig, VLMConfig
-from vlm_jax.data import chat, sources
+from vlm_jax.data import queries, sources
 from vlm_jax.layers import Scores
 from vlm_jax.models.projector import Projector
 from vlm_jax.models.vit import Features, ViT
@@ -212,6 +212,57 @@ def run_prumerge(case: Case) -> dict:
     }  # fmt: skip
 
 
+def counts(case: Case, letter: str) -> list[int]:
+    """The token counts that the outputs are named after (tokens_m36, quirk_scale100); else the largest in the settings."""
+    named = [re.search(rf"{letter}(\d+)", name) for name in case.outputs]
+    found = sorted({int(match[1]) for match in named if match})
+    return found or [max(case.config.get("token_counts", [case.config.get("max_tokens", 256)]))]
+
+
+def run_mqt(case: Case) -> dict:
+    last, heads = jnp.asarray(features_of(case)[0]), case.config.get("num_heads", 16)
+    grid, width = round(last.shape[1] ** 0.5), last.shape[-1]
+    side = case.config.get("query_grid", 16)
+    table = mqt.query_positions(side, width)
+    for name in case.params.keys() & {"pos_embed", "pos_embed_first8"}:
+        stored = case.params[name]
+        np.testing.assert_array_equal(table[:, : stored.shape[1]], stored)
+    params = jax.tree.map(jnp.asarray, reference_layout.mqt(case.params, heads))
+    made = {"pos_embed_interpolated": np.asarray(mqt.resized(table, side, grid))}
+    for count in counts(case, "m"):
+        config = CompressorConfig(
+            "mqt", num_heads=heads, norm_eps=case.config.get("ln_eps", 1e-6), query_grid=side, visual_tokens=count
+        )  # fmt: skip
+        VLMConfig(tiny_vit(grid, width), config, presets.lm("mini-45k"))
+        module = COMPRESSORS["mqt"].module(config, grid, case.params["proj"].shape[1])
+        apply = jax.jit(functools.partial(module.apply, mutable="intermediates"))
+        visual, sown = apply({"params": params}, last, last)
+        made[f"tokens_m{count}"] = made["tokens"] = visual.tokens
+        made["attn_weights_heads_m_n_batch0"] = sown["intermediates"]["weights"][0][0, :, :8]
+    return made
+
+
+def run_m3(case: Case) -> dict:
+    """Inputs are projected patches, or features (or pixels) with the projector's weights."""
+    made = {}
+    for count in counts(case, "scale"):
+        given = case.inputs.get("projected_features")
+        last = jnp.asarray(features_of(case)[0] if given is None else given)
+        grid = round(last.shape[1] ** 0.5)
+        config = CompressorConfig("m3", visual_tokens=count)
+        VLMConfig(tiny_vit(grid, 8), config, presets.lm("mini-45k"))
+        module = COMPRESSORS["m3"].module(config, grid)
+        if given is None:
+            tree = reference_layout.projector(case.params, ("0", "2"))
+            width = tree["dense_1"]["kernel"].shape[1]
+            project = Projector(width, 2, "none", "none", "float32").bind({"params": tree})
+            tokens = project.late(module.apply({}, project.early(last), last).tokens)
+        else:
+            tokens = jax.jit(module.apply)({}, last, last).tokens
+        made[f"tokens_scale{count}"] = made["tokens"] = tokens
+    return made
+
+
 def run_tower(case: Case) -> dict:
     last, taps = encode(case)[:2]
     return {"features": last, "multi": taps, "text": text_of(case)[:, None]}
@@ -223,6 +274,8 @@ RUNNERS: dict[str, tuple[str, Callable[[Case], dict]]] = {
     "quecc": ("quecc", run_quecc),
     "quecc_tower": ("quecc", run_tower),
     "tokenpacker": ("tokenpacker", run_tokenpacker),
+    "mqt": ("mqt", run_mqt),
+    "m3": ("m3", run_m3),
     "prumerge": ("prumerge", run_prumerge),
     "prumerge_plus": ("prumerge_plus", run_prumerge),
 }
@@ -232,20 +285,31 @@ def check(case: Case) -> list[str]:
     """Compares every output (and those intermediates that have a name here); the names that were compared."""
     _, run = RUNNERS[case.config["compressor"]]
     wrong = [name for name in case.outputs if name.startswith("quirk_")]
+    right = {name: out for name, out in case.outputs.items() if name not in wrong}
     stride = case.config.get("stride")
     differs = case.config.get("kernel", stride) != stride
-    if wrong or differs:
+    for name in [*right] if differs else wrong:
         with pytest.raises(ConfigError):
-            run(case)
+            run(dataclasses.replace(case, outputs={name: case.outputs[name]}))
+    if differs or not right:
         return wrong or ["kernel != stride"]
-    made = run(case)
-    for name, reference in case.outputs.items():
-        ours = reduced(name, made["tokens"], reference) if name in REDUCED else made[name]
-        assert_close(np.asarray(ours), reference, name)
+    made = run(dataclasses.replace(case, outputs=right))
+    for name, reference in right.items():
+        kind = next((r for r in REDUCED if r.removeprefix("tokens_") in name), None)
+        tokens = tokens_of(name, made)
+        assert_close(reduced(kind, tokens, reference) if kind else tokens, reference, name)
     shared = case.mids.keys() & made.keys()
     for name in shared:
         assert_close(np.asarray(made[name]), case.mids[name], f"mid/{name}")
     return [*case.outputs, *shared]
+
+
+def tokens_of(name: str, made: dict) -> np.ndarray:
+    """The output of this name, or the tokens of which it keeps a part (tokens_m36_first64 and tokens_first64 alike)."""
+    if name in made:
+        return np.asarray(made[name])
+    count = re.search(r"(?:m|scale)\d+", name)
+    return np.asarray(made[f"tokens_{count[0]}" if count else "tokens"])
 
 
 def assert_close(ours: np.ndarray, reference: np.ndarray, name: str) -> None:
@@ -289,7 +353,7 @@ STRINGS = FOLDER / "quecc_query_strings.json"
 # The reference cuts the query out of decoded text; where that goes wrong, the question itself is right.
 QUIRKS = {
     "\nNo assistant marker here": "No assistant marker here",  # there: the last character is lost
-    "a caption\n": chat.NO_QUERY,  # a bare caption asks nothing; there: the empty string
+    "a caption\n": queries.NO_QUERY,  # a bare caption asks nothing; there: the empty string
 }
 
 
@@ -313,7 +377,7 @@ def test_the_query_is_the_question_the_reference_finds_where_it_finds_one():
     seen = set()
     for row, reference in pairs:
         record = sources.parse(conversation(row), "golden.json", "images", "0")
-        ours = chat.queries(record) or [chat.NO_QUERY]
+        ours = queries.first_turn(record) or [queries.NO_QUERY]
         assert ours == [QUIRKS.get(row, reference)], row
         assert (row in QUIRKS) == (ours != [reference])
         seen.add(row)

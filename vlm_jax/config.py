@@ -191,17 +191,15 @@ class CompressorConfig:
 
     name: str  # a key of compressors.COMPRESSORS
     stride: int = 1  # patches along one side of a window: visual tokens = (grid / stride)^2
-    visual_tokens: int = (
-        0  # M3, MQT: shown at inference; 0 = all (M3: the patches, MQT: the queries)
-    )
-    train_tokens: tuple[int, ...] = ()  # M3, MQT: the numbers trained for; () = the paper's
-    query_grid: int = 16  # MQT: queries along one side
-    key_source: str = "positions"  # MQT: positions | image (positions added)
-    query_layers: int = -1  # QueCC: decoder layers that read the question; -1 = all, 0 = embeddings
     num_heads: int = 8
     taps: tuple[int, ...] = ()  # hidden states side by side as a second input; () = the feature
     norm_eps: float = 1e-6
     dtype: str = "float32"
+    visual_tokens: int = 0  # M3, MQT: shown at inference; 0 = all (patches or queries)
+    train_tokens: tuple[int, ...] = ()  # M3, MQT: the numbers trained for; () = the paper's
+    query_grid: int = 16  # MQT: queries along one side
+    key_source: str = "positions"  # MQT: positions | image (positions added)
+    query_layers: int = -1  # QueCC: decoder layers that read the question; -1 = all, 0 = embeddings
     prune_ratio: str = "adaptive"  # PruMerge: adaptive | batch | fixed (see compressors.prumerge)
     fixed_ratio: float = 0.125  # of the patches, kept by "fixed"
     max_kept: int = 0  # patches kept at most by the other two; 0 = no limit
