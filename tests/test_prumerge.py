@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from refs import prumerge_numpy as twin
 
-from vlm_jax import compressors, presets
+from vlm_jax import compressors, experiment, features, presets, train
 from vlm_jax.compressors import COMPRESSORS, prumerge
-from vlm_jax.config import CompressorConfig, ConfigError, VLMConfig
+from vlm_jax.config import SCORED, CompressorConfig, ConfigError, VLMConfig
 from vlm_jax.layers import Scores
 from vlm_jax.models.vlm import VLM, Inputs, init_params
 
@@ -319,6 +320,18 @@ def test_settings_that_do_not_fit_are_refused_in_one_line(fields, message):
         VLMConfig(presets.vit("mini", image_px=48), config, presets.lm("mini-45k"))
         compressors.num_tokens(config, 6)
     assert "\n" not in str(caught.value)
+
+
+def test_a_feature_cache_is_refused_wherever_it_could_come_in(tmp_path):
+    cfg = tiny.config(tiny.write(tmp_path / "data"))
+    cfg.model.compressor.name, cfg.model.compressor.neighbours = "prumerge", 2
+    match = "a cache has no queries and keys, which prumerge looks at; use ''"
+    with pytest.raises(ConfigError, match=match):
+        features.cache(experiment.resolve(cfg), tmp_path / "run", tmp_path / "features")
+    cfg.data.features_dir = str(tmp_path)
+    with pytest.raises(ConfigError, match=match):
+        train.train(cfg, str(tmp_path / "run"))
+    assert set(SCORED) == {name for name, entry in COMPRESSORS.items() if entry.uses_scores}
 
 
 # Through the whole model

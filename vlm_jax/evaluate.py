@@ -108,6 +108,8 @@ def evaluate(cfg: ConfigDict, workdir: str) -> list[Score]:
             f"eval: checkpoint {settings.checkpoint!r} has no finished checkpoint; train first."
         )
     tokenizer.check_directory(run.data.tokenizer)
+    if settings.features_dir:
+        experiment.check_cacheable(run.model)
     if settings.features_dir and not (Path(settings.features_dir) / "index.json").is_file():
         raise ConfigError(
             f"eval: features_dir {settings.features_dir!r} holds no index.json; cache the features first."

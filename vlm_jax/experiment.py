@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax import presets
 from vlm_jax.config import (
+    SCORED,
     CompressorConfig,
     ConfigError,
     DataConfig,
@@ -113,6 +114,7 @@ def check_inputs(experiment: Experiment) -> None:
         )
     tokenizer.check_directory(data.tokenizer)
     if data.features_dir:
+        check_cacheable(experiment.model)
         _must_exist(
             "data: features_dir",
             data.features_dir,
@@ -124,6 +126,14 @@ def check_inputs(experiment: Experiment) -> None:
             raise ConfigError(
                 f"init: {part} {workdir!r} has no finished checkpoint; give the workdir of a training run."
             )
+
+
+def check_cacheable(model: VLMConfig) -> None:
+    """Raises ConfigError when the compressor needs more of the encoder than a feature cache holds."""
+    if model.compressor.name in SCORED:
+        raise ConfigError(
+            f"features_dir: a cache has no queries and keys, which {model.compressor.name} looks at; use '' to encode the images."
+        )
 
 
 def _must_exist(owner: str, path: str, fix: str, folder: bool = False) -> None:
