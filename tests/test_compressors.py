@@ -13,10 +13,19 @@ from refs import reference_layout
 
 from vlm_jax import compressors, presets
 from vlm_jax.compressors import COMPRESSORS, tokenpacker, windows
-from vlm_jax.config import WINDOWED, CompressorConfig, ConfigError, VLMConfig
+from vlm_jax.config import (
+    ATTENDING,
+    ELASTIC,
+    SCORED,
+    WINDOWED,
+    CompressorConfig,
+    ConfigError,
+    VLMConfig,
+)
 from vlm_jax.models.projector import Projector
 
 WIDTH, TEXT, HIDDEN, HEADS = 8, 12, 20, 2
+LEARNED = ("quecc", "tokenpacker")  # with parameters, inside windows
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +66,7 @@ def run(module, params, inputs):
 @pytest.mark.parametrize(
     "grid, stride, taps", [(6, 1, 1), (6, 2, 2), (6, 3, 1), (6, 6, 2), (5, 5, 1)]
 )
-@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize("name", LEARNED)
 def test_any_grid_stride_and_number_of_taps_equals_the_slow_twin(name, grid, stride, taps):
     module, params, state, inputs = case(name, grid, stride, taps)
     last, multi, text = inputs
@@ -88,7 +97,7 @@ def test_the_bilinear_query_reads_only_the_middle_of_each_window(stride):
         assert np.abs(ours - windows.split(grid, 12, stride).mean((2, 3))).max() > 0.1
 
 
-@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize("name", LEARNED)
 def test_a_patch_changes_only_the_token_of_its_window(name):
     module, params, _, inputs = case(name, 6, 3)
     before = run(module, params, inputs)
@@ -110,7 +119,7 @@ def test_the_question_changes_quecc_but_the_order_of_a_batch_does_not():
     np.testing.assert_allclose(flipped[::-1], before, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize("name", LEARNED)
 def test_gradients_equal_finite_differences(name):
     module, params, _, inputs = case(name, 4, 2, batch=1)
     flat, unravel = ravel_pytree((params, inputs))
@@ -130,7 +139,7 @@ def test_gradients_equal_finite_differences(name):
         assert np.linalg.norm(gradient) > 1
 
 
-@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize("name", LEARNED)
 def test_bfloat16_survives_large_activations(name):
     module, params, _, inputs = case(name, 4, 2)
     half = module.clone(config=CompressorConfig(name, 2, HEADS, dtype="bfloat16"))
@@ -146,7 +155,7 @@ def test_bfloat16_survives_large_activations(name):
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize("name", LEARNED)
 def test_attention_weights_are_handed_out_on_request_only(name):
     module, params, _, inputs = case(name, 4, 2)
     out, kept = jax.jit(functools.partial(module.apply, mutable="intermediates"))(
@@ -252,7 +261,7 @@ def test_initial_weights_have_the_spread_of_the_references():
 
 def test_sizes_that_do_not_fit_are_refused_with_the_allowed_ones():
     vit, lm = presets.vit("clip-l-336"), presets.lm("vicuna-7b")
-    for name in WINDOWED:
+    for name in LEARNED:
         with pytest.raises(
             ConfigError, match=r"grid 24 .* stride 5; use one of \[1, 2, 3, 4, 6, 8, 12, 24\]"
         ):
@@ -263,6 +272,8 @@ def test_sizes_that_do_not_fit_are_refused_with_the_allowed_ones():
         compressors.get("qecc")
 
 
-def test_the_windowed_names_of_the_config_are_registered():
-    assert set(WINDOWED) <= COMPRESSORS.keys()
+def test_the_names_in_the_config_are_those_registered():
+    assert {*WINDOWED, *ATTENDING} <= COMPRESSORS.keys()
+    assert [n for n, c in COMPRESSORS.items() if c.elastic] == list(ELASTIC)
+    assert [n for n, c in COMPRESSORS.items() if c.uses_scores] == list(SCORED)
     assert [n for n, c in COMPRESSORS.items() if c.uses_query] == ["quecc"]

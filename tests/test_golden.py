@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from refs import compressors_numpy as twin
-from refs import hf_layout, prumerge_numpy, reference_layout
+from refs import elastic_numpy, hf_layout, prumerge_numpy, reference_layout
 
 from vlm_jax import presets
 from vlm_jax.compressors import COMPRESSORS, mqt, prumerge
@@ -213,10 +213,11 @@ def run_prumerge(case: Case) -> dict:
 
 
 def counts(case: Case, letter: str) -> list[int]:
-    """The token counts that the outputs are named after (tokens_m36, quirk_scale100); else the largest in the settings."""
+    """The token counts that the outputs are named after (tokens_m36, quirk_scale100); without one, the largest there is."""
     named = [re.search(rf"{letter}(\d+)", name) for name in case.outputs]
-    found = sorted({int(match[1]) for match in named if match})
-    return found or [max(case.config.get("token_counts", [case.config.get("max_tokens", 256)]))]
+    settings = case.config
+    given = settings.get("token_counts", settings.get("scales", [settings.get("max_tokens", 256)]))
+    return sorted({int(match[1]) if match else max(given) for match in named})
 
 
 def run_mqt(case: Case) -> dict:
@@ -254,6 +255,7 @@ def run_m3(case: Case) -> dict:
         module = COMPRESSORS["m3"].module(config, grid)
         if given is None:
             tree = reference_layout.projector(case.params, ("0", "2"))
+            tree = jax.tree.map(jnp.asarray, tree)
             width = tree["dense_1"]["kernel"].shape[1]
             project = Projector(width, 2, "none", "none", "float32").bind({"params": tree})
             tokens = project.late(module.apply({}, project.early(last), last).tokens)
@@ -486,6 +488,65 @@ def test_end_to_end_files_of_prumerge_read_the_last_layers_queries_and_keys(
     case.mids["kept_idx"][0, 0] += 1
     with pytest.raises(AssertionError, match="kept_idx"):
         check(case)
+
+
+def mqt_file(path: Path, **changes) -> Case:
+    """A full-size MQT file: weights and inputs from the recipe, the position table from nowhere."""
+    shapes = elastic_numpy.shapes_mqt(8, 4, 80)
+    given = {"features": (2, 36, 8)}
+    entries = {"params": twin.recipe(shapes), "inputs": twin.recipe(given, first_index=100)}
+    drawn = {k: twin.draw(5, **e) for group in entries.values() for k, e in group.items()}
+    tokens = {m: elastic_numpy.mqt(drawn, drawn["features"], 2, m) for m in (16, 3)}
+    config = {"compressor": "mqt", "num_heads": 2, "query_grid": 4, "max_tokens": 16, "seed": 5}
+    out = {
+        "tokens_first64": tokens[16][..., :64], "token_sum": tokens[16].sum(-1), "channel_mean": tokens[16].mean(1),
+        "tokens_m3_first64": tokens[3][..., :64], "abs_mean_m3": np.abs(tokens[3]).mean(),
+    }  # fmt: skip
+    param = {"pos_embed_first8": elastic_numpy.sine_table(4, 8).astype(np.float32)[:, :8]}
+    full = config | entries | {"weights_from_recipe": True} | changes
+    return write(path, full, param=param, out={k: np.float32(v) for k, v in out.items()})
+
+
+def test_a_full_size_mqt_file_gets_its_position_table_from_us(tmp_path):
+    case = mqt_file(tmp_path / "mqt_fullsize.npz")
+    assert "pos_embed" not in case.params and len(check(case)) == 5
+    case.outputs["abs_mean_m3"] *= 1.001
+    with pytest.raises(AssertionError, match="abs_mean_m3"):
+        check(case)
+    case = mqt_file(tmp_path / "mqt_fullsize.npz")
+    case.params["pos_embed_first8"][1, 0] += 1e-3
+    with pytest.raises(AssertionError):
+        check(case)
+
+
+def test_counts_that_the_reference_silently_bends_must_be_refused_beside_legal_ones(tmp_path):
+    case = mqt_file(tmp_path / "mqt.npz")
+    case.outputs["quirk_m17"] = case.outputs["tokens_first64"]
+    assert "quirk_m17" in check(case)
+    case.outputs["quirk_m2"] = case.outputs["tokens_m3_first64"]
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        check(case)
+    x = np.float32(np.random.default_rng(0).standard_normal((1, 36, 8)))
+    out = {"tokens_scale9": np.float32(elastic_numpy.pooled(x, 2)), "quirk_scale16": x[:, :9]}
+    config = {"compressor": "m3", "grid": 6}
+    case = write(tmp_path / "m3.npz", config, out=out, **{"in": {"projected_features": x}})
+    assert sorted(check(case)) == ["quirk_scale16", "tokens_scale9"]
+    case.outputs["tokens_scale9"] = case.outputs["tokens_scale9"] * 1.001
+    with pytest.raises(AssertionError, match="tokens_scale9"):
+        check(case)
+
+
+def test_m3_from_features_goes_through_the_projectors_weights(tmp_path):
+    shapes = {"0.weight": (20, 8), "0.bias": (20,), "2.weight": (20, 20), "2.bias": (20,)}
+    state = twin.random_state(shapes, 7)
+    x = np.float32(np.random.default_rng(0).standard_normal((1, 36, 8)))
+    tokens = elastic_numpy.pooled(twin.mlp(state, "0", "2", np.float64(x)), 3)
+    config = {"compressor": "m3", "grid": 6}
+    given = {"in": {"features": x}}
+    case = write(
+        tmp_path / "m3.npz", config, param=state, out={"tokens_scale4": np.float32(tokens)}, **given
+    )
+    assert check(case) == ["tokens_scale4"]
 
 
 def test_a_kernel_that_differs_from_the_stride_must_be_refused(tmp_path):
