@@ -18,9 +18,12 @@ from einops import rearrange
 from jaxtyping import Float, Int, UInt8
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap, ListedColormap, Normalize
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, LinearSegmentedColormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
 from ml_collections import ConfigDict
 
 from vlm_jax import cli, experiment
@@ -49,6 +52,7 @@ class Shown(NamedTuple):
 
 
 Picture = UInt8[np.ndarray, "H W 3"]
+Patches = Float[np.ndarray, "P"]
 
 
 class View(NamedTuple):
@@ -172,146 +176,165 @@ def _merged(sown: Mapping[str, Any], grid: int, tokens: int) -> Shown:
 def draw(
     name: str, picture: Picture, grid: int, shown: Shown, question: str, answer: str
 ) -> Figure:
-    """One large picture of all tokens and small ones of single heads or tokens. picture: what the patches cover."""
+    """One large picture of all tokens; beside it `picture`, which the patches cover, and single heads or tokens."""
     figure = Figure(layout="constrained")
     FigureCanvasAgg(figure)
     VIEWS[name].draw(figure, picture, grid, shown)
-    asked = textwrap.shorten(question, 160, placeholder=" …")
-    said = textwrap.shorten(answer, 160, placeholder=" …") or "(nothing)"
-    counts = f"{name}: {len(shown.weights)} visual token(s) from {grid} x {grid} patches"
-    figure.suptitle(f"{asked}\n→ {said}\n{counts}", x=0.01, ha="left", fontsize=11)
+    asked = textwrap.shorten(question, 110, placeholder=" …")
+    said = textwrap.shorten(answer, 110, placeholder=" …") or "(nothing)"
+    count = len(shown.weights)
+    counts = f"{name}: {count} visual token{'s' * (count > 1)} from {grid} x {grid} patches"
+    figure.suptitle(f"{asked}\n→ {said}\n{counts}", x=0.01, ha="left", fontsize=10)
     return figure
+
+
+def _draw_means(figure: Figure, picture: Picture, grid: int, shown: Shown) -> None:
+    """Nothing but the windows."""
+    large, _ = _panels(figure, picture, grid, 0)
+    large.imshow(picture, extent=(0, grid, grid, 0))
+    _lines(large, grid, math.isqrt(len(shown.weights)))
+    large.set_title("each token is the mean of one window", fontsize=9)
 
 
 def _draw_windows(figure: Figure, picture: Picture, grid: int, shown: Shown) -> None:
     """Windows do not overlap, so one picture holds the weights of all tokens; beside it one per head."""
+    assert shown.heads is not None
     tokens, patches = shown.weights.shape
-    side = math.isqrt(tokens)
     even = tokens / patches  # of one patch, if all of a window counted the same
-    heads = [] if shown.heads is None else [h.sum(axis=0) / even for h in shown.heads]
-    overview = shown.weights.sum(axis=0) / even
-    top = max([overview.max(), *(h.max() for h in heads), 2.0])
-    norm = Normalize(0, top)
-    large, small = _panels(figure, len(heads))
-    drawn = _overlay(large, picture, grid, overview, norm)
-    _lines(large, grid, side)
-    large.set_title("all tokens, mean of the heads" if heads else "all tokens", fontsize=10)
+    heads = shown.heads.sum(axis=1) / even
+    large, small = _panels(figure, picture, grid, min(len(heads), MAX_PANELS))
+    drawn = _overlay(large, picture, grid, shown.weights.sum(axis=0) / even)
+    norm = Normalize(0, heads.max())
     for n, (axes, values) in enumerate(zip(small, heads, strict=False)):
-        _overlay(axes, picture, grid, values, norm)
-        _lines(axes, grid, side)
+        of_heads = _overlay(axes, picture, grid, values, norm)
         axes.set_title(f"head {n + 1}", fontsize=8)
+    for axes in (large, *small):
+        _lines(axes, grid, math.isqrt(tokens))
+    title = "where in its window each token looks, mean of the heads"
+    large.set_title(title if tokens > 1 else "where the token looks, mean of the heads", fontsize=9)
     _colour_bar(figure, large, drawn, "weight in its window's token (1 = even share)")
+    _colour_bar(figure, small, of_heads, "the same of single heads")
 
 
 def _draw_queries(figure: Figure, picture: Picture, grid: int, shown: Shown) -> None:
     """The mean over all tokens, and the first tokens one by one."""
     tokens, patches = shown.weights.shape
     values = shown.weights * patches
-    large, small = _panels(figure, min(tokens, MAX_PANELS))
-    norm = Normalize(0, max(np.quantile(values, 0.999), 2.0))
-    mean = values.mean(axis=0)
-    drawn = _overlay(large, picture, grid, mean, norm)
-    large.set_title(f"mean of all {tokens} tokens", fontsize=10)
+    large, small = _panels(figure, picture, grid, min(tokens, MAX_PANELS))
+    drawn = _overlay(large, picture, grid, values.mean(axis=0))
+    large.set_title(f"mean of all {tokens} tokens", fontsize=9)
+    norm = Normalize(0, values[: len(small)].max())
     for m, (axes, row) in enumerate(zip(small, values, strict=False)):
-        _overlay(axes, picture, grid, row, norm)
+        of_tokens = _overlay(axes, picture, grid, row, norm)
         axes.set_title(f"token {m + 1}", fontsize=8)
     _colour_bar(figure, large, drawn, "weight, mean of the heads (1 = even share)")
+    _colour_bar(figure, small, of_tokens, "the same of single tokens")
 
 
 def _draw_merged(figure: Figure, picture: Picture, grid: int, shown: Shown) -> None:
     """What became of each patch, and of what the first tokens and the extra one are made."""
     assert shown.kept is not None
+    first = min(len(shown.kept), MAX_PANELS - 1)
+    large, small = _panels(figure, picture, grid, first + 1)
+    _fates(large, picture, grid, shown)
+    merged = shown.weights.copy()
+    merged[np.arange(len(shown.kept)), shown.kept] = 0  # its own is 1 or more: the frame says so
+    norm = Normalize(0, max(merged.max(), 1e-9))
+    titles = [f"token {m + 1}" for m in range(first)] + ["extra token"]
+    chosen = [*range(first), len(merged) - 1]
+    for axes, m, title in zip(small, chosen, titles, strict=True):
+        drawn = _overlay(axes, picture, grid, merged[m], norm)
+        if m < len(shown.kept):
+            _frame(axes, grid, int(shown.kept[m]), 1.3)
+        axes.set_title(title, fontsize=8)
+    _colour_bar(figure, small, drawn, "weight of each merged patch (of the framed one: 1)")
+
+
+def _fates(axes: Axes, picture: Picture, grid: int, shown: Shown) -> None:
+    """Kept patches keep their colours, merged ones are blue, the others fade."""
+    assert shown.kept is not None
     fates = np.zeros(grid**2)
     fates[shown.weights[:-1].max(axis=0) > 0] = 1
     fates[shown.kept] = 2
-    first = min(len(shown.kept), MAX_PANELS - 1)
-    large, small = _panels(figure, first + 1)
-    _overlay(
-        large,
-        picture,
-        grid,
-        fates,
-        Normalize(0, 2),
-        FATES,
-        np.array([0.72, 0.45, 0.0])[fates.astype(int)],
-    )
-    for patch in shown.kept:
-        _frame(large, grid, patch, 1.2)
-    large.set_title("what became of each patch", fontsize=10)
+    axes.imshow(picture, extent=(0, grid, grid, 0))
+    cover = np.array([0.8, 0.6, 0.0])[fates.astype(int)]
+    _cells(axes, grid, fates, Normalize(0, 2), FATES, cover)
+    for patch in shown.kept.tolist():
+        _frame(axes, grid, patch, 1.2)
+    axes.set_title("what became of each patch", fontsize=9)
     counts = [int((fates == fate).sum()) for fate in range(3)]
-    large.legend(
-        handles=[
-            Patch(facecolor="none", edgecolor=KEPT, linewidth=1.5, label=f"kept: {counts[2]}"),
-            Patch(facecolor=FATES(1), alpha=0.6, label=f"merged into kept ones: {counts[1]}"),
-            Patch(facecolor="#eeeeee", edgecolor="#999999", label=f"in the extra token alone: {counts[0]}"),
-        ],
-        loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=3, frameon=False, fontsize=8, handlelength=1.2,
-        columnspacing=1.2,
+    handles = [
+        Patch(facecolor="none", edgecolor=KEPT, linewidth=1.5, label=f"kept: {counts[2]}"),
+        Patch(facecolor=FATES(1), alpha=0.7, label=f"merged into kept ones: {counts[1]}"),
+        Patch(facecolor="#eeeeee", edgecolor="#999999", label=f"in the extra token alone: {counts[0]}"),
+    ]  # fmt: skip
+    axes.legend(
+        handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=3, frameon=False, fontsize=8,
+        handlelength=1.2, columnspacing=1.2,
     )  # fmt: skip
-    merged = shown.weights.copy()
-    merged[np.arange(len(shown.kept)), shown.kept] = (
-        0  # its own weight is 1 and more: the frame says so
-    )
-    norm = Normalize(0, max(merged.max(), 1e-9))
-    chosen = [*range(first), len(merged) - 1]
-    for axes, m in zip(small, chosen, strict=False):
-        drawn = _overlay(axes, picture, grid, merged[m], norm)
-        if m < len(shown.kept):
-            _frame(axes, grid, shown.kept[m], 1.5)
-        axes.set_title(f"token {m + 1}" if m < len(shown.kept) else "extra token", fontsize=8)
-    _colour_bar(figure, small, drawn, "weight of a merged patch (the framed one: 1)")
 
 
-def _panels(figure: Figure, count: int) -> tuple[Axes, list[Axes]]:
-    """A large square and `count` small ones right of it, all without ticks."""
-    rows = max(math.ceil(math.sqrt(count * 0.75)), 2) if count else 1
-    columns = math.ceil(count / rows)
-    figure.set_size_inches(5.4 + 5.0 * columns / rows, 6.2)
+def _panels(figure: Figure, picture: Picture, grid: int, count: int) -> tuple[Axes, list[Axes]]:
+    """A large square and, right of it, the picture and `count` more small ones (none for 0); no axis has ticks."""
+    cells = count + 1 if count else 0
+    rows = max(math.ceil(math.sqrt(cells * 0.8)), 2) if cells else 1
+    columns = math.ceil(cells / rows)
+    height = 4.9  # inches of the large one
+    figure.set_size_inches(height * (1 + columns / rows) + 0.4, height + 1.3)
     spec = figure.add_gridspec(rows, columns + 1, width_ratios=[rows] + [1] * columns)
     large = figure.add_subplot(spec[:, 0])
-    small = [figure.add_subplot(spec[i // columns, 1 + i % columns]) for i in range(count)]
+    small = [figure.add_subplot(spec[i // columns, 1 + i % columns]) for i in range(cells)]
     for axes in (large, *small):
         axes.set_axis_off()
-    return large, small
+    if small:
+        small[0].imshow(picture, extent=(0, grid, grid, 0))
+        small[0].set_title("the picture", fontsize=8)
+    return large, small[1:]
 
 
 def _overlay(
-    axes: Axes, picture: Picture, grid: int, values: Float[np.ndarray, "P"], norm: Normalize,
-    scale: Any = SCALE, alpha: Float[np.ndarray, "P"] | None = None,
-):  # fmt: skip
-    """The picture in pale grey and `values` over it, in units of patches; strong ones cover more."""
-    light = picture.astype(np.float32).mean(axis=2) / 255
+    axes: Axes, picture: Picture, grid: int, values: Patches, norm: Normalize | None = None
+) -> AxesImage:
+    """The picture in pale grey and `values` over it; large ones cover more. norm: None = 0 to the largest."""
+    pale = 0.5 + 0.5 * picture.astype(np.float32).mean(axis=2) / 255
+    axes.imshow(pale, cmap="gray", vmin=0, vmax=1, extent=(0, grid, grid, 0))
+    norm = norm or Normalize(0, max(float(values.max()), 2.0))
+    return _cells(axes, grid, values, norm, SCALE, 0.2 + 0.65 * np.clip(norm(values), 0, 1))
+
+
+def _cells(
+    axes: Axes, grid: int, values: Patches, norm: Normalize, scale: Colormap, cover: Patches
+) -> AxesImage:
+    square = lambda x: x.reshape(grid, grid)  # noqa: E731
     extent = (0, grid, grid, 0)
-    axes.imshow(0.25 + 0.75 * light, cmap="gray", vmin=0, vmax=1, extent=extent)
-    opacity = 0.15 + 0.7 * np.clip(norm(values), 0, 1) if alpha is None else alpha
-    square = values.reshape(grid, grid)
-    return axes.imshow(
-        square, cmap=scale, norm=norm, extent=extent, alpha=opacity.reshape(grid, grid)
-    )
+    return axes.imshow(square(values), cmap=scale, norm=norm, extent=extent, alpha=square(cover))
 
 
 def _lines(axes: Axes, grid: int, side: int) -> None:
-    """The borders of the windows."""
-    for at in np.arange(1, side) * grid / side:
-        axes.plot([at, at], [0, grid], [0, grid], [at, at], color="white", linewidth=0.8)
+    """The borders of side x side windows."""
+    edges = np.arange(1, side) * grid / side
+    axes.vlines(edges, 0, grid, color="white", linewidth=0.8)
+    axes.hlines(edges, 0, grid, color="white", linewidth=0.8)
 
 
 def _frame(axes: Axes, grid: int, patch: int, width: float) -> None:
-    y, x = divmod(int(patch), grid)
+    y, x = divmod(patch, grid)
     axes.add_patch(Rectangle((x, y), 1, 1, fill=False, edgecolor=KEPT, linewidth=width))
 
 
-def _colour_bar(figure: Figure, axes: Any, drawn: Any, label: str) -> None:
-    bar = figure.colorbar(drawn, ax=axes, location="bottom", shrink=0.8, aspect=40, pad=0.02)
+def _colour_bar(figure: Figure, axes: Axes | list[Axes], drawn: AxesImage, label: str) -> None:
+    """The scale as it looks where it covers everything."""
+    full = ScalarMappable(drawn.norm, drawn.cmap)
+    bar = figure.colorbar(full, ax=axes, location="bottom", shrink=0.8, aspect=45, pad=0.02)
+    bar.locator = MaxNLocator(6)
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=8)
-    bar.solids.set(alpha=1)
 
 
 VIEWS: dict[str, View] = {
-    "identity": View(_means, _draw_windows),
-    "pool": View(_means, _draw_windows),
-    "m3": View(_means, _draw_windows),
+    "identity": View(_means, _draw_means),
+    "pool": View(_means, _draw_means),
+    "m3": View(_means, _draw_means),
     "quecc": View(_windows, _draw_windows),
     "tokenpacker": View(_windows, _draw_windows),
     "mqt": View(_queries, _draw_queries),
