@@ -48,6 +48,10 @@ def get_config() -> ml_collections.ConfigDict:
     c.eval.seed = 0  # of sampling
     c.eval.limit = 0  # first questions of each benchmark only; 0 = all
     c.eval.features_dir = ""  # cached encoder features to read instead of images
+    c.eval.visual_tokens = (
+        0  # per image; 0 = as the model's config says (M3 and MQT can show others)
+    )
+    c.eval.query = ""  # first_turn | last_turn | none; "" = as in training
     return c.lock()
 
 

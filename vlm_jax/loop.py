@@ -155,6 +155,7 @@ def make_loss(exp: Experiment) -> Callable[[Tree, Batch, Array], tuple[Array, di
 
         @jax.checkpoint
         def shown(count: Array) -> tuple[Array, dict[str, Array]]:
+            assert elastic is not None  # else the decoder runs once
             part = elastic.show(visual.tokens, count)
             logits: Any = model.apply({"params": params}, inputs, part, method="read")
             return next_token_loss(logits, batch["tokens"], batch["loss_mask"])

@@ -56,6 +56,10 @@ class NormedMLP(nn.Module):
 class WindowAttention(nn.Module):
     """Each window's one query looks at that window's patches only; four biases, no residual, no norm.
 
+    With one query per window the key and value maps could be applied to queries and mixtures instead of patches, exactly.
+    At CLIP-L size that saves a CPU 11 to 14 % of QueCC at 36 tokens and fewer, which is 0.6 % of the image's encoder; not
+    done, for kernels would have to be used outside their layer.
+
     Sows the attention weights [B M N stride stride] as intermediates/weights (nothing is kept unless asked for).
     """
 
