@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 MAX_PANELS = 24  # small pictures, one per token or head
 PICTURE_PX = 640  # at least, of the picture under the weights
 
-# Okabe and Ito's blue and vermilion: apart for every kind of colour vision; the scale also falls in lightness.
+# Purple is rare in pictures, and falls in lightness for every kind of colour vision; vermilion (Okabe and Ito's) frames.
 KEPT = "#d55e00"
-SCALE = LinearSegmentedColormap.from_list("weights", ["#ffffff", "#56b4e9", "#0072b2", "#00263d"])
-FATES = ListedColormap(["#ffffff", "#56b4e9", KEPT])  # extra token only, merged, kept
+SCALE = LinearSegmentedColormap.from_list("weights", ["#ffffff", "#cf9ad6", "#8a2f96", "#2b0636"])
+FATES = ListedColormap(["#ffffff", "#b57bc2", KEPT])  # extra token only, merged, kept
 
 
 class Shown(NamedTuple):
@@ -251,7 +251,7 @@ def _draw_merged(figure: Figure, picture: Picture, grid: int, shown: Shown) -> N
 
 
 def _fates(axes: Axes, picture: Picture, grid: int, shown: Shown) -> None:
-    """Kept patches keep their colours, merged ones are blue, the others fade."""
+    """Kept patches keep their colours, merged ones are purple, the others fade."""
     assert shown.kept is not None
     fates = np.zeros(grid**2)
     fates[shown.weights[:-1].max(axis=0) > 0] = 1
@@ -295,9 +295,13 @@ def _panels(figure: Figure, picture: Picture, grid: int, count: int) -> tuple[Ax
 def _overlay(
     axes: Axes, picture: Picture, grid: int, values: Patches, norm: Normalize | None = None
 ) -> AxesImage:
-    """The picture in pale grey and `values` over it; large ones cover more. norm: None = 0 to the largest."""
-    pale = 0.5 + 0.5 * picture.astype(np.float32).mean(axis=2) / 255
-    axes.imshow(pale, cmap="gray", vmin=0, vmax=1, extent=(0, grid, grid, 0))
+    """The picture in pale colours and `values` over it; large ones cover more. norm: None = 0 to the largest."""
+    colour = picture.astype(np.float32) / 255
+    grey = colour.mean(axis=2, keepdims=True)
+    pale = (
+        0.5 + 0.3 * grey + 0.2 * colour
+    )  # some colour: shapes may differ from the ground in nothing else
+    axes.imshow(pale, extent=(0, grid, grid, 0))
     norm = norm or Normalize(0, max(float(values.max()), 2.0))
     return _cells(axes, grid, values, norm, SCALE, 0.2 + 0.65 * np.clip(norm(values), 0, 1))
 
