@@ -36,7 +36,8 @@ def trained(world):
         if name not in made:
             cfg = tiny.config(world, num_steps=1, save_every=1)
             cfg.model.vit.image_px = 8 * GRID
-            cfg.model.compressor.name, cfg.model.compressor.neighbours = name, 3
+            fields = {"name": name, "neighbours": 3, "query_grid": 3}
+            cfg.model.compressor.update(fields)
             made[name] = str(world.parent / name)
             train.train(cfg, made[name])
         return made[name]
@@ -61,7 +62,8 @@ def own_weights(world, checkpoint: str) -> dict:
         return jax.jit(lambda v, i: VLM(model.model).apply(v, i, method=method))(variables, inputs)
 
     features, query = call("features"), call("query")
-    module = COMPRESSORS[name].module(model.model.compressor, vit.grid)
+    width = (model.model.lm.width,) if COMPRESSORS[name].place == "instead" else ()
+    module = COMPRESSORS[name].module(model.model.compressor, vit.grid, *width)
     _, sown = module.apply(
         {"params": model.params["compressor"]} if "compressor" in model.params else {},
         features.last, features.taps, query, features.scores, mutable="intermediates",
@@ -69,7 +71,7 @@ def own_weights(world, checkpoint: str) -> dict:
     return jax.tree.map(lambda x: np.asarray(x[0]), sown["intermediates"])
 
 
-def drawn(world, checkpoint: str, out, monkeypatch):
+def drawn(world, checkpoint: str, out, monkeypatch, *more: str):
     """(what was shown, the figure) of a whole run of the command."""
     kept, original = [], show.draw
 
@@ -81,7 +83,7 @@ def drawn(world, checkpoint: str, out, monkeypatch):
     monkeypatch.setattr(show, "draw", spy)
     words = ["--config=configs/eval.py", f"--config.eval.checkpoint={checkpoint}", str(world / "parts.jpg")]  # fmt: skip
     words += ["--question", QUESTION, f"--out={out}", "--config.eval.max_new_tokens=2"]
-    assert show.main(words) == 0
+    assert show.main([*words, *more]) == 0
     return kept
 
 
@@ -137,6 +139,17 @@ def test_prumerge_is_drawn_with_the_patches_it_kept_and_merged(
     np.testing.assert_allclose(array(extra).ravel(), weights[-1], atol=1e-5)
     frame = first.patches[0]
     assert frame.get_xy() == (shown.kept[0] % GRID, shown.kept[0] // GRID)
+
+
+@pytest.mark.slow
+def test_queries_are_drawn_with_the_models_own_weights(world, trained, tmp_path, monkeypatch):
+    (weights,) = own_weights(world, trained("mqt"))["weights"]
+    assert weights.shape == (2, 9, GRID**2)
+    few = ["--config.eval.visual_tokens=5"]
+    shown, figure, _ = drawn(world, trained("mqt"), tmp_path / "q.png", monkeypatch, *few)
+    np.testing.assert_allclose(shown.weights, weights[:, :5].mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(array(figure.axes[2]).ravel(), GRID**2 * shown.weights[0], atol=1e-4)
+    assert "5 visual tokens" in figure.get_suptitle()
 
 
 # Layouts that need no model

@@ -1,7 +1,8 @@
 """python -m vlm_jax.show --config=configs/eval.py --config.eval.checkpoint=RUN image.jpg --question "What is this?" [--out=F]
 
 Draws which patches of the image each visual token of a trained model is made of, as PNG or SVG (default IMAGE.tokens.png
-in the current directory), with the model's answer above it. RUN is the workdir of a training run.
+in the current directory), with the model's answer above it. RUN is the workdir of a training run; the other `eval` fields
+that shape an answer count too.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from matplotlib.ticker import MaxNLocator
 from ml_collections import ConfigDict
 
 from vlm_jax import cli, experiment
-from vlm_jax.config import ConfigError, MeshConfig, build
+from vlm_jax.config import ConfigError, MeshConfig, build, check_choice
 from vlm_jax.data import images
+from vlm_jax.data.queries import QUERIES
 from vlm_jax.laws import plot
 
 if TYPE_CHECKING:
@@ -79,6 +81,7 @@ def show(cfg: ConfigDict, image: str, question: str, out: str) -> Path:
         )
     if run.data.max_images < 1:
         raise ConfigError(f"eval: checkpoint {checkpoint!r} is of a run without images.")
+    check_choice("eval", "query", cfg.eval.query, ("", *QUERIES))
     path = plot.check_path(out or f"{Path(image).stem}.tokens.png")
     vit, data = run.model.vit, run.data
     side = vit.image_px * math.ceil(PICTURE_PX / vit.image_px)
@@ -90,16 +93,15 @@ def show(cfg: ConfigDict, image: str, question: str, out: str) -> Path:
 
     answerer = Answerer(
         checkpoint, build(MeshConfig, cfg.mesh.to_dict()), "", cfg.eval.max_new_tokens, cfg.eval.temperature,
-        cfg.eval.top_p, cfg.eval.seed,
+        cfg.eval.top_p, cfg.eval.seed, cfg.eval.visual_tokens, cfg.eval.query,
     )  # fmt: skip
     said = [{"from": "human", "value": f"<image>\n{question}"}]
     file = Path(image).absolute()
     row = {"id": file.stem, "image": file.name, "conversations": said}
     shown = look(answerer, row, str(file.parent))
     (((_, answer),),) = answerer.ask([row], str(file.parent), answerer.mesh.size)
-    cut = (
-        side * vit.grid * vit.patch_px // vit.image_px
-    )  # a border narrower than a patch is not seen
+    # A border narrower than a patch is not seen.
+    cut = side * vit.grid * vit.patch_px // vit.image_px
     name = run.model.compressor.name
     figure = draw(name, picture[:cut, :cut], vit.grid, shown, question, answer)
     return plot.save(figure, path)
