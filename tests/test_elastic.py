@@ -240,12 +240,15 @@ def test_flops_of_m3_are_those_of_the_first_map_on_patches_and_the_last_on_token
     assert same.prefill == found.prefill
 
 
-def test_flops_of_mqt_agree_with_what_the_compiler_counts():
+@pytest.mark.parametrize("images", [1, 6])
+def test_flops_of_mqt_agree_with_what_the_compiler_counts(images):
     config, width, hidden = CompressorConfig("mqt", num_heads=8, visual_tokens=100), 128, 256
-    module, x = mqt.MQT(config, 24, hidden), jax.ShapeDtypeStruct((1, 576, 128), jnp.float32)
+    module, x = mqt.MQT(config, 24, hidden), jax.ShapeDtypeStruct((images, 576, 128), jnp.float32)
     params = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), x, x))["params"]
     counted = jax.jit(module.apply).lower({"params": params}, x, x).compile().cost_analysis()
-    assert counted["flops"] == pytest.approx(mqt.flops(config, 24, width, hidden), rel=0.1)
+    once = mqt.weights_flops(config, 24, width)  # for all images of a batch
+    expected = once + images * (mqt.flops(config, 24, width, hidden) - once)
+    assert counted["flops"] == pytest.approx(expected, rel=0.1)
 
 
 # Settings

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vlm_jax.compressors import windows
@@ -26,9 +25,8 @@ class Pool(nn.Module):
 
 
 def mean(x: Float[Array, "B P C"], grid: int, stride: int) -> Float[Array, "B M C"]:
-    """The mean of each window, in float32."""
-    cut = windows.split(x, grid, stride).astype(jnp.float32)
-    return cut.mean(axis=(2, 3)).astype(x.dtype)
+    """The mean of each window; jax adds half-precision numbers up in float32."""
+    return windows.split(x, grid, stride).mean(axis=(2, 3))
 
 
 def flops(config: CompressorConfig, grid: int, width: int, text_width: int) -> int:
