@@ -65,7 +65,6 @@ def parse(
     for name, meaning in (switches or {}).items():
         flags.DEFINE_boolean(name, False, meaning, flag_values=values)
     flags.DEFINE_boolean("help", False, "show the flags", short_name="h", flag_values=values)
-    values.set_gnu_getopt()  # flags may follow words
     check_overrides(argv)
     config_flags.DEFINE_config_file(
         "config",
