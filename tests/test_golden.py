@@ -227,7 +227,8 @@ def run_mqt(case: Case) -> dict:
     table = mqt.query_positions(side, width)
     for name in case.params.keys() & {"pos_embed", "pos_embed_first8"}:
         stored = case.params[name]
-        np.testing.assert_array_equal(table[:, : stored.shape[1]], stored)
+        # A reference that computes sines in float32 may differ by a rounding near 0; unrounded values by 2e-4.
+        np.testing.assert_allclose(table[:, : stored.shape[1]], stored, rtol=0, atol=1e-5)
     params = jax.tree.map(jnp.asarray, reference_layout.mqt(case.params, heads))
     made = {"pos_embed_interpolated": np.asarray(mqt.resized(table, side, grid))}
     for count in counts(case, "m"):

