@@ -48,6 +48,10 @@ def get_config() -> ml_collections.ConfigDict:
     c.eval.seed = 0  # of sampling
     c.eval.limit = 0  # first questions of each benchmark only; 0 = all
     c.eval.features_dir = ""  # cached encoder features to read instead of images
+    c.eval.visual_tokens = (
+        0  # per image; 0 = as the model's config says (M3 and MQT can show others)
+    )
+    c.eval.query = ""  # first_turn | last_turn | none; "" = as in training
     return c.lock()
 
 
@@ -83,10 +87,21 @@ def model() -> ml_collections.ConfigDict:
     m.compressor = ml_collections.ConfigDict()
     m.compressor.name = "quecc"  # a key of compressors.COMPRESSORS
     m.compressor.stride = 4  # patches per window side; visual tokens = (grid / stride)^2
-    m.compressor.num_heads = 8  # of its attention (QueCC, TokenPacker)
+    m.compressor.visual_tokens = 0  # M3, MQT: shown at inference; 0 = all
+    m.compressor.train_tokens = ()  # M3, MQT: the numbers trained for; () = the paper's
+    m.compressor.query_grid = 16  # MQT: queries along one side (the paper's)
+    m.compressor.key_source = "positions"  # MQT: positions (as released) | image (positions added)
+    m.compressor.query_layers = -1  # QueCC: decoder layers that read the question; -1 = all
+    m.compressor.num_heads = 8  # of its attention (QueCC, TokenPacker: 8; MQT: 16)
     m.compressor.taps = (12, 16, 22, 23)  # encoder states seen side by side; () = the feature alone
     m.compressor.norm_eps = 1e-6
     m.compressor.dtype = "bfloat16"
+    # PruMerge and PruMerge+ (1/8 and 32 are the release's)
+    m.compressor.prune_ratio = "adaptive"  # adaptive (outliers of each image) | batch | fixed
+    m.compressor.fixed_ratio = 0.125  # share of the patches that "fixed" keeps by score
+    m.compressor.max_kept = 0  # patches per image, at most, with the other two; 0 = no limit
+    m.compressor.neighbours = 32  # patches merged into each kept one
+    m.compressor.sample_last = True  # PruMerge+: the last patch may be sampled (released: never)
 
     m.projector_layers = 2  # LLaVA-1.5's mlp2x_gelu
     m.projector_norm = "none"  # none | rms: RMSNorm of the visual tokens (the miniature's)
@@ -128,6 +143,7 @@ def data() -> ml_collections.ConfigDict:
     d.template = "vicuna_v1"  # a key of data.chat.TEMPLATES
     d.system = placeholder(str)  # system prompt; None = the template's
     d.turns = "dialogue"  # dialogue | independent (a turn sees the shared prefix and itself only)
+    d.query = "first_turn"  # first_turn | last_turn | none: the question that QueCC looks at
     d.max_tokens = 2048  # tokens per sample, visual ones included (LLaVA-1.5)
     d.max_query_tokens = 64  # tokens of the question that QueCC looks at
     d.max_images = 1  # images per sample; 0 = text only

@@ -164,8 +164,8 @@ def export_model(workdir: Path, out: Path, args: argparse.Namespace) -> None:
     import jax
 
     from vlm_jax import sharding, weights
-    from vlm_jax.config import MeshConfig
     from vlm_jax.hf import export, parts
+    from vlm_jax.run_config import MeshConfig
 
     exp = experiment.read(workdir)
     wanted = weights.abstract(exp.model, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))

@@ -14,9 +14,9 @@ import numpy as np
 import tiny
 
 from vlm_jax import experiment, loop, optim, sharding
-from vlm_jax.config import MeshConfig
 from vlm_jax.models.lm import empty_cache
 from vlm_jax.models.vlm import VLM, Inputs
+from vlm_jax.run_config import MeshConfig
 
 MESHES = ((1, 1, 1), (8, 1, 1), (2, 4, 1), (1, 2, 4), (2, 2, 2))
 

@@ -8,7 +8,7 @@ import pytest
 from refs import llava_labels, tokenizers
 
 from vlm_jax.config import ConfigError
-from vlm_jax.data import chat, sources, tokenizer
+from vlm_jax.data import chat, queries, sources, tokenizer
 from vlm_jax.data.chat import TEMPLATES, Chat
 from vlm_jax.data.sources import BadRecord, Record, Turn
 
@@ -334,17 +334,33 @@ def test_the_query_equals_the_reference_on_regular_rows(tokens, dialogue):
         decoded = c.tokenizer.decode(
             row.tokens[after[-1] + 1 :][row.segments[after[-1] + 1 :] >= 0].tolist()
         )
-    found = chat.queries(record(*dialogue)) or ["image"]
+    found = queries.first_turn(record(*dialogue)) or ["image"]
     assert found == [llava_labels.query(decoded)]
 
 
 def test_the_query_is_the_whole_question_where_the_reference_cuts_it():
-    assert chat.queries(record(("<image>Is ASSISTANT: a word?", "yes"))) == [
+    assert queries.first_turn(record(("<image>Is ASSISTANT: a word?", "yes"))) == [
         "Is ASSISTANT: a word?"
     ]
-    assert chat.queries(record(("<image>", "a caption"))) == ["image"]
+    assert queries.first_turn(record(("<image>", "a caption"))) == ["image"]
     two = record(("<image><image>Which?", "yes"), ("<image>And this?", "no"))
-    assert chat.queries(two) == ["Which?", "Which?", "And this?"]
+    assert queries.first_turn(two) == ["Which?", "Which?", "And this?"]
+
+
+def test_the_query_of_the_last_turn_is_the_last_question_for_every_image(tokens):
+    two = record(("<image><image>Which?", "yes"), ("<image>And this?", "no"), ("Now?", None))
+    assert queries.last_turn(two) == ["Now?"] * 3
+    assert queries.last_turn(record(("<image>Which?", "yes"), ("", "no"))) == ["image"]
+    row = record(("<image>Which?", "yes"), ("Now?", None))
+    ids, mask = make(tokens, "chatml", query="last_turn").query_arrays(row)
+    asked = make(tokens, "chatml").query_arrays(record(("<image>Now?", None)))
+    np.testing.assert_array_equal(ids, asked[0])
+    np.testing.assert_array_equal(mask, asked[1])
+
+
+def test_without_a_query_its_arrays_have_no_length(tokens):
+    ids, mask = make(tokens, query="none").query_arrays(record(("<image>Which?", "yes")))
+    assert ids.shape == mask.shape == (2, 0)
 
 
 def test_queries_are_right_padded_truncated_and_complete(tokens):

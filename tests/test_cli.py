@@ -38,6 +38,28 @@ def test_overrides_keep_their_field_s_type(config):
     assert not parse("--config", config, "--workdir=d", "--noconfig.on").config.on
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["a.jpg", "--text", "why ?"], ["--text=why ?", "a.jpg"], ["--image=a.jpg", "--text=why ?"]],
+)
+def test_one_word_may_stand_without_its_flag_wherever_it_stands(config, words):
+    def parse_picture(*argv):
+        texts = {"image": "what", "text": "ask"}
+        return cli.parse(argv, texts, required=("config", "image"), positional="image")
+
+    for argv in (
+        [f"--config={config}", *words],
+        [*words, f"--config={config}", "--config.a.size=3"],
+    ):
+        values = parse_picture(*argv)
+        assert (values.image, values.text) == ("a.jpg", "why ?")
+        assert values.config.a.size in (1, 3)
+    with pytest.raises(ConfigError, match=r"'b.jpg' is not a flag"):
+        parse_picture(f"--config={config}", *words, "b.jpg")
+    with pytest.raises(ConfigError, match="--image is missing"):
+        parse_picture(f"--config={config}", "--text=why ?")
+
+
 def test_two_commands_in_one_process_do_not_share_flags(config):
     assert parse(f"--config={config}", "--workdir=d", "--config.a.size=3").config.a.size == 3
     assert parse(f"--config={config}", "--workdir=e").config.a.size == 1

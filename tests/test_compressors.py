@@ -13,10 +13,19 @@ from refs import reference_layout
 
 from vlm_jax import compressors, presets
 from vlm_jax.compressors import COMPRESSORS, tokenpacker, windows
-from vlm_jax.config import WINDOWED, CompressorConfig, ConfigError, VLMConfig
+from vlm_jax.config import (
+    ATTENDING,
+    ELASTIC,
+    SCORED,
+    WINDOWED,
+    CompressorConfig,
+    ConfigError,
+    VLMConfig,
+)
 from vlm_jax.models.projector import Projector
 
 WIDTH, TEXT, HIDDEN, HEADS = 8, 12, 20, 2
+LEARNED = ("quecc", "tokenpacker")  # with parameters, inside windows
 
 
 @pytest.fixture(autouse=True)
@@ -51,13 +60,13 @@ def compiled(module: nn.Module):
 
 
 def run(module, params, inputs):
-    return np.asarray(compiled(module)({"params": params}, *inputs))
+    return np.asarray(compiled(module)({"params": params}, *inputs).tokens)
 
 
 @pytest.mark.parametrize(
     "grid, stride, taps", [(6, 1, 1), (6, 2, 2), (6, 3, 1), (6, 6, 2), (5, 5, 1)]
 )
-@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize("name", LEARNED)
 def test_any_grid_stride_and_number_of_taps_equals_the_slow_twin(name, grid, stride, taps):
     module, params, state, inputs = case(name, grid, stride, taps)
     last, multi, text = inputs
@@ -88,7 +97,7 @@ def test_the_bilinear_query_reads_only_the_middle_of_each_window(stride):
         assert np.abs(ours - windows.split(grid, 12, stride).mean((2, 3))).max() > 0.1
 
 
-@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize("name", LEARNED)
 def test_a_patch_changes_only_the_token_of_its_window(name):
     module, params, _, inputs = case(name, 6, 3)
     before = run(module, params, inputs)
@@ -110,7 +119,7 @@ def test_the_question_changes_quecc_but_the_order_of_a_batch_does_not():
     np.testing.assert_allclose(flipped[::-1], before, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize("name", LEARNED)
 def test_gradients_equal_finite_differences(name):
     module, params, _, inputs = case(name, 4, 2, batch=1)
     flat, unravel = ravel_pytree((params, inputs))
@@ -119,7 +128,7 @@ def test_gradients_equal_finite_differences(name):
     @jax.jit
     def loss(vector):
         p, x = unravel(vector)
-        return jnp.sum(module.apply({"params": p}, *x) * target)
+        return jnp.sum(module.apply({"params": p}, *x).tokens * target)
 
     gradient = jax.jit(jax.grad(loss))(flat)
     for seed in range(5):
@@ -130,23 +139,23 @@ def test_gradients_equal_finite_differences(name):
         assert np.linalg.norm(gradient) > 1
 
 
-@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize("name", LEARNED)
 def test_bfloat16_survives_large_activations(name):
     module, params, _, inputs = case(name, 4, 2)
     half = module.clone(config=CompressorConfig(name, 2, HEADS, dtype="bfloat16"))
     large = [x if x is None else x.at[:, 0].mul(1e4).astype(jnp.bfloat16) for x in inputs]
-    out = compiled(half)({"params": params}, *large)
+    out = compiled(half)({"params": params}, *large).tokens
     assert out.dtype == jnp.bfloat16
     assert bool(jnp.isfinite(out).all())
     exact = run(module, params, [x if x is None else x.astype(jnp.float32) for x in large])
     assert np.abs(np.asarray(out, np.float32) - exact).mean() < 0.05 * np.abs(exact).max()
     grads = jax.jit(
-        jax.grad(lambda p: half.apply({"params": p}, *large).astype(jnp.float32).sum())
+        jax.grad(lambda p: half.apply({"params": p}, *large).tokens.astype(jnp.float32).sum())
     )(params)
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize("name", LEARNED)
 def test_attention_weights_are_handed_out_on_request_only(name):
     module, params, _, inputs = case(name, 4, 2)
     out, kept = jax.jit(functools.partial(module.apply, mutable="intermediates"))(
@@ -155,7 +164,7 @@ def test_attention_weights_are_handed_out_on_request_only(name):
     (weights,) = kept["intermediates"]["attention"]["weights"]
     assert weights.shape == (2, 4, HEADS, 2, 2)
     np.testing.assert_allclose(weights.sum((-1, -2)), 1, atol=1e-6)
-    np.testing.assert_allclose(out, run(module, params, inputs), atol=1e-5)
+    np.testing.assert_allclose(out.tokens, run(module, params, inputs), atol=1e-5)
 
 
 # Counts of the true size: CLIP-L/14 at 336 px (24 x 24 patches, width 1024), four taps, a decoder of width 4096.
@@ -252,7 +261,7 @@ def test_initial_weights_have_the_spread_of_the_references():
 
 def test_sizes_that_do_not_fit_are_refused_with_the_allowed_ones():
     vit, lm = presets.vit("clip-l-336"), presets.lm("vicuna-7b")
-    for name in WINDOWED:
+    for name in LEARNED:
         with pytest.raises(
             ConfigError, match=r"grid 24 .* stride 5; use one of \[1, 2, 3, 4, 6, 8, 12, 24\]"
         ):
@@ -263,6 +272,8 @@ def test_sizes_that_do_not_fit_are_refused_with_the_allowed_ones():
         compressors.get("qecc")
 
 
-def test_the_windowed_names_of_the_config_are_registered():
-    assert set(WINDOWED) <= COMPRESSORS.keys()
+def test_the_names_in_the_config_are_those_registered():
+    assert {*WINDOWED, *ATTENDING} <= COMPRESSORS.keys()
+    assert [n for n, c in COMPRESSORS.items() if c.elastic] == list(ELASTIC)
+    assert [n for n, c in COMPRESSORS.items() if c.uses_scores] == list(SCORED)
     assert [n for n, c in COMPRESSORS.items() if c.uses_query] == ["quecc"]

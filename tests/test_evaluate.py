@@ -12,8 +12,9 @@ import tiny
 
 from configs import eval as eval_config
 from vlm_jax import answer, benchmarks, evaluate, experiment, features, presets, train
-from vlm_jax.config import ConfigError, MeshConfig
+from vlm_jax.config import ConfigError
 from vlm_jax.laws import table
+from vlm_jax.run_config import MeshConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -158,6 +159,36 @@ def test_cached_features_give_the_answers_of_the_images(world, first, tmp_path):
     cfg = config(world, features_dir=str(tmp_path / "features"))
     assert evaluate.evaluate(cfg, str(tmp_path / "out")) == first[1]
     assert answers(tmp_path / "out") == answers(first[0])
+
+
+@pytest.mark.slow
+def test_an_elastic_model_is_measured_at_any_number_of_tokens_it_can_show(world, tmp_path):
+    c = tiny.config(world, num_steps=2)
+    c.model.compressor.update({"name": "mqt", "query_grid": 2, "train_tokens": (2, 4)})
+    train.train(c, str(tmp_path / "run"))
+    measured = []
+    for count in (0, 1):
+        cfg = config(world, checkpoint=str(tmp_path / "run"), visual_tokens=count)
+        evaluate.evaluate(cfg, str(tmp_path / f"eval{count}"))
+        measured += table.read(tmp_path / f"eval{count}" / "errors.csv")
+    assert [row.visual_tokens for row in measured] == [4, 1]
+    assert measured[0].flops > measured[1].flops
+    cfg = config(world, checkpoint=str(tmp_path / "run"), visual_tokens=5)
+    with pytest.raises(ConfigError, match="2 x 2 queries give 1 to 4 visual tokens, not 5"):
+        evaluate.evaluate(cfg, str(tmp_path / "other"))
+    cfg = config(world, checkpoint=str(tmp_path / "run"), visual_tokens=2)
+    with pytest.raises(ConfigError, match="answers made with visual_tokens = 1, now 2"):
+        evaluate.evaluate(cfg, str(tmp_path / "eval1"))
+
+
+def test_the_question_that_is_looked_at_may_be_another_than_in_training(world):
+    run, chosen = str(world.parent / "run"), []
+    for query in ("", "last_turn", "none"):
+        made = answer.Answerer(run, MeshConfig(), "", 3, 0.0, 1.0, 0, query=query)
+        chosen.append(made.data.query)
+    assert chosen == ["first_turn", "last_turn", "none"]
+    with pytest.raises(ConfigError, match="eval: query 'second_turn' is not one of"):
+        evaluate.evaluate(config(world, query="second_turn"), str(world / "nowhere"))
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from vlm_jax.config import CompressorConfig, ConfigError, LMConfig, ViTConfig, V
 from vlm_jax.laws import flops
 from vlm_jax.models.lm import LM, empty_cache
 from vlm_jax.models.vit import ViT
-from vlm_jax.models.vlm import VLM, Inputs, dummy_inputs
+from vlm_jax.models.vlm import VLM, Inputs, Layout, dummy_inputs
 
 
 def vit_config(**changes) -> ViTConfig:
@@ -138,7 +138,7 @@ def test_a_decode_step_is_within_two_percent_of_xla():
         jax.eval_shape(lambda: empty_cache(config.lm, 1, slots)),
     )
     measured = xla_flops(
-        lambda p, t, s, slot, c: VLM(config).apply(p, t, t, s, slot, c, method="decode"),
+        lambda p, t, s, slot, c: VLM(config).apply(p, t, slot, Layout(s, s), c, method="decode"),
         params, int_array(1), int_array(1, slots), int_array(), cache,
     )  # fmt: skip
     assert flops.decoder_flops(config.lm, 1, slots, logits=1) == pytest.approx(measured, rel=0.02)

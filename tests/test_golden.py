@@ -18,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from refs import compressors_numpy as twin
-from refs import hf_layout, reference_layout
+from refs import elastic_numpy, hf_layout, prumerge_numpy, reference_layout
 
 from vlm_jax import presets
-from vlm_jax.compressors import COMPRESSORS
+from vlm_jax.compressors import COMPRESSORS, mqt, prumerge
 from vlm_jax.config import CompressorConfig, ConfigError, LMConfig, ViTConfig, VLMConfig
-from vlm_jax.data import chat, sources
+from vlm_jax.data import queries, sources
+from vlm_jax.layers import Scores
 from vlm_jax.models.projector import Projector
 from vlm_jax.models.vit import Features, ViT
 from vlm_jax.models.vlm import VLM, Inputs
@@ -75,7 +76,7 @@ def recipe_entries(node, name=""):
             yield from recipe_entries(value, name)
 
 
-def encode(case: Case) -> Features:
+def encode(case: Case, scores: bool = False) -> Features:
     """The case's own CLIP on its pixels [B 3 H W]; already normalised unless they are bytes."""
     clip, state = case.config.get("clip", case.config), hf_layout.sub(case.params, "vision_model.")
     width, _, patch, _ = state["embeddings.patch_embedding.weight"].shape
@@ -89,13 +90,15 @@ def encode(case: Case) -> Features:
     if images.dtype == jnp.uint8:
         images = (images / 255.0 - jnp.array(vit.mean)) / jnp.array(vit.std)
     params = hf_layout.encoder(state, vit.feature_state, vit.num_heads, post_norm=False)
-    taps = tuple(case.config.get("multi_layers", (12, 16, 22, 23)))
-    return encoder(vit, taps)({"params": params}, images)
+    if scores:
+        params["next_layer"] = hf_layout.asking_layer(state, vit.feature_state, vit.num_heads)
+    taps = tuple(case.config.get("multi_layers", () if scores else (12, 16, 22, 23)))
+    return encoder(vit, taps, scores)({"params": params}, images)
 
 
 @functools.cache
-def encoder(vit: ViTConfig, taps: tuple[int, ...]) -> Callable:
-    return jax.jit(ViT(vit, taps).apply)
+def encoder(vit: ViTConfig, taps: tuple[int, ...], scores: bool) -> Callable:
+    return jax.jit(ViT(vit, taps, scores).apply)
 
 
 def features_of(case: Case) -> Features:
@@ -139,7 +142,7 @@ def compressed(
     case: Case, name: str, compressor: dict, projector: dict, stride: int = 1
 ) -> dict[str, np.ndarray]:
     """Runs compressor and projector, after the same validation as any model."""
-    last, taps = features_of(case)
+    last, taps = features_of(case)[:2]
     grid = round(last.shape[1] ** 0.5)
     heads = case.config.get("num_heads", 1)
     eps = case.config.get("ln_eps", 1e-6)
@@ -147,7 +150,8 @@ def compressed(
     VLMConfig(tiny_vit(grid, last.shape[-1]), config, presets.lm("mini-45k"))
     entry = COMPRESSORS[name]
     query = text_of(case) if entry.uses_query else None
-    mid = jax.jit(entry.module(config, grid).apply)({"params": compressor}, last, taps, query)
+    apply = jax.jit(entry.module(config, grid).apply)
+    mid = apply({"params": compressor}, last, taps, query).tokens
     assert mid.shape[1] == entry.num_tokens(config, grid)
     width = projector["dense_1"]["kernel"].shape[1]
     tokens = jax.jit(Projector(width, 2, "none", "none", "float32").apply)(
@@ -172,8 +176,98 @@ def run_tokenpacker(case: Case) -> dict:
     return compressed(case, "tokenpacker", *trees, case.config["scale_factor"])
 
 
+def run_prumerge(case: Case) -> dict:
+    """Inputs are the states with the class token and the next layer's queries and keys, or pixels."""
+    name, ratio = case.config["compressor"], case.config.get("fixed_ratio")
+    adaptive = case.config.get("adaptive", ratio is None)
+    if "images" in case.inputs:
+        last, _, scores = encode(case, scores=True)
+    else:
+        states, q, k = (jnp.asarray(case.inputs[n]) for n in ("hidden_states_m2", "q", "k"))
+        last, scores = states[:, 1:], Scores(q[:, 0], k[:, 1:], k[:, 0])
+    grid, patches = round(last.shape[1] ** 0.5), last.shape[1]
+    config = CompressorConfig(
+        name, prune_ratio="batch" if adaptive else "fixed", fixed_ratio=ratio or 0.125,
+        neighbours=case.config.get("k_neighbours", 32), sample_last=False,
+    )  # fmt: skip
+    VLMConfig(tiny_vit(grid, last.shape[-1]), config, presets.lm("mini-45k"))
+    module = COMPRESSORS[name].module(config, grid)
+    apply = jax.jit(functools.partial(module.apply, mutable="intermediates"))
+    (tokens, valid), sown = apply({}, last, last, None, scores)
+    (chosen,) = sown["intermediates"]["chosen"]
+    filled = np.asarray(chosen.valid)[0]  # as many in every image
+    if valid is not None:
+        assert tokens.shape[1] == COMPRESSORS[name].num_tokens(config, grid)
+        tokens = tokens[:, np.asarray(valid)[0]]
+    if "0.weight" in case.params:
+        projector = reference_layout.projector(case.params, ("0", "2"))
+        width = projector["dense_1"]["kernel"].shape[1]
+        apply = jax.jit(Projector(width, 2, "none", "none", "float32").apply)
+        tokens = apply({"params": projector}, tokens)
+    a = prumerge.attention(scores)
+    return {
+        "tokens": tokens, "features": last, "cls_attn": a, "kept_idx": np.asarray(chosen.kept)[:, filled],
+        "complement_idx": np.stack([np.flatnonzero(rest) for rest in chosen.rest]),
+        "outlier_ratio": prumerge.outliers(a.reshape(-1)) / (patches * len(a)),
+    }  # fmt: skip
+
+
+def counts(case: Case, letter: str) -> list[int]:
+    """The token counts that the outputs are named after (tokens_m36, quirk_scale100); without one, the largest there is."""
+    named = [re.search(rf"{letter}(\d+)", name) for name in case.outputs]
+    settings = case.config
+    given = settings.get("token_counts", settings.get("scales", [settings.get("max_tokens", 256)]))
+    return sorted({int(match[1]) if match else max(given) for match in named})
+
+
+def run_mqt(case: Case) -> dict:
+    last, heads = jnp.asarray(features_of(case)[0]), case.config.get("num_heads", 16)
+    grid, width = round(last.shape[1] ** 0.5), last.shape[-1]
+    side = case.config.get("query_grid", 16)
+    table = mqt.query_positions(side, width)
+    for name in case.params.keys() & {"pos_embed", "pos_embed_first8"}:
+        stored = case.params[name]
+        # A reference that computes sines in float32 may differ by a rounding near 0; unrounded values by 2e-4.
+        np.testing.assert_allclose(table[:, : stored.shape[1]], stored, rtol=0, atol=1e-5)
+    params = jax.tree.map(jnp.asarray, reference_layout.mqt(case.params, heads))
+    made = {"pos_embed_interpolated": np.asarray(mqt.resized(table, side, grid))}
+    for count in counts(case, "m"):
+        config = CompressorConfig(
+            "mqt", num_heads=heads, norm_eps=case.config.get("ln_eps", 1e-6), query_grid=side, visual_tokens=count
+        )  # fmt: skip
+        VLMConfig(tiny_vit(grid, width), config, presets.lm("mini-45k"))
+        module = COMPRESSORS["mqt"].module(config, grid, case.params["proj"].shape[1])
+        apply = jax.jit(functools.partial(module.apply, mutable="intermediates"))
+        visual, sown = apply({"params": params}, last, last)
+        made[f"tokens_m{count}"] = made["tokens"] = visual.tokens
+        made["attn_weights_heads_m_n_batch0"] = sown["intermediates"]["weights"][0][0, :, :8]
+    return made
+
+
+def run_m3(case: Case) -> dict:
+    """Inputs are projected patches, or features (or pixels) with the projector's weights."""
+    made = {}
+    for count in counts(case, "scale"):
+        given = case.inputs.get("projected_features")
+        last = jnp.asarray(features_of(case)[0] if given is None else given)
+        grid = round(last.shape[1] ** 0.5)
+        config = CompressorConfig("m3", visual_tokens=count)
+        VLMConfig(tiny_vit(grid, 8), config, presets.lm("mini-45k"))
+        module = COMPRESSORS["m3"].module(config, grid)
+        if given is None:
+            tree = reference_layout.projector(case.params, ("0", "2"))
+            tree = jax.tree.map(jnp.asarray, tree)
+            width = tree["dense_1"]["kernel"].shape[1]
+            project = Projector(width, 2, "none", "none", "float32").bind({"params": tree})
+            tokens = project.late(module.apply({}, project.early(last), last).tokens)
+        else:
+            tokens = jax.jit(module.apply)({}, last, last).tokens
+        made[f"tokens_scale{count}"] = made["tokens"] = tokens
+    return made
+
+
 def run_tower(case: Case) -> dict:
-    last, taps = encode(case)
+    last, taps = encode(case)[:2]
     return {"features": last, "multi": taps, "text": text_of(case)[:, None]}
 
 
@@ -183,6 +277,10 @@ RUNNERS: dict[str, tuple[str, Callable[[Case], dict]]] = {
     "quecc": ("quecc", run_quecc),
     "quecc_tower": ("quecc", run_tower),
     "tokenpacker": ("tokenpacker", run_tokenpacker),
+    "mqt": ("mqt", run_mqt),
+    "m3": ("m3", run_m3),
+    "prumerge": ("prumerge", run_prumerge),
+    "prumerge_plus": ("prumerge_plus", run_prumerge),
 }
 
 
@@ -190,20 +288,31 @@ def check(case: Case) -> list[str]:
     """Compares every output (and those intermediates that have a name here); the names that were compared."""
     _, run = RUNNERS[case.config["compressor"]]
     wrong = [name for name in case.outputs if name.startswith("quirk_")]
+    right = {name: out for name, out in case.outputs.items() if name not in wrong}
     stride = case.config.get("stride")
     differs = case.config.get("kernel", stride) != stride
-    if wrong or differs:
+    for name in [*right] if differs else wrong:
         with pytest.raises(ConfigError):
-            run(case)
+            run(dataclasses.replace(case, outputs={name: case.outputs[name]}))
+    if differs or not right:
         return wrong or ["kernel != stride"]
-    made = run(case)
-    for name, reference in case.outputs.items():
-        ours = reduced(name, made["tokens"], reference) if name in REDUCED else made[name]
-        assert_close(np.asarray(ours), reference, name)
+    made = run(dataclasses.replace(case, outputs=right))
+    for name, reference in right.items():
+        kind = next((r for r in REDUCED if r.removeprefix("tokens_") in name), None)
+        tokens = tokens_of(name, made)
+        assert_close(reduced(kind, tokens, reference) if kind else tokens, reference, name)
     shared = case.mids.keys() & made.keys()
     for name in shared:
         assert_close(np.asarray(made[name]), case.mids[name], f"mid/{name}")
     return [*case.outputs, *shared]
+
+
+def tokens_of(name: str, made: dict) -> np.ndarray:
+    """The output of this name, or the tokens of which it keeps a part (tokens_m36_first64 and tokens_first64 alike)."""
+    if name in made:
+        return np.asarray(made[name])
+    count = re.search(r"(?:m|scale)\d+", name)
+    return np.asarray(made[f"tokens_{count[0]}" if count else "tokens"])
 
 
 def assert_close(ours: np.ndarray, reference: np.ndarray, name: str) -> None:
@@ -247,7 +356,7 @@ STRINGS = FOLDER / "quecc_query_strings.json"
 # The reference cuts the query out of decoded text; where that goes wrong, the question itself is right.
 QUIRKS = {
     "\nNo assistant marker here": "No assistant marker here",  # there: the last character is lost
-    "a caption\n": chat.NO_QUERY,  # a bare caption asks nothing; there: the empty string
+    "a caption\n": queries.NO_QUERY,  # a bare caption asks nothing; there: the empty string
 }
 
 
@@ -271,7 +380,7 @@ def test_the_query_is_the_question_the_reference_finds_where_it_finds_one():
     seen = set()
     for row, reference in pairs:
         record = sources.parse(conversation(row), "golden.json", "images", "0")
-        ours = chat.queries(record) or [chat.NO_QUERY]
+        ours = queries.first_turn(record) or [queries.NO_QUERY]
         assert ours == [QUIRKS.get(row, reference)], row
         assert (row in QUIRKS) == (ours != [reference])
         seen.add(row)
@@ -347,6 +456,98 @@ def test_end_to_end_files_start_from_pixels(tmp_path, name):
     case.config["clip"]["heads"] = 4
     with pytest.raises(AssertionError, match="tokens"):
         check(case)
+
+
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("name", ["prumerge", "prumerge_plus"])
+def test_end_to_end_files_of_prumerge_read_the_last_layers_queries_and_keys(
+    tmp_path, name, adaptive, projected
+):
+    state = twin.random_state(twin.shapes_clip(8, 12, 24, 6, 3), 7)
+    given = {"images": np.float32(np.random.default_rng(1).standard_normal((1, 3, 18, 18)))}
+    states = twin.clip_states(state, given["images"], heads=2)
+    layer = "vision_model.encoder.layers.23."
+    normed = twin.layer_norm(state, f"{layer}layer_norm1", states[23], 1e-5)
+    q, k = (twin.linear(state, f"{layer}self_attn.{n}_proj", normed) for n in "qk")
+    plus, ratio = name == "prumerge_plus", "batch" if adaptive else "fixed"
+    (image,) = prumerge_numpy.prumerge(
+        states[23], q, k, plus=plus, ratio=ratio, neighbours=4, bound=35
+    )
+    tokens = image["tokens"][None]
+    if projected:
+        state |= twin.random_state({"0.weight": (20, 8), "0.bias": (20,), "2.weight": (20, 20), "2.bias": (20,)}, 8)  # fmt: skip
+        tokens = twin.mlp(state, "0", "2", tokens)
+    mid = {
+        "kept_idx": np.array([image["kept"]]), "complement_idx": np.array([image["complement"]]),
+        "cls_attn": image["attention"][None],
+    }  # fmt: skip
+    config = {"compressor": name, "end_to_end": True, "clip": {"heads": 2}, "k_neighbours": 4}
+    config |= {"adaptive": adaptive, "fixed_ratio": None if adaptive else 0.125}
+    case = write(tmp_path / "e2e.npz", config, param=state, **{"in": given}, out={"tokens": tokens}, mid=mid)  # fmt: skip
+    assert sorted(check(case)) == ["cls_attn", "complement_idx", "kept_idx", "tokens"]
+    case.mids["kept_idx"][0, 0] += 1
+    with pytest.raises(AssertionError, match="kept_idx"):
+        check(case)
+
+
+def mqt_file(path: Path, **changes) -> Case:
+    """A full-size MQT file: weights and inputs from the recipe, the position table from nowhere."""
+    shapes = elastic_numpy.shapes_mqt(8, 4, 80)
+    given = {"features": (2, 36, 8)}
+    entries = {"params": twin.recipe(shapes), "inputs": twin.recipe(given, first_index=100)}
+    drawn = {k: twin.draw(5, **e) for group in entries.values() for k, e in group.items()}
+    tokens = {m: elastic_numpy.mqt(drawn, drawn["features"], 2, m) for m in (16, 3)}
+    config = {"compressor": "mqt", "num_heads": 2, "query_grid": 4, "max_tokens": 16, "seed": 5}
+    out = {
+        "tokens_first64": tokens[16][..., :64], "token_sum": tokens[16].sum(-1), "channel_mean": tokens[16].mean(1),
+        "tokens_m3_first64": tokens[3][..., :64], "abs_mean_m3": np.abs(tokens[3]).mean(),
+    }  # fmt: skip
+    param = {"pos_embed_first8": elastic_numpy.sine_table(4, 8).astype(np.float32)[:, :8]}
+    full = config | entries | {"weights_from_recipe": True} | changes
+    return write(path, full, param=param, out={k: np.float32(v) for k, v in out.items()})
+
+
+def test_a_full_size_mqt_file_gets_its_position_table_from_us(tmp_path):
+    case = mqt_file(tmp_path / "mqt_fullsize.npz")
+    assert "pos_embed" not in case.params and len(check(case)) == 5
+    case.outputs["abs_mean_m3"] *= 1.001
+    with pytest.raises(AssertionError, match="abs_mean_m3"):
+        check(case)
+    case = mqt_file(tmp_path / "mqt_fullsize.npz")
+    case.params["pos_embed_first8"][1, 0] += 1e-3
+    with pytest.raises(AssertionError):
+        check(case)
+
+
+def test_counts_that_the_reference_silently_bends_must_be_refused_beside_legal_ones(tmp_path):
+    case = mqt_file(tmp_path / "mqt.npz")
+    case.outputs["quirk_m17"] = case.outputs["tokens_first64"]
+    assert "quirk_m17" in check(case)
+    case.outputs["quirk_m2"] = case.outputs["tokens_m3_first64"]
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        check(case)
+    x = np.float32(np.random.default_rng(0).standard_normal((1, 36, 8)))
+    out = {"tokens_scale9": np.float32(elastic_numpy.pooled(x, 2)), "quirk_scale16": x[:, :9]}
+    config = {"compressor": "m3", "grid": 6}
+    case = write(tmp_path / "m3.npz", config, out=out, **{"in": {"projected_features": x}})
+    assert sorted(check(case)) == ["quirk_scale16", "tokens_scale9"]
+    case.outputs["tokens_scale9"] = case.outputs["tokens_scale9"] * 1.001
+    with pytest.raises(AssertionError, match="tokens_scale9"):
+        check(case)
+
+
+def test_m3_from_features_goes_through_the_projectors_weights(tmp_path):
+    shapes = {"0.weight": (20, 8), "0.bias": (20,), "2.weight": (20, 20), "2.bias": (20,)}
+    state = twin.random_state(shapes, 7)
+    x = np.float32(np.random.default_rng(0).standard_normal((1, 36, 8)))
+    tokens = elastic_numpy.pooled(twin.mlp(state, "0", "2", np.float64(x)), 3)
+    config = {"compressor": "m3", "grid": 6}
+    given = {"in": {"features": x}}
+    case = write(
+        tmp_path / "m3.npz", config, param=state, out={"tokens_scale4": np.float32(tokens)}, **given
+    )
+    assert check(case) == ["tokens_scale4"]
 
 
 def test_a_kernel_that_differs_from_the_stride_must_be_refused(tmp_path):

@@ -225,7 +225,8 @@ def test_parameters_have_the_dtype_that_the_config_says(llama):
     _, params = load(llama, ("lm",))
     assert params["lm"]["embed"].dtype == np.float32
     from vlm_jax import sharding, weights
-    from vlm_jax.config import CompressorConfig, MeshConfig, VLMConfig
+    from vlm_jax.config import CompressorConfig, VLMConfig
+    from vlm_jax.run_config import MeshConfig
 
     lm = presets.lm(str(llama), param_dtype="bfloat16")
     config = VLMConfig(presets.vit("mini"), CompressorConfig("identity"), lm)

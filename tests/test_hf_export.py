@@ -18,12 +18,13 @@ from safetensors import safe_open
 from test_hf_parity import compare_decoder, inputs_of, load, relative
 
 from vlm_jax import cli, presets, sharding, weights
-from vlm_jax.config import CompressorConfig, ConfigError, MeshConfig, RopeScaling, VLMConfig
+from vlm_jax.config import CompressorConfig, ConfigError, RopeScaling, VLMConfig
 from vlm_jax.data import chat, templates, tokenizer
 from vlm_jax.data.sources import IMAGE, Turn
 from vlm_jax.hf import directory, export
 from vlm_jax.hf.describe import describe
 from vlm_jax.models.vlm import VLM, Inputs, init_params
+from vlm_jax.run_config import MeshConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "convert_hf.py"
@@ -231,6 +232,7 @@ def test_the_chat_template_renders_what_our_prompts_hold(name, tmp_path):
 REFERENCE = {
     "quecc": (CompressorConfig("quecc", stride=3, num_heads=8, taps=(0, 1)), {"qkv_bias": True}),
     "tokenpacker": (CompressorConfig("tokenpacker", stride=3, num_heads=1, taps=(0, 1)), {}),
+    "mqt": (CompressorConfig("mqt", num_heads=1, query_grid=2), {}),
     "identity": (CompressorConfig("identity"), {}),
 }
 
@@ -242,12 +244,16 @@ def test_compressor_and_projector_go_out_and_come_back_in_the_reference_layout(n
     own = {part: params[part] for part in ("compressor", "projector") if part in params}
     export.standalone(tmp_path / "out", "reference", own, config, BARE, encoder_name="clip-l-336")
     found = tensors(tmp_path / "out")
-    assert all(tensor.startswith("model.mm_projector.") for tensor in found)
+    assert all(
+        tensor.startswith(("model.mm_projector.", "model.query_abstractor.")) for tensor in found
+    )
     wanted = weights.abstract(config, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
     back = weights.load(str(tmp_path / "out"), config, {part: wanted[part] for part in own})
     jax.tree.map(np.testing.assert_array_equal, back, own)
     described = describe(tmp_path / "out")
-    assert described.compressor.name == name and described.projector_layers == 2
+    assert described.compressor.name == name
+    assert described.compressor.query_grid == compressor.query_grid
+    assert (described.projector_layers == 2) == ("projector" in own)
     assert described.compressor.stride == compressor.stride
     assert described.lm == config.lm
 

@@ -114,7 +114,8 @@ find = importlib.machinery.PathFinder.find_spec
 hidden = lambda name, *rest: None if name.split(".")[0] == "torch" else find(name, *rest)
 importlib.machinery.PathFinder.find_spec = hidden
 from vlm_jax import presets, sharding, weights
-from vlm_jax.config import CompressorConfig, MeshConfig, VLMConfig
+from vlm_jax.config import CompressorConfig, VLMConfig
+from vlm_jax.run_config import MeshConfig
 from vlm_jax.data import tokenizer
 folder = sys.argv[1]
 known = tokenizer.load(folder)

@@ -17,10 +17,11 @@ import transformers
 from einops import rearrange
 
 from vlm_jax import presets, sharding, weights
-from vlm_jax.config import CompressorConfig, MeshConfig, VLMConfig
+from vlm_jax.config import CompressorConfig, VLMConfig
 from vlm_jax.generate import Decoding, make_generate
 from vlm_jax.hf.describe import describe
 from vlm_jax.models.vlm import VLM, Inputs
+from vlm_jax.run_config import MeshConfig
 
 TOLERANCE = 2e-5
 NEW_TOKENS = 32

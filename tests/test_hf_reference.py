@@ -14,8 +14,9 @@ from test_hf_export import convert  # noqa: F401 (a fixture)
 from test_hf_parity import load
 
 from vlm_jax import experiment, presets, sharding, weights
-from vlm_jax.config import CompressorConfig, ConfigError, MeshConfig, VLMConfig
+from vlm_jax.config import CompressorConfig, ConfigError, VLMConfig
 from vlm_jax.hf.describe import describe
+from vlm_jax.run_config import MeshConfig
 
 GOLDEN = Path(os.environ.get("VLM_JAX_GOLDEN", Path(__file__).parents[1] / "../shared/golden"))
 ORIGINAL = {
@@ -116,6 +117,7 @@ def test_a_variant_that_is_not_computed_is_named(name, folders, tmp_path):
 RELEASES = {
     "quecc_s4_36tok": lambda state, c: reference_layout.quecc(state, c.num_heads, c.stride),
     "tokenpacker_s2_144tok": lambda state, c: reference_layout.tokenpacker(state, c.num_heads),
+    "mqt_q16_m256_36_1": lambda state, c: (reference_layout.mqt(state, c.num_heads),),
 }
 
 
@@ -126,20 +128,21 @@ def test_a_release_s_compressor_and_projector_are_read_by_name(name, tmp_path):
     golden = np.load(GOLDEN / f"{name}.npz")
     state = {key.removeprefix("param/"): golden[key] for key in golden.files if key.startswith("param/")}  # fmt: skip
     sizes = json.loads(str(golden["config_json"]))
-    quecc = name.startswith("quecc")
-    mark = state["0.q_downsample.weight"] if quecc else state["q_proj_1.weight"]
-    width, out = mark.shape[0], state["3.weight" if quecc else "mlp.2.weight"].shape[0]
-    stride = mark.shape[-1] if quecc else 2
-    compressor = CompressorConfig(
-        "quecc" if quecc else "tokenpacker", stride, sizes["num_heads"], (1, 2, 3, 4)
-    )
+    kind = sizes["compressor"]
+    width = {"quecc": "0.clip_attn", "tokenpacker": "clip_attn", "mqt": "attn"}[kind]
+    width = state[f"{width}.out_proj.weight"].shape[0]
+    out = {"quecc": "3.weight", "tokenpacker": "mlp.2.weight", "mqt": "proj"}[kind]
+    out = state[out].shape[1 if kind == "mqt" else 0]
+    stride = {"quecc": 4, "tokenpacker": 2, "mqt": 1}[kind]
+    compressor = CompressorConfig(kind, stride, sizes["num_heads"], (1, 2, 3, 4))
     vit = presets.vit("clip-l-336", width=width, num_layers=5, num_heads=2, mlp_width=8)
     config = VLMConfig(vit, compressor, presets.lm("mini-38k", width=out))
-    save_file({f"model.mm_projector.{key}": value for key, value in state.items()}, tmp_path / "model.safetensors")  # fmt: skip
+    module = "query_abstractor" if kind == "mqt" else "mm_projector"
+    save_file({f"model.{module}.{key}": value for key, value in state.items()}, tmp_path / "model.safetensors")  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava_llama"}))
     wanted = weights.abstract(config, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
-    parts = ("compressor", "projector")
-    if quecc:  # the vectors' questions are narrower than their decoder
+    parts = ("compressor",) if kind == "mqt" else ("compressor", "projector")
+    if kind == "quecc":  # the vectors' questions are narrower than their decoder
         text = wanted["compressor"]["text"]
         text["kernel"] = text["kernel"].update(shape=(sizes["text_dim"], width))
     found = weights.load(str(tmp_path), config, {part: wanted[part] for part in parts})

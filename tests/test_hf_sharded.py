@@ -20,7 +20,8 @@ def main(folder: str) -> None:
     import numpy as np
 
     from vlm_jax import presets, sharding, weights
-    from vlm_jax.config import CompressorConfig, MeshConfig, VLMConfig
+    from vlm_jax.config import CompressorConfig, VLMConfig
+    from vlm_jax.run_config import MeshConfig
 
     config = VLMConfig(presets.vit(folder), CompressorConfig("identity"), presets.lm(folder))
     report = {}

@@ -12,9 +12,10 @@ from flax.traverse_util import flatten_dict
 
 from configs import mini
 from vlm_jax import presets
-from vlm_jax.config import ConfigError, OptimConfig
+from vlm_jax.config import ConfigError
 from vlm_jax.models.vlm import init_params
 from vlm_jax.optim import make_optimizer, merge, muon_axes, partition, schedule
+from vlm_jax.run_config import OptimConfig
 
 STAGE_1, STAGE_2 = "^(compressor|projector)/", "^(compressor|projector|lm)/"
 

@@ -12,9 +12,10 @@ from PIL import Image
 from refs import tokenizers
 
 from vlm_jax import presets
-from vlm_jax.config import ConfigError, DataConfig
+from vlm_jax.config import ConfigError
 from vlm_jax.data import pipeline, rows
 from vlm_jax.data.sources import BadRecord
+from vlm_jax.run_config import DataConfig
 
 M = 4  # visual tokens per image
 PX = 8
@@ -426,7 +427,7 @@ def test_buckets_follow_the_lengths(lengths, batch_size, expected):
 WORKERS = """
     import dataclasses, sys
     import numpy as np
-    from vlm_jax.config import DataConfig
+    from vlm_jax.run_config import DataConfig
     from vlm_jax import presets
     from vlm_jax.data import pipeline
 

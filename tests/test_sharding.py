@@ -14,7 +14,8 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from vlm_jax import sharding
-from vlm_jax.config import ConfigError, MeshConfig
+from vlm_jax.config import ConfigError
+from vlm_jax.run_config import MeshConfig
 
 HERE = Path(__file__).parent
 

@@ -1,4 +1,6 @@
-"""QueCC with its query pass, cut over meshes of 8 devices: every gradient and the prefill equal one device's numbers.
+"""Models cut over meshes of 8 devices: every gradient and the prefill equal one device's numbers.
+
+QueCC has its query pass, MQT and M3 show a part of their slots.
 
 The numbers are made by this file run as a program in a process with 8 fake CPU devices.
 """
@@ -12,6 +14,8 @@ import numpy as np
 import pytest
 
 MESHES = ((8, 1, 1), (2, 4, 1), (1, 2, 4), (2, 2, 2))
+CASES = [("quecc", mesh) for mesh in MESHES] + [("mqt", (2, 2, 2)), ("m3", (2, 2, 2))]
+SHOWN = {"quecc": None, "mqt": 3, "m3": 1}  # of 4 slots
 ROWS, LENGTH = 8, 10
 
 
@@ -19,18 +23,19 @@ def main(path: str) -> None:
     import jax
 
     from vlm_jax import sharding
-    from vlm_jax.config import MeshConfig
+    from vlm_jax.run_config import MeshConfig
 
     jax.config.update("jax_default_matmul_precision", "highest")
     made = {}
-    for sizes in ((1, 1, 1), *MESHES):
+    for name, sizes in [*((name, (1, 1, 1)) for name in SHOWN), *CASES]:
         devices = jax.devices()[: int(np.prod(sizes))]
-        made[str(sizes)] = compute(sharding.make_mesh(MeshConfig(*sizes), devices))
+        mesh = sharding.make_mesh(MeshConfig(*sizes), devices)
+        made[f"{name} {sizes}"] = compute(mesh, name)
     arrays = {f"{mesh}/{k}": v for mesh, tree in made.items() for k, v in tree.items()}
     np.savez(path, **arrays)
 
 
-def compute(mesh) -> dict[str, np.ndarray]:
+def compute(mesh, name: str) -> dict[str, np.ndarray]:
     """Loss, gradient of every parameter and last logits of a prefill, from the same weights and batch."""
     import jax
     import jax.numpy as jnp
@@ -41,7 +46,7 @@ def compute(mesh) -> dict[str, np.ndarray]:
     from vlm_jax.models.lm import empty_cache
     from vlm_jax.models.vlm import VLM, Inputs, init_params
 
-    cfg = model_config()
+    cfg = model_config(name)
     boxed = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
     rng = np.random.default_rng(0)
     weights = jax.tree.map(
@@ -49,6 +54,8 @@ def compute(mesh) -> dict[str, np.ndarray]:
     )
     params = jax.device_put(weights, sharding.shardings_of(boxed, mesh))
     inputs = Inputs.from_batch(sharding.put(batch(rng), mesh))
+    if SHOWN[name]:
+        inputs = inputs._replace(count=jnp.int32(SHOWN[name]))
     model = VLM(cfg)
 
     def loss(params):
@@ -69,13 +76,17 @@ def compute(mesh) -> dict[str, np.ndarray]:
     return {k: np.asarray(v) for k, v in made.items()}
 
 
-def model_config():
+def model_config(name: str):
     from vlm_jax import presets
     from vlm_jax.config import CompressorConfig, VLMConfig
 
+    if name == "quecc":
+        compressor = CompressorConfig("quecc", 2, 2, taps=(1, 2))
+    else:
+        compressor = CompressorConfig(name, 1, 2, visual_tokens=4, query_grid=2)
     return VLMConfig(
         vit=presets.vit("mini", image_px=16, patch_px=4, width=8, num_layers=2, num_heads=4, mlp_width=16),
-        compressor=CompressorConfig("quecc", 2, 2, taps=(1, 2)),
+        compressor=compressor,
         lm=presets.lm(
             "qwen2.5-0.5b", vocab_size=32, width=16, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=4, mlp_width=32
         ),
@@ -117,16 +128,16 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [str(m) for m in MESHES])
-def test_gradients_and_prefill_on_a_mesh_equal_one_device(results, mesh):
-    alone, together = results["(1, 1, 1)"], results[mesh]
+@pytest.mark.parametrize("name, mesh", CASES)
+def test_gradients_and_prefill_on_a_mesh_equal_one_device(results, name, mesh):
+    alone, together = results[f"{name} (1, 1, 1)"], results[f"{name} {mesh}"]
     assert alone.keys() == together.keys()
-    assert (together["cut"] > 5) == (mesh != "(8, 1, 1)")  # parameters really lie in pieces
-    for name in alone.keys() - {"cut"}:
-        scale = np.abs(alone[name]).max()
-        assert scale > 0 or name.endswith("k/bias"), name
+    assert (together["cut"] > 5) == (mesh != (8, 1, 1))  # parameters really lie in pieces
+    for key in alone.keys() - {"cut"}:
+        scale = np.abs(alone[key]).max()
+        assert scale > 0 or key.endswith("k/bias"), key
         np.testing.assert_allclose(
-            together[name], alone[name], atol=1e-5 * scale + 1e-8, rtol=0, err_msg=name
+            together[key], alone[key], atol=1e-5 * scale + 1e-8, rtol=0, err_msg=key
         )
 
 

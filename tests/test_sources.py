@@ -2,14 +2,16 @@
 
 import json
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tfds_builder
 from refs import tokenizers
 
-from vlm_jax.config import ConfigError, DataConfig
+from vlm_jax.config import ConfigError
 from vlm_jax.data import sources
 from vlm_jax.data.sources import BadRecord, JsonSource, TfdsSource, Turn, parse
+from vlm_jax.run_config import DataConfig
 
 
 def human(text):
@@ -159,13 +161,15 @@ def test_a_damaged_json_file_is_refused_at_once(tmp_path, text, message):
     assert message in str(caught.value)
 
 
-def test_a_source_travels_without_its_open_file(tmp_path):
+def test_a_source_travels_and_is_read_by_many_threads_at_once(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps(RECORDS))
     source = JsonSource(str(path), "")
-    assert source[2].id == "#2" and source._file is not None
-    again = pickle.loads(pickle.dumps(source))
-    assert again._file is None and again[2] == source[2]
+    assert pickle.loads(pickle.dumps(source))[2] == source[2]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: JsonSource(str(path), "")[2], range(40)))
+        found += pool.map(lambda _: source[2], range(200))
+    assert all(record == source[2] for record in found)
 
 
 def test_a_file_cut_short_while_it_is_read_is_a_bad_record(tmp_path):

@@ -95,6 +95,67 @@ def test_without_taps_the_feature_is_the_only_level(clip):
     np.testing.assert_array_equal(features.last, features.taps)
 
 
+# What a compressor that scores patches asks for
+
+
+def attention_maps(hf, pixels, layer: int) -> list[np.ndarray]:
+    """The reference's own queries and keys [B R C] of one layer, heads side by side."""
+    kept = []
+    for name in (f"layers.{layer}.self_attn.q_proj", f"layers.{layer}.self_attn.k_proj"):
+        (linear,) = [module for path, module in hf.named_modules() if path.endswith(name)]
+        linear.register_forward_hook(lambda module, args, out: kept.append(out.numpy()))
+    with torch.no_grad():
+        hf(torch.tensor(np.array(pixels)).permute(0, 3, 1, 2))
+    return kept
+
+
+def test_scores_of_clip_are_the_queries_and_keys_of_the_layer_after_the_feature():
+    hf = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**HF_SIZE))
+    cfg = config("clip-l-336")
+    params, pixels, states, _ = reference(hf, cfg)
+    state = {k: v.numpy() for k, v in hf.state_dict().items()}
+    params["next_layer"] = hf_layout.asking_layer(state, cfg.feature_state, cfg.num_heads)
+    features = jax.jit(ViT(cfg, (0,), scores=True).apply)({"params": params}, pixels)
+    q, k = attention_maps(hf, pixels, 2)
+    close(features.scores.query, q[:, 0])
+    close(features.scores.keys, k[:, 1:])
+    close(features.scores.class_key, k[:, 0])
+    close(features.last, states[2][:, 1:])
+    close(features.taps, states[0][:, 1:])
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_scores_of_siglip_are_its_last_layers_keys_and_mean_query(remat):
+    hf = transformers.SiglipVisionModel(
+        transformers.SiglipVisionConfig(**HF_SIZE, vision_use_head=False)
+    )
+    cfg = config("siglip-b16-224", remat=remat)
+    params, pixels, _, last = reference(hf, cfg)
+    features = jax.jit(ViT(cfg, scores=True).apply)({"params": params}, pixels)
+    q, k = attention_maps(hf, pixels, 2)
+    close(features.scores.query, q.mean(axis=1))
+    close(features.scores.keys, k)
+    close(features.last, last)
+    assert features.scores.class_key is None
+
+
+@pytest.mark.parametrize(
+    "preset, extra", [("clip-l-336", 2 * 12 + 2 * (12 * 12 + 12)), ("siglip-b16-224", 0)]
+)
+def test_of_the_next_layer_only_the_first_norm_and_two_maps_exist(preset, extra):
+    def count(scores: bool) -> int:
+        init = ViT(config(preset), scores=scores).init
+        shapes = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 28, 28, 3)))
+        return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+    assert count(True) - count(False) == extra
+
+
+def test_without_scores_none_are_handed_out(clip):
+    cfg, params, pixels, _, _ = clip
+    assert run(cfg, (1,), params, pixels).scores is None
+
+
 def test_rematerialised_layers_give_the_same_numbers(siglip):
     _, params, pixels, _, last = siglip
     close(run(config("siglip-b16-224", remat="full"), (), params, pixels).last, last)

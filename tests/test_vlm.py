@@ -16,7 +16,7 @@ from vlm_jax.compressors import COMPRESSORS, num_tokens
 from vlm_jax.config import CompressorConfig, VLMConfig
 from vlm_jax.models.lm import empty_cache
 from vlm_jax.models.projector import Projector
-from vlm_jax.models.vlm import VLM, Inputs, init_params
+from vlm_jax.models.vlm import VLM, Inputs, Layout, init_params
 
 PX, PATCH, VOCAB, IMAGE_ID = 28, 7, 37, 36
 GRID = PX // PATCH
@@ -35,7 +35,7 @@ def config(name: str, dtype: str = "float32") -> VLMConfig:
         vit=presets.vit(
             "clip-l-336", image_px=PX, patch_px=PATCH, width=12, num_layers=3, num_heads=2, mlp_width=20, dtype=dtype
         ),
-        compressor=CompressorConfig(name, stride, 2, taps, dtype=dtype),
+        compressor=CompressorConfig(name, stride, 2, taps, dtype=dtype, neighbours=4),
         lm=presets.lm(
             "vicuna-7b", vocab_size=VOCAB, width=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, mlp_width=20,
             norm_eps=1e-6, dtype=dtype,
@@ -175,13 +175,13 @@ def test_swapping_images_and_their_slots_together_changes_nothing():
 def test_visual_tokens_stand_at_their_slots_and_text_everywhere_else():
     cfg, params = model("tokenpacker")
     inputs = batch("tokenpacker")
-    x = call("tokenpacker", inputs, "embed")
+    x, _ = placed(cfg, params, inputs)
     index = np.asarray(inputs.visual_index)
     table = np.asarray(params["lm"]["embed"])
     np.testing.assert_array_equal(x[index < 0], table[np.asarray(inputs.tokens)][index < 0])
     features = call_features(cfg, params, inputs)
     compressor = COMPRESSORS["tokenpacker"].module(cfg.compressor, GRID)
-    mid = jax.jit(compressor.apply)({"params": params["compressor"]}, *features, None)
+    mid = jax.jit(compressor.apply)({"params": params["compressor"]}, *features[:2]).tokens
     visual = jax.jit(Projector(24, 2, "none", "none", "float32").apply)(
         {"params": params["projector"]}, mid
     )
@@ -191,17 +191,27 @@ def test_visual_tokens_stand_at_their_slots_and_text_everywhere_else():
         np.testing.assert_allclose(x[row][index[row] >= 0], visual[row, shown], atol=1e-5)
 
 
+def placed(cfg, params, inputs):
+    """What the decoder is given: embeddings and layout."""
+
+    def place(module, inputs):
+        return module.place(inputs, module.see(inputs))
+
+    made = jax.jit(functools.partial(VLM(cfg).apply, method=place))({"params": params}, inputs)
+    return jax.tree.map(np.asarray, made)
+
+
 def call_features(cfg, params, inputs):
     features = method(cfg, "features")({"params": params}, inputs)
     assert features.last.shape == (6, 16, 12) and features.taps.shape == (6, 16, 24)
     return features
 
 
-@pytest.mark.parametrize("name", COMPRESSORS)
+@pytest.mark.parametrize("name", [n for n, entry in COMPRESSORS.items() if not entry.uses_scores])
 def test_cached_features_stand_in_for_images(name):
     cfg, params = model(name)
     inputs = batch(name)
-    last, taps = method(cfg, "features")({"params": params}, inputs)
+    last, taps = method(cfg, "features")({"params": params}, inputs)[:2]
     cached = inputs._replace(
         images=None, feature_last=last.reshape(3, 2, *last.shape[1:]),
         feature_taps=taps.reshape(3, 2, *taps.shape[1:]) if cfg.compressor.taps else None,
@@ -262,7 +272,8 @@ def test_no_gradient_flows_through_the_query_into_the_decoder():
     @jax.jit
     @jax.grad
     def gradient(params):
-        return jnp.sum(VLM(cfg).apply({"params": params}, inputs, method="embed") * visual)
+        x, _ = VLM(cfg).apply({"params": params}, inputs, method=lambda m, i: m.place(i, m.see(i)))
+        return jnp.sum(x * visual)
 
     grads = gradient(params)
     assert all(float(jnp.abs(g).max()) == 0 for g in jax.tree.leaves(grads["lm"]))
@@ -307,13 +318,19 @@ def test_prefill_and_decode_of_left_padded_prompts_equal_the_plain_pass(name):
         segments=jnp.pad(inputs.segments[:, :-1], gap, constant_values=-1),
     )
     cache = empty_cache(cfg.lm, 3, length + pad + 3)
-    logits, cache = method(cfg, "prefill")({"params": params}, padded, cache)
+    logits, cache, layout = method(cfg, "prefill")({"params": params}, padded, cache)
+    np.testing.assert_array_equal(layout.positions, padded.positions)
     scale = np.abs(plain).max()
     assert np.abs(logits - plain[:, -2]).max() <= 2e-5 * scale
-    segments = jnp.pad(padded.segments, ((0, 0), (0, 4)), constant_values=0)
+    slot = length + pad - 1
+    following = jnp.tile(inputs.positions[:, -1:], (1, 4)) + jnp.arange(4)
+    slots = Layout(
+        jnp.concatenate([padded.positions, following], axis=1),
+        jnp.pad(padded.segments, ((0, 0), (0, 4)), constant_values=0),
+    )
     logits, _ = method(cfg, "decode")(
-        {"params": params}, inputs.tokens[:, -1], inputs.positions[:, -1], segments, jnp.asarray(length + pad - 1), cache
-    )  # fmt: skip
+        {"params": params}, inputs.tokens[:, -1], jnp.asarray(slot), slots, cache
+    )
     assert np.abs(logits - plain[:, -1]).max() <= 2e-5 * scale
 
 

@@ -14,12 +14,13 @@ from jaxtyping import Int
 
 from vlm_jax import compressors, experiment, sharding, weights
 from vlm_jax.benchmarks.predictions import Answer
-from vlm_jax.config import MeshConfig
+from vlm_jax.config import with_tokens
 from vlm_jax.data import pipeline, sources
 from vlm_jax.data.rows import make_chat
 from vlm_jax.generate import Decoding, make_generate
 from vlm_jax.laws import flops
 from vlm_jax.models.vlm import Inputs
+from vlm_jax.run_config import MeshConfig
 
 Rows = Sequence[dict[str, Any]]
 
@@ -36,16 +37,24 @@ class Answerer:
         temperature: float,
         top_p: float,
         seed: int,
+        visual_tokens: int = 0,
+        query: str = "",
     ):
         """checkpoint: workdir of the training run. features_dir: cached encoder features, "" to encode the images.
 
-        seed: of sampling. Raises ConfigError when the checkpoint cannot be restored onto the mesh.
+        seed: of sampling. visual_tokens: per image, 0 as the run's config says. query: as in DataConfig, "" as in the run.
+        Raises ConfigError when the checkpoint cannot be restored onto the mesh or the tokens cannot be chosen.
         """
         sharding.start_processes()
         run = experiment.read(checkpoint)
-        self.model, self.seed = run.model, seed
-        self.data = dataclasses.replace(run.data, features_dir=features_dir)
-        self.visual_tokens = compressors.num_tokens(run.model.compressor, run.model.vit.grid)
+        compressor, grid = run.model.compressor, run.model.vit.grid
+        if visual_tokens:
+            compressor = with_tokens(compressor, grid, visual_tokens)
+        self.model, self.seed = dataclasses.replace(run.model, compressor=compressor), seed
+        self.data = dataclasses.replace(
+            run.data, features_dir=features_dir, query=query or run.data.query
+        )
+        self.visual_tokens = compressors.num_tokens(compressor, grid)
         self.chat = make_chat(self.data, self.visual_tokens)
         self.mesh = sharding.make_mesh(mesh)
         self.params = weights.load(checkpoint, self.model, weights.abstract(self.model, self.mesh))

@@ -48,8 +48,11 @@ def parse(
     texts: Mapping[str, str],
     switches: Mapping[str, str] | None = None,
     required: Sequence[str] = ("config", "workdir"),
+    positional: str = "",
 ) -> flags.FlagValues:
     """Flags `--config=FILE --config.x.y=VALUE`, one text flag per `texts`, one boolean per `switches` (name -> help).
+
+    positional: the one of `texts` that may be given as a word without its `--name=`, anywhere among the flags.
 
     The result has an attribute per flag: `config` is the locked ConfigDict with the overrides applied (None when it was
     not given), a text flag that was not given is "". `required` flags must be given. Raises ConfigError for anything
@@ -80,6 +83,8 @@ def parse(
         ]
         sys.stdout.writelines(lines)
         raise SystemExit(0)
+    if rest and positional and not values[positional].value:
+        values[positional].value = rest.pop(0)
     if rest:
         raise ConfigError(f"command line: {rest[0]!r} is not a flag; write --name=value.")
     for name in required:

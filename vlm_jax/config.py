@@ -68,9 +68,7 @@ class ViTConfig:
     pre_norm: bool  # CLIP: LayerNorm after the embeddings
     post_norm: bool  # SigLIP: LayerNorm after the last layer (applies when feature_layer is -1)
     patch_bias: bool  # SigLIP: the patch projection has a bias
-    feature_layer: (
-        int  # which hidden state is the feature, counted from the end: -1 last, -2 last but one
-    )
+    feature_layer: int  # the feature's hidden state, from the end: -1 last, -2 last but one
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     position_grid: int = 0  # side of the learned position table when it is interpolated; 0 = grid
@@ -192,10 +190,11 @@ class LMConfig:
         return self.non_embedding_params + tables * self.vocab_size * self.width
 
 
-WINDOWED = (
-    "quecc",
-    "tokenpacker",
-)  # compressors that cut the patch grid into stride x stride windows
+# Compressors that ...
+WINDOWED = ("quecc", "tokenpacker", "pool")  # cut the patch grid into stride x stride windows
+ATTENDING = ("quecc", "tokenpacker", "mqt")  # have num_heads heads, together as wide as the encoder
+ELASTIC = ("m3", "mqt")  # are trained for several numbers of visual tokens and show one of them
+SCORED = ("prumerge", "prumerge_plus")  # look at the encoder's queries and keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,15 +204,40 @@ class CompressorConfig:
     name: str  # a key of compressors.COMPRESSORS
     stride: int = 1  # patches along one side of a window: visual tokens = (grid / stride)^2
     num_heads: int = 8
-    taps: tuple[
-        int, ...
-    ] = ()  # hidden states concatenated as multi-level features; () = the feature alone
+    taps: tuple[int, ...] = ()  # hidden states side by side as a second input; () = the feature
     norm_eps: float = 1e-6
     dtype: str = "float32"
+    visual_tokens: int = 0  # M3, MQT: shown at inference; 0 = all (patches or queries)
+    train_tokens: tuple[int, ...] = ()  # M3, MQT: the numbers trained for; () = the paper's
+    query_grid: int = 16  # MQT: queries along one side
+    key_source: str = "positions"  # MQT: positions | image (positions added)
+    query_layers: int = -1  # QueCC: decoder layers that read the question; -1 = all, 0 = embeddings
+    prune_ratio: str = "adaptive"  # PruMerge: adaptive | batch | fixed (see compressors.prumerge)
+    fixed_ratio: float = 0.125  # of the patches, kept by "fixed"
+    max_kept: int = 0  # patches kept at most by the other two; 0 = no limit
+    neighbours: int = 32  # patches merged into each kept one
+    sample_last: bool = True  # PruMerge+: may the last patch be sampled
 
     def __post_init__(self):
         check_choice("compressor", "dtype", self.dtype, DTYPES)
-        check_positive("compressor", stride=self.stride, num_heads=self.num_heads)
+        check_choice("compressor", "key_source", self.key_source, ("positions", "image"))
+        check_positive(
+            "compressor", stride=self.stride, num_heads=self.num_heads, query_grid=self.query_grid
+        )
+        if self.name not in ELASTIC and (self.visual_tokens or self.train_tokens):
+            raise ConfigError(
+                f"{self.name}: visual_tokens and train_tokens are for {', '.join(ELASTIC)}; set them to 0 and ()."
+            )
+        check_choice("compressor", "prune_ratio", self.prune_ratio, ("adaptive", "batch", "fixed"))
+        check_positive("compressor", neighbours=self.neighbours)
+        if not 0 < self.fixed_ratio <= 1:
+            raise ConfigError(
+                f"compressor: fixed_ratio must lie in (0, 1], got {self.fixed_ratio}."
+            )
+        if self.max_kept < 0:
+            raise ConfigError(
+                f"compressor: max_kept must be 0 (no limit) or more, got {self.max_kept}."
+            )
 
 
 def valid_strides(grid: int) -> list[int]:
@@ -229,9 +253,7 @@ class VLMConfig:
     lm: LMConfig
     projector_layers: int = 2  # linear layers with GELU between ("mlp2x_gelu" = 2)
     projector_norm: str = "none"  # none | rms: RMSNorm of the visual tokens handed to the decoder
-    projector_positions: str = (
-        "none"  # none | grid: a learned vector per visual token, added after the norm
-    )
+    projector_positions: str = "none"  # none | grid: a learned vector per token, after the norm
 
     def __post_init__(self):
         check_positive("vlm", projector_layers=self.projector_layers)
@@ -242,19 +264,59 @@ class VLMConfig:
             raise ConfigError(
                 f"{name}: grid {grid} is not divisible by stride {stride}; use one of {valid_strides(grid)}."
             )
-        if name in WINDOWED and self.vit.width % self.compressor.num_heads:
+        if name in ATTENDING and self.vit.width % self.compressor.num_heads:
             raise ConfigError(
                 f"{name}: encoder width {self.vit.width} is not divisible by num_heads {self.compressor.num_heads}."
+            )
+        if name in SCORED and self.compressor.neighbours >= self.vit.num_patches:
+            raise ConfigError(
+                f"{name}: neighbours {self.compressor.neighbours} must be fewer than the {self.vit.num_patches} patches."
             )
         if self.projector_positions == "grid" and name not in (*WINDOWED, "identity"):
             raise ConfigError(
                 f"vlm: projector_positions 'grid' needs visual tokens on a square grid, which {name} does not give; use 'none'."
+            )
+        check_elastic(self.compressor, grid)
+        if not -1 <= self.compressor.query_layers <= self.lm.num_layers:
+            raise ConfigError(
+                f"{name}: query_layers {self.compressor.query_layers} must lie in [-1, {self.lm.num_layers}]."
             )
         for tap in self.compressor.taps:
             if not 0 <= tap <= self.vit.feature_state:
                 raise ConfigError(
                     f"{name}: tap {tap} is not a hidden state up to the feature layer (0..{self.vit.feature_state})."
                 )
+
+
+def check_elastic(compressor: CompressorConfig, grid: int) -> None:
+    """Raises ConfigError for a number of visual tokens that an elastic compressor cannot give."""
+    counts = (compressor.visual_tokens, *compressor.train_tokens)
+    if compressor.name == "m3":
+        largest = math.isqrt(max(compressor.train_tokens, default=grid**2))
+        for count in filter(None, counts):
+            stride_for(grid, count)
+        for count in compressor.train_tokens:
+            stride_for(largest, count)  # training pools the others from the largest
+    side = compressor.query_grid
+    if compressor.name == "mqt" and not all(0 <= count <= side**2 for count in counts):
+        raise ConfigError(
+            f"mqt: {side} x {side} queries give 1 to {side**2} visual tokens, not {max(counts)}."
+        )
+
+
+def with_tokens(compressor: CompressorConfig, grid: int, visual_tokens: int) -> CompressorConfig:
+    """The compressor set to `visual_tokens` of a grid x grid encoder; ConfigError if it cannot be."""
+    if compressor.name in ELASTIC:
+        sized = dataclasses.replace(compressor, visual_tokens=visual_tokens)
+        check_elastic(sized, grid)
+        return sized
+    if compressor.name == "identity" and visual_tokens == grid**2:
+        return compressor
+    if compressor.name in WINDOWED:
+        return dataclasses.replace(compressor, stride=stride_for(grid, visual_tokens))
+    raise ConfigError(
+        f"{compressor.name}: its visual tokens cannot be chosen; use one of {', '.join(WINDOWED + ELASTIC)}."
+    )
 
 
 def stride_for(grid: int, visual_tokens: int) -> int:
@@ -266,76 +328,3 @@ def stride_for(grid: int, visual_tokens: int) -> int:
             f"visual_tokens {visual_tokens} cannot be cut from a {grid}x{grid} grid; use one of {allowed}."
         )
     return grid // side
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Where the samples are and how one becomes arrays. Sizes are static: nothing recompiles per batch."""
-
-    annotations: tuple[
-        str, ...
-    ]  # LLaVA-format .json / .jsonl files, or prepared tfds directories; concatenated
-    image_roots: tuple[str, ...]  # one folder per annotation file ("" when it has no images)
-    tokenizer: str  # directory with a Hugging Face tokenizer
-    template: str  # a key of data.chat.TEMPLATES
-    system: str | None  # replaces the template's system prompt; None keeps it
-    turns: (
-        str  # dialogue | independent: may a turn see the turns before it, or only the shared prefix
-    )
-    max_tokens: int  # T, visual tokens included
-    max_query_tokens: int  # Q
-    max_images: int  # I, images per sample; 0 = text only
-    image_mode: str  # pad | crop | stretch
-    max_image_pixels: int  # larger images are bad records
-    batch_size: int  # global
-    seed: int  # of the shuffle
-    num_workers: int  # decoding processes; 0 = threads of this process
-    on_bad_record: str  # raise | skip
-    max_bad_records: int  # with skip: stop after this many
-    features_dir: str  # cached encoder features to read instead of images; "" = none
-
-    def __post_init__(self):
-        check_choice("data", "turns", self.turns, ("dialogue", "independent"))
-        check_choice("data", "image_mode", self.image_mode, ("pad", "crop", "stretch"))
-        check_choice("data", "on_bad_record", self.on_bad_record, ("raise", "skip"))
-        check_positive("data", max_tokens=self.max_tokens, batch_size=self.batch_size)
-        if len(self.annotations) != len(self.image_roots):
-            raise ConfigError(
-                f"data: {len(self.annotations)} annotations but {len(self.image_roots)} image_roots; give one root per file."
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimConfig:
-    """Optimiser and schedule of the trainable parameters."""
-
-    trainable: str  # regex searched in parameter paths such as "projector/dense_0/kernel"
-    optimizer: str  # adamw | muon (hidden matrices by Muon, the rest by AdamW)
-    learning_rate: float  # peak, AdamW's
-    muon_learning_rate: float  # peak, Muon's
-    warmup_ratio: float  # of the steps
-    weight_decay: float
-    beta1: float
-    beta2: float
-    eps: float
-    clip_norm: float  # global gradient norm
-
-    def __post_init__(self):
-        check_choice("optim", "optimizer", self.optimizer, ("adamw", "muon"))
-        check_positive("optim", learning_rate=self.learning_rate, clip_norm=self.clip_norm)
-        if not 0 <= self.warmup_ratio < 1:
-            raise ConfigError(f"optim: warmup_ratio must lie in [0, 1), got {self.warmup_ratio}.")
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Sizes of the device mesh; -1 (at most once) takes the devices that are left."""
-
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-
-    def __post_init__(self):
-        sizes = (self.data, self.fsdp, self.tensor)
-        if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
-            raise ConfigError(f"mesh: sizes must be positive, with -1 at most once; got {sizes}.")

@@ -27,10 +27,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vlm_jax import benchmarks, cli, experiment, presets
 from vlm_jax.benchmarks import predictions
-from vlm_jax.config import ConfigError, LMConfig, MeshConfig, build, check_positive
+from vlm_jax.config import ConfigError, LMConfig, build, check_choice, check_positive, with_tokens
 from vlm_jax.data import tokenizer
+from vlm_jax.data.queries import QUERIES
 from vlm_jax.experiment import Experiment
 from vlm_jax.laws import table
+from vlm_jax.run_config import MeshConfig
 
 log = logging.getLogger("vlm_jax.evaluate")  # run as a module, __name__ is "__main__"
 
@@ -51,6 +53,8 @@ class EvalConfig:
     seed: int  # of sampling
     limit: int  # first questions only; 0 = all
     features_dir: str  # cached encoder features; "" = encode the images
+    visual_tokens: int  # per image; 0 = as the model's config says
+    query: str  # a key of data.queries.QUERIES; "" = as in training
 
     def __post_init__(self):
         check_positive("eval", batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
@@ -74,6 +78,7 @@ class EvalConfig:
             )
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"eval: top_p must lie in (0, 1], got {self.top_p}.")
+        check_choice("eval", "query", self.query, ("", *QUERIES))
         if self.limit < 0:
             raise ConfigError(f"eval: limit must be 0 (all) or more, got {self.limit}.")
         for name in self.benchmarks:
@@ -108,6 +113,10 @@ def evaluate(cfg: ConfigDict, workdir: str) -> list[Score]:
             f"eval: checkpoint {settings.checkpoint!r} has no finished checkpoint; train first."
         )
     tokenizer.check_directory(run.data.tokenizer)
+    if settings.visual_tokens:
+        with_tokens(run.model.compressor, run.model.vit.grid, settings.visual_tokens)
+    if settings.features_dir:
+        experiment.check_cacheable(run.model)
     if settings.features_dir and not (Path(settings.features_dir) / "index.json").is_file():
         raise ConfigError(
             f"eval: features_dir {settings.features_dir!r} holds no index.json; cache the features first."
@@ -121,7 +130,7 @@ def evaluate(cfg: ConfigDict, workdir: str) -> list[Score]:
 
     answerer = Answerer(
         settings.checkpoint, mesh, settings.features_dir, settings.max_new_tokens, settings.temperature,
-        settings.top_p, settings.seed,
+        settings.top_p, settings.seed, settings.visual_tokens, settings.query,
     )  # fmt: skip
     known = (
         {row.key: row for row in table.read(folder / "errors.csv")}
@@ -159,6 +168,8 @@ def open_task(name: str, annotations: str, settings: EvalConfig, folder: Path) -
         "temperature": settings.temperature,
         "top_p": settings.top_p,
         "seed": settings.seed,
+        "visual_tokens": settings.visual_tokens or None,
+        "query": settings.query or None,
     }
     folder.mkdir(exist_ok=True)
     _check_same(folder / "run.json", made_with)
@@ -176,9 +187,10 @@ def _check_same(path: Path, made_with: Mapping[str, Any]) -> None:
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     for field, value in made_with.items():
-        if before[field] != value:
+        old = before.get(field)  # files of version 0.1 lack the fields that are None unless set
+        if old != value:
             raise ConfigError(
-                f"--workdir: {str(path.parent)!r} holds answers made with {field} = {before[field]!r}, now {value!r}; "
+                f"--workdir: {str(path.parent)!r} holds answers made with {field} = {old!r}, now {value!r}; "
                 "give another workdir, or delete it."
             )
 

@@ -14,12 +14,10 @@ from ml_collections import ConfigDict
 
 from vlm_jax import presets
 from vlm_jax.config import (
+    SCORED,
     CompressorConfig,
     ConfigError,
-    DataConfig,
     LMConfig,
-    MeshConfig,
-    OptimConfig,
     RopeScaling,
     ViTConfig,
     VLMConfig,
@@ -29,6 +27,7 @@ from vlm_jax.config import (
 from vlm_jax.data import tokenizer
 from vlm_jax.hf.describe import check_agrees
 from vlm_jax.hf.directory import is_model
+from vlm_jax.run_config import DataConfig, MeshConfig, OptimConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +118,7 @@ def check_inputs(experiment: Experiment) -> None:
         )
     tokenizer.check_directory(data.tokenizer)
     if data.features_dir:
+        check_cacheable(experiment.model)
         _must_exist(
             "data: features_dir",
             data.features_dir,
@@ -133,6 +133,14 @@ def check_inputs(experiment: Experiment) -> None:
                 f"init: {part} {source!r} has no finished checkpoint and is no model directory; give the workdir of a "
                 "training run or a directory with a Hugging Face config.json and *.safetensors."
             )
+
+
+def check_cacheable(model: VLMConfig) -> None:
+    """Raises ConfigError when the compressor needs more of the encoder than a feature cache holds."""
+    if model.compressor.name in SCORED:
+        raise ConfigError(
+            f"features_dir: a cache has no queries and keys, which {model.compressor.name} looks at; use '' to encode the images."
+        )
 
 
 def _must_exist(owner: str, path: str, fix: str, folder: bool = False) -> None:

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from vlm_jax import sharding, weights
-from vlm_jax.config import MeshConfig
 from vlm_jax.data import pipeline
-from vlm_jax.experiment import Experiment
+from vlm_jax.experiment import Experiment, check_cacheable
 from vlm_jax.models.vlm import VLM
+from vlm_jax.run_config import MeshConfig
 
 BATCH = 256  # images per encoder call
 
@@ -27,8 +27,10 @@ BATCH = 256  # images per encoder call
 def cache(exp: Experiment, encoder: Path, folder: Path) -> None:
     """Encodes every image that `exp.data` names with the encoder of the training run `encoder`.
 
-    The folder appears only when it is complete. Raises ConfigError for a checkpoint that does not fit the model.
+    The folder appears only when it is complete. Raises ConfigError for a checkpoint that does not fit the model, and for a
+    compressor that needs more than features.
     """
+    check_cacheable(exp.model)
     model = VLM(exp.model)
     one = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     vit = weights.abstract(exp.model, one)["vit"]

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.config import ConfigError, VLMConfig, check_positive
 from vlm_jax.models.lm import Cache, empty_cache
-from vlm_jax.models.vlm import VLM, Inputs
+from vlm_jax.models.vlm import VLM, Inputs, Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +56,9 @@ class Generator:
     def __call__(self, params: Any, inputs: Inputs, seeds: Int[Array, "B"]) -> Int[Array, "B G"]:
         """The new tokens, G = max_new_tokens, pad_id after a row's end.
 
-        inputs: left-padded prompts, segments 0 (-1 at padding). seeds: one per row, so that a sampled answer does not
-        depend on the rows beside it; greedy decoding ignores them.
+        inputs: left-padded prompts, segments 0 (-1 at padding); `inputs.count` chooses the visual tokens shown by an elastic
+        compressor (traced: any count runs the same code, over the slots of the config). seeds: one per row, so that a
+        sampled answer does not depend on the rows beside it; greedy decoding ignores them.
         """
         return self._jitted(params, inputs, seeds)
 
@@ -68,11 +69,16 @@ class Generator:
             inputs.tokens.shape,
             self.decoding.max_new_tokens,
         )
-        # flax cannot know what the method it applies returns.
-        apply = cast(Callable[..., tuple[Float[Array, "B V"], Cache]], model.apply)
+        # flax cannot know what the methods it applies return.
+        prefill = cast(Callable[..., tuple[Float[Array, "B V"], Cache, Layout]], model.apply)
+        step = cast(Callable[..., tuple[Float[Array, "B V"], Cache]], model.apply)
         cache = empty_cache(self.config.lm, batch, length + new)
-        logits, cache = apply({"params": params}, inputs, cache, method="prefill")
-        segments = jnp.pad(inputs.segments, ((0, 0), (0, new)))
+        logits, cache, layout = prefill({"params": params}, inputs, cache, method="prefill")
+        following = layout.positions[:, -1:] + 1 + jnp.arange(new, dtype=layout.positions.dtype)
+        slots = Layout(
+            jnp.concatenate([layout.positions, following], axis=1),
+            jnp.pad(layout.segments, ((0, 0), (0, new))),
+        )
         first = choose(logits, seeds, jnp.int32(0), self.decoding)
         output = jnp.full((batch, new), self.decoding.pad_id, jnp.int32).at[:, 0].set(first)
 
@@ -80,10 +86,10 @@ class Generator:
             return (loop.step < new) & ~loop.done.all()
 
         def decode(loop: Loop) -> Loop:
-            logits, cache = apply(
-                {"params": params}, loop.last, inputs.positions[:, -1] + loop.step, segments, length + loop.step - 1,
-                loop.cache, method="decode",
-            )  # fmt: skip
+            slot = length + loop.step - 1
+            logits, cache = step(
+                {"params": params}, loop.last, slot, slots, loop.cache, method="decode"
+            )
             chosen = choose(logits, seeds, loop.step, self.decoding)
             chosen = jnp.where(loop.done, self.decoding.pad_id, chosen)
             output = jax.lax.dynamic_update_slice(loop.output, chosen[:, None], (0, loop.step))

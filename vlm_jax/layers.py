@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -160,6 +160,14 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """softmax(q k^T / sqrt(H)) v with N/K queries per key head; the softmax runs in float32. mask: True = may see."""
     return jax.nn.dot_product_attention(q, k, v, mask=None if mask is None else mask[:, None])
+
+
+class Scores(NamedTuple):
+    """What an encoder layer's attention compares, its heads side by side: tells which patches matter and which are alike."""
+
+    query: Float[Array, "B C"]  # the class token's; without one the mean of all patches
+    keys: Float[Array, "B P C"]
+    class_key: Float[Array, "B C"] | None  # the class token's own, which the softmax counts
 
 
 def resize_matrix(size: int, source: int) -> np.ndarray:

@@ -11,7 +11,8 @@ import jax
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vlm_jax.config import ConfigError, OptimConfig
+from vlm_jax.config import ConfigError
+from vlm_jax.run_config import OptimConfig
 
 Tree = dict[str, Any]
 

@@ -18,7 +18,8 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vlm_jax.config import ConfigError, MeshConfig
+from vlm_jax.config import ConfigError
+from vlm_jax.run_config import MeshConfig
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")

@@ -87,8 +87,9 @@ def measure(folder: Path, way: str) -> dict[str, float]:
     import jax
 
     from vlm_jax import presets, sharding, weights
-    from vlm_jax.config import CompressorConfig, MeshConfig, VLMConfig
+    from vlm_jax.config import CompressorConfig, VLMConfig
     from vlm_jax.hf import directory, io, maps
+    from vlm_jax.run_config import MeshConfig
 
     lm = presets.lm(str(folder), param_dtype="bfloat16")
     config = VLMConfig(presets.vit("mini"), CompressorConfig("identity"), lm)

@@ -80,6 +80,14 @@ def encoder(state: State, num_layers: int, heads: int, post_norm: bool) -> dict:
     return tree
 
 
+def asking_layer(state: State, index: int, heads: int) -> dict:
+    """The first norm and the query and key maps of layer `index` (counted from 0)."""
+    state = sub(state, "vision_model.") or state
+    s = sub(state, f"encoder.layers.{index}.")
+    attn = {n: heads_out(s, f"self_attn.{n}_proj", heads) for n in "qk"}
+    return {"norm1": norm(s, "layer_norm1"), "attn": attn}
+
+
 def decoder(state: State, heads: int, kv_heads: int, tied: bool) -> dict:
     """Llama, Qwen2, Qwen3, Phi-3 (its fused qkv_proj and gate_up_proj are cut)."""
     model = sub(state, "model.")

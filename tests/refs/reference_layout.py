@@ -34,6 +34,13 @@ def normed_mlp(state: State, first: str, second: str, norm_name: str) -> dict:
     }
 
 
+def mqt(state: State, heads: int) -> dict:
+    """The compressor alone: there is no projector."""
+    tree = attention(state, "attn", heads)
+    norms = {f"{n}_norm": norm(state, f"ln_{n}") for n in "qkv"}
+    return tree | norms | {"query": state["query"], "project": {"kernel": state["proj"]}}
+
+
 def quecc(state: State, heads: int, stride: int) -> tuple[dict, dict]:
     """(compressor, projector). Raises ConfigError when the convolution's kernel is not its stride."""
     conv = state["0.q_downsample.weight"]

@@ -1,13 +1,18 @@
-"""Visual-token compressors, between the encoder and the projector: the table of contents and the contract.
+"""Visual-token compressors, between the encoder and the decoder: the table of contents and the contract.
 
 A compressor is one file and one line of COMPRESSORS. Its file holds
 
-- the module: `M(config, grid)`, called as `module(last [B P C], taps [B P Z], query [B D] | None) -> [B M C]`.
+- the module: `M(config, grid)`, called as `module(last [B P C], taps [B P Z], query [B D] | None, scores | None)` and
+  returning `Visual(tokens [B M C], valid [B M] | None)`.
   last: the feature layer; taps: the hidden states `config.taps` side by side (`last` again when none is tapped);
-  query: the decoder's final-norm state at the question's last token, without gradient (None if `uses_query` is False).
-  Patches and visual tokens are in row-major order; the output is as wide as the encoder, the projector follows.
-- num_tokens(config, grid) -> M, the number of visual tokens of one image on a grid x grid encoder: static, so that image
-  slots, jitted shapes and FLOPs agree;
+  query: the decoder's state at the question's last token, without gradient (None if `uses_query` is False);
+  scores: a `layers.Scores`, what the encoder's layer after the feature compares (None if `uses_scores` is False).
+  place "before" the projector (C is the encoder's width), "inside" it (before its last linear map: `last` is what enters
+  that map) or "instead" of it (`M(config, grid, decoder width)` gives tokens as wide as the decoder).
+  Patches and visual tokens are in row-major order where they stand on a grid.
+- num_tokens(config, grid) -> M, the number of slots of one image on a grid x grid encoder: static, so that image slots,
+  jitted shapes and FLOPs agree. A compressor whose number of tokens depends on the image marks the slots it fills;
+- elastic, for a compressor that is trained for several numbers of tokens and shows one of them later; else None;
 - flops(config, grid, width, text_width) -> FLOPs of one image, a multiply-add counted as 2, norms and activations as 0;
   without the projector and without the language model's pass over the question.
 
@@ -16,28 +21,52 @@ Sizes that do not fit are refused by `config.VLMConfig`, before anything is buil
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
+from jaxtyping import Array
 
-from vlm_jax.compressors import identity, quecc, tokenpacker, windows
-from vlm_jax.config import CompressorConfig, ConfigError
+from vlm_jax.compressors import identity, m3, mqt, pool, prumerge, quecc, tokenpacker, windows
+from vlm_jax.compressors.visual import Visual
+from vlm_jax.config import CompressorConfig, ConfigError, VLMConfig
+
+
+class Elastic(NamedTuple):
+    """How many tokens are shown.
+
+    show(tokens [B M D], count) -> Visual of as many slots that shows `count` tokens, a traced number, instead of M;
+    train_tokens(config, grid) -> the counts trained for;
+    draws: a training step draws one count, all equally likely; else its loss is the mean over all counts.
+    """
+
+    show: Callable[[Array, Array], Visual]
+    train_tokens: Callable[[CompressorConfig, int], tuple[int, ...]]
+    draws: bool
 
 
 class Compressor(NamedTuple):
     module: type[nn.Module]
     num_tokens: Callable[[CompressorConfig, int], int]
     flops: Callable[[CompressorConfig, int, int, int], int]
-    uses_query: bool
-    uses_taps: bool
+    uses_query: bool = False
+    uses_taps: bool = False
+    uses_scores: bool = False
+    place: str = "before"  # before | inside | instead: of the projector
+    elastic: Elastic | None = None
 
 
 # fmt: off
 COMPRESSORS: dict[str, Compressor] = {
-    "identity": Compressor(identity.Identity, identity.num_tokens, identity.flops, uses_query=False, uses_taps=False),
+    "identity": Compressor(identity.Identity, identity.num_tokens, identity.flops),
     "quecc": Compressor(quecc.QueCC, windows.num_tokens, quecc.flops, uses_query=True, uses_taps=True),
-    "tokenpacker": Compressor(tokenpacker.TokenPacker, windows.num_tokens, tokenpacker.flops, uses_query=False, uses_taps=True),
+    "tokenpacker": Compressor(tokenpacker.TokenPacker, windows.num_tokens, tokenpacker.flops, uses_taps=True),
+    "pool": Compressor(pool.Pool, windows.num_tokens, pool.flops),
+    "m3": Compressor(m3.M3, m3.num_tokens, m3.flops, place="inside", elastic=Elastic(m3.show, m3.train_tokens, draws=False)),
+    "mqt": Compressor(mqt.MQT, mqt.num_tokens, mqt.flops, place="instead", elastic=Elastic(mqt.show, mqt.train_tokens, draws=True)),
+    "prumerge": Compressor(prumerge.PruMerge, prumerge.num_tokens, prumerge.flops, uses_scores=True),
+    "prumerge_plus": Compressor(prumerge.PruMergePlus, prumerge.num_tokens_plus, prumerge.flops_plus, uses_scores=True),
 }
 # fmt: on
 
@@ -50,5 +79,29 @@ def get(name: str) -> Compressor:
 
 
 def num_tokens(config: CompressorConfig, grid: int) -> int:
-    """Visual tokens of one image on a grid x grid encoder."""
+    """Slots for the visual tokens of one image on a grid x grid encoder."""
     return get(config.name).num_tokens(config, grid)
+
+
+def train_tokens(config: CompressorConfig, grid: int) -> tuple[int, ...]:
+    """The numbers of visual tokens that a training run shows, largest first; one for most compressors."""
+    elastic = get(config.name).elastic
+    counts = elastic.train_tokens(config, grid) if elastic else (num_tokens(config, grid),)
+    return tuple(sorted(set(counts), reverse=True))
+
+
+def decoder_passes(model: VLMConfig) -> int:
+    """How often a training step runs the decoder over each row."""
+    elastic = get(model.compressor.name).elastic
+    once = elastic is None or elastic.draws
+    return 1 if once else len(train_tokens(model.compressor, model.vit.grid))
+
+
+def for_training(model: VLMConfig) -> VLMConfig:
+    """The model with slots for the most tokens that training shows; its parameters are the same."""
+    if get(model.compressor.name).elastic is None:
+        return model
+    most = train_tokens(model.compressor, model.vit.grid)[0]
+    return dataclasses.replace(
+        model, compressor=dataclasses.replace(model.compressor, visual_tokens=most)
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 from jaxtyping import Array, Float
 
+from vlm_jax.compressors.visual import Visual
 from vlm_jax.config import CompressorConfig
 
 
@@ -15,9 +16,13 @@ class Identity(nn.Module):
     grid: int
 
     def __call__(
-        self, last: Float[Array, "B P C"], taps: Float[Array, "B P Z"], query: None = None
-    ) -> Float[Array, "B P C"]:
-        return last
+        self,
+        last: Float[Array, "B P C"],
+        taps: Float[Array, "B P Z"],
+        query: None = None,
+        scores: None = None,
+    ) -> Visual:
+        return Visual(last)
 
 
 def num_tokens(config: CompressorConfig, grid: int) -> int:

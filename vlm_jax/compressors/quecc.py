@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vlm_jax.compressors import windows
+from vlm_jax.compressors.visual import Visual
 from vlm_jax.config import CompressorConfig
 from vlm_jax.layers import LayerNorm, Linear, uniform_fan_in, weight
 
@@ -33,7 +34,8 @@ class QueCC(nn.Module):
         last: Float[Array, "B P C"],
         taps: Float[Array, "B P Z"],
         query: Float[Array, "B D"],
-    ) -> Float[Array, "B M C"]:
+        scores: None = None,
+    ) -> Visual:
         """query: the decoder's final-norm state at the last token of the question."""
         cfg, width = self.config, last.shape[-1]
 
@@ -48,7 +50,8 @@ class QueCC(nn.Module):
         )
         k = windows.split(mlp("key_mlp")(taps), self.grid, cfg.stride)
         v = windows.split(mlp("value_mlp")(taps), self.grid, cfg.stride)
-        return windows.WindowAttention(cfg.num_heads, cfg.dtype, name="attention")(q, k, v)
+        attention = windows.WindowAttention(cfg.num_heads, cfg.dtype, name="attention")
+        return Visual(attention(q, k, v))
 
 
 class DepthwiseConv(nn.Module):

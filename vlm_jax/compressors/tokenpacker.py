@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vlm_jax.compressors import windows
+from vlm_jax.compressors.visual import Visual
 from vlm_jax.config import CompressorConfig
 from vlm_jax.layers import LayerNorm, Linear
 
@@ -32,7 +33,8 @@ class TokenPacker(nn.Module):
         last: Float[Array, "B P C"],
         taps: Float[Array, "B P Z"],
         query: None = None,
-    ) -> Float[Array, "B M C"]:
+        scores: None = None,
+    ) -> Visual:
         """The question is not looked at."""
         cfg, width = self.config, last.shape[-1]
 
@@ -48,9 +50,8 @@ class TokenPacker(nn.Module):
         q = LayerNorm(cfg.norm_eps, cfg.dtype, name="query_norm")(q)
         k = windows.split(mlp("key_mlp")(taps), self.grid, cfg.stride)
         v = windows.split(mlp("value_mlp")(taps), self.grid, cfg.stride)
-        return windows.WindowAttention(cfg.num_heads, cfg.dtype, KERNEL_INIT, name="attention")(
-            q, k, v
-        )
+        attention = windows.WindowAttention(cfg.num_heads, cfg.dtype, KERNEL_INIT, name="attention")
+        return Visual(attention(q, k, v))
 
 
 def bilinear(x: Float[Array, "B M s s C"]) -> Float[Array, "B M C"]:

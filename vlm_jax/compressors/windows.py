@@ -56,6 +56,10 @@ class NormedMLP(nn.Module):
 class WindowAttention(nn.Module):
     """Each window's one query looks at that window's patches only; four biases, no residual, no norm.
 
+    With one query per window the key and value maps could be applied to queries and mixtures instead of patches, exactly.
+    At CLIP-L size that saves a CPU 11 to 14 % of QueCC at 36 tokens and fewer, which is 0.6 % of the image's encoder; not
+    done, for kernels would have to be used outside their layer.
+
     Sows the attention weights [B M N stride stride] as intermediates/weights (nothing is kept unless asked for).
     """
 
@@ -71,25 +75,28 @@ class WindowAttention(nn.Module):
         value: Float[Array, "B M s s C"],
     ) -> Float[Array, "B M C"]:
         width = query.shape[-1]
-        head_dim = width // self.num_heads
-        # The three input maps are drawn as one packed [C, 3C] Xavier matrix, as the references do.
-        bound = math.sqrt(6 / (width + 3 * width))
 
         def project(name: str, x: Array) -> Array:
-            return Linear(
-                (self.num_heads, head_dim), ("vision", None, None), kernel_init=_uniform(bound),
-                bias_init=nn.initializers.zeros, dtype=self.dtype, name=name,
-            )(x)  # fmt: skip
+            return head_map(width, self.num_heads, self.dtype, name)(x)
 
         q, k, v = project("q", query), project("k", key), project("v", value)
         scores = jnp.einsum("bmnh,bmyxnh->bmnyx", q, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores / math.sqrt(head_dim), axis=(-2, -1))
+        weights = jax.nn.softmax(scores / math.sqrt(q.shape[-1]), axis=(-2, -1))
         self.sow("intermediates", "weights", weights)
         mixed = jnp.einsum("bmnyx,bmyxnh->bmnh", weights.astype(v.dtype), v)
         return Linear(
             (width,), (None, None, "vision"), in_axes=2, kernel_init=self.out_init, bias_init=nn.initializers.zeros,
             dtype=self.dtype, name="out",
         )(mixed)  # fmt: skip
+
+
+def head_map(width: int, num_heads: int, dtype: str, name: str) -> Linear:
+    """An attention's query, key or value map. The three are drawn as one packed [C, 3C] Xavier matrix, as the references do."""
+    bound = math.sqrt(6 / (width + 3 * width))
+    return Linear(
+        (num_heads, width // num_heads), ("vision", None, None), kernel_init=_uniform(bound),
+        bias_init=nn.initializers.zeros, dtype=dtype, name=name,
+    )  # fmt: skip
 
 
 def _uniform(bound: float) -> Initializer:

@@ -17,11 +17,11 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from vlm_jax.config import ConfigError, check_choice
+from vlm_jax.data.queries import NO_QUERY, QUERIES
 from vlm_jax.data.sources import IMAGE, Record, Turn
 from vlm_jax.data.templates import TEMPLATES, Piece, Template, header
 from vlm_jax.data.tokenizer import Tokenizer
 
-NO_QUERY = "image"  # the query of a row without one, as in the reference
 CACHED_CHARS = 300  # shorter texts are tokenised once per process
 CACHE_SIZE = 1 << 16
 
@@ -65,14 +65,6 @@ def render(template: Template, system: str, turns: Sequence[Turn]) -> list[Segme
     return [segment for segment in segments if segment.text]
 
 
-def queries(record: Record) -> list[str]:
-    """For each image the text of its human turn (the first human turn after the image), whole; "image" if empty.
-
-    # Differs from llava-token-compression@bdedebd, which cuts the query out of decoded text at "\\n" and "ASSISTANT".
-    """
-    return [turn.question.strip() or NO_QUERY for turn in record.turns for _ in range(turn.images)]
-
-
 class Row(NamedTuple):
     """One sample, T slots; see `pipeline` for what the numbers mean."""
 
@@ -110,6 +102,7 @@ class Chat:
         max_tokens: int,
         max_query_tokens: int,
         max_images: int,
+        query: str = "first_turn",
     ):
         check_choice("data", "template", template, TEMPLATES)
         self.tokenizer, self.template = tokenizer, TEMPLATES[template]
@@ -123,6 +116,7 @@ class Chat:
         self.independent = turns == "independent"
         self.visual_tokens, self.max_tokens = visual_tokens, max_tokens
         self.max_query_tokens, self.max_images = max_query_tokens, max_images
+        self.queries = QUERIES[query]
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         self._bos_ids = np.array(bos, np.int32)
         self._bos = Unit(self._bos_ids, np.zeros(len(bos), bool))
@@ -187,10 +181,13 @@ class Chat:
     def query_arrays(
         self, record: Record
     ) -> tuple[Int32[np.ndarray, "I Q"], Bool[np.ndarray, "I Q"]]:
-        """One query per image slot, right padded; slots without an image hold "image"."""
-        tokens = np.full((self.max_images, self.max_query_tokens), self.tokenizer.pad_id, np.int32)
+        """One query per image slot, right padded; slots without an image hold "image". No query: Q = 0."""
+        length = self.max_query_tokens if self.queries else 0
+        tokens = np.full((self.max_images, length), self.tokenizer.pad_id, np.int32)
         mask = np.zeros(tokens.shape, bool)
-        texts = queries(record)
+        if self.queries is None:
+            return tokens, mask
+        texts = self.queries(record)
         for i in range(self.max_images):
             text = texts[i] if i < len(texts) else NO_QUERY
             ids = (self._cached_query if len(text) < CACHED_CHARS else self._query)(text)

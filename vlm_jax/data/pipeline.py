@@ -3,7 +3,7 @@
 A batch is a dict (B rows, T = max_tokens, I = max_images, Q = max_query_tokens, M visual tokens per image):
   tokens int32 [B T]; visual_index int32 [B T]: -1 for text, else i*M + m; positions int32 [B T]; segments int32 [B T]:
   -1 padding, 0 shared, n the n-th independent turn; loss_mask bool [B T]: supervised targets; ids: list of record ids;
-  with max_images > 0 also query_tokens int32 [B I Q], query_mask bool [B I Q], and either images uint8 [B I H W 3] or,
+  with max_images > 0 also query_tokens int32 [B I Q], query_mask bool [B I Q] (Q = 0 for query = none), and either images uint8 [B I H W 3] or,
   from a feature cache, feature_last [B I P C] and feature_taps [B I P Z].
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags, logging
 from jaxtyping import UInt8
 
-from vlm_jax.config import ConfigError, DataConfig, ViTConfig
+from vlm_jax.config import ConfigError, ViTConfig
 from vlm_jax.data import sources
 from vlm_jax.data.rows import (
     Batch,
@@ -30,6 +30,7 @@ from vlm_jax.data.rows import (
     stack,
 )
 from vlm_jax.data.sources import BadRecord, Record
+from vlm_jax.run_config import DataConfig
 
 TEXT_CHUNK = (
     32  # records encoded per task when no image is decoded: a task costs more than a short record

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from vlm_jax.config import ConfigError, DataConfig, ViTConfig
+from vlm_jax.config import ConfigError, ViTConfig
 from vlm_jax.data import images, tokenizer
 from vlm_jax.data.chat import Chat
 from vlm_jax.data.sources import Record
+from vlm_jax.run_config import DataConfig
 
 Batch = dict[str, Any]
 
@@ -34,8 +35,9 @@ def _chat(
     system: str | None,
     turns: str,
     sizes: tuple[int, int, int, int],
+    query: str,
 ) -> Chat:
-    return Chat(_tokenizer(directory, stamp), template, system, turns, *sizes)
+    return Chat(_tokenizer(directory, stamp), template, system, turns, *sizes, query)
 
 
 def make_chat(cfg: DataConfig, visual_tokens: int) -> Chat:
@@ -43,7 +45,7 @@ def make_chat(cfg: DataConfig, visual_tokens: int) -> Chat:
     tokenizer.check_directory(cfg.tokenizer)
     stamp = os.stat(cfg.tokenizer).st_mtime
     sizes = (visual_tokens, cfg.max_tokens, cfg.max_query_tokens, cfg.max_images)
-    return _chat(cfg.tokenizer, stamp, cfg.template, cfg.system, cfg.turns, sizes)
+    return _chat(cfg.tokenizer, stamp, cfg.template, cfg.system, cfg.turns, sizes, cfg.query)
 
 
 class Features:

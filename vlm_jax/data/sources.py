@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
 import json
 import os
 import re
@@ -17,8 +16,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from vlm_jax.config import ConfigError, DataConfig
+from vlm_jax.config import ConfigError
 from vlm_jax.data import tokenizer
+from vlm_jax.run_config import DataConfig
 
 IMAGE = "<image>"
 HUMAN, GPT, SYSTEM = "human", "gpt", "system"
@@ -180,20 +180,15 @@ class JsonSource:
         stat = os.stat(path)
         self.lines = path.endswith(".jsonl")
         self.spans = _spans(path, stat.st_mtime_ns, stat.st_size)  # int64 [N 2] bytes
-        self._file: io.FileIO | None = None
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_file": None}
 
     def __len__(self) -> int:
         return len(self.spans)
 
     def __getitem__(self, index: int) -> Record:
-        if self._file is None:
-            self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (lives as long as the source)
         start, end = self.spans[index].tolist()
-        try:  # pread and not mmap: a file cut short under a mapping kills the process (SIGBUS)
-            raw = json.loads(os.pread(self._file.fileno(), end - start, start))
+        try:  # read and not mapped: a file cut short under a mapping kills the process (SIGBUS)
+            with open(self.path, "rb", buffering=0) as file:  # 10 us; nothing for threads to share
+                raw = json.loads(os.pread(file.fileno(), end - start, start))
         except (ValueError, RecursionError) as error:
             raise BadRecord(self.path, self._name(index), f"cannot be parsed: {error}") from None
         return parse(raw, self.path, self.root, self._name(index))

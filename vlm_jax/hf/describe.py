@@ -53,7 +53,8 @@ def _reference(raw: Mapping[str, Any], folder: Path, where: str) -> Described:
     return Described(
         lm=reference.decoder(raw, where),
         compressor=reference.compressor(raw, names, shapes, where),
-        projector_layers=reference.projector_layers(raw, where),
+        # MQT's last map, `proj`, takes the projector's place.
+        projector_layers=0 if "proj" in names else reference.projector_layers(raw, where),
         encoder=raw["mm_vision_tower"],
         select_layer=raw.get("mm_vision_select_layer", -2),
     )

@@ -35,7 +35,7 @@ SHARD_BYTES = 5_000_000_000
 WEIGHTS = {*directory.PICKLES, "*.safetensors", "*.safetensors.index.json", "*.h5", "*.msgpack", "*.gguf"}  # fmt: skip
 
 # what -> (group of tensors -> what stands before its names)
-STANDALONE = {"lm": {naming.LM: ""}, "vit": {naming.VIT: "vision_model."}, "reference": {naming.REFERENCE: "model.mm_projector."}}  # fmt: skip
+STANDALONE = {"lm": {naming.LM: ""}, "vit": {naming.VIT: "vision_model."}, "reference": {}}  # fmt: skip
 LLAVA = {naming.VIT: "vision_tower.vision_model.", naming.PROJECTOR: "multi_modal_projector.", naming.LM: "language_model."}  # fmt: skip
 
 
@@ -114,8 +114,11 @@ def _settings(
 def _named(what: str, params: Tree, config: VLMConfig) -> Iterator[tuple[str, np.ndarray]]:
     """(name in the file, tensor) of everything to be stored."""
     prefixes = LLAVA if what == "llava" else STANDALONE[what]
+    if what == "reference":
+        module = "query_abstractor" if config.compressor.name == "mqt" else "mm_projector"
+        prefixes = {naming.REFERENCE: f"model.{module}."}
     rules: dict[str, list[Rule]] = {
-        naming.VIT: maps.vit(config.vit, flat_patches=False), naming.LM: maps.lm(config.lm, fused=False),
+        naming.VIT: maps.vit(config.vit, flat_patches=False, scores=False), naming.LM: maps.lm(config.lm, fused=False),
         naming.PROJECTOR: maps.projector(maps.LLAVA_PROJECTOR),
         naming.REFERENCE: parts.reference_rules(config) if what == "reference" else [],
     }  # fmt: skip

@@ -24,7 +24,7 @@ AS_IT_IS = "... -> ..."
 
 UNNEEDED = (
     r"lm_head\.weight|.*\.rotary_emb\.inv_freq|.*\.masked_bias"
-    r"|head\..*|post_layernorm\..*|embeddings\.position_ids"
+    r"|head\..*|post_layernorm\..*|embeddings\.position_ids|pos_embed"
 )
 
 
@@ -89,8 +89,11 @@ def _linear(tensor: str, path: str, bias: bool = True) -> list[Rule]:
     return rules + [Rule(f"{stem}bias", f"{path}/bias")] * bias
 
 
-def vit(c: ViTConfig, flat_patches: bool) -> list[Rule]:
-    """SigLIP and CLIP. flat_patches: SigLIP 2 stores the patch projection as a linear map of (y x colour)."""
+def vit(c: ViTConfig, flat_patches: bool, scores: bool) -> list[Rule]:
+    """SigLIP and CLIP. flat_patches: SigLIP 2 stores the patch projection as a linear map of (y x colour).
+
+    scores: with the norm, queries and keys of the layer after the feature, which PruMerge looks at.
+    """
     heads = _heads(c.num_heads, c.width // c.num_heads)
     side = (("c", 3), ("y", c.patch_px), ("x", c.patch_px))
     patch = "embeddings.patch_embedding"
@@ -115,6 +118,14 @@ def vit(c: ViTConfig, flat_patches: bool) -> list[Rule]:
     for n in ("1", "2"):
         rules += _norm(f"{layer}.layer_norm{n}", f"layers/norm{n}")
         rules += _linear(f"{layer}.mlp.fc{n}", f"layers/mlp/fc{n}")
+    if scores and c.feature_layer != -1:
+        asking = ("layers/norm1/", "layers/attn/q/", "layers/attn/k/")
+        rules += [
+            dataclasses.replace(
+                rule, tensor=rule.tensor.format(c.feature_state), path=rule.path.replace("layers/", "next_layer/", 1)
+            )
+            for rule in rules if rule.path.startswith(asking)
+        ]  # fmt: skip
     return _of_part("vit", rules, c.feature_state)
 
 
@@ -168,10 +179,10 @@ def _attention(tensor: str, path: str, width: int, num_heads: int) -> list[Rule]
     rules = []
     for i, n in enumerate("qkv"):
         rows = (i * width, (i + 1) * width, 3 * width)
-        rules.append(Rule(f"{tensor}.in_proj_weight", f"{path}/{n}/kernel", HEADS_OUT, heads, rows))
-        rules.append(Rule(f"{tensor}.in_proj_bias", f"{path}/{n}/bias", HEADS_BIAS, heads, rows))
-    rules.append(Rule(f"{tensor}.out_proj.weight", f"{path}/out/kernel", HEADS_IN, heads))
-    return [*rules, Rule(f"{tensor}.out_proj.bias", f"{path}/out/bias")]
+        rules.append(Rule(f"{tensor}.in_proj_weight", f"{path}{n}/kernel", HEADS_OUT, heads, rows))
+        rules.append(Rule(f"{tensor}.in_proj_bias", f"{path}{n}/bias", HEADS_BIAS, heads, rows))
+    rules.append(Rule(f"{tensor}.out_proj.weight", f"{path}out/kernel", HEADS_IN, heads))
+    return [*rules, Rule(f"{tensor}.out_proj.bias", f"{path}out/bias")]
 
 
 def _normed_mlp(tensor: str, norm: str, path: str) -> list[Rule]:
@@ -191,7 +202,7 @@ def quecc(width: int, num_heads: int) -> list[Rule]:
         rules += _normed_mlp(f"0.{n}_proj", f"0.{n}_proj.3", path)
     rules.append(Rule("0.q_downsample.weight", "downsample/filter", "c 1 y x -> y x c"))
     rules.append(Rule("0.q_downsample.bias", "downsample/bias"))
-    rules += _attention("0.clip_attn", "attention", width, num_heads)
+    rules += _attention("0.clip_attn", "attention/", width, num_heads)
     return _of_part("compressor", rules) + projector(("1", "3"))
 
 
@@ -200,8 +211,16 @@ def tokenpacker(width: int, num_heads: int) -> list[Rule]:
     rules = _linear("q_proj_1", "query", bias=False) + _norm("ln_q_1", "query_norm")
     for n, path in (("k", "key_mlp"), ("v", "value_mlp")):
         rules += _normed_mlp(f"{n}_proj_1", f"ln_{n}_1", path)
-    rules += _attention("clip_attn", "attention", width, num_heads)
+    rules += _attention("clip_attn", "attention/", width, num_heads)
     return _of_part("compressor", rules) + projector(("mlp.0", "mlp.2"))
+
+
+def mqt(width: int, num_heads: int) -> list[Rule]:
+    """MQT's release, stored as query_abstractor; it has no projector, and its position table is computed."""
+    rules = _attention("attn", "", width, num_heads)
+    for n in "qkv":
+        rules += _norm(f"ln_{n}", f"{n}_norm")
+    return _of_part("compressor", [*rules, Rule("query", "query"), Rule("proj", "project/kernel")])
 
 
 # compressor -> (rules of compressor and projector, given the encoder's width, its heads and the projector's layers)
@@ -209,6 +228,12 @@ REFERENCE: dict[str, Callable[[int, int, int], list[Rule]]] = {
     "identity": lambda width, num_heads, num_layers: mlp(num_layers),
     "quecc": lambda width, num_heads, num_layers: quecc(width, num_heads),
     "tokenpacker": lambda width, num_heads, num_layers: tokenpacker(width, num_heads),
+    "mqt": lambda width, num_heads, num_layers: mqt(width, num_heads),
+    # No parameters of their own: what follows, or holds, them is LLaVA's projector.
+    "m3": lambda width, num_heads, num_layers: mlp(num_layers),
+    "pool": lambda width, num_heads, num_layers: mlp(num_layers),
+    "prumerge": lambda width, num_heads, num_layers: mlp(num_layers),
+    "prumerge_plus": lambda width, num_heads, num_layers: mlp(num_layers),
 }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vlm_jax.config import ConfigError, VLMConfig
+from vlm_jax.config import SCORED, ConfigError, VLMConfig
 from vlm_jax.hf import directory, io, maps, naming
 from vlm_jax.hf.directory import Directory
 from vlm_jax.hf.io import Sources, Tree
@@ -21,7 +21,7 @@ def group_rules(opened: Directory, names: dict[str, Names], config: VLMConfig) -
     flat = bool(patch) and len(opened.tensors[patch].shape) == 2
     fused = "model.layers.0.self_attn.qkv_proj.weight" in names[naming.LM]
     rules = {
-        naming.VIT: maps.vit(config.vit, flat),
+        naming.VIT: maps.vit(config.vit, flat, config.compressor.name in SCORED),
         naming.LM: maps.lm(config.lm, fused),
         naming.PROJECTOR: maps.projector(maps.LLAVA_PROJECTOR),
         naming.REFERENCE: reference_rules(config) if names[naming.REFERENCE] else [],

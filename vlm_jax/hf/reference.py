@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -16,9 +17,9 @@ DECODERS = {
 }  # fmt: skip
 
 # A tensor that only this compressor has; none of them: no compressor.
-MARKS = {"0.q_downsample.weight": "quecc", "q_proj_1.weight": "tokenpacker"}
+MARKS = {"0.q_downsample.weight": "quecc", "q_proj_1.weight": "tokenpacker", "ln_q.weight": "mqt"}
 TAPS = (12, 16, 22, 23)  # of QueCC and TokenPacker, fixed in their releases
-QUECC_HEADS, TOKENPACKER_HEAD_DIM, TOKENPACKER_STRIDE = 8, 128, 2  # likewise
+QUECC_HEADS, TOKENPACKER_HEAD_DIM, TOKENPACKER_STRIDE, MQT_HEAD_DIM = 8, 128, 2, 64  # likewise
 
 FIXED: dict[str, tuple[Any, ...]] = {
     "mm_use_im_start_end": (False,), "mm_vision_select_feature": ("patch",), "mm_patch_merge_type": ("flat",),
@@ -80,6 +81,10 @@ def compressor(
         stride = raw.get("scale_factor", TOKENPACKER_STRIDE)
         heads = max(width // TOKENPACKER_HEAD_DIM, 1)
         return CompressorConfig("tokenpacker", stride=stride, num_heads=heads, taps=TAPS)
+    if found == ["mqt"]:
+        queries, width = shapes[names["query"]]
+        heads = max(width // MQT_HEAD_DIM, 1)
+        return CompressorConfig("mqt", num_heads=heads, query_grid=math.isqrt(queries))
     kernel = shapes[names["0.q_downsample.weight"]][-1]
     stride = raw.get("mm_vision_token_compression_stride") or kernel
     if kernel != stride:

@@ -127,6 +127,8 @@ def original(c: VLMConfig, encoder_name: str) -> Json:
         }  # fmt: skip
     if c.compressor.name == "tokenpacker":
         fields["scale_factor"] = c.compressor.stride
+    if c.compressor.name == "mqt":
+        fields |= {"query_abstractor_type": "matry_query", "num_visual_tokens": c.compressor.visual_tokens or c.compressor.query_grid**2}  # fmt: skip
     return fields
 
 

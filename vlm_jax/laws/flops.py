@@ -54,9 +54,25 @@ def decoder_flops(lm: LMConfig, tokens: int, keys: int, logits: int) -> int:
     return lm.num_layers * (linear + attention) + 2 * logits * lm.width * lm.vocab_size
 
 
-def projector_flops(config: VLMConfig, visual_tokens: int) -> int:
-    later = (config.projector_layers - 1) * config.lm.width**2
-    return 2 * visual_tokens * (config.vit.width * config.lm.width + later)
+def projector_flops(config: VLMConfig, images: int) -> int:
+    """The maps before the compressor run on every patch, those behind it on every visual token."""
+    compressor = compressors.get(config.compressor.name)
+    tokens = compressor.num_tokens(config.compressor, config.vit.grid)
+    if compressor.place == "instead":
+        return 0
+    patches = config.vit.num_patches if compressor.place == "inside" else tokens
+    width = config.lm.width
+    *early, last = [config.vit.width * width] + (config.projector_layers - 1) * [width**2]
+    return 2 * images * (patches * sum(early) + tokens * last)
+
+
+def query_flops(config: VLMConfig, tokens: int) -> int:
+    """The decoder's layers over one question alone."""
+    layers = config.compressor.query_layers
+    if layers == 0 or not compressors.get(config.compressor.name).uses_query:
+        return 0
+    read = config.lm if layers == -1 else dataclasses.replace(config.lm, num_layers=layers)
+    return decoder_flops(read, tokens, tokens, logits=0)
 
 
 def forward_flops(
@@ -91,9 +107,9 @@ def forward_flops(
     steps = range(length + 1, length + output_tokens)  # keys each decode step looks at
     return Flops(
         encoder=images * encoder_flops(vit),
-        query=images * decoder_flops(lm, query, query, logits=0) if compressor.uses_query else 0,
+        query=images * query_flops(config, query),
         compressor=images * compressor.flops(config.compressor, vit.grid, vit.width, lm.width),
-        projector=projector_flops(config, visual),
+        projector=projector_flops(config, images),
         prefill=decoder_flops(lm, length - cached_text_tokens, length, logits=1),
         decode=sum(decoder_flops(lm, 1, keys, logits=1) for keys in steps),
     )

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlm_jax import cli, presets
-from vlm_jax.config import CompressorConfig, ConfigError, VLMConfig, stride_for
+from vlm_jax.config import CompressorConfig, ConfigError, VLMConfig, with_tokens
 from vlm_jax.laws import law as law_file
 from vlm_jax.laws.fit import OneLineParser
 from vlm_jax.laws.law import Fit
@@ -196,7 +196,7 @@ def exact_cost(
     def cost(lm: str, _: Number, visual_tokens: int) -> Number:
         config = VLMConfig(
             encoder,
-            CompressorConfig(compressor, stride_for(encoder.grid, visual_tokens), taps=taps),
+            with_tokens(CompressorConfig(compressor, taps=taps), encoder.grid, visual_tokens),
             presets.lm(lm),
         )
         return flops.forward_flops(

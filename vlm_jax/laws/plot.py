@@ -108,14 +108,20 @@ def plan_figure(plan: Plan, fit: Fit) -> Figure:
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     """Writes PNG (150 dots per inch) or SVG, by suffix; the same figure gives the same bytes."""
+    path = check_path(path)
+    with matplotlib.rc_context({"svg.hashsalt": "vlm_jax", "svg.fonttype": "none"}):
+        date = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+        figure.savefig(path, dpi=150, metadata=date, bbox_inches="tight")
+    return path
+
+
+def check_path(path: str | os.PathLike[str]) -> Path:
+    """Where a figure can be written. Raises ConfigError for another suffix than .png or .svg, or no such folder."""
     path = Path(path)
     if path.suffix not in (".png", ".svg"):
         raise ConfigError(f"plot: {path.name} must end in .png or .svg.")
     if not path.parent.is_dir():
         raise ConfigError(f"plot: the folder {str(path.parent)!r} does not exist; make it first.")
-    with matplotlib.rc_context({"svg.hashsalt": "vlm_jax", "svg.fonttype": "none"}):
-        date = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-        figure.savefig(path, dpi=150, metadata=date, bbox_inches="tight")
     return path
 
 

@@ -39,11 +39,8 @@ def visible(
     query_segments: Int[Array, "B T"],
     key_segments: Int[Array, "B S"],
     first_slot: Int[Array, ""] | int = 0,
-    window: int = 0,
 ) -> Bool[Array, "B T S"]:
     """Which keys each query may see; query t sits at slot first_slot + t of the keys.
-
-    window: of those, only the nearest `window` slots, the query's own included (0: all).
 
     Segments: -1 padding, 0 shared prefix (or a whole dialogue), n the n-th independent turn. Two turns of two tokens
     behind a prefix of two:
@@ -56,10 +53,16 @@ def visible(
                 1 1 . . 1 1
     """
     query_slots = first_slot + jnp.arange(query_segments.shape[1])
-    back = query_slots[:, None] - jnp.arange(key_segments.shape[1])[None, :]
-    near = (back >= 0) & (back < window) if window else back >= 0
+    causal = jnp.arange(key_segments.shape[1])[None, :] <= query_slots[:, None]
     keys, queries = key_segments[:, None, :], query_segments[:, :, None]
-    return near & (keys >= 0) & ((keys == 0) | (keys == queries))
+    return causal & (keys >= 0) & ((keys == 0) | (keys == queries))
+
+
+def near(
+    query_positions: Int[Array, "B T"], key_positions: Int[Array, "B S"], window: int
+) -> Bool[Array, "B T S"]:
+    """Which keys lie in each query's sliding window: the query's own position and the window - 1 before it."""
+    return query_positions[:, :, None] - key_positions[:, None, :] < window
 
 
 class Attention(nn.Module):
@@ -129,14 +132,15 @@ class LM(nn.Module):
         init = nn.initializers.normal(0.02)
         shape = (cfg.vocab_size, cfg.width)
         self.table = weight(self, "embed", init, shape, ("vocab", "embed"))
-        broadcast = nn.broadcast
-        scanned = scan_layers(
-            Block, cfg.num_layers, cfg.remat, in_axes=(broadcast, broadcast, broadcast, 0)
-        )
-        self.layers = scanned(cfg)
+        self.layers = self._scanned(cfg.num_layers)(cfg)
         self.final_norm = RMSNorm(cfg.norm_eps, cfg.dtype)
         if not cfg.tied_embeddings:
             self.head = weight(self, "head", init, shape[::-1], ("embed", "vocab"))
+
+    def _scanned(self, num_layers: int) -> type[nn.Module]:
+        broadcast = nn.broadcast
+        axes = (broadcast, broadcast, broadcast, 0)
+        return scan_layers(Block, num_layers, self.config.remat, in_axes=axes)
 
     def embed(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
         return self.table.astype(self.config.dtype)[tokens]
@@ -146,10 +150,16 @@ class LM(nn.Module):
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         mask: Bool[Array, "B T T"],
+        num_layers: int | None = None,
     ) -> Float[Array, "B T D"]:
-        """Final-norm hidden states."""
+        """Final-norm hidden states, after all layers or the first `num_layers`."""
         x = constrain(x, "batch", "length", "embed_activation")
-        x, _ = self.layers(x, positions, mask, 0, None)
+        if num_layers is None or self.is_initializing():
+            x, _ = self.layers(x, positions, mask, 0, None)
+        else:
+            first = jax.tree.map(lambda p: p[:num_layers], self.layers.variables["params"])
+            layers = self._scanned(num_layers)(self.config, parent=None)
+            (x, _) = layers.apply({"params": first}, x, positions, mask, 0, None)
         return self.final_norm(x)
 
     def cached_hidden(

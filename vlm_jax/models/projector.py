@@ -1,4 +1,4 @@
-"""From the encoder's width to the decoder's: LLaVA-1.5's "mlp2x_gelu", applied token by token after the compressor."""
+"""From the encoder's width to the decoder's: LLaVA-1.5's "mlp2x_gelu", applied token by token."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from vlm_jax.layers import ACTIVATIONS, Linear, RMSNorm, weight
 class Projector(nn.Module):
     """`num_layers` linear maps C -> D -> D ... with exact GELU between; default initialisation of linear layers.
 
+    Three parts in a row, because compressors may stand between them: `early`, `late`, `finish`. 0 layers: no maps.
     positions "grid": a learned vector per visual token is added last, for decoders that start without knowing images.
     """
 
@@ -24,15 +25,33 @@ class Projector(nn.Module):
     positions: str  # none | grid
     dtype: str
 
-    @nn.compact
+    def setup(self):
+        axes = (("vision", "mlp"), ("mlp", "vision"))
+        self.dense = [
+            Linear((self.width,), axes[i % 2], dtype=self.dtype) for i in range(self.num_layers)
+        ]
+        self.final_norm = RMSNorm(1e-6, self.dtype, name="norm") if self.norm == "rms" else None
+
     def __call__(self, x: Float[Array, "B M C"]) -> Float[Array, "B M D"]:
-        for i in range(self.num_layers):
-            names = ("vision", "mlp") if i % 2 == 0 else ("mlp", "vision")
-            x = Linear((self.width,), names, dtype=self.dtype, name=f"dense_{i}")(
-                ACTIVATIONS["gelu"](x) if i else x
-            )
-        if self.norm == "rms":
-            x = RMSNorm(1e-6, self.dtype, name="norm")(x)
+        return self.finish(self.late(self.early(x)))
+
+    def early(self, x: Float[Array, "B M C"]) -> Float[Array, "B M _"]:
+        """What enters the last linear map."""
+        for linear in self.dense[:-1]:
+            x = ACTIVATIONS["gelu"](linear(x))
+        return x
+
+    def late(self, x: Float[Array, "B M _"]) -> Float[Array, "B M D"]:
+        """The last linear map, with which a mean over tokens commutes."""
+        for linear in self.dense[-1:]:
+            x = linear(x)
+        return x
+
+    @nn.compact
+    def finish(self, x: Float[Array, "B M D"]) -> Float[Array, "B M D"]:
+        """Norm and positions."""
+        if self.final_norm is not None:
+            x = self.final_norm(x)
         if self.positions == "grid":
             table = weight(self, "position", _grid_codes, (x.shape[1], self.width), (None, None))
             x = x + table.astype(x.dtype)

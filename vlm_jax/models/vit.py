@@ -18,6 +18,7 @@ from vlm_jax.layers import (
     ACTIVATIONS,
     LayerNorm,
     Linear,
+    Scores,
     attend,
     constrain,
     resize_matrix,
@@ -32,6 +33,15 @@ class Features(NamedTuple):
 
     last: Float[Array, "B P C"]  # the feature layer
     taps: Float[Array, "B P Z"]  # the tapped hidden states side by side; `last` when none is tapped
+    scores: Scores | None = None  # only when it is asked for
+
+
+class Carry(NamedTuple):
+    """What goes from layer to layer; each layer replaces `scores` by its own."""
+
+    x: Float[Array, "B R C"]  # R rows: the patches, after the class token if there is one
+    tapped: Float[Array, "taps B R C"]
+    scores: Scores | None
 
 
 class Block(nn.Module):
@@ -41,23 +51,36 @@ class Block(nn.Module):
     taps: tuple[int, ...]
 
     @nn.compact
-    def __call__(
-        self, carry: tuple[Array, Array], state: Int[Array, ""]
-    ) -> tuple[tuple[Array, Array], None]:
-        x, tapped = carry
+    def __call__(self, carry: Carry, state: Int[Array, ""]) -> tuple[Carry, None]:
+        x, tapped, scores = carry
         cfg = self.config
         norm = lambda name: LayerNorm(cfg.norm_eps, cfg.dtype, name=name)  # noqa: E731
-        x = x + SelfAttention(cfg, name="attn")(norm("norm1")(x))
+        attention, normed = SelfAttention(cfg, name="attn"), norm("norm1")(x)
+        if scores is not None:
+            scores = attention.scores(normed)
+        x = x + attention(normed)
         x = x + MLP(cfg, name="mlp")(norm("norm2")(x))
         x = constrain(x, "batch", "patches", "vision")
         if self.taps:
             is_tap = (state == jnp.array(self.taps))[:, None, None, None]
             tapped = jnp.where(is_tap, x, tapped)
-        return (x, tapped), None
+        return Carry(x, tapped, scores), None
+
+
+class NextLayer(nn.Module):
+    """The first norm and the query and key maps of the layer after the feature; nothing else of it exists."""
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B R C"]) -> Scores:
+        cfg = self.config
+        normed = LayerNorm(cfg.norm_eps, cfg.dtype, name="norm1")(x)
+        return SelfAttention(cfg, name="attn").scores(normed)
 
 
 def _linear(
-    cfg: ViTConfig, out: tuple[int, ...], names: tuple, name: str, in_axes: int = 1
+    cfg: ViTConfig, out: tuple[int, ...], names: tuple, name: str | None = None, in_axes: int = 1
 ) -> Linear:
     return Linear(
         out, names, in_axes, kernel_init=nn.initializers.xavier_uniform(), bias_init=nn.initializers.zeros,
@@ -66,16 +89,30 @@ def _linear(
 
 
 class SelfAttention(nn.Module):
+    """A map that no called method uses has no parameters."""
+
     config: ViTConfig
 
-    @nn.compact
-    def __call__(self, x: Float[Array, "B P C"]) -> Float[Array, "B P C"]:
+    def setup(self):
         cfg = self.config
         heads = (cfg.num_heads, cfg.width // cfg.num_heads)
-        q, k, v = (_linear(cfg, heads, ("vision", "heads", None), name)(x) for name in "qkv")
-        return _linear(cfg, (cfg.width,), ("heads", None, "vision"), "out", in_axes=2)(
-            attend(q, k, v)
-        )
+        self.q, self.k, self.v = (_linear(cfg, heads, ("vision", "heads", None)) for _ in "qkv")
+        self.out = _linear(cfg, (cfg.width,), ("heads", None, "vision"), in_axes=2)
+
+    def __call__(self, x: Float[Array, "B R C"]) -> Float[Array, "B R C"]:
+        return self.out(attend(self.q(x), self.k(x), self.v(x)))
+
+    def scores(self, x: Float[Array, "B R C"]) -> Scores:
+        """Queries and keys with their biases, unscaled, heads side by side.
+
+        Without a class token the mean of all patches' queries asks: its product with a key is the mean, over the patches, of
+        the (unscaled) logit with which they look at that key. Both are linear, so only one row is mapped.
+        """
+        first = int(self.config.cls_token)
+        asking = x[:, 0] if first else x.mean(axis=1, dtype=jnp.float32).astype(x.dtype)
+        query = rearrange(self.q(asking), "b n h -> b (n h)")
+        keys = rearrange(self.k(x), "b r n h -> b r (n h)")
+        return Scores(query, keys[:, first:], keys[:, 0] if first else None)
 
 
 class MLP(nn.Module):
@@ -89,10 +126,15 @@ class MLP(nn.Module):
 
 
 class ViT(nn.Module):
-    """`taps` are the numbers of the hidden states to hand out beside the feature."""
+    """`taps` are the numbers of the hidden states to hand out beside the feature.
+
+    scores: also hand out the queries and keys of the layer after the feature, of which only these exist ("next_layer"); of
+    the last layer, which computes them anyway, when the feature is its output.
+    """
 
     config: ViTConfig
     taps: tuple[int, ...] = ()
+    scores: bool = False
 
     @nn.compact
     def __call__(self, pixels: Float[Array, "B height width 3"]) -> Features:
@@ -103,14 +145,24 @@ class ViT(nn.Module):
         layers = scan_layers(Block, cfg.feature_state, cfg.remat, in_axes=(0,))(
             cfg, self.taps, name="layers"
         )
-        (x, tapped), _ = layers((x, tapped), jnp.arange(1, cfg.feature_state + 1))
+        own = self.scores and cfg.feature_layer == -1
+        start = Carry(x, tapped, self._no_scores(x) if own else None)
+        (x, tapped, scores), _ = layers(start, jnp.arange(1, cfg.feature_state + 1))
+        if self.scores and not own:
+            scores = NextLayer(cfg, name="next_layer")(x)
         if cfg.post_norm and cfg.feature_layer == -1:
             x = LayerNorm(cfg.norm_eps, cfg.dtype, name="post_norm")(x)
         first = int(cfg.cls_token)
         last = x[:, first:]
         if not self.taps:
-            return Features(last, last)
-        return Features(last, rearrange(tapped[:, :, first:], "n b p c -> b p (n c)"))
+            return Features(last, last, scores)
+        return Features(last, rearrange(tapped[:, :, first:], "n b p c -> b p (n c)"), scores)
+
+    def _no_scores(self, x: Float[Array, "B R C"]) -> Scores:
+        """Zeros of the shapes that every layer hands on."""
+        first = int(self.config.cls_token)
+        zeros = jnp.zeros(x.shape, self.config.dtype)
+        return Scores(zeros[:, 0], zeros[:, first:], zeros[:, 0] if first else None)
 
     def _embed(self, pixels: Float[Array, "B height width 3"]) -> Float[Array, "B _ C"]:
         cfg = self.config

@@ -13,9 +13,10 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from vlm_jax.compressors import get as get_compressor
+from vlm_jax.compressors.visual import Visual
 from vlm_jax.config import VLMConfig
 from vlm_jax.layers import constrain
-from vlm_jax.models.lm import LM, Cache, visible
+from vlm_jax.models.lm import LM, Cache, near, visible
 from vlm_jax.models.projector import Projector
 from vlm_jax.models.vit import Features, ViT
 
@@ -32,10 +33,18 @@ class Inputs(NamedTuple):
     feature_taps: Float[Array, "B I P Z"] | None = None
     query_tokens: Int[Array, "B I Q"] | None = None
     query_mask: Bool[Array, "B I Q"] | None = None
+    count: Int[Array, ""] | None = None  # how many tokens an elastic compressor shows; None: all M
 
     @classmethod
     def from_batch(cls, batch: Mapping[str, Any]) -> Inputs:
         return cls(**{name: batch[name] for name in cls._fields if name in batch})
+
+
+class Layout(NamedTuple):
+    """Where the slots of each row stand once it is known which visual slots are filled."""
+
+    positions: Int[Array, "B T"]
+    segments: Int[Array, "B T"]
 
 
 def _per_image(x: Array) -> Array:
@@ -48,11 +57,13 @@ class VLM(nn.Module):
     def setup(self):
         cfg = self.config
         compressor = get_compressor(cfg.compressor.name)
-        self.vit = ViT(cfg.vit, cfg.compressor.taps if compressor.uses_taps else ())
-        self.compressor = compressor.module(cfg.compressor, cfg.vit.grid)
+        taps = cfg.compressor.taps if compressor.uses_taps else ()
+        self.vit = ViT(cfg.vit, taps, compressor.uses_scores)
+        width = (cfg.lm.width,) if compressor.place == "instead" else ()
+        self.compressor = compressor.module(cfg.compressor, cfg.vit.grid, *width)
         self.projector = Projector(
             cfg.lm.width,
-            cfg.projector_layers,
+            0 if compressor.place == "instead" else cfg.projector_layers,
             cfg.projector_norm,
             cfg.projector_positions,
             cfg.lm.dtype,
@@ -61,54 +72,100 @@ class VLM(nn.Module):
 
     def __call__(self, inputs: Inputs) -> Float[Array, "B T V"]:
         """Logits of every position, as in training."""
-        x = self.embed(inputs)
-        mask = self._visible(inputs.segments, inputs.segments)
-        return self.lm.logits(self.lm.hidden(x, inputs.positions, mask))
+        return self.read(inputs, self.see(inputs))
 
-    def prefill(self, inputs: Inputs, cache: Cache) -> tuple[Float[Array, "B V"], Cache]:
-        """Fills slots 0..T-1 of the cache; logits of the last position (prompts are left-padded)."""
-        batch, length = inputs.tokens.shape
-        keys = (
-            jnp.full((batch, cache.k.shape[2]), -1, inputs.segments.dtype)
-            .at[:, :length]
-            .set(inputs.segments)
+    def read(self, inputs: Inputs, visual: Visual | None) -> Float[Array, "B T V"]:
+        """Logits of every position, of images that were seen before."""
+        x, layout = self.place(inputs, visual)
+        mask = self._visible(layout, layout)
+        return self.lm.logits(self.lm.hidden(x, layout.positions, mask))
+
+    def prefill(self, inputs: Inputs, cache: Cache) -> tuple[Float[Array, "B V"], Cache, Layout]:
+        """Fills slots 0..T-1 of the cache; logits of the last position (prompts are left-padded).
+
+        The layout is the one that later tokens continue.
+        """
+        x, layout = self.place(inputs, self.see(inputs))
+        beyond = ((0, 0), (0, cache.k.shape[2] - inputs.tokens.shape[1]))
+        keys = Layout(
+            jnp.pad(layout.positions, beyond), jnp.pad(layout.segments, beyond, constant_values=-1)
         )
-        mask = self._visible(inputs.segments, keys)
-        hidden, cache = self.lm.cached_hidden(self.embed(inputs), inputs.positions, mask, cache, 0)
-        return self.lm.logits(hidden[:, -1:])[:, 0], cache
+        mask = self._visible(layout, keys)
+        hidden, cache = self.lm.cached_hidden(x, layout.positions, mask, cache, 0)
+        return self.lm.logits(hidden[:, -1:])[:, 0], cache, layout
 
     def decode(
         self,
         tokens: Int[Array, "B"],
-        positions: Int[Array, "B"],
-        segments: Int[Array, "B S"],
         slot: Int[Array, ""],
+        keys: Layout,
         cache: Cache,
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """One token per row, written at `slot`. segments: of the cache; later slots are hidden by causality."""
-        mask = self._visible(jnp.zeros_like(segments[:, :1]), segments, slot)
+        """One token per row, written at `slot`. keys: of the cache's slots; later ones are hidden by causality."""
+        positions = jnp.take(keys.positions, slot, axis=1)
+        here = Layout(positions[:, None], jnp.zeros_like(positions)[:, None])
+        mask = self._visible(here, keys, slot)
         hidden, cache = self.lm.cached_hidden(
             self.lm.embed(tokens[:, None]), positions[:, None], mask, cache, slot
         )
         return self.lm.logits(hidden)[:, 0], cache
 
-    def _visible(self, queries: Array, keys: Array, first_slot: Array | int = 0) -> Array:
-        return visible(queries, keys, first_slot, self.config.lm.sliding_window)
+    def _visible(
+        self, queries: Layout, keys: Layout, first_slot: Int[Array, ""] | int = 0
+    ) -> Bool[Array, "B T S"]:
+        """Which keys each query may see, a sliding window included."""
+        mask = visible(queries.segments, keys.segments, first_slot)
+        window = self.config.lm.sliding_window
+        return mask & near(queries.positions, keys.positions, window) if window else mask
 
-    def embed(self, inputs: Inputs) -> Float[Array, "B T D"]:
-        """Token embeddings with the visual tokens put at their slots."""
-        text = self.lm.embed(inputs.tokens)
+    def see(self, inputs: Inputs) -> Visual | None:
+        """Visual tokens [B*I M D] of every image, up to the projector's norm; None for text-only batches."""
         features = self.features(inputs)
         if features is None:
-            return text
+            return None
+        entry = get_compressor(self.config.compressor.name)
         with jax.named_scope("compress"):
-            visual = self.projector(
-                self.compressor(features.last, features.taps, self.query(inputs))
+            last = self.projector.early(features.last) if entry.place == "inside" else features.last
+            visual = self.compressor(last, features.taps, self.query(inputs), features.scores)
+            tokens = visual.tokens
+            if entry.place == "before":
+                tokens = self.projector.early(tokens)
+            visual = visual._replace(tokens=self.projector.late(tokens))
+        if inputs.count is None:
+            return visual
+        if entry.elastic is None:
+            raise ValueError(f"{self.config.compressor.name} cannot show a part of its tokens")
+        return entry.elastic.show(visual.tokens, inputs.count)
+
+    def place(self, inputs: Inputs, visual: Visual | None) -> tuple[Float[Array, "B T D"], Layout]:
+        """Token embeddings with the visual tokens put at their slots.
+
+        Slots without a visual token are hidden from every other, and positions close the gap. Each image's tokens stand at
+        the end of its slots: the text behind an image is predicted from the slot before it, which must be a filled one.
+
+            slots      <s> - - v v What  is      -: hidden
+            positions    0 1 1 1 2    3   4
+        """
+        text = self.lm.embed(inputs.tokens)
+        layout = Layout(inputs.positions, inputs.segments)
+        if visual is None:
+            return text, layout
+        tokens, index = self.projector.finish(visual.tokens), inputs.visual_index
+        if visual.valid is not None:
+            order = jnp.argsort(visual.valid, axis=1, stable=True)
+            tokens = jnp.take_along_axis(tokens, order[..., None], axis=1)
+            valid = jnp.take_along_axis(visual.valid, order, axis=1)
+            valid = rearrange(valid, "(b i) m -> b (i m)", b=text.shape[0])
+            hidden = (index >= 0) & ~jnp.take_along_axis(valid, jnp.maximum(index, 0), axis=1)
+            layout = Layout(
+                layout.positions - jnp.cumsum(hidden, axis=1, dtype=layout.positions.dtype),
+                jnp.where(hidden, -1, layout.segments),
             )
-        visual = rearrange(visual, "(b i) m d -> b (i m) d", b=text.shape[0])
-        index = inputs.visual_index[..., None]
-        placed = jnp.take_along_axis(visual.astype(text.dtype), jnp.maximum(index, 0), axis=1)
-        return constrain(jnp.where(index >= 0, placed, text), "batch", "length", "embed_activation")
+        tokens = rearrange(tokens, "(b i) m d -> b (i m) d", b=text.shape[0])
+        index = index[..., None]
+        placed = jnp.take_along_axis(tokens.astype(text.dtype), jnp.maximum(index, 0), axis=1)
+        x = constrain(jnp.where(index >= 0, placed, text), "batch", "length", "embed_activation")
+        return x, layout
 
     def features(self, inputs: Inputs) -> Features | None:
         """Features of every image [B*I P C]: cached ones, or encoded now; None for text-only batches."""
@@ -129,20 +186,29 @@ class VLM(nn.Module):
     def query(self, inputs: Inputs) -> Float[Array, "B D"] | None:
         """The decoder's final-norm state at each query's last token, without gradient; None if nobody looks at it.
 
-        The question alone, without image or chat template (QueCC as released; spec of the paper's section 4).
+        The question alone, without image or chat template (QueCC as released; spec of the paper's section 4). A question
+        of no tokens (Q = 0) is zeros, which QueCC's text projection turns into a learned vector. With `query_layers` k the
+        decoder stops after k layers; after none a token knows no other, so the mean over the question stands for it.
         """
-        if not get_compressor(self.config.compressor.name).uses_query:
+        cfg = self.config.compressor
+        if not get_compressor(cfg.name).uses_query:
             return None
         if inputs.query_tokens is None or inputs.query_mask is None:
-            raise ValueError(
-                f"{self.config.compressor.name} needs query_tokens and query_mask beside the images"
-            )
+            raise ValueError(f"{cfg.name} needs query_tokens and query_mask beside the images")
         tokens, valid = _per_image(inputs.query_tokens), _per_image(inputs.query_mask)
+        x = self.lm.embed(tokens)
+        if not tokens.shape[1]:
+            return jnp.zeros((len(x), x.shape[-1]), x.dtype)
+        if cfg.query_layers == 0:
+            count = jnp.maximum(valid.sum(axis=1), 1)
+            mean = jnp.where(valid[..., None], x, 0).sum(axis=1) / count[:, None]
+            return jax.lax.stop_gradient(self.lm.final_norm(mean.astype(x.dtype)))
         segments = jnp.where(valid, 0, -1)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        layers = None if cfg.query_layers == -1 else cfg.query_layers
         with jax.named_scope("query"):
-            mask = self._visible(segments, segments)
-            hidden = self.lm.hidden(self.lm.embed(tokens), positions, mask)
+            here = Layout(positions, segments)
+            hidden = self.lm.hidden(x, positions, self._visible(here, here), layers)
         last = jnp.maximum(valid.sum(axis=1) - 1, 0)
         return jax.lax.stop_gradient(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
 

@@ -1,0 +1,18 @@
+"""What goes in and out of every compressor beside plain feature arrays."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from jaxtyping import Array, Bool, Float
+
+
+class Visual(NamedTuple):
+    """Visual tokens of each image in M slots, of which some may be empty.
+
+    A slot that is not valid holds any finite numbers; the decoder never sees it (models/vlm.py). Every image has at
+    least one valid token.
+    """
+
+    tokens: Float[Array, "B M C"]
+    valid: Bool[Array, "B M"] | None = None  # None: all of them

@@ -1,0 +1,82 @@
+"""Frozen, validated settings of a run: its data, its optimiser, its devices. Imports no jax; the model's are in config.py."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from vlm_jax.config import ConfigError, check_choice, check_positive
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the samples are and how one becomes arrays. Sizes are static: nothing recompiles per batch."""
+
+    annotations: tuple[
+        str, ...
+    ]  # LLaVA-format .json / .jsonl files, or prepared tfds directories; concatenated
+    image_roots: tuple[str, ...]  # one folder per annotation file ("" when it has no images)
+    tokenizer: str  # directory with a Hugging Face tokenizer
+    template: str  # a key of data.chat.TEMPLATES
+    system: str | None  # replaces the template's system prompt; None keeps it
+    turns: (
+        str  # dialogue | independent: may a turn see the turns before it, or only the shared prefix
+    )
+    max_tokens: int  # T, visual tokens included
+    max_query_tokens: int  # Q
+    max_images: int  # I, images per sample; 0 = text only
+    image_mode: str  # pad | crop | stretch
+    max_image_pixels: int  # larger images are bad records
+    batch_size: int  # global
+    seed: int  # of the shuffle
+    num_workers: int  # decoding processes; 0 = threads of this process
+    on_bad_record: str  # raise | skip
+    max_bad_records: int  # with skip: stop after this many
+    features_dir: str  # cached encoder features to read instead of images; "" = none
+    query: str = "first_turn"  # a key of data.queries.QUERIES: the question a compressor looks at
+
+    def __post_init__(self):
+        check_choice("data", "turns", self.turns, ("dialogue", "independent"))
+        check_choice("data", "query", self.query, ("first_turn", "last_turn", "none"))
+        check_choice("data", "image_mode", self.image_mode, ("pad", "crop", "stretch"))
+        check_choice("data", "on_bad_record", self.on_bad_record, ("raise", "skip"))
+        check_positive("data", max_tokens=self.max_tokens, batch_size=self.batch_size)
+        if len(self.annotations) != len(self.image_roots):
+            raise ConfigError(
+                f"data: {len(self.annotations)} annotations but {len(self.image_roots)} image_roots; give one root per file."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """Optimiser and schedule of the trainable parameters."""
+
+    trainable: str  # regex searched in parameter paths such as "projector/dense_0/kernel"
+    optimizer: str  # adamw | muon (hidden matrices by Muon, the rest by AdamW)
+    learning_rate: float  # peak, AdamW's
+    muon_learning_rate: float  # peak, Muon's
+    warmup_ratio: float  # of the steps
+    weight_decay: float
+    beta1: float
+    beta2: float
+    eps: float
+    clip_norm: float  # global gradient norm
+
+    def __post_init__(self):
+        check_choice("optim", "optimizer", self.optimizer, ("adamw", "muon"))
+        check_positive("optim", learning_rate=self.learning_rate, clip_norm=self.clip_norm)
+        if not 0 <= self.warmup_ratio < 1:
+            raise ConfigError(f"optim: warmup_ratio must lie in [0, 1), got {self.warmup_ratio}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the device mesh; -1 (at most once) takes the devices that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = (self.data, self.fsdp, self.tensor)
+        if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
+            raise ConfigError(f"mesh: sizes must be positive, with -1 at most once; got {sizes}.")
