@@ -1,0 +1,112 @@
+#!/usr/bin/env python3
+"""The miniature with every compressor at equal steps: compressor x visual tokens x family error.
+
+scripts/compare_compressors.py --config=configs/mini_compressors.py --workdir=runs/compressors
+
+World, encoder and text-trained decoder are those of `vlm_jax.sweep` (and are taken over if the workdir has them). Every
+row trains for the same steps on as many questions per step; an elastic compressor trains once and answers at each of its
+counts. Writes compressors.csv (schema of laws/table.py) and compressors.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the package and its configs, from a checkout
+
+from vlm_jax import cli, compressors, experiment, presets, sweep  # noqa: E402
+from vlm_jax.config import ELASTIC, SCORED, with_tokens  # noqa: E402
+from vlm_jax.evaluate import evaluate  # noqa: E402
+from vlm_jax.laws import table  # noqa: E402
+from vlm_jax.train import train  # noqa: E402
+
+log = logging.getLogger("vlm_jax.compare_compressors")
+
+
+def rows_of(cfg: Any, name: str, shared: sweep.Shared, seed: int) -> list[table.Row]:
+    """Trains one compressor at each of its counts (once, if it is elastic) and evaluates it at each."""
+    counts, rows = cfg.compare.visual_tokens[name], []
+    for count in counts:
+        c = training(cfg, name, count, shared, seed)
+        folder = shared.root / "compared" / (name if name in ELASTIC else f"{name}-v{count}")
+        train(c, str(folder))
+        e = copy.deepcopy(c)
+        e.eval.checkpoint = str(folder)
+        e.eval.benchmarks = tuple(cfg.sweep.benchmarks)
+        e.eval.annotations = (str(shared.data),) * len(cfg.sweep.benchmarks)
+        e.eval.features_dir = c.data.features_dir
+        if name in ELASTIC:
+            e.eval.visual_tokens = count
+        evaluate(e, str(folder / f"eval-v{count}"))
+        found = table.read(folder / f"eval-v{count}" / "errors.csv")
+        rows += [dataclasses.replace(row, seed=seed) for row in found]
+        log.info("%s V=%d: %s", name, count, "  ".join(f"{r.benchmark} {r.error:.3f}" for r in rows[-len(found) :]))  # fmt: skip
+    return rows
+
+
+def training(cfg: Any, name: str, count: int, shared: sweep.Shared, seed: int) -> Any:
+    """The stage of the miniature's cells with another compressor."""
+    query_aware = compressors.get(name).uses_query
+    c = sweep.stage(cfg, seed, "query_aware_vlm" if query_aware else "vlm", shared)
+    c.model.compressor.name = name
+    grid = presets.vlm(c.model.to_dict()).vit.grid
+    c.data.features_dir = str(shared.features)
+    if name in SCORED:
+        c.data.features_dir = (
+            ""  # they look at the encoder's queries and keys, which are not cached
+        )
+        c.model.compressor.update({"prune_ratio": "fixed", "fixed_ratio": (count - 1) / grid**2})
+    if name in ELASTIC:
+        c.model.compressor.train_tokens = tuple(cfg.compare.visual_tokens[name])
+    elif name not in SCORED:
+        model = presets.vlm(c.model.to_dict())
+        c.model.compressor.stride = with_tokens(model.compressor, grid, count).stride
+    model = experiment.resolve(c).model
+    c.data.max_tokens += compressors.num_tokens(
+        compressors.for_training(model).compressor, model.vit.grid
+    )
+    c.init.vit, c.init.lm = str(shared.encoder), str(shared.text(c.model.lm.preset))
+    return c
+
+
+def markdown(rows: Sequence[table.Row], made_by: str) -> str:
+    """One line per compressor and count; mean over seeds, and the range when there are several."""
+    families = sorted({row.family for row in rows})
+    lines = [f"    {made_by}", "", f"| compressor | V | {' | '.join(families)} |", "|---|---|" + "---|" * len(families)]  # fmt: skip
+    for name, count in dict.fromkeys((row.compressor, row.visual_tokens) for row in rows):
+        cells = []
+        for family in families:
+            errors = [r.error for r in rows if (r.compressor, r.visual_tokens, r.family) == (name, count, family)]  # fmt: skip
+            text = f"{sum(errors) / len(errors):.3f}"
+            cells.append(text + (f" ({min(errors):.3f}–{max(errors):.3f})" if len(errors) > 1 else ""))  # fmt: skip
+        lines.append(f"| {name} | {count} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str]) -> None:
+    flags = cli.parse(argv, {"workdir": "directory of the comparison, or of a finished miniature sweep"})  # fmt: skip
+    cfg, rows = flags.config, []
+    root = experiment.open_workdir(flags.workdir)
+    for seed in cfg.sweep.seeds:
+        shared = sweep.Shared(root / f"seed{seed}")
+        sweep.write_data(cfg, seed, shared)
+        train(sweep.encoder_stage(cfg, seed, shared), str(shared.encoder))
+        sweep.cache_features(cfg, shared)
+        train(sweep.text_stage(cfg, seed, cfg.model.lm.preset, shared), str(shared.text(cfg.model.lm.preset)))  # fmt: skip
+        for name in cfg.compare.visual_tokens:
+            rows += rows_of(cfg, name, shared, seed)
+            table.append(root / "compressors.csv", rows)
+    made_by = "scripts/compare_compressors.py " + " ".join(argv)
+    (root / "compressors.md").write_text(markdown(rows, made_by), encoding="utf-8")
+    sys.stdout.write(markdown(rows, made_by))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
