@@ -17,7 +17,8 @@ import transformers
 from safetensors import safe_open
 from test_hf_parity import compare_decoder, inputs_of, load, relative
 
-from vlm_jax import cli, presets, sharding, weights
+from configs import eval as eval_config
+from vlm_jax import cli, evaluate, presets, sharding, train, weights
 from vlm_jax.config import CompressorConfig, ConfigError, RopeScaling, VLMConfig
 from vlm_jax.data import chat, templates, tokenizer
 from vlm_jax.data.sources import IMAGE, Turn
@@ -306,7 +307,7 @@ def test_a_large_export_is_cut_into_shards_that_transformers_joins(tmp_path, mon
 
 
 def test_the_script_converts_a_directory_in_a_process_of_its_own(tmp_path):
-    """And what it made answers questions through our own prompt."""
+    """And what it made answers a benchmark as any trained run does."""
     given = hf_models.build("llava 1.5", tmp_path / "given")
     tiny.write_tokenizer(given / "tok")
     for path in (given / "tok").iterdir():
@@ -318,6 +319,15 @@ def test_the_script_converts_a_directory_in_a_process_of_its_own(tmp_path):
     saved = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert saved["data"]["template"] == "vicuna_v1"
     assert tokenizer.load(saved["data"]["tokenizer"]).vocab_size == 30
+    data = tiny.write(tmp_path / "data")
+    cfg = eval_config.get_config()
+    cfg.eval.update(
+        {"checkpoint": str(tmp_path / "ours"), "benchmarks": ("llava",), "annotations": (str(data),), "batch_size": 8, "max_new_tokens": 2}
+    )  # fmt: skip
+    (score,) = evaluate.evaluate(cfg, str(tmp_path / "eval"))
+    assert score["n"] == 14
+    with pytest.raises(ConfigError, match="holds an imported model, not a run"):
+        train.train(tiny.config(data), str(tmp_path / "ours"))
     again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert again.returncode == 2 and "holds checkpoints already" in again.stderr
     wrong = subprocess.run([sys.executable, str(SCRIPT), str(tmp_path), "x"], capture_output=True, text=True, cwd=tmp_path)  # fmt: skip
