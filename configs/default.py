@@ -105,7 +105,7 @@ def model() -> ml_collections.ConfigDict:
 
     m.projector_layers = 2  # LLaVA-1.5's mlp2x_gelu
     m.projector_norm = "none"  # none | rms: RMSNorm of the visual tokens (the miniature's)
-    m.projector_positions = "none"  # none | grid: a learned vector per visual token (likewise)
+    m.projector_positions = "none"  # none | grid: a learned vector per place (likewise)
 
     m.lm = ml_collections.ConfigDict()
     m.lm.preset = "vicuna-7b"  # a key of presets.LM, a model directory, or "" with every field set

@@ -7,11 +7,10 @@ from configs import mini
 
 def get_config():
     c = mini.get_config()
-    c.model.projector_positions = "none"  # not every compressor's tokens stand on a grid
-    c.model.compressor.query_grid = 8  # as many MQT queries as patches
-    c.model.compressor.neighbours = 8  # of 64 patches; PruMerge takes 32 of 576
     with c.unlocked():
         c.compare = ml_collections.ConfigDict()
+        c.compare.query_grid = 8  # as many MQT queries as patches
+        c.compare.neighbours = 8  # of 64 patches; PruMerge takes 32 of 576
         # Per compressor its numbers of visual tokens; M3 and MQT train once for all of theirs.
         c.compare.visual_tokens = ml_collections.ConfigDict(
             {

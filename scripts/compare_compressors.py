@@ -56,6 +56,8 @@ def training(cfg: Any, name: str, count: int, shared: sweep.Shared, seed: int) -
     query_aware = compressors.get(name).uses_query
     c = sweep.stage(cfg, seed, "query_aware_vlm" if query_aware else "vlm", shared)
     c.model.compressor.name = name
+    c.model.compressor.query_grid = cfg.compare.query_grid
+    c.model.compressor.neighbours = cfg.compare.neighbours
     grid = presets.vlm(c.model.to_dict()).vit.grid
     c.data.features_dir = str(shared.features)
     if name in SCORED:

@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from vlm_jax import compressors, experiment, loop, optim, presets, sharding
+from vlm_jax.compressors import m3
 from vlm_jax.compressors.visual import Visual
 from vlm_jax.config import CompressorConfig, ConfigError, VLMConfig, with_tokens
 from vlm_jax.generate import Decoding, make_generate
@@ -30,12 +31,13 @@ def highest_precision():
 
 def config(name: str, count: int = 0, **fields) -> VLMConfig:
     lm = presets.lm(
-        "vicuna-7b", vocab_size=VOCAB, width=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, mlp_width=20
+        "vicuna-7b", vocab_size=VOCAB, width=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, mlp_width=20,
+        sliding_window=9,
     )  # fmt: skip
     vit = presets.vit("mini", image_px=PX, patch_px=PATCH, width=8, num_heads=2, mlp_width=12)
     stride = 2 if name == "quecc" else 1
     compressor = CompressorConfig(name, stride, 2, visual_tokens=count, query_grid=4, **fields)
-    return VLMConfig(vit, compressor, lm, projector_norm="rms")
+    return VLMConfig(vit, compressor, lm, projector_norm="rms", projector_positions="grid")
 
 
 @functools.cache
@@ -146,8 +148,12 @@ def test_any_set_of_filled_slots_equals_a_row_of_those_alone():
     count = 5
     valid = rng.permuted(np.tile(np.arange(16) < count, (4, 1)), axis=1)
     tokens = rng.standard_normal((4, 16, 24))
-    visual = Visual(jnp.asarray(tokens, jnp.float32), jnp.asarray(valid))
-    kept = Visual(jnp.asarray(tokens[valid].reshape(4, count, 24), jnp.float32))
+    places = np.tile(np.arange(16), (4, 1))
+    visual = Visual(jnp.asarray(tokens, jnp.float32), jnp.asarray(valid), jnp.asarray(places))
+    kept = Visual(
+        jnp.asarray(tokens[valid].reshape(4, count, 24), jnp.float32),
+        places=jnp.asarray(places[valid].reshape(4, count)),
+    )
     read = method(config("m3"), "read")
     short = batch(count)
     assert_same(
@@ -327,3 +333,39 @@ def test_flops_of_the_question_are_those_of_the_layers_that_read_it():
     with pytest.raises(ConfigError, match=r"quecc: query_layers 3 must lie in \[-1, 2\]"):
         config("quecc", query_layers=3)
     assert with_tokens(CompressorConfig("quecc"), 4, 4).stride == 2
+
+
+PLACES = {"identity": 16, "quecc": 4, "m3": 16, "mqt": 16, "prumerge": 17}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_the_table_of_positions_does_not_change_with_the_tokens_shown(name):
+    fields = {"neighbours": 4, "max_kept": 3} if name == "prumerge" else {}
+    for count in (0, 4) if name in ("m3", "mqt") else (0,):
+        shapes = jax.eval_shape(
+            functools.partial(init_params, config(name, count, **fields)), jax.random.key(0)
+        )
+        assert nn.unbox(shapes)["projector"]["position"].shape == (PLACES[name], 24)
+
+
+def test_a_coarse_token_stands_in_the_middle_of_its_window():
+    assert m3.centres(4, 1).tolist() == list(range(16))
+    assert m3.centres(4, 2).tolist() == [5, 7, 13, 15]
+    assert m3.centres(4, 4).tolist() == [10]
+    assert m3.centres(3, 3).tolist() == [4]
+    shown = m3.show(jnp.arange(32.0).reshape(1, 16, 2), jnp.int32(4))
+    assert shown.places[0, :4].tolist() == [5, 7, 13, 15]
+
+
+def test_a_kept_patch_brings_the_position_of_its_place():
+    """PruMerge's tokens, in the order of their scores, each with the code of its patch; the extra token has its own."""
+    cfg = config("prumerge", neighbours=4, prune_ratio="fixed", fixed_ratio=0.25)
+    params = random_params(cfg)
+    inputs = batch(5)
+    model = VLM(cfg).bind({"params": params})
+    visual = model.see(inputs)
+    assert visual.places.shape == (4, 5) and visual.places[:, -1].tolist() == [16] * 4
+    assert all(len(set(row)) == 5 for row in visual.places.tolist())
+    plain = model.projector.finish(visual.tokens * 0, visual.places)
+    table = params["projector"]["position"]
+    np.testing.assert_allclose(plain, table[visual.places], rtol=1e-6)

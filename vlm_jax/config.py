@@ -253,7 +253,7 @@ class VLMConfig:
     lm: LMConfig
     projector_layers: int = 2  # linear layers with GELU between ("mlp2x_gelu" = 2)
     projector_norm: str = "none"  # none | rms: RMSNorm of the visual tokens handed to the decoder
-    projector_positions: str = "none"  # none | grid: a learned vector per token, after the norm
+    projector_positions: str = "none"  # none | grid: a learned vector per place, after the norm
 
     def __post_init__(self):
         check_positive("vlm", projector_layers=self.projector_layers)
@@ -271,10 +271,6 @@ class VLMConfig:
         if name in SCORED and self.compressor.neighbours >= self.vit.num_patches:
             raise ConfigError(
                 f"{name}: neighbours {self.compressor.neighbours} must be fewer than the {self.vit.num_patches} patches."
-            )
-        if self.projector_positions == "grid" and name not in (*WINDOWED, "identity"):
-            raise ConfigError(
-                f"vlm: projector_positions 'grid' needs visual tokens on a square grid, which {name} does not give; use 'none'."
             )
         check_elastic(self.compressor, grid)
         if not -1 <= self.compressor.query_layers <= self.lm.num_layers:

@@ -12,6 +12,8 @@ A compressor is one file and one line of COMPRESSORS. Its file holds
   Patches and visual tokens are in row-major order where they stand on a grid.
 - num_tokens(config, grid) -> M, the number of slots of one image on a grid x grid encoder: static, so that image slots,
   jitted shapes and FLOPs agree. A compressor whose number of tokens depends on the image marks the slots it fills;
+- num_places(config, grid) -> rows of the table of learned positions that `projector_positions` adds to the tokens: where a
+  token stands is its slot, or `Visual.places`. It does not change with the number of tokens an elastic compressor shows;
 - elastic, for a compressor that is trained for several numbers of tokens and shows one of them later; else None;
 - flops(config, grid, width, text_width) -> FLOPs of one image, a multiply-add counted as 2, norms and activations as 0;
   without the projector and without the language model's pass over the question.
@@ -50,6 +52,7 @@ class Compressor(NamedTuple):
     module: type[nn.Module]
     num_tokens: Callable[[CompressorConfig, int], int]
     flops: Callable[[CompressorConfig, int, int, int], int]
+    num_places: Callable[[CompressorConfig, int], int]
     uses_query: bool = False
     uses_taps: bool = False
     uses_scores: bool = False
@@ -59,14 +62,14 @@ class Compressor(NamedTuple):
 
 # fmt: off
 COMPRESSORS: dict[str, Compressor] = {
-    "identity": Compressor(identity.Identity, identity.num_tokens, identity.flops),
-    "quecc": Compressor(quecc.QueCC, windows.num_tokens, quecc.flops, uses_query=True, uses_taps=True),
-    "tokenpacker": Compressor(tokenpacker.TokenPacker, windows.num_tokens, tokenpacker.flops, uses_taps=True),
-    "pool": Compressor(pool.Pool, windows.num_tokens, pool.flops),
-    "m3": Compressor(m3.M3, m3.num_tokens, m3.flops, place="inside", elastic=Elastic(m3.show, m3.train_tokens, draws=False)),
-    "mqt": Compressor(mqt.MQT, mqt.num_tokens, mqt.flops, place="instead", elastic=Elastic(mqt.show, mqt.train_tokens, draws=True)),
-    "prumerge": Compressor(prumerge.PruMerge, prumerge.num_tokens, prumerge.flops, uses_scores=True),
-    "prumerge_plus": Compressor(prumerge.PruMergePlus, prumerge.num_tokens_plus, prumerge.flops_plus, uses_scores=True),
+    "identity": Compressor(identity.Identity, identity.num_tokens, identity.flops, identity.num_tokens),
+    "quecc": Compressor(quecc.QueCC, windows.num_tokens, quecc.flops, windows.num_tokens, uses_query=True, uses_taps=True),
+    "tokenpacker": Compressor(tokenpacker.TokenPacker, windows.num_tokens, tokenpacker.flops, windows.num_tokens, uses_taps=True),
+    "pool": Compressor(pool.Pool, windows.num_tokens, pool.flops, windows.num_tokens),
+    "m3": Compressor(m3.M3, m3.num_tokens, m3.flops, m3.num_places, place="inside", elastic=Elastic(m3.show, m3.train_tokens, draws=False)),
+    "mqt": Compressor(mqt.MQT, mqt.num_tokens, mqt.flops, mqt.num_places, place="instead", elastic=Elastic(mqt.show, mqt.train_tokens, draws=True)),
+    "prumerge": Compressor(prumerge.PruMerge, prumerge.num_tokens, prumerge.flops, prumerge.num_places, uses_scores=True),
+    "prumerge_plus": Compressor(prumerge.PruMergePlus, prumerge.num_tokens_plus, prumerge.flops_plus, prumerge.num_places, uses_scores=True),
 }
 # fmt: on
 

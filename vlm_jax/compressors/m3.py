@@ -12,6 +12,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from vlm_jax.compressors import pool
@@ -36,11 +37,25 @@ class M3(nn.Module):
     ) -> Visual:
         """last: what enters the projector's last map."""
         side = math.isqrt(num_tokens(self.config, self.grid))
-        return Visual(pool.mean(last, self.grid, self.grid // side))
+        tokens = pool.mean(last, self.grid, self.grid // side)
+        finest = math.isqrt(num_places(self.config, self.grid))
+        places = centres(finest, max(finest // side, 1))  # finer than trained for: as if trained
+        return Visual(tokens, places=jnp.broadcast_to(places, tokens.shape[:2]))
 
 
 def num_tokens(config: CompressorConfig, grid: int) -> int:
     return config.visual_tokens or grid**2
+
+
+def num_places(config: CompressorConfig, grid: int) -> int:
+    """Those of the finest scale trained for; a coarser token stands in the middle of its window."""
+    return max(train_tokens(config, grid))
+
+
+def centres(side: int, stride: int) -> Int[np.ndarray, "M"]:
+    """The middle place of each stride x stride window of side x side places."""
+    middle = np.arange(0, side, stride) + stride // 2
+    return (middle[:, None] * side + middle).ravel().astype(np.int32)
 
 
 def show(tokens: Float[Array, "B M C"], count: Int[Array, ""]) -> Visual:
@@ -49,14 +64,16 @@ def show(tokens: Float[Array, "B M C"], count: Int[Array, ""]) -> Visual:
     side = math.isqrt(slots)
     strides = valid_strides(side)
 
-    def pooled(stride: int) -> Array:
-        x = pool.mean(tokens, side, stride)
-        return jnp.pad(x, ((0, 0), (0, slots - x.shape[1]), (0, 0)))
+    def pooled(stride: int) -> tuple[Array, Array]:
+        x, places = pool.mean(tokens, side, stride), jnp.asarray(centres(side, stride))
+        empty = slots - x.shape[1]
+        return jnp.pad(x, ((0, 0), (0, empty), (0, 0))), jnp.pad(places, (0, empty))
 
     counts = jnp.array([(side // stride) ** 2 for stride in strides])
     branches = [lambda stride=stride: pooled(stride) for stride in strides]
-    shown = jax.lax.switch(jnp.argmax(counts == count), branches)
-    return Visual(shown, jnp.broadcast_to(jnp.arange(slots) < count, shown.shape[:2]))
+    shown, places = jax.lax.switch(jnp.argmax(counts == count), branches)
+    valid = jnp.broadcast_to(jnp.arange(slots) < count, shown.shape[:2])
+    return Visual(shown, valid, jnp.broadcast_to(places, shown.shape[:2]))
 
 
 def train_tokens(config: CompressorConfig, grid: int) -> tuple[int, ...]:

@@ -99,6 +99,11 @@ def num_tokens(config: CompressorConfig, grid: int) -> int:
     return config.visual_tokens or config.query_grid**2
 
 
+def num_places(config: CompressorConfig, grid: int) -> int:
+    """One per query, shown or not."""
+    return config.query_grid**2
+
+
 def show(tokens: Float[Array, "B M D"], count: Int[Array, ""]) -> Visual:
     """The first `count` tokens."""
     return Visual(tokens, jnp.broadcast_to(jnp.arange(tokens.shape[1]) < count, tokens.shape[:2]))

@@ -68,10 +68,11 @@ class PruMerge(nn.Module):
             last.astype(cfg.dtype),
             preferred_element_type=jnp.float32,
         ).astype(cfg.dtype)
+        places = jnp.pad(chosen.kept, ((0, 0), (0, 1)), constant_values=self.grid**2)
         if cfg.prune_ratio == "fixed":
-            return Visual(tokens)
-        extra = jnp.ones((len(last), 1), bool)
-        return Visual(tokens, jnp.concatenate([chosen.valid, extra], axis=1))
+            return Visual(tokens, places=places)
+        valid = jnp.pad(chosen.valid, ((0, 0), (0, 1)), constant_values=True)
+        return Visual(tokens, valid, places)
 
 
 class PruMergePlus(PruMerge):
@@ -231,6 +232,11 @@ def num_tokens(config: CompressorConfig, grid: int) -> int:
 def num_tokens_plus(config: CompressorConfig, grid: int) -> int:
     """The kept patches of PruMerge+ and the extra token."""
     return num_kept(config, grid, PruMergePlus.samples) + 1
+
+
+def num_places(config: CompressorConfig, grid: int) -> int:
+    """The patches, and one for the extra token."""
+    return grid**2 + 1
 
 
 def flops(config: CompressorConfig, grid: int, width: int, text_width: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 
 class Visual(NamedTuple):
@@ -16,3 +16,5 @@ class Visual(NamedTuple):
 
     tokens: Float[Array, "B M C"]
     valid: Bool[Array, "B M"] | None = None  # None: all of them
+    # The place each token stands at: the row of the projector's table of positions. None: its own slot.
+    places: Int[Array, "B M"] | None = None

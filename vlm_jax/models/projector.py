@@ -7,7 +7,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from vlm_jax.layers import ACTIVATIONS, Linear, RMSNorm, weight
 
@@ -16,7 +16,8 @@ class Projector(nn.Module):
     """`num_layers` linear maps C -> D -> D ... with exact GELU between; default initialisation of linear layers.
 
     Three parts in a row, because compressors may stand between them: `early`, `late`, `finish`. 0 layers: no maps.
-    positions "grid": a learned vector per visual token is added last, for decoders that start without knowing images.
+    positions "grid": a learned vector per place (`num_places` of them) is added last, for decoders that start without
+    knowing images.
     """
 
     width: int
@@ -24,6 +25,7 @@ class Projector(nn.Module):
     norm: str  # none | rms
     positions: str  # none | grid
     dtype: str
+    num_places: int = 0  # rows of the positions; see compressors/__init__.py
 
     def setup(self):
         axes = (("vision", "mlp"), ("mlp", "vision"))
@@ -48,18 +50,23 @@ class Projector(nn.Module):
         return x
 
     @nn.compact
-    def finish(self, x: Float[Array, "B M D"]) -> Float[Array, "B M D"]:
-        """Norm and positions."""
+    def finish(
+        self, x: Float[Array, "B M D"], places: Int[Array, "B M"] | None = None
+    ) -> Float[Array, "B M D"]:
+        """Norm and positions. places: where each token stands; None: the i-th at place i."""
         if self.final_norm is not None:
             x = self.final_norm(x)
         if self.positions == "grid":
-            table = weight(self, "position", _grid_codes, (x.shape[1], self.width), (None, None))
-            x = x + table.astype(x.dtype)
+            table = weight(
+                self, "position", _grid_codes, (self.num_places, self.width), (None, None)
+            )
+            table = table.astype(x.dtype)
+            x = x + (table[: x.shape[1]] if places is None else table[places])
         return x
 
 
 def _grid_codes(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
-    """Random codes [M, D] of a square grid: per axis the sum of one code per half, per quarter, ... down to the row.
+    """Random codes [places, D] of a square grid (zeros for what is left of it): per axis the sum of one code per half, per quarter, ... down to the row.
 
     Codes of different places are nearly orthogonal, so a decoder can tell neighbours apart at once, and blocks share a part.
     """
@@ -74,4 +81,5 @@ def _grid_codes(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
                 place // size
             ]
         axes.append(code / math.sqrt(2 * max(count, 1)))
-    return (axes[0][:, None] + axes[1][None]).reshape(shape)
+    codes = (axes[0][:, None] + axes[1][None]).reshape(side**2, shape[1])
+    return jnp.pad(codes, ((0, shape[0] - side**2), (0, 0)))

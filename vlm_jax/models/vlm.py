@@ -67,6 +67,7 @@ class VLM(nn.Module):
             cfg.projector_norm,
             cfg.projector_positions,
             cfg.lm.dtype,
+            compressor.num_places(cfg.compressor, cfg.vit.grid),
         )
         self.lm = LM(cfg.lm)
 
@@ -150,7 +151,7 @@ class VLM(nn.Module):
         layout = Layout(inputs.positions, inputs.segments)
         if visual is None:
             return text, layout
-        tokens, index = self.projector.finish(visual.tokens), inputs.visual_index
+        tokens, index = self.projector.finish(visual.tokens, visual.places), inputs.visual_index
         if visual.valid is not None:
             order = jnp.argsort(visual.valid, axis=1, stable=True)
             tokens = jnp.take_along_axis(tokens, order[..., None], axis=1)
