@@ -131,6 +131,7 @@ def settings_of(given: Path, folder: Path, found: Any, sources: dict[str, str], 
                 "stride": compressor.stride,
                 "num_heads": compressor.num_heads,
                 "taps": compressor.taps,
+                "query_grid": compressor.query_grid,
             }
         )
     else:

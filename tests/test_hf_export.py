@@ -1,5 +1,6 @@
 """Our models as Hugging Face directories: import then export is the identity, and transformers computes the same."""
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -281,6 +282,22 @@ def test_what_a_layout_cannot_hold_is_refused_and_leaves_nothing(model, what, me
             export.Companions(tmp_path / "tokenizer", None, None),
         )
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
+
+
+def test_a_base_that_joins_its_parts_otherwise_is_refused(tmp_path):
+    """Same shapes, but the projector learnt behind a compressor that the base does not have."""
+    given = hf_models.build("llava 1.5", tmp_path / "given")
+    config, params = load(given, ("vit", "projector", "lm"))
+    pooled = dataclasses.replace(config, compressor=CompressorConfig("pool", stride=3))
+    with pytest.raises(ConfigError, match=r"model\.compressor\.name is 'pool'.* it is 'identity'"):
+        export.onto_base(tmp_path / "out", given, params, pooled)
+    earlier = dataclasses.replace(config, vit=dataclasses.replace(config.vit, feature_layer=-1))
+    with pytest.raises(ConfigError, match=r"model\.vit\.feature_layer is -1"):
+        export.onto_base(tmp_path / "out", given, params, earlier)
+    params["projector"]["norm"] = {"scale": jnp.ones(32)}
+    with pytest.raises(ConfigError, match="no place for projector/norm/scale"):
+        export.onto_base(tmp_path / "out", given, params, config)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_export_never_overwrites(tmp_path):

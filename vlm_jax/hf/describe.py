@@ -85,6 +85,26 @@ def _llava(raw: Mapping[str, Any], folder: Path, where: str) -> Described:
     return Described(vit=vit, lm=lm, compressor=CompressorConfig("identity"), projector_layers=2)
 
 
+def check_same_model(path: str, config: VLMConfig) -> None:
+    """Raises ConfigError when a directory that joins its parts to a whole model joins them otherwise than `config`."""
+    found = describe(Path(path))
+    if found.compressor is None:
+        return
+    pairs = [
+        (f"compressor.{name}", getattr(config.compressor, name), getattr(found.compressor, name))
+        for name in ("name", "stride", "query_grid")
+    ]
+    layer = found.vit.feature_layer if found.vit else found.select_layer
+    pairs.append(("vit.feature_layer", config.vit.feature_layer, layer))
+    if found.projector_layers:
+        pairs.append(("projector_layers", config.projector_layers, found.projector_layers))
+    for field, here, there in pairs:
+        if here != there:
+            raise ConfigError(
+                f"export: model.{field} is {here!r}, in {path!r} it is {there!r}; another base, or none, fits this model."
+            )
+
+
 # What may differ from config.json: how we compute, and what is done with an encoder's states and images.
 FREE = {
     "lm": ("dtype", "param_dtype", "remat", "nominal_params"),

@@ -22,11 +22,12 @@ from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401 (teaches NumPy bfloat16)
 import numpy as np
+from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
 from vlm_jax.config import ConfigError, VLMConfig
 from vlm_jax.hf import directory, io, maps, naming, parts, written
-from vlm_jax.hf.describe import check_agrees
+from vlm_jax.hf.describe import check_agrees, check_same_model
 from vlm_jax.hf.maps import Rule
 
 Tree = dict[str, Any]
@@ -122,6 +123,7 @@ def _named(what: str, params: Tree, config: VLMConfig) -> Iterator[tuple[str, np
         naming.PROJECTOR: maps.projector(maps.LLAVA_PROJECTOR),
         naming.REFERENCE: parts.reference_rules(config) if what == "reference" else [],
     }  # fmt: skip
+    _check_all_stored(params, [rule for group in prefixes for rule in rules[group]])
     for group, prefix in prefixes.items():
         for name, tensor in io.tensors(params, rules[group]):
             yield prefix + name, tensor
@@ -130,6 +132,17 @@ def _named(what: str, params: Tree, config: VLMConfig) -> Iterator[tuple[str, np
             width = config.vit.width
             yield f"{prefix}post_layernorm.weight", np.ones(width, np.float32)
             yield f"{prefix}post_layernorm.bias", np.zeros(width, np.float32)
+
+
+def _check_all_stored(params: Tree, rules: list[Rule]) -> None:
+    """Raises ConfigError for parameters that the layout has no tensor for."""
+    stored = {rule.path for rule in rules}
+    lost = [path for path in flatten_dict(params, sep="/") if path not in stored]
+    lost = [
+        path for path in lost if not path.startswith("vit/next_layer/")
+    ]  # PruMerge's, of no use to others
+    if lost:
+        raise ConfigError(f"export: this layout has no place for {naming.listed(lost)}.")
 
 
 def _grown(name: str, tensor: np.ndarray, rows: int) -> np.ndarray:
@@ -204,8 +217,10 @@ def onto_base(out: Path, base: Path, params: Tree, config: VLMConfig) -> None:
     opened = directory.open_directory(base)
     names = naming.sort(opened.tensors)
     groups = parts.group_rules(opened, names, config)
+    check_same_model(str(base), config)
     for part in parts.parts_of(groups):
         check_agrees(str(base), part, config)
+    _check_all_stored(params, [rule for rules in groups.values() for rule in rules])
     ours: dict[str, tuple[str, list[Rule]]] = {}  # name in the base -> (its one name, rules)
     for group, rules in groups.items():
         io.match(group, names[group], rules)
