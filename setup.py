@@ -26,7 +26,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "test": [
-            "beartype", "protobuf", "pyrefly", "pytest", "ruff", "scikit-image",
+            "beartype", "protobuf", "pyrefly", "pytest", "pytest-xdist", "ruff", "scikit-image",
             "scikit-learn", "sentencepiece", "torch==2.13.0",
         ],
     },

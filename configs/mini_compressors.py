@@ -15,7 +15,7 @@ def get_config():
         c.compare.visual_tokens = ml_collections.ConfigDict(
             {
                 "identity": (64,), "pool": (1, 4, 16), "tokenpacker": (1, 4, 16), "quecc": (1, 4, 16),
-                "m3": (1, 4, 16, 64), "mqt": (1, 4, 16, 64), "prumerge": (4, 16),
+                "m3": (1, 4, 16, 64), "mqt": (1, 4, 16, 64), "prumerge": (4, 16), "prumerge_plus": (5, 17),
             }
         )  # fmt: skip
     return c

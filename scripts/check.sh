@@ -8,9 +8,10 @@ ruff check .
 pyrefly check
 shopt -s nullglob
 for script in scripts/*.sh .ci/run; do bash -n "$script"; done
+workers=(-n auto --maxprocesses 8 --dist loadfile)  # a file's tests share what they compile
 case "${1:-}" in
   --fast) ;;
-  --quick) python -m pytest -m "not slow" ;;
-  "") python -m pytest ;;
+  --quick) python -m pytest "${workers[@]}" -m "not slow" ;;
+  "") python -m pytest "${workers[@]}" ;;
   *) echo "check.sh: unknown argument '$1'; use --fast, --quick or nothing." >&2; exit 2 ;;
 esac

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the package and its configs, from a checkout
 
 from vlm_jax import cli, compressors, experiment, presets, sweep  # noqa: E402
-from vlm_jax.config import ELASTIC, SCORED, with_tokens  # noqa: E402
+from vlm_jax.config import ELASTIC, SCORED, ConfigError, with_tokens  # noqa: E402
 from vlm_jax.evaluate import evaluate  # noqa: E402
 from vlm_jax.laws import table  # noqa: E402
 from vlm_jax.train import train  # noqa: E402
@@ -64,7 +65,8 @@ def training(cfg: Any, name: str, count: int, shared: sweep.Shared, seed: int) -
         c.data.features_dir = (
             ""  # they look at the encoder's queries and keys, which are not cached
         )
-        c.model.compressor.update({"prune_ratio": "fixed", "fixed_ratio": (count - 1) / grid**2})
+        c.model.compressor.prune_ratio = "fixed"
+        c.model.compressor.fixed_ratio = ratio_for(c, grid, count)
     if name in ELASTIC:
         c.model.compressor.train_tokens = tuple(cfg.compare.visual_tokens[name])
     elif name not in SCORED:
@@ -79,17 +81,32 @@ def training(cfg: Any, name: str, count: int, shared: sweep.Shared, seed: int) -
 
 
 def markdown(rows: Sequence[table.Row], made_by: str) -> str:
-    """One line per compressor and count; mean over seeds, and the range when there are several."""
-    families = sorted({row.family for row in rows})
-    lines = [f"    {made_by}", "", f"| compressor | V | {' | '.join(families)} |", "|---|---|" + "---|" * len(families)]  # fmt: skip
-    for name, count in dict.fromkeys((row.compressor, row.visual_tokens) for row in rows):
-        cells = []
-        for family in families:
-            errors = [r.error for r in rows if (r.compressor, r.visual_tokens, r.family) == (name, count, family)]  # fmt: skip
-            text = f"{sum(errors) / len(errors):.3f}"
-            cells.append(text + (f" ({min(errors):.3f}–{max(errors):.3f})" if len(errors) > 1 else ""))  # fmt: skip
-        lines.append(f"| {name} | {count} | {' | '.join(cells)} |")
+    """Per family: compressors down, visual tokens across; mean over seeds, and the range when there are several."""
+    lines = [f"    {made_by}"]
+    counts = sorted({row.visual_tokens for row in rows})
+    for family in sorted({row.family for row in rows}):
+        lines += ["", f"| {family} error | {' | '.join(f'V = {v}' for v in counts)} |", "|---|" + "---|" * len(counts)]  # fmt: skip
+        for name in dict.fromkeys(row.compressor for row in rows):
+            own = [row for row in rows if (row.family, row.compressor) == (family, name)]
+            cells = [[row.error for row in own if row.visual_tokens == v] for v in counts]
+            lines.append(f"| {name} | {' | '.join(map(shown, cells))} |")
     return "\n".join(lines) + "\n"
+
+
+def shown(errors: Sequence[float]) -> str:
+    if not errors:
+        return ""
+    spread = f" ({min(errors):.3f}–{max(errors):.3f})" if len(errors) > 1 else ""
+    return f"{sum(errors) / len(errors):.3f}{spread}"
+
+
+def ratio_for(c: Any, grid: int, count: int) -> float:
+    """The share of the patches that PruMerge keeps by score when it gives `count` tokens."""
+    for kept in range(1, grid**2):
+        c.model.compressor.fixed_ratio = kept / grid**2
+        if compressors.num_tokens(presets.vlm(c.model.to_dict()).compressor, grid) == count:
+            return kept / grid**2
+    raise ConfigError(f"{c.model.compressor.name} cannot give {count} tokens of a {grid}x{grid} grid.")  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> None:
@@ -105,7 +122,7 @@ def main(argv: Sequence[str]) -> None:
         for name in cfg.compare.visual_tokens:
             rows += rows_of(cfg, name, shared, seed)
             table.append(root / "compressors.csv", rows)
-    made_by = "scripts/compare_compressors.py " + " ".join(argv)
+    made_by = shlex.join(["scripts/compare_compressors.py", *argv])
     (root / "compressors.md").write_text(markdown(rows, made_by), encoding="utf-8")
     sys.stdout.write(markdown(rows, made_by))
 
