@@ -11,7 +11,7 @@ import pytest
 from refs import reference_layout
 from safetensors.numpy import load_file, save_file
 from test_hf_export import convert  # noqa: F401 (a fixture)
-from test_hf_parity import load
+from test_hf_parity import compare, load
 
 from vlm_jax import experiment, presets, sharding, weights
 from vlm_jax.config import CompressorConfig, ConfigError, VLMConfig
@@ -84,6 +84,10 @@ def test_a_layout_without_its_encoder_takes_it_from_elsewhere(folders, tmp_path,
     params = weights.load(str(tmp_path / "ours"), model, wanted)
     _, direct = load(llava, ("vit", "projector", "lm"))
     jax.tree.map(np.testing.assert_array_equal, params, direct)
+
+
+def test_an_outside_directory_of_this_layout_is_read_whole(folders):
+    assert compare(folders[1]).what == "read"
 
 
 def test_hub_names_of_encoders_are_known():
