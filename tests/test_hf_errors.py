@@ -260,6 +260,11 @@ def test_pickled_weights_are_converted_on_request_and_never_run(llama, tmp_path,
     assert not list((tmp_path / "evil").glob("*.safetensors"))
 
 
+def test_a_directory_that_is_evaluated_must_be_converted_first(llama):
+    with pytest.raises(ConfigError, match=r"not a run; convert it first: scripts/convert_hf\.py"):
+        experiment.read(llama)
+
+
 def test_settings_of_another_model_than_the_weights_are_refused(llama, models):
     """Same shapes, other numbers: the worst mistake, because nothing would crash."""
     config, _ = load(llama, ("lm",))

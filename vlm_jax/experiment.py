@@ -204,6 +204,10 @@ def read(workdir: str | Path) -> Experiment:
     path = Path(workdir) / "config.json"
     if not path.is_file():
         raise ConfigError(f"{str(path)!r} does not exist; give the workdir of a training run.")
+    if is_model(workdir):
+        raise ConfigError(
+            f"{str(workdir)!r} is a Hugging Face directory, not a run; convert it first: scripts/convert_hf.py {workdir} OUT."
+        )
     saved = json.loads(path.read_text(encoding="utf-8"))
     model = dict(saved["model"])
     lm = dict(model["lm"], rope_scaling=build(RopeScaling, model["lm"]["rope_scaling"]))
