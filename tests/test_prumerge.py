@@ -14,6 +14,7 @@ from refs import prumerge_numpy as twin
 
 from vlm_jax import compressors, experiment, features, presets, train
 from vlm_jax.compressors import COMPRESSORS, prumerge
+from vlm_jax.compressors.visual import Visual
 from vlm_jax.config import SCORED, CompressorConfig, ConfigError, VLMConfig
 from vlm_jax.layers import Scores
 from vlm_jax.models.vlm import VLM, Inputs, init_params
@@ -57,7 +58,7 @@ def compiled(config: CompressorConfig, grid: int):
 
 def run(config: CompressorConfig, grid: int, inputs: tuple) -> list[dict]:
     """Per image its tokens, kept patches and the rest, without padding, and the weights of the tokens."""
-    (tokens, valid), sown = compiled(config, grid)({}, *inputs)
+    (tokens, valid, places), sown = compiled(config, grid)({}, *inputs)
     (chosen,), (weights,) = (sown["intermediates"][n] for n in ("chosen", "weights"))
     slots = compressors.num_tokens(config, grid)
     assert tokens.shape == (len(inputs[0]), slots, WIDTH) and bool(jnp.isfinite(tokens).all())
@@ -66,6 +67,7 @@ def run(config: CompressorConfig, grid: int, inputs: tuple) -> list[dict]:
     for b in range(len(tokens)):
         filled = np.ones(slots, bool) if valid is None else np.asarray(valid[b])
         np.testing.assert_array_equal(filled[:-1], chosen.valid[b])
+        np.testing.assert_array_equal(places[b], [*chosen.kept[b], grid**2])
         assert filled[-1]
         out.append({
             "tokens": np.asarray(tokens[b])[filled], "kept": np.asarray(chosen.kept[b])[filled[:-1]].tolist(),
@@ -251,7 +253,7 @@ def test_bfloat16_survives_large_activations():
     arrays = states(7)
     config = settings("prumerge_plus", "adaptive", dtype="bfloat16")
     large = jax.tree.map(lambda v: (1e3 * v).astype(jnp.bfloat16), given(arrays))
-    (tokens, _), _ = compiled(config, 7)({}, *large)
+    (tokens, _, _), _ = compiled(config, 7)({}, *large)
     assert tokens.dtype == jnp.bfloat16 and bool(jnp.isfinite(tokens).all())
 
 
@@ -386,7 +388,8 @@ def test_empty_slots_change_no_logit_of_the_text(name, preset):
         visual = apply(row(slots, image), method="see")
         filled = np.flatnonzero(visual.valid[0])
         counts.append(len(filled))
-        tight = visual._replace(tokens=visual.tokens[:, filled], valid=None)
+        places = visual.places[:, filled]
+        tight = Visual(visual.tokens[:, filled], places=places)
         reference = np.asarray(apply(row(counts[-1], image), tight, method="read"))[:, -5:]
         ours = np.asarray(apply(row(slots, image)))[:, -5:]
         np.testing.assert_allclose(ours, reference, atol=2e-5 * np.abs(reference).max())
