@@ -11,7 +11,6 @@ counts. Writes compressors.csv (schema of laws/table.py) and compressors.md.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 import shlex
 import sys
@@ -24,7 +23,6 @@ sys.path.insert(0, str(ROOT))  # the package and its configs, from a checkout
 
 from vlm_jax import cli, compressors, experiment, presets, sweep  # noqa: E402
 from vlm_jax.config import ELASTIC, SCORED, ConfigError, with_tokens  # noqa: E402
-from vlm_jax.evaluate import evaluate  # noqa: E402
 from vlm_jax.laws import table  # noqa: E402
 from vlm_jax.train import train  # noqa: E402
 
@@ -38,17 +36,13 @@ def rows_of(cfg: Any, name: str, shared: sweep.Shared, seed: int) -> list[table.
         c = training(cfg, name, count, shared, seed)
         folder = shared.root / "compared" / (name if name in ELASTIC else f"{name}-v{count}")
         train(c, str(folder))
-        e = copy.deepcopy(c)
-        e.eval.checkpoint = str(folder)
-        e.eval.benchmarks = tuple(cfg.sweep.benchmarks)
-        e.eval.annotations = (str(shared.data),) * len(cfg.sweep.benchmarks)
-        e.eval.features_dir = c.data.features_dir
+        asked = copy.deepcopy(cfg)
         if name in ELASTIC:
-            e.eval.visual_tokens = count
-        evaluate(e, str(folder / f"eval-v{count}"))
-        found = table.read(folder / f"eval-v{count}" / "errors.csv")
-        rows += [dataclasses.replace(row, seed=seed) for row in found]
-        log.info("%s V=%d: %s", name, count, "  ".join(f"{r.benchmark} {r.error:.3f}" for r in rows[-len(found) :]))  # fmt: skip
+            asked.eval.visual_tokens = count
+        out = folder / f"eval-v{count}"
+        found = sweep.evaluate_cell(asked, folder, out, shared.data, c.data.features_dir, seed)
+        rows += found
+        log.info("%s V=%d: %s", name, count, "  ".join(f"{r.benchmark} {r.error:.3f}" for r in found))  # fmt: skip
     return rows
 
 

@@ -53,9 +53,8 @@ class Plan(NamedTuple):
 def plan(exp: Experiment, mesh: Mesh, num_steps: int) -> Plan:
     """Raises ConfigError when a mesh axis does not divide a parameter or the batch, or the regex matches nothing."""
     sharding.check_batch(exp.data.batch_size, mesh)
-    boxed = jax.eval_shape(lambda: init_params(exp.model, jax.random.key(0)))
-    shardings = sharding.shardings_of(boxed, mesh)
-    params = jax.tree.map(_with_sharding, nn.unbox(boxed), shardings)
+    boxed = weights.shapes(exp.model)
+    params = weights.place(boxed, mesh)
     trainable, frozen = optim.partition(params, exp.optim.trainable)
     for path, leaf in jax.tree_util.tree_leaves_with_path(trainable):
         if leaf.dtype != jnp.float32:

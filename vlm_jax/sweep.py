@@ -226,7 +226,9 @@ def run_cell(cfg: ConfigDict, cell: Cell, shared: Shared) -> list[table.Row]:
         seed = cell.seed + attempt * RETRY_SEED
         folder = shared.root / "cells" / (cell.name + (f"-rerun{attempt}" if attempt else ""))
         train(cell_stage(cfg, cell, shared, seed), str(folder))
-        rows = evaluate_cell(cfg, folder, shared, cell.seed)
+        rows = evaluate_cell(
+            cfg, folder, folder / "eval", shared.data, str(shared.features), cell.seed
+        )
         failed = [row for row in rows if row.error >= cfg.sweep.failed_above]
         if not failed:
             return rows
@@ -236,16 +238,17 @@ def run_cell(cfg: ConfigDict, cell: Cell, shared: Shared) -> list[table.Row]:
     return [dataclasses.replace(row, flag="chance level") for row in rows]
 
 
-def evaluate_cell(cfg: ConfigDict, folder: Path, shared: Shared, seed: int) -> list[table.Row]:
+def evaluate_cell(
+    cfg: ConfigDict, folder: Path, out: Path, data: Path, features_dir: str, seed: int
+) -> list[table.Row]:
+    """The rows of a training run on the miniature's benchmarks, asked in `out`; `cfg.eval` says how."""
     c = copy.deepcopy(cfg)
     c.eval.checkpoint = str(folder)
     c.eval.benchmarks = tuple(cfg.sweep.benchmarks)
-    c.eval.annotations = (str(shared.data),) * len(cfg.sweep.benchmarks)
-    c.eval.features_dir = str(shared.features)
-    evaluate(c, str(folder / "eval"))
-    return [
-        dataclasses.replace(row, seed=seed) for row in table.read(folder / "eval" / "errors.csv")
-    ]
+    c.eval.annotations = (str(data),) * len(cfg.sweep.benchmarks)
+    c.eval.features_dir = features_dir
+    evaluate(c, str(out))
+    return [dataclasses.replace(row, seed=seed) for row in table.read(out / "errors.csv")]
 
 
 # --- after the cells --------------------------------------------------------------------------------------------------

@@ -21,7 +21,16 @@ Tree = dict[str, Any]
 
 def abstract(config: VLMConfig, mesh: Mesh) -> Tree:
     """Shapes, dtypes and shardings of a model's parameters on a mesh, as ShapeDtypeStructs."""
-    boxed = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return place(shapes(config), mesh)
+
+
+def shapes(config: VLMConfig) -> Tree:
+    """Shapes and dtypes of a model's parameters, boxed with their logical axes."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def place(boxed: Tree, mesh: Mesh) -> Tree:
+    """`shapes` with the sharding of each leaf on a mesh. Raises ConfigError when a mesh axis does not divide one."""
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         nn.unbox(boxed),

@@ -30,7 +30,6 @@ class Directory(NamedTuple):
     """A Hugging Face model directory."""
 
     path: Path
-    config: dict[str, Any]  # config.json as it stands
     tensors: dict[str, Entry]
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> np.ndarray:
@@ -50,12 +49,11 @@ def is_model(path: str | Path) -> bool:
 def open_directory(path: str | Path) -> Directory:
     """Raises ConfigError for a missing or damaged file, for pickled weights, and for a dtype that is no plain float."""
     folder = Path(path)
-    config = read_config(folder)
     tensors: dict[str, Entry] = {}
     for file in _weight_files(folder):
         tensors |= _header(file, tensors)
     _check_index(folder, tensors)
-    return Directory(folder, config, tensors)
+    return Directory(folder, tensors)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

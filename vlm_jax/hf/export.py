@@ -36,8 +36,12 @@ SHARD_BYTES = 5_000_000_000
 WEIGHTS = {*directory.PICKLES, "*.safetensors", "*.safetensors.index.json", "*.h5", "*.msgpack", "*.gguf"}  # fmt: skip
 
 # what -> (group of tensors -> what stands before its names)
-STANDALONE = {"lm": {naming.LM: ""}, "vit": {naming.VIT: "vision_model."}, "reference": {}}  # fmt: skip
-LLAVA = {naming.VIT: "vision_tower.vision_model.", naming.PROJECTOR: "multi_modal_projector.", naming.LM: "language_model."}  # fmt: skip
+PREFIXES = {
+    "llava": {naming.VIT: "vision_tower.vision_model.", naming.PROJECTOR: "multi_modal_projector.", naming.LM: "language_model."},
+    "lm": {naming.LM: ""},
+    "vit": {naming.VIT: "vision_model."},
+    "reference": {naming.REFERENCE: "model.mm_projector."},
+}  # fmt: skip
 
 
 class Companions(NamedTuple):
@@ -114,10 +118,9 @@ def _settings(
 
 def _named(what: str, params: Tree, config: VLMConfig) -> Iterator[tuple[str, np.ndarray]]:
     """(name in the file, tensor) of everything to be stored."""
-    prefixes = LLAVA if what == "llava" else STANDALONE[what]
-    if what == "reference":
-        module = "query_abstractor" if config.compressor.name == "mqt" else "mm_projector"
-        prefixes = {naming.REFERENCE: f"model.{module}."}
+    prefixes = PREFIXES[what]
+    if what == "reference" and config.compressor.name == "mqt":
+        prefixes = {naming.REFERENCE: "model.query_abstractor."}
     rules: dict[str, list[Rule]] = {
         naming.VIT: maps.vit(config.vit, flat_patches=False, scores=False), naming.LM: maps.lm(config.lm, fused=False),
         naming.PROJECTOR: maps.projector(maps.LLAVA_PROJECTOR),
@@ -224,9 +227,8 @@ def onto_base(out: Path, base: Path, params: Tree, config: VLMConfig) -> None:
     ours: dict[str, tuple[str, list[Rule]]] = {}  # name in the base -> (its one name, rules)
     for group, rules in groups.items():
         io.match(group, names[group], rules)
-        for rule in rules:
-            for name in rule.names:
-                ours.setdefault(names[group][name], (name, []))[1].append(rule)
+        made = io.by_tensor(rules)
+        ours |= {names[group][name]: (name, pieces) for name, pieces in made.items()}
 
     def make(name: str) -> np.ndarray:
         if name not in ours:

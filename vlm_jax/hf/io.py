@@ -25,11 +25,8 @@ from vlm_jax.hf.naming import Names, listed
 log = logging.getLogger(__name__)
 
 Tree = dict[str, Any]
-
-
-Sources = dict[
-    str, tuple[Rule, list[str]]
-]  # path -> rule and the tensors' names in the files, layer by layer
+# path -> rule and the tensors' names in the files, layer by layer
+Sources = dict[str, tuple[Rule, list[str]]]
 
 
 def match(part: str, names: Names, rules: Sequence[Rule]) -> Sources:
@@ -48,7 +45,7 @@ def match(part: str, names: Names, rules: Sequence[Rule]) -> Sources:
 
 
 def load(directory: Directory, sources: Sources, abstract: Tree) -> Tree:
-    """Parameters in the shapes, dtypes and shardings of `abstract`, a tree of ShapeDtypeStructs.
+    """Parameters in the shapes, dtypes and shardings of `abstract`, a tree of ShapeDtypeStructs on a mesh.
 
     Each tensor goes from its file to the devices before the next is read. Raises ConfigError for a wrong shape (before
     anything is read) and for parameters without a source; warns of NaN and infinite values.
@@ -108,7 +105,7 @@ def _put(
 
 
 @functools.lru_cache(maxsize=64)
-def _writers(layout: str, sizes: tuple, sharding: Any, dtype: Any) -> tuple[Any, Any]:
+def _writers(layout: str, sizes: tuple, sharding: NamedSharding, dtype: Any) -> tuple[Any, Any]:
     """Jitted: a tensor to a parameter, a tensor to one layer of a (donated) stack; each says whether it is finite.
 
     The devices rearrange: NumPy transposes at a quarter of a gigabyte per second.
@@ -123,34 +120,23 @@ def _writers(layout: str, sizes: tuple, sharding: Any, dtype: Any) -> tuple[Any,
         x, finite = convert(x)
         return jax.lax.dynamic_update_index_in_dim(stack, x, layer, 0), finite
 
-    out = (sharding, _replicated(sharding))
+    out = (sharding, NamedSharding(sharding.mesh, PartitionSpec()))
     return jax.jit(convert, out_shardings=out), jax.jit(
         write_layer, donate_argnums=0, out_shardings=out
     )
 
 
-def _place(directory: Directory, rule: Rule, name: str, sharding: Any) -> jax.Array:
+def _place(directory: Directory, rule: Rule, name: str, sharding: NamedSharding) -> jax.Array:
     """A tensor as it is stored, each device holding what it needs for its shard of the parameter alone."""
     tensor = directory.read(name, rule.rows and rule.rows[:2])
-    if isinstance(sharding, NamedSharding):
-        spec = PartitionSpec(*rule.stored_axes(tuple(sharding.spec)))
-        sharding = NamedSharding(sharding.mesh, spec)
-    return jax.make_array_from_callback(tensor.shape, sharding, lambda index: tensor[index])
+    spec = PartitionSpec(*rule.stored_axes(tuple(sharding.spec)))
+    stored = NamedSharding(sharding.mesh, spec)
+    return jax.make_array_from_callback(tensor.shape, stored, lambda index: tensor[index])
 
 
-def _one_layer(sharding: Any) -> Any:
+def _one_layer(sharding: NamedSharding) -> NamedSharding:
     """The sharding of a stack's layer."""
-    if isinstance(sharding, NamedSharding):
-        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    return sharding
-
-
-def _replicated(sharding: Any) -> Any:
-    return (
-        NamedSharding(sharding.mesh, PartitionSpec())
-        if isinstance(sharding, NamedSharding)
-        else sharding
-    )
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
 
 
 def tensor(params: Tree, rules: Sequence[Rule], name: str) -> np.ndarray:
@@ -168,9 +154,14 @@ def tensor(params: Tree, rules: Sequence[Rule], name: str) -> np.ndarray:
 
 def tensors(params: Tree, rules: Sequence[Rule]) -> Iterator[tuple[str, np.ndarray]]:
     """(name, tensor) of all that the rules store, in their order."""
-    made: dict[str, list[Rule]] = {}
+    for name, pieces in by_tensor(rules).items():
+        yield name, tensor(params, pieces, name)
+
+
+def by_tensor(rules: Sequence[Rule]) -> dict[str, list[Rule]]:
+    """The rules of each stored tensor: several where it is fused."""
+    pieces: dict[str, list[Rule]] = {}
     for rule in rules:
         for name in rule.names:
-            made.setdefault(name, []).append(rule)
-    for name, pieces in made.items():
-        yield name, tensor(params, pieces, name)
+            pieces.setdefault(name, []).append(rule)
+    return pieces
