@@ -8,7 +8,7 @@ import pytest
 from refs import llava_labels, tokenizers
 
 from vlm_jax.config import ConfigError
-from vlm_jax.data import chat, queries, sources, tokenizer
+from vlm_jax.data import queries, rendering, sources, tokenizer
 from vlm_jax.data.chat import TEMPLATES, Chat
 from vlm_jax.data.sources import BadRecord, Record, Turn
 
@@ -128,10 +128,10 @@ LITERAL = {
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_the_rendered_text_is_the_published_format(template):
     turns = [Turn(1, "q", "a"), Turn(0, "r", "b")][: 1 if template == "plain" else 2]
-    text = "".join(s.text for s in chat.render(TEMPLATES[template], "S", turns))
+    text = "".join(s.text for s in rendering.render(TEMPLATES[template], "S", turns))
     assert text == LITERAL[template]
     assert (
-        chat.render(TEMPLATES[template], "", turns)[0].turn == 1
+        rendering.render(TEMPLATES[template], "", turns)[0].turn == 1
     )  # an empty system prompt leaves no trace
 
 
@@ -163,6 +163,11 @@ def test_the_inference_prompt_is_a_prefix_of_the_training_row(tokens, template, 
     for key in ("tokens", "visual_index", "positions", "segments"):
         assert np.array_equal(getattr(prompt, key), getattr(row, key)[:n]), key
     assert row.loss_mask[n]  # the first answer token comes right after the prompt
+    (reply,) = c.replies(
+        asked, [told.turns[0].answer]
+    )  # what follows, up to the token that ends generation
+    assert reply.tolist() == row.tokens[n : n + len(reply)].tolist()
+    assert reply[-1] in c.closing_ids and not np.isin(reply[:-1], c.closing_ids).any()
 
 
 def test_the_vicuna_prompt_ends_in_the_header_without_a_space(tokens):

@@ -22,7 +22,7 @@ from test_hf_parity import compare_decoder, inputs_of, load, relative
 from configs import eval as eval_config
 from vlm_jax import cli, evaluate, presets, sharding, train, weights
 from vlm_jax.config import CompressorConfig, ConfigError, RopeScaling, VLMConfig
-from vlm_jax.data import chat, templates, tokenizer
+from vlm_jax.data import rendering, templates, tokenizer
 from vlm_jax.data.sources import IMAGE, Turn
 from vlm_jax.hf import directory, export
 from vlm_jax.hf.describe import describe
@@ -213,7 +213,7 @@ def test_the_chat_template_renders_what_our_prompts_hold(name, tmp_path):
     turns = [Turn(2, "What is this ?", "red"), Turn(0, "Is it ?", "Yes"), Turn(0, 'Say "it"', None)]
     for system in (None, "", "Be brief ."):
         said = template.system_prompt if system is None else system
-        ours = "".join(segment.text for segment in chat.render(template, said, turns))
+        ours = "".join(segment.text for segment in rendering.render(template, said, turns))
         messages = []
         for turn in turns:
             content = [{"type": "image"}] * turn.images + [{"type": "text", "text": turn.question}]

@@ -1,4 +1,4 @@
-"""Batches: shapes, order, shards, resume, bad records, feature caches, generation buckets."""
+"""Batches of training: shapes, order, shards, resume, bad records, feature caches."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from refs import tokenizers
 
 from vlm_jax import presets
 from vlm_jax.config import ConfigError
-from vlm_jax.data import feature_images, pipeline, rows
+from vlm_jax.data import feature_images, pipeline
 from vlm_jax.data.sources import BadRecord
 from vlm_jax.run_config import DataConfig
 
@@ -336,92 +336,6 @@ def test_a_bad_image_stops_a_cache_or_is_left_out(folder):
     ((names, pixels),) = feature_images.image_batches(paths, skip, VIT, 4)
     assert names == ["2.png", "4.png"]
     assert pixels[:3, 4, 4, 0].tolist() == [2, 4, 0]
-
-
-def ask(i, words, image=None):
-    text = ("<image>\n" if image else "") + "What " * words + "?"
-    return {"id": f"q{i}", "conversations": [human(text)]} | ({"image": image} if image else {})
-
-
-def evaluate(folder, questions, batch_size, **fields):
-    return pipeline.eval_batches(
-        questions, str(folder / "images"), config(folder, **fields), M, VIT, batch_size
-    )
-
-
-def test_prompts_are_left_padded_in_few_static_buckets(folder):
-    questions = [ask(i, 1 + i % 30, f"{2 * (i % 6)}.png" if i % 2 else None) for i in range(61)]
-    buckets, batches = evaluate(folder, questions, 4, max_tokens=80)
-    batches = list(batches)
-    assert 2 <= len(buckets) <= 4 and all(b % 8 == 0 for b in buckets)
-    assert {b["tokens"].shape for b in batches} == {(4, width) for width in buckets}
-    answered = [name for b in batches for name in b["ids"] if name]
-    assert sorted(answered) == sorted(q["id"] for q in questions)
-    for batch in batches:
-        assert "loss_mask" not in batch and batch["images"].shape == (4, 1, PX, PX, 3)
-        real = batch["segments"] >= 0
-        assert real[:, -1].all() and (np.diff(real.astype(int), axis=1) >= 0).all()
-        assert (batch["positions"].max(axis=1) == real.sum(axis=1) - 1).all()
-
-
-def test_prompt_rows_equal_their_training_rows(folder):
-    _, batches = evaluate(folder, [ask(1, 2, "4.png")], 2)
-    batch = next(batches)
-    assert batch["ids"] == ["q1", ""]
-    assert all(
-        np.array_equal(batch[key][0], batch[key][1]) for key in batch if key != "ids"
-    )  # the filler repeats
-    chat = rows.make_chat(config(folder), M)
-    text = chat.tokenizer.decode(batch["tokens"][0][batch["visual_index"][0] < 0].tolist())
-    assert text.endswith("What What ? ASSISTANT :")
-    assert batch["images"][0, 0, 4, 4].tolist() == [4, 104, 200]
-
-
-def test_evaluation_reads_cached_features(folder, tmp_path):
-    table = write_features(tmp_path / "features", False)
-    _, batches = evaluate(
-        folder, [ask(1, 2, "4.png"), ask(2, 2)], 2, features_dir=str(tmp_path / "features")
-    )
-    batch = next(batches)
-    assert (
-        np.array_equal(batch["feature_last"][0, 0], table["4.png"])
-        and not batch["feature_last"][1].any()
-    )
-
-
-def test_a_bad_question_is_never_skipped(folder):
-    told = ask(1, 2)
-    told["conversations"].append(gpt("yes"))
-    with pytest.raises(
-        BadRecord, match="evaluation records: record q1: the last turn is from 'gpt'"
-    ):
-        evaluate(folder, [told], 2, on_bad_record="skip", max_bad_records=9)
-    _, batches = evaluate(
-        folder, [ask(1, 2, "lost.png")], 2, on_bad_record="skip", max_bad_records=9
-    )
-    with pytest.raises(BadRecord, match=r"record q1: image 'lost\.png'"):
-        next(batches)
-
-
-def test_no_question_gives_no_batch(folder):
-    buckets, batches = evaluate(folder, [], 2)
-    assert buckets == () and list(batches) == []
-
-
-@pytest.mark.parametrize(
-    "lengths, batch_size, expected",
-    [
-        ([3], 8, (8,)),
-        ([8, 9], 1, (8, 16)),
-        ([8, 9], 2, (16,)),  # less than a batch shares a bucket
-        ([10] * 50 + [100] * 50, 10, (16, 104)),
-        ([10] * 99 + [100], 10, (104,)),
-        (list(range(1, 101)), 10, (32, 56, 80, 104)),
-    ],
-)
-def test_buckets_follow_the_lengths(lengths, batch_size, expected):
-    buckets = pipeline.choose_buckets(lengths, batch_size)
-    assert buckets == expected
 
 
 WORKERS = """

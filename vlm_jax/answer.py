@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from vlm_jax import compressors, experiment, sharding, weights
 from vlm_jax.benchmarks.predictions import Answer
 from vlm_jax.config import with_tokens
-from vlm_jax.data import pipeline, sources
+from vlm_jax.data import prompts, sources
 from vlm_jax.data.rows import make_chat
 from vlm_jax.generate import Decoding, make_generate
 from vlm_jax.laws import flops
+from vlm_jax.models.lm import Cache
 from vlm_jax.models.vlm import Inputs
 from vlm_jax.run_config import MeshConfig
 
 Rows = Sequence[dict[str, Any]]
+Batch = Mapping[str, jax.Array]
 
 
 class Answerer:
@@ -66,6 +67,7 @@ class Answerer:
             top_p,
         )
         self._generator = make_generate(self.model, self.decoding)
+        self.prompt_tokens = self.answer_tokens = 0  # read and generated so far
 
     @property
     def compilations(self) -> int:
@@ -81,26 +83,85 @@ class Answerer:
         """Until every process is here."""
         multihost_utils.sync_global_devices("answers")
 
-    def ask(self, rows: Rows, image_root: str, batch_size: int) -> Iterator[list[Answer]]:
+    def ask(
+        self, rows: Rows, image_root: str, batch_size: int, most_buckets: int = prompts.MAX_BUCKETS
+    ) -> Iterator[list[Answer]]:
         """(id, text) of every row, batch by batch, shortest prompts first; every process gets all of them.
 
         rows: LLaVA records that end with a question, ids unique and not empty. Greedy texts depend on the row alone,
         sampled ones also on the seed; neither on batch_size nor on the other rows.
         """
+        asked = self._prepare(rows, image_root, batch_size, most_buckets, None)
+
+        def generate(batch: Batch, prefix: Cache | None) -> jax.Array:
+            seeds = batch["seeds"] ^ np.uint32(self.seed % 2**32).view(np.int32)
+            return self._generator(self.params, Inputs.from_batch(batch), seeds, prefix)
+
+        for ids, tokens in self._outputs(asked, generate):
+            told = [(i, self._kept(row)) for i, row in zip(ids, tokens, strict=True) if i]
+            self.answer_tokens += sum(len(kept) for _, kept in told)
+            yield [(i, self.chat.tokenizer.decode(kept.tolist()).strip()) for i, kept in told]
+
+    def choose(
+        self, rows: Rows, image_root: str, batch_size: int, most_buckets: int = prompts.MAX_BUCKETS
+    ) -> Iterator[list[Answer]]:
+        """As `ask`, but the text is the likeliest of the row's "replies"; of equals the first."""
+        texts = {row["id"]: row["replies"] for row in rows}
+        for batch in self.likelihoods(rows, image_root, batch_size, most_buckets):
+            yield [(i, texts[i][int(np.argmax(likelihoods))]) for i, likelihoods in batch]
+
+    def likelihoods(
+        self, rows: Rows, image_root: str, batch_size: int, most_buckets: int = prompts.MAX_BUCKETS
+    ) -> Iterator[list[tuple[str, Float[np.ndarray, "R"]]]]:
+        """(id, log-probability of each of the row's "replies" as the whole answer), batch by batch, by one forward pass.
+
+        An answer is whole with the token that closes it; nothing is divided by its length.
+        """
+        counts = {row["id"]: len(row["replies"]) for row in rows}
+        replies = [row["replies"] for row in rows]
+        asked = self._prepare(rows, image_root, batch_size, most_buckets, replies)
+        sizes = {"slots": asked.reply_slots, "count": max(counts.values(), default=0)}
+
+        def score(batch: Batch, prefix: Cache | None) -> jax.Array:
+            return self._generator.replies(self.params, Inputs.from_batch(batch), prefix, **sizes)
+
+        for ids, totals in self._outputs(asked, score):
+            yield [(i, row[: counts[i]]) for i, row in zip(ids, totals, strict=True) if i]
+
+    def _prepare(
+        self,
+        rows: Rows,
+        image_root: str,
+        batch_size: int,
+        most_buckets: int,
+        replies: Sequence[Sequence[str]] | None,
+    ) -> prompts.Prompts:
         sharding.check_batch(batch_size, self.mesh)
-        _, batches = pipeline.eval_batches(
-            rows, image_root, self.data, self.visual_tokens, self.model.vit, batch_size
-        )
-        local = batch_size // jax.process_count()
-        mine = slice(jax.process_index() * local, (jax.process_index() + 1) * local)
-        for batch in batches:
-            ids = batch.pop("ids")
-            seeds = np.array([(zlib.crc32(i.encode()) ^ self.seed) % 2**32 for i in ids], np.uint32)
-            batch = {name: value[mine] for name, value in batch.items()} | {
-                "seeds": seeds.view(np.int32)[mine]
-            }
-            tokens = self._generate(sharding.put(batch, self.mesh))
-            yield [(i, self._text(row)) for i, row in zip(ids, tokens, strict=True) if i]
+        shard, num_shards = sharding.data_shard(self.mesh)
+        asked = prompts.prepare(
+            rows, image_root, self.data, self.visual_tokens, self.model.vit, batch_size,
+            replies=replies, most_buckets=most_buckets, shard=shard, num_shards=num_shards,
+        )  # fmt: skip
+        self.prompt_tokens += asked.num_tokens
+        return asked
+
+    def _outputs(
+        self, asked: prompts.Prompts, run: Callable[[Batch, Cache | None], jax.Array]
+    ) -> Iterator[tuple[list[str], np.ndarray]]:
+        """(ids, what `run` gives for their rows) of each batch, from all processes; the device is one batch ahead."""
+        prefix = None
+        if asked.prefix.size:
+            with sharding.use(self.mesh):
+                prefix = self._generator.prefix(self.params, asked.prefix[None])
+        ahead: tuple[list[str], jax.Array] | None = None
+        for batch in asked.batches:
+            with sharding.use(self.mesh):
+                output = run(sharding.put(batch, self.mesh), prefix)
+            if ahead:
+                yield ahead[0], _fetch(ahead[1])
+            ahead = batch["ids"], output
+        if ahead:
+            yield ahead[0], _fetch(ahead[1])
 
     def flops(self, rows: Rows, image_root: str, texts: Sequence[str]) -> float:
         """Forward FLOPs of the average question: mean prompt, question and answer lengths over `rows` and `texts`."""
@@ -125,15 +186,14 @@ class Answerer:
             ).total
         )
 
-    def _generate(self, batch: dict[str, jax.Array]) -> Int[np.ndarray, "B G"]:
-        with sharding.use(self.mesh):
-            tokens = self._generator(self.params, Inputs.from_batch(batch), batch["seeds"])
-        if jax.process_count() == 1:
-            return np.asarray(tokens)
-        return np.asarray(multihost_utils.process_allgather(tokens, tiled=True))
-
-    def _text(self, tokens: Int[np.ndarray, "G"]) -> str:
+    def _kept(self, tokens: Int[np.ndarray, "G"]) -> Int[np.ndarray, "kept"]:
         """What stands before the first closing token."""
         ends = np.flatnonzero(np.isin(tokens, self.decoding.eos_ids))
-        kept = tokens[: ends[0]] if len(ends) else tokens
-        return self.chat.tokenizer.decode(kept.tolist()).strip()
+        return tokens[: ends[0]] if len(ends) else tokens
+
+
+def _fetch(output: jax.Array) -> np.ndarray:
+    """The rows of all processes."""
+    if jax.process_count() == 1:
+        return np.asarray(output)
+    return np.asarray(multihost_utils.process_allgather(output, tiled=True))

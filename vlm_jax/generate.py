@@ -1,18 +1,21 @@
-"""Answers from a model: one jitted prefill, then a decode loop over a KV cache of fixed size."""
+"""Answers from a model: one jitted prefill, then a decode loop over a KV cache of fixed size; or how likely replies are.
+
+What all prompts begin with may be read once: its keys and values (`Generator.prefix`) then stand before every row.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.config import ConfigError, VLMConfig, check_positive
-from vlm_jax.models.lm import Cache, empty_cache
+from vlm_jax.models.lm import Cache, cache_behind, empty_cache
 from vlm_jax.models.vlm import VLM, Inputs, Layout
 
 
@@ -47,33 +50,68 @@ class Loop(NamedTuple):
 
 
 class Generator:
-    """`generator(params, inputs, seeds)`, compiled once per shape of inputs; `compilations` counts how often."""
+    """A model's jitted functions, each compiled once per shape; `compilations` counts how often in all."""
 
     def __init__(self, config: VLMConfig, decoding: Decoding):
         self.config, self.decoding, self.compilations = config, decoding, 0
         self._jitted = jax.jit(self._generate)
+        self.prefix = jax.jit(self._prefix)
+        self.replies = jax.jit(self._replies, static_argnames=("slots", "count"))
 
-    def __call__(self, params: Any, inputs: Inputs, seeds: Int[Array, "B"]) -> Int[Array, "B G"]:
+    def __call__(
+        self,
+        params: Any,
+        inputs: Inputs,
+        seeds: Int[Array, "B"],
+        prefix: Cache | None = None,
+    ) -> Int[Array, "B G"]:
         """The new tokens, G = max_new_tokens, pad_id after a row's end.
 
         inputs: left-padded prompts, segments 0 (-1 at padding); `inputs.count` chooses the visual tokens shown by an elastic
         compressor (traced: any count runs the same code, over the slots of the config). seeds: one per row, so that a
-        sampled answer does not depend on the rows beside it; greedy decoding ignores them.
+        sampled answer does not depend on the rows beside it; greedy decoding ignores them. prefix: `self.prefix(params,
+        ids [1 P])` of the text before every prompt; the positions in `inputs` count it.
         """
-        return self._jitted(params, inputs, seeds)
+        return self._jitted(params, inputs, seeds, prefix)
 
-    def _generate(self, params: Any, inputs: Inputs, seeds: Int[Array, "B"]) -> Int[Array, "B G"]:
+    def _prefix(self, params: Any, tokens: Int[Array, "1 P"]) -> Cache:
+        """Keys and values of the text that every prompt begins with."""
         self.compilations += 1  # runs only while jax traces a new shape
-        model, (batch, length), new = (
-            VLM(self.config),
-            inputs.tokens.shape,
-            self.decoding.max_new_tokens,
-        )
-        # flax cannot know what the methods it applies return.
-        prefill = cast(Callable[..., tuple[Float[Array, "B V"], Cache, Layout]], model.apply)
-        step = cast(Callable[..., tuple[Float[Array, "B V"], Cache]], model.apply)
-        cache = empty_cache(self.config.lm, batch, length + new)
-        logits, cache, layout = prefill({"params": params}, inputs, cache, method="prefill")
+        return self._method("shared_prefix")(params, tokens)
+
+    def _replies(
+        self, params: Any, inputs: Inputs, prefix: Cache | None, *, slots: int, count: int
+    ) -> Float[Array, "B {count}"]:
+        """Log-probability of each of at most `count` replies as the answer: the sum over its tokens, 0 where a row has fewer.
+
+        inputs: prompts with their replies in the last `slots` columns, as data/prompts.py lays them out.
+        """
+        self.compilations += 1  # runs only while jax traces a new shape
+        shared, cache = self._room(prefix, inputs.tokens.shape, 0)
+        tokens = self._method("replies")(params, inputs, slots, cache, shared)
+        numbers = inputs.segments[:, -slots:, None]
+        return jnp.where(numbers == 1 + jnp.arange(count), tokens[..., None], 0).sum(axis=1)
+
+    def _method(self, name: str) -> Callable[..., Any]:
+        """A method of the model, as a function of its parameters."""
+        model = VLM(self.config)
+        return lambda params, *inputs: model.apply({"params": params}, *inputs, method=name)
+
+    def _room(self, prefix: Cache | None, shape: tuple[int, ...], new: int) -> tuple[int, Cache]:
+        """How many slots the prefix fills, and a cache with room for prompts of `shape` [B T] and `new` tokens."""
+        batch, length = shape
+        if prefix is None:
+            return 0, empty_cache(self.config.lm, batch, length + new)
+        return prefix.k.shape[2], cache_behind(prefix, batch, length + new)
+
+    def _generate(
+        self, params: Any, inputs: Inputs, seeds: Int[Array, "B"], prefix: Cache | None
+    ) -> Int[Array, "B G"]:
+        self.compilations += 1  # runs only while jax traces a new shape
+        new, batch = self.decoding.max_new_tokens, len(inputs.tokens)
+        shared, cache = self._room(prefix, inputs.tokens.shape, new)
+        logits, cache, layout = self._method("prefill")(params, inputs, cache, shared)
+        step, length = self._method("decode"), layout.segments.shape[1]
         following = layout.positions[:, -1:] + 1 + jnp.arange(new, dtype=layout.positions.dtype)
         slots = Layout(
             jnp.concatenate([layout.positions, following], axis=1),
@@ -87,9 +125,7 @@ class Generator:
 
         def decode(loop: Loop) -> Loop:
             slot = length + loop.step - 1
-            logits, cache = step(
-                {"params": params}, loop.last, slot, slots, loop.cache, method="decode"
-            )
+            logits, cache = step(params, loop.last, slot, slots, loop.cache)
             chosen = choose(logits, seeds, loop.step, self.decoding)
             chosen = jnp.where(loop.done, self.decoding.pad_id, chosen)
             output = jax.lax.dynamic_update_slice(loop.output, chosen[:, None], (0, loop.step))

@@ -113,15 +113,14 @@ def look(answerer: Answerer, row: Mapping[str, Any], image_root: str) -> Shown:
     import jax
 
     from vlm_jax import sharding
-    from vlm_jax.data import pipeline
+    from vlm_jax.data import prompts
     from vlm_jax.models.vlm import VLM, Inputs
 
     vit, name = answerer.model.vit, answerer.model.compressor.name
-    _, batches = pipeline.eval_batches(
+    asked = prompts.prepare(
         [dict(row)], image_root, answerer.data, answerer.visual_tokens, vit, answerer.mesh.size
     )  # fmt: skip
-    batch = next(batches)
-    del batch["ids"]
+    batch = next(asked.batches)
 
     def see(params: Any, inputs: Inputs) -> Any:
         model = VLM(answerer.model)

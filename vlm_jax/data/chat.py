@@ -8,6 +8,7 @@ hold "ASSISTANT:" and a tokenizer may merge as it likes.
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import functools
 import re
 from collections.abc import Sequence
@@ -18,51 +19,13 @@ from jaxtyping import Bool, Int32
 
 from vlm_jax.config import ConfigError, check_choice
 from vlm_jax.data.queries import NO_QUERY, QUERIES
+from vlm_jax.data.rendering import Chunk, Spans, chunks, render
 from vlm_jax.data.sources import IMAGE, Record, Turn
-from vlm_jax.data.templates import TEMPLATES, Piece, Template, header
+from vlm_jax.data.templates import TEMPLATES
 from vlm_jax.data.tokenizer import Tokenizer
 
 CACHED_CHARS = 300  # shorter texts are tokenised once per process
 CACHE_SIZE = 1 << 16
-
-Spans = tuple[tuple[int, int], ...]  # [begin, end) characters of the supervised stretches of a text
-Chunk = tuple[str, Spans] | None  # text with its supervised spans, or an image
-
-
-class Segment(NamedTuple):
-    """A stretch of a rendered conversation; text IMAGE is an image. alone: not tokenised together with its neighbours."""
-
-    text: str
-    supervised: bool
-    turn: int  # 0 = system prompt, n = n-th turn
-    alone: bool = False
-
-
-def render(template: Template, system: str, turns: Sequence[Turn]) -> list[Segment]:
-    """A conversation as segments. A last turn without an answer ends in the assistant's header."""
-    segments: list[Segment] = []
-
-    def write(pieces: Sequence[Piece], turn: int) -> None:
-        segments.extend(Segment(text, supervised, turn) for text, supervised in pieces)
-
-    if system:
-        write((*template.system.before, (system, False), *template.system.after), 0)
-    for number, turn in enumerate(turns, start=1):
-        question = turn.question if template.keeps_question else ""
-        write(template.user.before, number)
-        for image in range(turn.images):
-            segments.append(Segment(IMAGE, False, number))
-            if template.after_image:
-                segments.append(Segment(template.after_image, False, number, alone=True))
-            if template.keeps_question and (question or image + 1 < turn.images):
-                segments.append(Segment("\n", False, number))
-        write(((question, False), *template.user.after), number)
-        if turn.answer is None:
-            write(header(template), number)
-        else:
-            answer = (turn.answer, True)
-            write((*template.assistant.before, answer, *template.assistant.after), number)
-    return [segment for segment in segments if segment.text]
 
 
 class Row(NamedTuple):
@@ -175,6 +138,27 @@ class Chat:
             )
         return units
 
+    def replies(self, record: Record, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids int32 [n] that a model which answers the record's prompt with each of `texts` generates, the closing one
+        included. Raises BadRecord where prompt and answer cannot be told apart."""
+        *earlier, last = record.turns
+        asked = self._dialogue(record)[-1].ids
+        before = (
+            np.zeros(0, np.int32) if asked is None else asked
+        )  # None: the prompt ends in an image
+        found = []
+        for text in texts:
+            turns = (*earlier, dataclasses.replace(last, answer=text))
+            told = dataclasses.replace(record, turns=turns)
+            self._check(told)
+            ids, loss, _ = self._dialogue(told)[-1]
+            if ids is None or not np.array_equal(ids[: len(before)], before):
+                raise record.bad(f"the reply {text!r} changes the tokens of the prompt before it")
+            said = ids[len(before) :][loss[len(before) :]]
+            ends = np.flatnonzero(np.isin(said, self.closing_ids))
+            found.append(said[: ends[0] + 1] if len(ends) else said)
+        return found
+
     def length(self, units: Sequence[Unit]) -> int:
         return sum(self.visual_tokens if u.ids is None else len(u.ids) for u in units)
 
@@ -268,13 +252,13 @@ class Chat:
     def _dialogue(self, record: Record) -> list[Unit]:
         system = self.system if record.system is None else record.system
         try:
-            return [self._bos, *self._encoded(_chunks(render(self.template, system, record.turns)))]
+            return [self._bos, *self._encoded(chunks(render(self.template, system, record.turns)))]
         except ValueError as error:
             raise record.bad(str(error)) from None
 
-    def _encoded(self, chunks: Sequence[Chunk]) -> list[Unit]:
+    def _encoded(self, texts: Sequence[Chunk]) -> list[Unit]:
         units = []
-        for chunk in chunks:
+        for chunk in texts:
             if chunk is None:
                 units.append(_IMAGE_UNIT)
             else:
@@ -296,10 +280,7 @@ class Chat:
         except ValueError as error:
             raise record.bad(str(error)) from None
         first = alone[0]
-        # Ids common to the first and the last in order are common to all.
-        low, high = min(a.shared for a in alone), max(a.shared for a in alone)
-        differ = (i for i, (x, y) in enumerate(zip(low, high, strict=False)) if x != y)
-        shared = next(differ, len(low))
+        shared = common_length([a.shared for a in alone])
         units = list(first.prefix)
         if shared:
             units.append(Unit(first.ids[:shared], first.loss[:shared]))
@@ -313,7 +294,7 @@ class Chat:
 
     def _alone(self, system: str, images: int, question: str, answer: str | None) -> Alone:
         turn = Turn(images, question, answer)
-        *before, text = _chunks(render(self.template, system, [turn]))
+        *before, text = chunks(render(self.template, system, [turn]))
         assert text is not None  # every template writes something after the answer
         prefix = (self._bos, *self._encoded(before))
         if images:
@@ -354,6 +335,13 @@ class Chat:
         return np.concatenate([self._bos_ids, np.array(ids, np.int32)])[: self.max_query_tokens]
 
 
+def common_length(rows: Sequence[list[int]]) -> int:
+    """How many ids all rows begin with: those that the first and the last in order have in common."""
+    low, high = min(rows), max(rows)
+    differ = (i for i, (x, y) in enumerate(zip(low, high, strict=False)) if x != y)
+    return next(differ, len(low))
+
+
 class Alone(NamedTuple):
     """A turn as the only one of its record: prefix units, the text after them, and its ids that come before the question."""
 
@@ -361,33 +349,3 @@ class Alone(NamedTuple):
     ids: np.ndarray  # int32 [n]
     loss: np.ndarray  # bool [n]
     shared: list[int]
-
-
-def _chunks(segments: Sequence[Segment]) -> list[Chunk]:
-    """Joined texts with their supervised spans (adjacent ones merged); None for an image."""
-    chunks: list[Chunk] = []
-    text, spans = "", []
-
-    def close() -> None:
-        nonlocal text, spans
-        if text:
-            chunks.append((text, tuple(spans)))
-        text, spans = "", []
-
-    for segment in segments:
-        if segment.text == IMAGE or segment.alone:
-            close()
-        if segment.text == IMAGE:
-            chunks.append(None)
-            continue
-        if segment.supervised:
-            end = len(text) + len(segment.text)
-            if spans and spans[-1][1] == len(text):
-                spans[-1] = (spans[-1][0], end)
-            else:
-                spans.append((len(text), end))
-        text += segment.text
-        if segment.alone:
-            close()
-    close()
-    return chunks

@@ -1,4 +1,4 @@
-"""Grain pipelines from annotation files to fixed-shape NumPy batches.
+"""The grain pipeline from annotation files to fixed-shape NumPy batches of training.
 
 A batch is a dict (B rows, T = max_tokens, I = max_images, Q = max_query_tokens, M visual tokens per image):
   tokens int32 [B T]; visual_index int32 [B T]: -1 for text, else i*M + m; positions int32 [B T]; segments int32 [B T]:
@@ -25,14 +25,11 @@ from vlm_jax.data.rows import (
     Assembly,
     Batch,
     EncodeChunk,
-    Encoder,
-    Features,
     Stacked,
     make_encoder,
     open_features,
-    stack,
 )
-from vlm_jax.data.sources import BadRecord, Record
+from vlm_jax.data.sources import BadRecord
 from vlm_jax.run_config import DataConfig
 
 TEXT_CHUNK = (
@@ -42,8 +39,6 @@ IMAGE_THREADS = 16
 SHARED_BYTES = (
     1 << 16
 )  # smaller arrays of a worker are pickled: a block of shared memory each is 0.3 ms
-BUCKET_STEP = 8
-MAX_BUCKETS = 4
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -239,89 +234,3 @@ def steps_per_epoch(cfg: DataConfig, visual_tokens: int) -> int:
 def num_shapes(cfg: DataConfig) -> int:
     """Shapes that training batches can have: the step is compiled at most so often."""
     return sampling.num_shapes(cfg)
-
-
-# --- evaluation -------------------------------------------------------------------------------------------------------
-
-
-def choose_buckets(lengths: Sequence[int], batch_size: int) -> tuple[int, ...]:
-    """At most four widths (multiples of 8) that hold the lengths, at their quartiles; none for less than a batch."""
-    rounded = sorted(-(-n // BUCKET_STEP) * BUCKET_STEP for n in lengths)
-    quartiles = [
-        rounded[max(0, len(rounded) * k // MAX_BUCKETS - 1)] for k in range(1, MAX_BUCKETS + 1)
-    ]
-    buckets: list[int] = []
-    filled = 0  # rows that the buckets chosen so far hold
-    for width in sorted(set(quartiles)):
-        held = sum(n <= width for n in rounded)
-        if width == rounded[-1] or (
-            held - filled >= batch_size and len(rounded) - held >= batch_size
-        ):
-            buckets.append(width)
-            filled = held
-    return tuple(buckets)
-
-
-class _PromptBatch(grain.transforms.Map):
-    """(bucket, row numbers) -> one left-padded batch."""
-
-    def __init__(
-        self,
-        records: list[Record],
-        units: list,
-        encoder: Encoder,
-        features: Features | None,
-        size: int,
-    ):
-        self.records, self.units, self.encoder = records, units, encoder
-        self.features, self.size = features, size
-
-    def map(self, element: tuple[int, list[int]]) -> Batch:  # pyrefly: ignore[bad-override] (grain gives no types)
-        width, numbers = element
-        rows = [self._row(number, width) for number in numbers]
-        rows += [{**rows[-1], "ids": ""}] * (self.size - len(rows))
-        return stack(rows, self.features)
-
-    def _row(self, number: int, width: int) -> Batch:
-        record = self.records[number]
-        row = self.encoder.chat.pack(record, self.units[number], width, left=True)._asdict()
-        del row["loss_mask"]
-        return {**row, "ids": record.id, **self.encoder.visual(record)}
-
-
-def eval_batches(
-    records: Sequence[dict],
-    image_root: str,
-    cfg: DataConfig,
-    visual_tokens: int,
-    vit: ViTConfig,
-    batch_size: int,
-) -> tuple[tuple[int, ...], Iterator[Batch]]:
-    """Left-padded generation prompts of LLaVA records whose last turn is human, shortest bucket first.
-
-    Returns the bucket widths and the batches [batch_size bucket] (no loss_mask). A bucket's last batch is filled up by
-    repeating a row with id "", so that only `len(buckets)` shapes exist. Raises BadRecord whatever on_bad_record says:
-    a dropped question would change the error that is measured.
-    """
-    features = open_features(cfg)
-    encoder = make_encoder(cfg, visual_tokens, vit, features)
-    parsed = [
-        sources.parse(raw, "evaluation records", image_root, f"#{i}", generate=True)
-        for i, raw in enumerate(records)
-    ]
-    if not parsed:
-        return (), iter(())
-    units = [encoder.chat.prompt(record) for record in parsed]
-    lengths = [encoder.chat.length(u) for u in units]
-    buckets = choose_buckets(lengths, batch_size)
-    work, shorter = [], 0
-    for width in buckets:
-        inside = [i for i, n in enumerate(lengths) if shorter < n <= width]
-        work += [(width, inside[at : at + batch_size]) for at in range(0, len(inside), batch_size)]
-        shorter = width
-    batches = grain.MapDataset.source(work).map(
-        _PromptBatch(parsed, units, encoder, features, batch_size)
-    )
-    return buckets, iter(
-        batches.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=4))
-    )

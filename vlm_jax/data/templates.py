@@ -113,7 +113,7 @@ _WORDS = (
 
 
 def chat_template(template: Template, system: str | None) -> str:
-    """A prompt format as the Jinja text of a Hugging Face `chat_template`, rendering what `chat.render` renders.
+    """A prompt format as the Jinja text of a Hugging Face `chat_template`, rendering what `rendering.render` renders.
 
     system: replaces the template's system prompt. Raises ValueError for a format that leaves the questions out.
     """

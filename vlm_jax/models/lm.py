@@ -35,6 +35,16 @@ def empty_cache(config: LMConfig, batch: int, length: int) -> Cache:
     return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
 
+def cache_behind(prefix: Cache, batch: int, length: int) -> Cache:
+    """Room for `length` slots behind the one row of `prefix`, which every row of the batch begins with."""
+
+    def grown(x: Float[Array, "L 1 S K H"]) -> Float[Array, "L B R K H"]:
+        every = jnp.broadcast_to(x, (x.shape[0], batch, *x.shape[2:]))
+        return jnp.pad(every, ((0, 0), (0, 0), (0, length), (0, 0), (0, 0)))
+
+    return Cache(grown(prefix.k), grown(prefix.v))
+
+
 def visible(
     query_segments: Int[Array, "B T"],
     key_segments: Int[Array, "B S"],

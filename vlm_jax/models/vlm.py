@@ -17,7 +17,7 @@ from vlm_jax.compressors.visual import Visual
 from vlm_jax.config import LORA, VLMConfig
 from vlm_jax.layers import constrain
 from vlm_jax.models.attention import Visible
-from vlm_jax.models.lm import LM, Cache, near, visible
+from vlm_jax.models.lm import LM, Cache, empty_cache, near, visible
 from vlm_jax.models.projector import Projector
 from vlm_jax.models.vit import Features, ViT
 
@@ -89,19 +89,58 @@ class VLM(nn.Module):
         x, layout = self.place(inputs, visual)
         return self.lm.hidden(x, layout.positions, self._sees(layout)), self.lm.output()
 
-    def prefill(self, inputs: Inputs, cache: Cache) -> tuple[Float[Array, "B V"], Cache, Layout]:
-        """Fills slots 0..T-1 of the cache; logits of the last position (prompts are left-padded).
+    def prefill(
+        self, inputs: Inputs, cache: Cache, shared: int = 0
+    ) -> tuple[Float[Array, "B V"], Cache, Layout]:
+        """Logits of the last position of left-padded prompts, whose keys and values fill the cache's next T slots.
 
-        The layout is the one that later tokens continue.
+        shared: slots of the cache that hold what comes before every prompt already (see `shared_prefix`). The layout is
+        that of all slots so far, which later tokens continue.
         """
-        x, layout = self.place(inputs, self.see(inputs))
-        beyond = ((0, 0), (0, cache.k.shape[2] - inputs.tokens.shape[1]))
+        hidden, cache, layout = self.cached_states(inputs, cache, shared)
+        return self.lm.logits(hidden[:, -1:])[:, 0], cache, layout
+
+    def cached_states(
+        self, inputs: Inputs, cache: Cache, shared: int = 0
+    ) -> tuple[Float[Array, "B T D"], Cache, Layout]:
+        """Final-norm states of the prompts' slots, behind `shared` slots that the cache holds already."""
+        x, here = self.place(inputs, self.see(inputs))
+        before = jnp.arange(shared, dtype=here.positions.dtype)
+        before = jnp.broadcast_to(before, (len(x), shared))
+        layout = Layout(
+            jnp.concatenate([before, here.positions], axis=1),
+            jnp.pad(here.segments, ((0, 0), (shared, 0))),
+        )
+        beyond = ((0, 0), (0, cache.k.shape[2] - layout.segments.shape[1]))
         keys = Layout(
             jnp.pad(layout.positions, beyond), jnp.pad(layout.segments, beyond, constant_values=-1)
         )
-        seen = Visible(self._mask(layout, keys))
-        hidden, cache = self.lm.cached_hidden(x, layout.positions, seen, cache, 0)
-        return self.lm.logits(hidden[:, -1:])[:, 0], cache, layout
+        seen = Visible(self._mask(here, keys, shared))
+        hidden, cache = self.lm.cached_hidden(x, here.positions, seen, cache, shared)
+        return hidden, cache, layout
+
+    def shared_prefix(self, tokens: Int[Array, "1 T"]) -> Cache:
+        """Keys and values of the text that every prompt begins with."""
+        here = Layout(jnp.arange(tokens.shape[1])[None], jnp.zeros_like(tokens))
+        seen = Visible(self._mask(here, here))
+        cache = empty_cache(self.config.lm, *tokens.shape)
+        return self.lm.cached_hidden(self.lm.embed(tokens), here.positions, seen, cache, 0)[1]
+
+    def replies(
+        self, inputs: Inputs, slots: int, cache: Cache, shared: int = 0
+    ) -> Float[Array, "B {slots}"]:
+        """Log-probability of each token in the last `slots` columns, given the prompt and the same reply's tokens before it.
+
+        inputs: as data/prompts.py lays them out; column T - slots - 1 is the prompt's last one. Padding: any value.
+        """
+        hidden = self.cached_states(inputs, cache, shared)[0]
+        length = inputs.tokens.shape[1]
+        column = jnp.arange(length - slots, length)
+        begins = inputs.segments[:, -slots:] != inputs.segments[:, -slots - 1 : -1]
+        before = jnp.where(begins, length - slots - 1, column - 1)  # the column that predicts it
+        logits = self.lm.logits(jnp.take_along_axis(hidden, before[..., None], axis=1))
+        said = inputs.tokens[:, -slots:, None]
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), said, axis=2)[..., 0]
 
     def decode(
         self,
