@@ -48,6 +48,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.eval.benchmarks = ()  # names in benchmarks.BENCHMARKS
     c.eval.annotations = ()  # one directory per benchmark, with its native files
     c.eval.batch_size = 16  # prompts per step, all devices together
+    c.eval.mode = "generation"  # generation | likelihood (of the replies to closed questions)
     c.eval.max_new_tokens = 128  # per answer (LLaVA-1.5's evaluation)
     c.eval.temperature = 0.0  # 0 = greedy
     c.eval.top_p = 1.0  # sample among the likeliest tokens that hold this probability

@@ -75,6 +75,13 @@ class Answerer:
         return self._generator.compilations
 
     @property
+    def counts(self) -> dict[str, int]:
+        """What was done so far."""
+        return {
+            "prompt_tokens": self.prompt_tokens, "answer_tokens": self.answer_tokens, "compilations": self.compilations,
+        }  # fmt: skip
+
+    @property
     def writes(self) -> bool:
         """Whether this process keeps the files: the first one does."""
         return jax.process_index() == 0
@@ -163,23 +170,36 @@ class Answerer:
         if ahead:
             yield ahead[0], _fetch(ahead[1])
 
-    def flops(self, rows: Rows, image_root: str, texts: Sequence[str]) -> float:
-        """Forward FLOPs of the average question: mean prompt, question and answer lengths over `rows` and `texts`."""
-        prompts, queries, images, outputs = [], [], [], []
-        for row, text in zip(rows, texts, strict=True):
+    def flops(
+        self,
+        rows: Rows,
+        image_root: str,
+        texts: Mapping[str, str],
+        is_chosen: Callable[[dict[str, Any]], bool] = lambda row: False,
+    ) -> float:
+        """Forward FLOPs of the average question asked alone: mean prompt, question and answer lengths over `rows`.
+
+        texts: the answers by id. is_chosen: whether a row's answer is chosen among its replies, which are read with the
+        prompt then.
+        """
+        asked, queries, images, outputs = [], [], [], []
+        for row in rows:
             record = sources.parse(row, "questions", image_root, row["id"], generate=True)
             images.append(len(record.images))
             length = self.chat.length(self.chat.prompt(record))
-            prompts.append(length - images[-1] * self.visual_tokens)
+            asked.append(length - images[-1] * self.visual_tokens)
             if record.images:
                 queries.append(int(self.chat.query_arrays(record)[1][0].sum()))
-            outputs.append(
-                min(len(self.chat.tokenizer.encode(text)[0]) + 1, self.decoding.max_new_tokens)
-            )
+            if is_chosen(row):
+                asked[-1] += sum(map(len, self.chat.replies(record, row["replies"])))
+                outputs.append(1)
+            else:
+                generated = len(self.chat.tokenizer.encode(texts[row["id"]])[0]) + 1
+                outputs.append(min(generated, self.decoding.max_new_tokens))
         return float(
             flops.forward_flops(
                 self.model,
-                text_tokens=round(np.mean(prompts)),
+                text_tokens=round(np.mean(asked)),
                 output_tokens=round(np.mean(outputs)),
                 query_tokens=round(np.mean(queries)) if queries else None,
                 images=round(np.mean(images)),

@@ -2,11 +2,14 @@
 
     DIR/<benchmark>/predictions.jsonl   {"id", "text"} per line, appended batch by batch; the same command continues it
     DIR/<benchmark>/run.json            what the predictions were made with
+    DIR/<benchmark>/speed.jsonl         one line per time something was asked: questions, seconds, tokens, compilations
     DIR/<benchmark>/<upload>            what the official server or judge takes, where there is one
     DIR/scores.json                     [{"benchmark", "score", "error", "n", "details"}, ...]
     DIR/errors.csv                      one row per benchmark (laws/table.py)
 
 A benchmark whose gold answers are hidden is answered and its upload is written; it has no score and no row.
+With eval.mode = likelihood the answer to a closed question is the likeliest of its replies, found in one forward pass;
+names and families then end in _likelihood, for these are not the official numbers.
 
 python -m vlm_jax.evaluate --score --benchmark=NAME --predictions=P --annotations=DIR [--out=F] [--allow-missing]
 scores saved predictions; it needs no model. With several processes, DIR is on a disk they share.
@@ -32,6 +35,7 @@ from vlm_jax import benchmarks, cli, experiment, presets
 from vlm_jax.benchmarks import predictions
 from vlm_jax.config import ConfigError, LMConfig, build, check_choice, check_positive, with_tokens
 from vlm_jax.data import tokenizer
+from vlm_jax.data.prompts import MAX_BUCKETS
 from vlm_jax.data.queries import QUERIES
 from vlm_jax.laws import table
 from vlm_jax.run_config import Experiment, MeshConfig
@@ -39,6 +43,9 @@ from vlm_jax.run_config import Experiment, MeshConfig
 log = logging.getLogger("vlm_jax.evaluate")  # run as a module, __name__ is "__main__"
 
 Score = dict[str, Any]  # {"benchmark", "score", "error", "n", "details"}
+
+# How answers are found -> what the names of its results end in. likelihood generates only what has no "replies".
+MODES = {"generation": "", "likelihood": "_likelihood"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +56,7 @@ class EvalConfig:
     benchmarks: tuple[str, ...]  # keys of BENCHMARKS
     annotations: tuple[str, ...]  # one directory per benchmark
     batch_size: int
+    mode: str  # a key of MODES
     max_new_tokens: int
     temperature: float  # 0 = greedy
     top_p: float
@@ -81,6 +89,7 @@ class EvalConfig:
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"eval: top_p must lie in (0, 1], got {self.top_p}.")
         check_choice("eval", "query", self.query, ("", *QUERIES))
+        check_choice("eval", "mode", self.mode, MODES)
         if self.limit < 0:
             raise ConfigError(f"eval: limit must be 0 (all) or more, got {self.limit}.")
         for name in self.benchmarks:
@@ -92,6 +101,7 @@ class Task:
     """One benchmark of a run: its questions and where its answers are kept."""
 
     name: str
+    mode: str
     image_root: str
     folder: Path
     rows: list[dict[str, Any]]  # those to be scored
@@ -101,6 +111,15 @@ class Task:
     @property
     def predictions(self) -> Path:
         return self.folder / "predictions.jsonl"
+
+    @property
+    def label(self) -> str:
+        """The name of its results."""
+        return self.name + MODES[self.mode]
+
+    def is_chosen(self, row: dict[str, Any]) -> bool:
+        """Whether the answer is the likeliest of the row's replies."""
+        return self.mode == "likelihood" and "replies" in row
 
 
 def evaluate(cfg: ConfigDict, workdir: str) -> list[Score]:
@@ -125,7 +144,7 @@ def evaluate(cfg: ConfigDict, workdir: str) -> list[Score]:
         )
     folder = experiment.open_workdir(workdir)
     tasks = [
-        open_task(name, annotations, settings, folder / name)
+        open_task(name, annotations, settings, folder)
         for name, annotations in zip(settings.benchmarks, settings.annotations, strict=True)
     ]
     from vlm_jax.answer import Answerer  # here, not above: jax and orbax take seconds
@@ -147,25 +166,28 @@ def evaluate(cfg: ConfigDict, workdir: str) -> list[Score]:
         if answerer.writes:
             _write_uploads(task, answers)
         if not benchmarks.has_gold(task.rows):
-            log.info("%s: the gold answers are hidden: not scored", task.name)
+            log.info("%s: the gold answers are hidden: not scored", task.label)
             continue
-        scores.append(benchmarks.score_answers(task.name, task.rows, answers))
-        texts = dict(answers)
-        cost = answerer.flops(task.rows, task.image_root, [texts[row["id"]] for row in task.rows])
-        row = _row(scores[-1], run, answerer.visual_tokens, cost, seconds)
+        score = benchmarks.score_answers(task.name, task.rows, answers)
+        scores.append({**score, "benchmark": task.label})
+        cost = answerer.flops(task.rows, task.image_root, dict(answers), task.is_chosen)
+        row = _row(task, scores[-1], run, answerer.visual_tokens, cost, seconds)
         if seconds is None and row.key in known:
             row = dataclasses.replace(row, seconds=known[row.key].seconds)
         measured.append(row)
-        log.info("%s: error %.4f (%d questions)", task.name, scores[-1]["error"], scores[-1]["n"])
+        log.info("%s: error %.4f (%d questions)", task.label, scores[-1]["error"], scores[-1]["n"])
     if answerer.writes:
         (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
         table.append(folder / "errors.csv", measured)
     return scores
 
 
-def open_task(name: str, annotations: str, settings: EvalConfig, folder: Path) -> Task:
-    """Reads the questions and what is answered already. Raises ConfigError when `folder` holds another run's answers."""
+def open_task(name: str, annotations: str, settings: EvalConfig, workdir: Path) -> Task:
+    """Reads the questions and what `workdir` answers already. Raises ConfigError when those are another run's answers."""
     rows = benchmarks.get(name).rows(annotations)
+    if settings.mode == "likelihood" and not any("replies" in row for row in rows):
+        raise ConfigError(f"eval: {name} has open questions only; use mode = 'generation'.")
+    folder = workdir / (name + MODES[settings.mode])
     chosen = rows[: settings.limit] if settings.limit else rows
     made_with = {
         "checkpoint": str(Path(settings.checkpoint).absolute()),
@@ -175,6 +197,7 @@ def open_task(name: str, annotations: str, settings: EvalConfig, folder: Path) -
         "temperature": settings.temperature,
         "top_p": settings.top_p,
         "seed": settings.seed,
+        "mode": None if settings.mode == "generation" else settings.mode,
         "visual_tokens": settings.visual_tokens or None,
         "query": settings.query or None,
     }
@@ -184,14 +207,16 @@ def open_task(name: str, annotations: str, settings: EvalConfig, folder: Path) -
     root = annotations if Path(annotations).is_dir() else str(Path(annotations).parent)
     unanswered = [row for row in chosen if row["id"] not in answered]
     beyond = frozenset(row["id"] for row in rows[len(chosen) :])
-    return Task(name, root, folder, chosen, beyond, unanswered)
+    return Task(name, settings.mode, root, folder, chosen, beyond, unanswered)
 
 
 def _write_uploads(task: Task, answers: Sequence[predictions.Answer]) -> None:
     for name, content in benchmarks.submission(task.name, task.rows, answers).items():
         data = content.encode() if isinstance(content, str) else content
         (task.folder / name).write_bytes(data)
-        log.info("%s: %s holds %d answers to upload", task.name, task.folder / name, len(task.rows))
+        log.info(
+            "%s: %s holds %d answers to upload", task.label, task.folder / name, len(task.rows)
+        )
 
 
 def _check_same(path: Path, made_with: Mapping[str, Any]) -> None:
@@ -218,9 +243,9 @@ def _ask(task: Task, answerer: Any, batch_size: int) -> float | None:
         return None
     steady = [0.0, 0]  # seconds, questions
     start = last = time.perf_counter()
-    first = compiled = answerer.compilations
-    with _progress(task.name, len(task.unanswered), answerer.writes) as advance:
-        for answers in answerer.ask(task.unanswered, task.image_root, batch_size):
+    before, compiled = answerer.counts, answerer.compilations
+    with _progress(task.label, len(task.unanswered), answerer.writes) as advance:
+        for answers in _answers(task, answerer, batch_size):
             if answerer.writes:
                 predictions.append(task.predictions, answers)
             now = time.perf_counter()
@@ -228,12 +253,36 @@ def _ask(task: Task, answerer: Any, batch_size: int) -> float | None:
                 steady = [steady[0] + now - last, steady[1] + len(answers)]
             last, compiled = now, answerer.compilations
             advance(len(answers))
-    count, seconds = len(task.unanswered), last - start
+    seconds = last - start
+    spent = {name: count - before[name] for name, count in answerer.counts.items()}
+    _report(
+        task,
+        {"questions": len(task.unanswered), "seconds": round(seconds, 3), **spent},
+        answerer.writes,
+    )
+    return steady[0] / steady[1] if steady[1] else seconds / len(task.unanswered)
+
+
+def _answers(task: Task, answerer: Any, batch_size: int) -> Iterator[list[predictions.Answer]]:
+    chosen = [row for row in task.unanswered if task.is_chosen(row)]
+    generated = [row for row in task.unanswered if not task.is_chosen(row)]
+    # Each part compiles its prefix and its buckets: at most 2 + 2 * 3 programs where there are both.
+    most = MAX_BUCKETS - 1 if chosen and generated else MAX_BUCKETS
+    yield from answerer.choose(chosen, task.image_root, batch_size, most)
+    yield from answerer.ask(generated, task.image_root, batch_size, most)
+
+
+def _report(task: Task, spent: Mapping[str, float], writes: bool) -> None:
+    """One line for the reader, and one of speed.jsonl."""
+    seconds = spent["seconds"]
     log.info(
-        "%s: %d questions in %.1f s, %.1f questions/s, %d compilations",
-        task.name, count, seconds, count / seconds, compiled - first,
+        "%s: %d questions in %.1f s: %.1f questions/s, %.0f prompt and %.0f answer tokens/s; %d compilations",
+        task.label, spent["questions"], seconds, spent["questions"] / seconds, spent["prompt_tokens"] / seconds,
+        spent["answer_tokens"] / seconds, spent["compilations"],
     )  # fmt: skip
-    return steady[0] / steady[1] if steady[1] else seconds / count
+    if writes:
+        with (task.folder / "speed.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(spent) + "\n")
 
 
 @contextlib.contextmanager
@@ -250,7 +299,12 @@ def _progress(name: str, total: int, shows: bool) -> Iterator[Callable[[int], No
 
 
 def _row(
-    score: Score, run: Experiment, visual_tokens: int, flops: float, seconds: float | None
+    task: Task,
+    score: Score,
+    run: Experiment,
+    visual_tokens: int,
+    flops: float,
+    seconds: float | None,
 ) -> table.Row:
     lm = run.model.lm
     return table.Row(
@@ -258,7 +312,7 @@ def _row(
         visual_tokens=visual_tokens,
         error=score["error"],
         benchmark=score["benchmark"],
-        family=benchmarks.get(score["benchmark"]).family,
+        family=benchmarks.get(task.name).family + MODES[task.mode],
         lm=lm_name(lm),
         compressor=run.model.compressor.name,
         n=score["n"],
