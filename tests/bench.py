@@ -1,63 +1,40 @@
-"""Helpers of the benchmarks' tests: pictures, answers by id, random answers."""
+"""Asking and scoring in the benchmarks' tests; native_files.py writes the files."""
 
+import json
 import random
 
-from PIL import Image
-
 from vlm_jax import benchmarks
+from vlm_jax.data import sources
 
-ALPHABET = "aZ09 .,;%$€'\n\t\"\\/{}[]()é漢\u200b\x00٣½"
-
-
-def picture(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (3, 2), (9, 8, 7)).save(path)
+ALPHABET = "aAbBcCdDZ019 .,:;()%$€-+eE\n\t\"'\\/{}[]é漢٣²½\u200b\x00"
+STARTS = ("", "", "", "yes", "No", "A", "The answer is B.", "10 1/2")
 
 
 def asked(row):
-    """The one message of a row."""
-    (message,) = row["conversations"]
-    assert message["from"] == "human"
-    return message["value"]
+    """The text of the question, without its images; the row must be one that the pipeline takes."""
+    record = sources.parse(row, "test", "root", row["id"], generate=True)
+    return record.turns[-1].question
 
 
-def score(name, directory, texts):
-    """What score_answers gives to {id: text}; the order of the answers must not matter."""
-    rows = benchmarks.get(name).rows(directory)
-    answers = list(texts.items())
+def score(name, rows, texts):
+    """Of texts in the order of rows; the order of the answers must not matter."""
+    answers = [(row["id"], text) for row, text in zip(rows, texts, strict=True)]
     result = benchmarks.score_answers(name, rows, answers)
     assert benchmarks.score_answers(name, rows, answers[::-1]) == result
+    assert result["n"] == len(rows) and result["error"] == 1.0 - result["score"]
+    json.dumps(result, allow_nan=False)
     return result
 
 
-def check_random_answers(name, directory, count=60):
-    """Any string scores within 0..1 and crashes nothing."""
+def fuzz(name, rows, rounds=100):
+    """Random texts, empty ones and long ones give scores in [0, 1]."""
     rng = random.Random(0)
-    rows = benchmarks.get(name).rows(directory)
-    words = ["yes", "No", "A", "The answer is B.", "10 1/2", ""]
-    for _ in range(count):
-        texts = [
-            rng.choice(words) + "".join(rng.choices(ALPHABET, k=rng.randrange(12))) for _ in rows
-        ]
-        answers = [(row["id"], text) for row, text in zip(rows, texts, strict=True)]
-        result = benchmarks.score_answers(name, rows, answers)
-        assert 0.0 <= result["score"] <= 1.0 and 0.0 <= result["error"] <= 1.0
-        assert result["n"] == len(rows)
-
-
-def write_shards(directory, split, records, images):
-    """`records` with their images' bytes in two parquet files, as the hub ships them."""
-    import pyarrow
-    from pyarrow import parquet
-
-    full = [
-        {**record, "image": {"bytes": image.read_bytes(), "path": image.name}}
-        for record, image in zip(records, images, strict=True)
-    ]
-    (directory / "data").mkdir(parents=True)
-    for i, part in enumerate((full[:1], full[1:])):
-        path = directory / "data" / f"{split}-{i:05d}-of-00002.parquet"
-        parquet.write_table(pyarrow.Table.from_pylist(part), path)
+    for turn in range(rounds):
+        length = (0, 1, 2, 5, 20, 300)[turn % 6]
+        texts = [rng.choice(STARTS) + "".join(rng.choices(ALPHABET, k=length)) for _ in rows]
+        for row, text in zip(rows, texts, strict=True):
+            assert 0.0 <= benchmarks.get(name).score(text, row) <= 1.0
+        assert 0.0 <= score(name, rows, texts)["error"] <= 1.0
 
 
 def same_but_for_the_image(rows, hub_rows, directory):

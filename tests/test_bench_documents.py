@@ -3,8 +3,10 @@
 import json
 import random
 
+import native_files
 import pytest
-from native_files import asked, fuzz, png, score, write_json, write_parquet
+from bench import asked, fuzz, score
+from native_files import DOCUMENTS, embedded, png, write_json, write_parquet
 
 from vlm_jax import benchmarks
 from vlm_jax.benchmarks import chartqa, docvqa, levenshtein
@@ -46,15 +48,7 @@ def test_relaxed_accuracy_allows_a_twentieth_of_the_gold_number(text, gold, expe
 
 @pytest.fixture
 def charts(tmp_path):
-    """Flat, as one puts them: two JSON files and the folder of images."""
-    human = [
-        {"imgname": "1.png", "query": "How many?", "label": "14"},
-        {"imgname": "1.png", "query": "Is it?", "label": "Yes"},
-    ]
-    augmented = [{"imgname": "2.png", "query": "Share?", "label": "20%"}]
-    write_json(tmp_path / "test_human.json", human)
-    write_json(tmp_path / "test_augmented.json", augmented)
-    return tmp_path
+    return native_files.chartqa(tmp_path)
 
 
 def test_chartqa_counts_rows_in_each_split(charts):
@@ -74,7 +68,7 @@ def test_chartqa_is_the_mean_of_all_questions_and_names_both_splits(charts):
 
 def test_chartqa_reads_the_hubs_parquet_and_one_file_alone(charts):
     records = [
-        {"type": f"{split}_test", "question": q, "answer": "14", "image": {"bytes": png(), "path": None}}
+        {"type": f"{split}_test", "question": q, "answer": "14", "image": embedded()}
         for split, q in [("human", "a"), ("augmented", "b"), ("human", "c")]
     ]  # fmt: skip
     write_parquet(charts / "hub" / "data" / "test-00000-of-00001.parquet", records)
@@ -137,14 +131,8 @@ def test_the_shortcut_for_unequal_lengths_changes_no_score():
         assert docvqa.anls(a, [b]) == (full if full >= 0.5 else 0.0)
 
 
-DOCUMENT = [
-    {"questionId": 11, "question": "What?", "image": "documents/a_1.png", "answers": ["The Cat", "cat"], "docId": 1},
-    {"questionId": 12, "question": "When?", "image": "documents/a_1.png", "answers": ["1999"], "docId": 1},
-]  # fmt: skip
-
-
 def test_docvqa_takes_validation_before_test_and_averages_anls(tmp_path):
-    hidden = [{k: v for k, v in record.items() if k != "answers"} for record in DOCUMENT]
+    hidden = [{k: v for k, v in record.items() if k != "answers"} for record in DOCUMENTS]
     write_json(tmp_path / "test_v1.0.json", {"dataset_name": "docvqa", "data": hidden})
     test = benchmarks.get("docvqa").rows(tmp_path)
     assert [row["answer"] for row in test] == [None, None]
@@ -153,8 +141,7 @@ def test_docvqa_takes_validation_before_test_and_averages_anls(tmp_path):
         {"questionId": 11, "answer": "a"},
         {"questionId": 12, "answer": "b\u00e9"},
     ]
-    write_json(tmp_path / "val_v1.0_withQT.json", {"dataset_name": "docvqa", "data": DOCUMENT})
-    rows = benchmarks.get("docvqa").rows(tmp_path)
+    rows = benchmarks.get("docvqa").rows(native_files.docvqa(tmp_path))
     assert [(row["id"], row["image"]) for row in rows] == [
         ("11", "documents/a_1.png"),
         ("12", "documents/a_1.png"),
@@ -162,15 +149,13 @@ def test_docvqa_takes_validation_before_test_and_averages_anls(tmp_path):
     assert asked(rows[0]) == "What?\nAnswer the question using a single word or phrase."
     assert score("docvqa", rows, ["cat", "1998"])["score"] == 0.875
     fuzz("docvqa", rows)
-    write_json(tmp_path / "val_v1.0.json", {"data": DOCUMENT})
+    write_json(tmp_path / "val_v1.0.json", {"data": DOCUMENTS})
     with pytest.raises(ConfigError, match=r"holds val_v1.0.json, val_v1.0_withQT.json; name the"):
         benchmarks.get("docvqa").rows(tmp_path)
 
 
 def test_infovqa_finds_its_images_in_the_archives_folder(tmp_path):
-    record = {"questionId": 65718, "question": "Who?", "image_local_name": "2.jpeg", "answers": ["Ann"]}  # fmt: skip
-    write_json(tmp_path / "infographicsVQA_val_v1.0_withQT.json", {"data": [record]})
-    rows = benchmarks.get("infovqa").rows(tmp_path)
+    rows = benchmarks.get("infovqa").rows(native_files.infovqa(tmp_path))
     assert rows[0]["image"] == "infographicsvqa_images/2.jpeg"
     assert score("infovqa", rows, ["Anna"])["score"] == 0.75
     (upload,) = benchmarks.submission("infovqa", rows, [("65718", "Ann")])
@@ -182,11 +167,11 @@ def test_infovqa_finds_its_images_in_the_archives_folder(tmp_path):
     [
         ({"questions": []}, 'does not hold a list "data"'),
         ({"data": [3]}, "row 0 is a int, not an object"),
-        ({"data": [{**DOCUMENT[0], "answers": []}]}, "row 0: 'answers' is empty"),
-        ({"data": [{**DOCUMENT[0], "answers": [["x"]]}]}, "must be a list of strings"),
-        ({"data": [{**DOCUMENT[0], "question": None}]}, "row 0 has no 'question'"),
-        ({"data": [{**DOCUMENT[0], "image": 3}]}, "must be an image or its path, got 3"),
-        ({"data": [DOCUMENT[0], DOCUMENT[0]]}, "two questions with id '11'"),
+        ({"data": [{**DOCUMENTS[0], "answers": []}]}, "row 0: 'answers' is empty"),
+        ({"data": [{**DOCUMENTS[0], "answers": [["x"]]}]}, "must be a list of strings"),
+        ({"data": [{**DOCUMENTS[0], "question": None}]}, "row 0 has no 'question'"),
+        ({"data": [{**DOCUMENTS[0], "image": 3}]}, "must be an image or its path, got 3"),
+        ({"data": [DOCUMENTS[0], DOCUMENTS[0]]}, "two questions with id '11'"),
         ({"data": []}, "holds no question"),
     ],
 )

@@ -2,8 +2,10 @@
 
 import json
 
+import native_files
 import pytest
-from native_files import asked, fuzz, png, score, write_json, write_parquet
+from bench import asked, fuzz, score
+from native_files import embedded, png, write_parquet
 
 from vlm_jax import benchmarks
 from vlm_jax.benchmarks import ocrbench
@@ -34,16 +36,7 @@ def test_ocrbench_looks_for_a_gold_answer_in_the_answer(dataset, text, golds, ex
 
 
 def test_ocrbench_asks_the_bare_question_and_scores_by_type(tmp_path):
-    names = [
-        ("IIIT5K", "Regular Text Recognition", "JOINT"),
-        ("FUNSD", "Key Information Extraction", ["1", "2"]),
-    ]
-    records = [
-        {"dataset_name": d, "type": t, "question": " What? \n", "answers": a, "image_path": f"{d}/1.png"}
-        for d, t, a in [*names, names[0]]
-    ]  # fmt: skip
-    write_json(tmp_path / "OCRBench.json", records)
-    rows = benchmarks.get("ocrbench").rows(tmp_path)
+    rows = benchmarks.get("ocrbench").rows(native_files.ocrbench(tmp_path))
     assert [row["id"] for row in rows] == ["0", "1", "2"]
     assert (asked(rows[0]), rows[0]["image"]) == ("What?", "OCRBench_Images/IIIT5K/1.png")
     result = score("ocrbench", rows, ["joint", "3", "no"])
@@ -55,7 +48,7 @@ def test_ocrbench_asks_the_bare_question_and_scores_by_type(tmp_path):
 def test_ocrbench_reads_the_hubs_parquet(tmp_path):
     record = {
         "dataset": "HME100k", "question_type": "Handwritten", "question": "Q", "answer": ["x y"],
-        "image": {"bytes": png(2), "path": None},
+        "image": embedded(2),
     }  # fmt: skip
     write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", [record])
     rows = benchmarks.get("ocrbench").rows(tmp_path)
@@ -64,12 +57,7 @@ def test_ocrbench_reads_the_hubs_parquet(tmp_path):
 
 
 def test_mmvet_writes_the_answers_that_its_judge_reads(tmp_path):
-    questions = {
-        f"v1_{i}": {"imagename": f"v1_{i}.png", "question": f"Q{i}", "answer": "x"}
-        for i in range(2)
-    }
-    write_json(tmp_path / "mm-vet.json", questions)
-    rows = benchmarks.get("mmvet").rows(tmp_path)
+    rows = benchmarks.get("mmvet").rows(native_files.mmvet(tmp_path))
     assert [(row["id"], row["image"], asked(row)) for row in rows] == [
         ("v1_0", "images/v1_0.png", "Q0"),
         ("v1_1", "images/v1_1.png", "Q1"),
@@ -82,9 +70,7 @@ def test_mmvet_writes_the_answers_that_its_judge_reads(tmp_path):
 
 
 def test_llava_bench_writes_the_answers_that_its_judge_reads(tmp_path):
-    lines = [{"question_id": i, "image": "001.jpg", "text": f"Q{i}", "category": "conv"} for i in range(2)]  # fmt: skip
-    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    rows = benchmarks.get("llava_bench").rows(tmp_path)
+    rows = benchmarks.get("llava_bench").rows(native_files.llava_bench(tmp_path))
     assert [(row["id"], row["image"], asked(row)) for row in rows] == [
         ("0", "images/001.jpg", "Q0"),
         ("1", "images/001.jpg", "Q1"),

@@ -4,42 +4,24 @@ import io
 import re
 import zipfile
 
+import native_files
 import pytest
-from native_files import asked, base64_png, fuzz, png, score, write_parquet, write_tsv
+from bench import asked, fuzz, score
+from native_files import MMBENCH_COLUMNS as COLUMNS
+from native_files import MMBENCH_LINES as LINES
+from native_files import embedded, png, write_parquet, write_tsv
 
 from vlm_jax import benchmarks
 from vlm_jax.benchmarks import mmbench
 from vlm_jax.config import ConfigError
 
-COLUMNS = (
-    "index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "source", "l2-category", "comment",
-    "split",
-)  # fmt: skip
 OPTIONS = {"A": "red cat", "B": "blue dog", "C": "a tree", "D": "none of these"}
-
-
-def line(index, question, options, answer, category="color", image=None, hint="nan"):
-    cells = [*options, *[""] * (4 - len(options))]
-    image = base64_png() if image is None else image
-    return [
-        index, question, hint, *cells, answer, category, image, "coco", f"{category}_l2", "", "dev",
-    ]  # fmt: skip
-
-
-LINES = [
-    line(7, 'Which "one"?', ["x", "y", "z"], "A", hint="Look\nwell."),
-    line(8, "Two?", ["left", "right"], "B", category="place", image=base64_png(9)),
-    line(1_000_007, 'Which "one"?', ["z", "x", "y"], "B"),
-    line(2_000_007, 'Which "one"?', ["y", "z", "x"], "C", image="7"),
-    line(1_000_008, "Two?", ["right", "left"], "A", category="place", image=base64_png(9)),
-]
 
 
 @pytest.fixture
 def english(tmp_path):
-    write_tsv(tmp_path / "mmbench_dev_20230712.tsv", COLUMNS, LINES)
-    write_tsv(tmp_path / "mmbench_dev_cn_20231003.tsv", COLUMNS, LINES[:2])
-    return tmp_path
+    native_files.mmbench_cn(tmp_path)
+    return native_files.mmbench(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +86,7 @@ def test_the_hubs_parquet_gives_the_same_rows(english):
     records = [dict(zip(names, one, strict=True)) for one in LINES]
     for record in records:
         record["index"] = int(record["index"])
-        record["image"] = {"bytes": png(9 if record["category"] == "place" else 0), "path": None}
+        record["image"] = embedded(9 if record["category"] == "place" else 0)
         record |= {letter: record[letter] or None for letter in "ABCD"}
     write_parquet(english / "hub" / "en" / "dev-00000-of-00001.parquet", records)
     found = benchmarks.get("mmbench").rows(english / "hub")

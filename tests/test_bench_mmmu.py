@@ -2,8 +2,11 @@
 
 import json
 
+import native_files
 import pytest
-from native_files import asked, fuzz, png, score, write_json, write_parquet
+from bench import asked, fuzz, score
+from native_files import mmmu_record as record
+from native_files import png, write_json, write_parquet
 
 from vlm_jax import benchmarks
 from vlm_jax.benchmarks import mmmu
@@ -78,23 +81,9 @@ def test_an_open_answer_must_hold_a_gold_text_or_number(text, golds, expected):
     assert mmmu.score(text, {"type": "open", "answer": golds}) == expected
 
 
-def record(name, answer, question="See <image 1>. Which?", options="['x', \"it's\"]", images=1):
-    filled = {f"image_{k}": {"bytes": png(k), "path": f"{k}.png"} for k in range(1, images + 1)}
-    empty = {f"image_{k}": None for k in range(images + 1, 8)}
-    kind = "open" if options == "[]" else "multiple-choice"
-    return {
-        "id": name, "question": question, "options": options, "answer": answer, "question_type": kind, **filled, **empty,
-    }  # fmt: skip
-
-
 @pytest.fixture
 def folder(tmp_path):
-    """Two subjects, each in its own folder as on the hub."""
-    art = [record("validation_Art_Theory_1", "B"), record("validation_Art_Theory_2", "A", images=2)]
-    math = [record("validation_Math_9", "['24/7', '3.429']", "How many <image 1>?", "[]")]
-    write_parquet(tmp_path / "Art_Theory" / "validation-00000-of-00001.parquet", art)
-    write_parquet(tmp_path / "Math" / "validation-00000-of-00001.parquet", math)
-    return tmp_path
+    return native_files.mmmu(tmp_path)
 
 
 def test_rows_keep_the_images_in_order_and_the_marks_in_the_question(folder):

@@ -1,7 +1,10 @@
 """AI2D, SEED-Bench and MathVista: questions with options or numbers, by hand."""
 
+import native_files
 import pytest
-from native_files import asked, fuzz, png, score, write_json, write_parquet
+from bench import asked, fuzz, score
+from native_files import diagram, embedded, png, seed_question, write_json, write_parquet
+from native_files import math_problem as problem
 
 from vlm_jax import benchmarks
 from vlm_jax.benchmarks import ai2d, mathvista, seed
@@ -22,16 +25,13 @@ def test_ai2d_takes_the_letter_whatever_its_case_and_punctuation(text, expected)
     assert ai2d.score(text, {"answer": "B"}) == expected
 
 
-def diagram(**change):
-    record = {"question": "What?", "options": ["a root", "a leaf", "3", "d"], "answer": "1"}
-    return record | {"image": {"bytes": png(), "path": "1.png"}} | change
-
-
 def test_ai2d_reads_all_shards_in_order_and_counts_rows(tmp_path):
-    write_parquet(tmp_path / "data" / "test-00001-of-00002.parquet", [diagram(answer="3")])
+    native_files.ai2d(tmp_path)
+    first = tmp_path / "data" / "test-00000-of-00002.parquet"
+    aside = first.rename(tmp_path / "aside")
     with pytest.raises(ConfigError, match=r"data holds 1 of the 2 files test-\*.parquet"):
         benchmarks.get("ai2d").rows(tmp_path)
-    write_parquet(tmp_path / "data" / "test-00000-of-00002.parquet", [diagram(), diagram()])
+    aside.rename(first)
     rows = benchmarks.get("ai2d").rows(tmp_path)
     assert [(row["id"], row["answer"]) for row in rows] == [("0", "B"), ("1", "B"), ("2", "D")]
     assert asked(rows[0]) == f"What?\nA. a root\nB. a leaf\nC. 3\nD. d\n{LETTER}"
@@ -58,22 +58,8 @@ def test_seed_reads_the_first_character(text, expected):
     assert seed.score(text, {"answer": "C"}) == expected
 
 
-def seed_question(number, answer="A", kind="image", dimension=1, **change):
-    record = {
-        "question_id": str(number), "question": "What?", "choice_a": "w", "choice_b": "x", "choice_c": "y",
-        "choice_d": "z", "answer": answer, "data_type": kind, "data_id": f"{number}_0", "question_type_id": dimension,
-    }  # fmt: skip
-    return record | change
-
-
 def test_seed_asks_about_images_alone_and_names_the_dimensions(tmp_path):
-    questions = [
-        seed_question(101), seed_question(102, kind="video", dimension=10), seed_question(103, "D", dimension=2),
-        seed_question(104, "B"),
-    ]  # fmt: skip
-    names = {"Scene Understanding": 1, "Instance Identity": 2, "Action Recognition": 10}
-    write_json(tmp_path / "SEED-Bench.json", {"question_type": names, "questions": questions})
-    rows = benchmarks.get("seed").rows(tmp_path)
+    rows = benchmarks.get("seed").rows(native_files.seed(tmp_path))
     assert [row["id"] for row in rows] == ["101", "103", "104"]
     assert rows[0]["image"] == "SEED-Bench-image/101_0"
     assert asked(rows[0]) == f"What?\nA. w\nB. x\nC. y\nD. z\n{LETTER}"
@@ -84,7 +70,7 @@ def test_seed_asks_about_images_alone_and_names_the_dimensions(tmp_path):
 
 
 def test_seed_reads_the_hubs_parquet_and_names_a_bad_answer(tmp_path):
-    image = [{"bytes": png(3), "path": None}]
+    image = [embedded(3)]
     write_parquet(tmp_path / "data" / "test-0.parquet", [seed_question(101, image=image)])
     (row,) = benchmarks.get("seed").rows(tmp_path)
     assert (row["image"], row["dimension"]) == (png(3), "1")
@@ -96,6 +82,7 @@ def test_seed_reads_the_hubs_parquet_and_names_a_bad_answer(tmp_path):
 CHOICE = {"options": {"A": "3/11", "B": "8/11", "C": "8 cm"}, "answer_type": "text", "precision": 0}
 INTEGER = {"options": {}, "answer_type": "integer", "precision": 0}
 FLOAT = {"options": {}, "answer_type": "float", "precision": 2}
+SWAPPED = {"options": {"A": "B", "B": "A"}, "answer_type": "text", "precision": 0}
 LIST = {"options": {}, "answer_type": "list", "precision": 0}
 
 
@@ -105,6 +92,8 @@ LIST = {"options": {}, "answer_type": "list", "precision": 0}
         (CHOICE, "8/11", "8/11"),
         (CHOICE, "(b) 3/11", "8/11"),  # the letter in brackets decides
         (CHOICE, "C", "8 cm"),
+        (SWAPPED, "A", "B"),  # a letter is the option's, not its text
+        (SWAPPED, "(b)", "A"),
         (CHOICE, "c", "8 cm"),  # no letter: the nearest option, 3 edits
         (CHOICE, "9 cm", "8 cm"),
         (
@@ -131,30 +120,14 @@ def test_a_mathvista_answer_is_normalised_as_the_official_script_does(kind, text
     assert mathvista.normalise(text, kind) == expected
 
 
-def problem(pid, answer, **change):
-    record = {
-        "pid": pid, "question": "How many?", "choices": None, "unit": None, "precision": None, "answer": answer,
-        "question_type": "free_form", "answer_type": "integer", "image": f"images/{pid}.jpg", "query": f"Q{pid}",
-        "metadata": {"task": "figure question answering", "context": "bar chart"},
-    }  # fmt: skip
-    return record | change
-
-
 def test_mathvista_asks_the_files_query_and_scores_by_task(tmp_path):
-    problems = {
-        "1": problem("1", "1.20", answer_type="float", precision=2.0),
-        "2": problem("2", "x", question_type="multi_choice", answer_type="text", choices=["x", "y"]),
-        "3": problem("3", "7", metadata={"task": "geometry", "context": "bar chart"}),
-    }  # fmt: skip
-    problems["1"]["answer"] = "1.2"
-    write_json(tmp_path / "testmini.json", problems)
-    rows = benchmarks.get("mathvista").rows(tmp_path)
-    assert [(row["id"], asked(row)) for row in rows] == [("1", "Q1"), ("2", "Q2"), ("3", "Q3")]
+    rows = benchmarks.get("mathvista").rows(native_files.mathvista(tmp_path))
+    assert [(row["id"], asked(row)) for row in rows] == [(i, f"Q{i}") for i in "1234"]
     assert rows[0]["image"] == "images/1.jpg"
-    result = score("mathvista", rows, ["1.2", "B", "7"])
-    assert result["score"] == pytest.approx(2 / 3)
+    result = score("mathvista", rows, ["1.2", "B", "7", "B"])
+    assert result["score"] == pytest.approx(3 / 4)
     assert result["details"] == {
-        "bar chart": pytest.approx(2 / 3), "figure question answering": 0.5, "geometry": 1.0,
+        "bar chart": 0.75, "figure question answering": pytest.approx(2 / 3), "geometry": 1.0,
     }  # fmt: skip
     fuzz("mathvista", rows)
 
@@ -186,7 +159,7 @@ def test_a_problem_without_a_query_is_asked_as_mathvista_builds_it(tmp_path, cha
 
 
 def test_mathvista_reads_the_hubs_parquet_and_knows_hidden_answers(tmp_path):
-    image = {"bytes": png(5), "path": None}
+    image = embedded(5)
     record = problem("9", "", decoded_image=image, choices=["a"])
     write_parquet(tmp_path / "data" / "testmini-00000-of-00001-x.parquet", [record])
     (row,) = benchmarks.get("mathvista").rows(tmp_path)

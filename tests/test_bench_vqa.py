@@ -3,7 +3,9 @@
 import json
 
 import bench
+import native_files
 import pytest
+from native_files import golds
 
 from vlm_jax import benchmarks
 from vlm_jax.benchmarks import vqa
@@ -70,11 +72,6 @@ def test_agreement_is_the_mean_over_the_ten_ways_to_leave_one_human_out(humans, 
     assert vqa.agreement("x", golds) == expected
 
 
-def golds(*groups):
-    """("a", 3), ("b", 7) -> ten answers."""
-    return [text for text, count in groups for _ in range(count)]
-
-
 MIXED = golds(("a red cat", 2), ("Red-cat", 3), ("dog", 4), ("1,000", 1))
 
 
@@ -118,49 +115,27 @@ def test_textvqa_normalises_golds_and_answer_alike(text, answers, expected):
     assert vqa.normalised_accuracy(text, {"answer": answers}) == expected
 
 
-def humans(*groups):
-    return [{"answer": a, "answer_confidence": "yes", "answer_id": i} for i, a in enumerate(golds(*groups), 1)]  # fmt: skip
-
-
 @pytest.fixture
 def vqav2_dir(tmp_path):
-    def questions(split, start):
-        asked = [
-            {"image_id": 42 + i, "question": f"What is {i}?", "question_id": start + i}
-            for i in range(3)
-        ]
-        path = tmp_path / f"v2_OpenEnded_mscoco_{split}_questions.json"
-        path.write_text(json.dumps({"info": {}, "questions": asked}))
-        return path
-
-    questions("val2014", 42000)
-    answers = [
-        {"question_id": 42000, "answers": humans(("yes", 10)), "answer_type": "yes/no"},
-        {"question_id": 42002, "answers": humans(("2", 7), ("3", 3)), "answer_type": "number"},
-        {"question_id": 42001, "answers": humans(("no", 10)), "answer_type": "yes/no"},
-    ]
-    (tmp_path / "v2_mscoco_val2014_annotations.json").write_text(
-        json.dumps({"annotations": answers})
-    )
-    bench.picture(tmp_path / "val2014" / "COCO_val2014_000000000042.jpg")
-    return tmp_path
+    return native_files.vqav2(tmp_path)
 
 
 def test_vqav2_reads_questions_with_their_ten_answers(vqav2_dir):
     rows = benchmarks.get("vqav2").rows(vqav2_dir)
     assert [row["id"] for row in rows] == ["42000", "42001", "42002"]
-    assert bench.asked(rows[1]) == "<image>\nWhat is 1?" + SHORT
+    assert bench.asked(rows[1]) == "What is 1?" + SHORT
     assert rows[0]["image"] == "val2014/COCO_val2014_000000000042.jpg"
     assert (vqav2_dir / rows[0]["image"]).is_file()
     assert rows[2]["answer"] == ["2"] * 7 + ["3"] * 3
 
 
 def test_vqav2_scores_by_answer_type(vqav2_dir):
-    result = bench.score("vqav2", vqav2_dir, {"42000": "Yes", "42001": "yes", "42002": "three"})
+    rows = benchmarks.get("vqav2").rows(vqav2_dir)
+    result = bench.score("vqav2", rows, ["Yes", "yes", "three"])
     assert result["score"] == pytest.approx((1.0 + 0.0 + 0.9) / 3)
     assert result["details"] == {"number": pytest.approx(0.9), "yes/no": 0.5}
     assert result["n"] == 3
-    bench.check_random_answers("vqav2", vqav2_dir)
+    bench.fuzz("vqav2", rows)
 
 
 def test_vqav2_test_split_is_uploaded_and_not_scored(vqav2_dir):
@@ -207,43 +182,25 @@ def test_vqav2_faults_are_named(vqav2_dir):
 
 @pytest.fixture
 def vizwiz_dir(tmp_path):
-    def record(i, kind, *groups):
-        name = f"VizWiz_val_{i:08d}.jpg"
-        bench.picture(tmp_path / "val" / name)
-        answers = [{"answer": a, "answer_confidence": "maybe"} for a in golds(*groups)]
-        return {
-            "image": name, "question": "What is this?", "answers": answers, "answer_type": kind, "answerable": 1,
-        }  # fmt: skip
-
-    records = [
-        record(0, "unanswerable", ("unanswerable", 8), ("unsuitable", 2)),
-        record(1, "other", ("soup can", 1), ("can", 3), ("tin", 6)),
-        record(2, "other", ("basil", 10)),
-    ]
-    (tmp_path / "val.json").write_text(json.dumps(records))
-    return tmp_path
+    return native_files.vizwiz(tmp_path)
 
 
 def test_vizwiz_asks_with_the_way_out(vizwiz_dir):
     rows = benchmarks.get("vizwiz").rows(vizwiz_dir)
     assert [row["id"] for row in rows] == [f"VizWiz_val_0000000{i}.jpg" for i in range(3)]
     assert bench.asked(rows[0]) == (
-        "<image>\nWhat is this?\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+        "What is this?\nWhen the provided information is insufficient, respond with 'Unanswerable'."
         + SHORT
     )
     assert (vizwiz_dir / rows[0]["image"]).is_file()
 
 
 def test_vizwiz_validation_is_scored_here(vizwiz_dir):
-    texts = {
-        "VizWiz_val_00000000.jpg": "Unanswerable",
-        "VizWiz_val_00000001.jpg": "a can",
-        "VizWiz_val_00000002.jpg": "soap",
-    }
-    result = bench.score("vizwiz", vizwiz_dir, texts)
+    rows = benchmarks.get("vizwiz").rows(vizwiz_dir)
+    result = bench.score("vizwiz", rows, ["Unanswerable", "a can", "soap"])
     assert result["score"] == pytest.approx((1.0 + 0.9 + 0.0) / 3)
     assert result["details"] == {"other": pytest.approx(0.45), "unanswerable": 1.0}
-    bench.check_random_answers("vizwiz", vizwiz_dir)
+    bench.fuzz("vizwiz", rows)
 
 
 def test_vizwiz_test_is_uploaded(vizwiz_dir):
@@ -263,35 +220,17 @@ def test_vizwiz_test_is_uploaded(vizwiz_dir):
 
 @pytest.fixture
 def textvqa_dir(tmp_path):
-    def record(i, image, *groups):
-        return {
-            "question_id": 34602 + i, "image_id": image, "question": "what brand is it?", "answers": golds(*groups),
-        }  # fmt: skip
-
-    records = [
-        record(0, "003a", ("nous les gosses", 4), ("dakota", 6)),
-        record(1, "003a", ("dakota digital", 3), ("Dakota", 7)),
-        record(2, "3af0", ("4", 10)),
-    ]
-    (tmp_path / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": records}))
-    seen = [
-        {"image_id": "003a", "ocr_tokens": ["DAKOTA", "DIGITAL"], "ocr_info": []},
-        {"image_id": "3af0", "ocr_tokens": []},
-    ]
-    (tmp_path / "TextVQA_Rosetta_OCR_v0.2_val.json").write_text(json.dumps({"data": seen}))
-    for name in ("003a", "3af0"):
-        bench.picture(tmp_path / "train_images" / f"{name}.jpg")
-    return tmp_path
+    return native_files.textvqa(tmp_path)
 
 
 def test_the_two_variants_of_textvqa_differ_by_the_line_of_tokens(textvqa_dir):
     alone = benchmarks.get("textvqa").rows(textvqa_dir)
     helped = benchmarks.get("textvqa_ocr").rows(textvqa_dir)
     assert [row["id"] for row in alone] == ["34602", "34603", "34604"]
-    assert bench.asked(alone[0]) == "<image>\nwhat brand is it?" + SHORT
+    assert bench.asked(alone[0]) == "what brand is it?" + SHORT
     line = "\nReference OCR token: "
-    assert bench.asked(helped[1]) == f"<image>\nwhat brand is it?{line}DAKOTA, DIGITAL{SHORT}"
-    assert bench.asked(helped[2]) == f"<image>\nwhat brand is it?{line}{SHORT}"
+    assert bench.asked(helped[1]) == f"what brand is it?{line}DAKOTA, DIGITAL{SHORT}"
+    assert bench.asked(helped[2]) == f"what brand is it?{line}{SHORT}"
     assert (textvqa_dir / alone[2]["image"]).is_file()
     same = ("id", "image", "answer")
     assert [[row[k] for k in same] for row in alone] == [[row[k] for k in same] for row in helped]
@@ -299,10 +238,10 @@ def test_the_two_variants_of_textvqa_differ_by_the_line_of_tokens(textvqa_dir):
 
 @pytest.mark.parametrize("name", ["textvqa", "textvqa_ocr"])
 def test_textvqa_scores_agreement(textvqa_dir, name):
-    texts = {"34602": "Nous les gosses", "34603": "dakota digital.", "34604": "five"}
-    result = bench.score(name, textvqa_dir, texts)
+    rows = benchmarks.get(name).rows(textvqa_dir)
+    result = bench.score(name, rows, ["Nous les gosses", "dakota digital.", "five"])
     assert result["score"] == pytest.approx((1.0 + 0.9 + 0.0) / 3)
-    bench.check_random_answers(name, textvqa_dir)
+    bench.fuzz(name, rows)
 
 
 def test_textvqa_with_tokens_needs_the_tokens_of_every_image(textvqa_dir):
@@ -320,7 +259,7 @@ def test_textvqa_with_tokens_needs_the_tokens_of_every_image(textvqa_dir):
 def test_llava_question_file_gives_the_same_tokens(textvqa_dir):
     rows = benchmarks.get("textvqa_ocr").rows(textvqa_dir)
     lines = [
-        {"question_id": row["image"][13:-4], "image": row["image"], "text": bench.asked(row)[8:]}
+        {"question_id": row["image"][13:-4], "image": row["image"], "text": bench.asked(row)}
         for row in rows
     ]
     file = textvqa_dir / "llava_textvqa_val_v051_ocr.jsonl"
@@ -336,15 +275,9 @@ def test_llava_question_file_gives_the_same_tokens(textvqa_dir):
 
 
 def test_a_question_file_of_llava_is_answered_in_its_answer_file(tmp_path):
-    lines = [
-        {"question_id": "count/1.png", "image": "count/1.png", "text": "Two?", "category": "count"},
-        {"question_id": "count/1.png", "image": "count/1.png", "text": "Three?"},
-        {"question_id": 7, "text": "Why?"},
-    ]
-    (tmp_path / "llava_mme.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-    rows = benchmarks.get("llava_questions").rows(tmp_path)
+    rows = benchmarks.get("llava_questions").rows(native_files.llava_questions(tmp_path))
     assert [row["id"] for row in rows] == ["count/1.png", "count/1.png#1", "7"]
-    assert [bench.asked(row) for row in rows] == ["<image>\nTwo?", "<image>\nThree?", "Why?"]
+    assert [bench.asked(row) for row in rows] == ["Two?", "Three?", "Why?"]
     answers = [("7", "so"), ("count/1.png#1", "No"), ("count/1.png", "Yes")]
     uploads = benchmarks.submission("llava_questions", rows, answers)
     written = [json.loads(line) for line in uploads["answers.jsonl"].splitlines()]
@@ -372,5 +305,7 @@ def test_textvqa_of_the_hub_is_the_same_questions(textvqa_dir, tmp_path, name):
         for row, seen in zip(rows, tokens, strict=True)
     ]  # fmt: skip
     hub = tmp_path / "hub"
-    bench.write_shards(hub, "validation", records, [textvqa_dir / row["image"] for row in rows])
+    native_files.write_shards(
+        hub, "validation", records, [textvqa_dir / row["image"] for row in rows]
+    )
     assert bench.same_but_for_the_image(rows, benchmarks.get(name).rows(hub), textvqa_dir)

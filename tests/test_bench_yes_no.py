@@ -1,16 +1,15 @@
 """POPE and MME: native files, yes and no as their evaluators read them, points worked out by hand."""
 
-import json
-
 import bench
+import native_files
 import pytest
+from native_files import MME_QUESTION, POPE_LABELS, mme_task
 
 from vlm_jax import benchmarks
 from vlm_jax.benchmarks import mme, pope
 from vlm_jax.config import ConfigError
 
-# Per split: the labels, and what is answered.
-LABELS = {"random": "yynn", "popular": "yynn", "adversarial": "ynnn"}
+# Per split of native_files.pope.
 ANSWERS = {
     "random": ["Yes", "yes.", "No, it is not", "no"],  # all right
     "popular": ["Yes", "no", "Yes", "No"],  # one hit, one miss, one false alarm
@@ -20,17 +19,7 @@ ANSWERS = {
 
 @pytest.fixture
 def pope_dir(tmp_path):
-    for split, labels in LABELS.items():
-        lines = [
-            {"question_id": i, "image": f"COCO_val2014_{i}.jpg", "text": "Is there a cat in the image?",
-             "label": {"y": "yes", "n": "no"}[label]}
-            for i, label in enumerate(labels, start=1)
-        ]  # fmt: skip
-        text = "\n".join(map(json.dumps, lines)) + "\n"
-        (tmp_path / f"coco_pope_{split}.json").write_text(text)
-    for i in range(1, 5):
-        bench.picture(tmp_path / "val2014" / f"COCO_val2014_{i}.jpg")
-    return tmp_path
+    return native_files.pope(tmp_path)
 
 
 def test_pope_reads_its_three_splits(pope_dir):
@@ -39,7 +28,7 @@ def test_pope_reads_its_three_splits(pope_dir):
         "random/1", "random/2", "random/3", "random/4", "popular/1",
     ]  # fmt: skip
     assert bench.asked(rows[0]) == (
-        "<image>\nIs there a cat in the image?\nAnswer the question using a single word or phrase."
+        "Is there a cat in the image?\nAnswer the question using a single word or phrase."
     )
     assert len(rows) == 12 and (pope_dir / rows[11]["image"]).is_file()
     one = benchmarks.get("pope").rows(pope_dir / "coco_pope_popular.json")
@@ -59,8 +48,8 @@ def test_pope_reads_the_first_sentence_as_its_evaluator_does(text, expected):
 
 
 def test_pope_scores_the_mean_f1_and_tells_the_yes_ratio_of_the_answers(pope_dir):
-    texts = {f"{s}/{i + 1}": text for s in ANSWERS for i, text in enumerate(ANSWERS[s])}
-    result = bench.score("pope", pope_dir, texts)
+    rows = benchmarks.get("pope").rows(pope_dir)
+    result = bench.score("pope", rows, [text for split in ANSWERS for text in ANSWERS[split]])
     assert result["score"] == pytest.approx((1.0 + 0.5 + 0.0) / 3)
     assert (result["error"], result["n"]) == (pytest.approx(0.5), 12)
     expected = {
@@ -74,13 +63,13 @@ def test_pope_scores_the_mean_f1_and_tells_the_yes_ratio_of_the_answers(pope_dir
         for split, values in expected.items()
         for name, value in zip(names, values, strict=True)
     }
-    bench.check_random_answers("pope", pope_dir)
+    bench.fuzz("pope", rows)
 
 
 def test_pope_f1_weighs_misses_and_false_alarms(pope_dir):
     """Always yes on the adversarial split: one hit, three false alarms, so F1 = 2 / (2 + 3)."""
     file = pope_dir / "coco_pope_adversarial.json"
-    result = bench.score("pope", file, {f"adversarial/{i}": "yes" for i in range(1, 5)})
+    result = bench.score("pope", benchmarks.get("pope").rows(file), ["yes"] * 4)
     assert result["score"] == pytest.approx(0.4)
     details = {name.split(".")[1]: value for name, value in result["details"].items()}
     assert details == {
@@ -99,25 +88,9 @@ def test_pope_wants_every_split_and_good_labels(pope_dir):
         benchmarks.get("pope").rows(pope_dir)
 
 
-QUESTION = "Is there a {} here? Please answer yes or no."
-
-
-def write_task(directory, task, stem, split=False, suffix=".png"):
-    texts = directory / task / "questions_answers_YN" if split else directory / task
-    bench.picture((directory / task / "images" if split else texts) / f"{stem}{suffix}")
-    texts.mkdir(parents=True, exist_ok=True)
-    lines = [QUESTION.format("cat") + "\tYes", QUESTION.format("dog") + "\tNo"]
-    (texts / f"{stem}.txt").write_text("\n".join(lines) + "\n")
-
-
 @pytest.fixture
 def mme_dir(tmp_path):
-    """Two images of `count` in one folder, one of `posters` in two folders, one of a cognition task."""
-    write_task(tmp_path, "count", "0001")
-    write_task(tmp_path, "count", "0002")
-    write_task(tmp_path, "posters", "tt01", split=True, suffix=".jpg")
-    write_task(tmp_path, "code_reasoning", "0001")
-    return tmp_path
+    return native_files.mme(tmp_path)
 
 
 def test_mme_reads_both_layouts_of_a_task(mme_dir):
@@ -127,7 +100,7 @@ def test_mme_reads_both_layouts_of_a_task(mme_dir):
         "posters/tt01.jpg/1", "code_reasoning/0001.png/0", "code_reasoning/0001.png/1",
     ]  # fmt: skip
     assert bench.asked(rows[0]) == (
-        "<image>\nIs there a cat here?\nAnswer the question using a single word or phrase."
+        "Is there a cat here?\nAnswer the question using a single word or phrase."
     )
     assert [row["answer"] for row in rows[:2]] == ["yes", "no"]
     assert all((mme_dir / row["image"]).is_file() for row in rows)
@@ -146,13 +119,14 @@ def test_mme_looks_at_the_first_four_characters(text, expected):
 
 
 def test_mme_points_are_questions_and_whole_images(mme_dir):
-    texts = {
-        "count/0001.png/0": "Yes", "count/0001.png/1": "No",  # both right
-        "count/0002.png/0": "Yes", "count/0002.png/1": "Yes",  # one right
-        "posters/tt01.jpg/0": "maybe", "posters/tt01.jpg/1": "no",  # one right, one other
-        "code_reasoning/0001.png/0": "yes, it is", "code_reasoning/0001.png/1": "No.",  # both right
-    }  # fmt: skip
-    result = bench.score("mme", mme_dir, texts)
+    texts = [
+        "Yes", "No",  # count/0001: both right
+        "Yes", "Yes",  # count/0002: one right
+        "maybe", "no",  # posters: one right, one other
+        "yes, it is", "No.",  # code_reasoning: both right
+    ]  # fmt: skip
+    rows = benchmarks.get("mme").rows(mme_dir)
+    result = bench.score("mme", rows, texts)
     # count: 75 + 50; posters: 50 + 0; code_reasoning: 100 + 100
     assert result["details"] == {
         "perception": 175.0, "cognition": 200.0, "perception_score": 175 / 2000, "tasks": 3,
@@ -161,15 +135,15 @@ def test_mme_points_are_questions_and_whole_images(mme_dir):
     }  # fmt: skip
     assert result["score"] == pytest.approx(375 / 2800)
     assert (result["error"], result["n"]) == (pytest.approx(1 - 375 / 2800), 8)
-    bench.check_random_answers("mme", mme_dir)
+    bench.fuzz("mme", rows)
 
 
 def test_mme_with_every_task_right_has_all_points(tmp_path):
     for task in mme.PERCEPTION + mme.COGNITION:
-        write_task(tmp_path / "MME_Benchmark_release_version", task, "1")
+        mme_task(tmp_path / "MME_Benchmark_release_version", task, "1")
     rows = benchmarks.get("mme").rows(tmp_path)
     assert len(rows) == 28 and (tmp_path / rows[0]["image"]).is_file()
-    result = bench.score("mme", tmp_path, {row["id"]: row["answer"] for row in rows})
+    result = bench.score("mme", rows, [row["answer"] for row in rows])
     assert (result["score"], result["error"]) == (1.0, 0.0)
     assert (result["details"]["perception"], result["details"]["cognition"]) == (2000.0, 800.0)
 
@@ -204,17 +178,17 @@ def test_pope_and_mme_of_the_hub_are_the_same_questions(pope_dir, mme_dir, tmp_p
         for row in rows
     ]  # fmt: skip
     hub = tmp_path / "hub_pope"
-    bench.write_shards(hub, "test", records, [pope_dir / row["image"] for row in rows])
+    native_files.write_shards(hub, "test", records, [pope_dir / row["image"] for row in rows])
     hub_rows = benchmarks.get("pope").rows(hub)
     assert bench.same_but_for_the_image(rows, hub_rows, pope_dir)
     rows = benchmarks.get("mme").rows(mme_dir)
     records = [
-        {"question_id": row["id"][:-2], "question": QUESTION.format(("cat", "dog")[i % 2]), "category": row["task"],
+        {"question_id": row["id"][:-2], "question": MME_QUESTION.format(("cat", "dog")[i % 2]), "category": row["task"],
          "answer": row["answer"].title()}
         for i, row in enumerate(rows)
     ]  # fmt: skip
     hub = tmp_path / "hub_mme"
-    bench.write_shards(hub, "test", records, [mme_dir / row["image"] for row in rows])
+    native_files.write_shards(hub, "test", records, [mme_dir / row["image"] for row in rows])
     hub_rows = benchmarks.get("mme").rows(hub)
     assert bench.same_but_for_the_image(rows, hub_rows, mme_dir)
     (hub / "data" / "test-00001-of-00002.parquet").unlink()
@@ -228,7 +202,7 @@ def test_pope_and_mme_of_the_hub_are_the_same_questions(pope_dir, mme_dir, tmp_p
 def test_pope_finds_its_images_beside_the_folder_of_its_files(pope_dir):
     coco = pope_dir / "coco"
     coco.mkdir()
-    for split in LABELS:
+    for split in POPE_LABELS:
         (pope_dir / f"coco_pope_{split}.json").rename(coco / f"coco_pope_{split}.json")
     (row, *_) = benchmarks.get("pope").rows(coco)
     assert row["image"] == "../val2014/COCO_val2014_1.jpg" and (coco / row["image"]).is_file()

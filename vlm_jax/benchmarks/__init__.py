@@ -4,6 +4,9 @@ A benchmark reads its native files into rows, scores one answer, and reduces the
 whose last message is the question, {"id", "image"?, "conversations", "answer"}; image paths are relative to the
 annotations directory. To add one: a file with its functions, a line in BENCHMARKS, a test with hand-worked cases.
 
+A row of a closed question also has "replies", a tuple of the texts to choose from as the model would write them ("A", "B",
+.. or "Yes", "No"): each is scored like any other answer, the gold one 1 and the others 0. An open question has no such key.
+
 Where the gold answers are hidden (a server scores), "answer" is None in every row and `submission` writes the upload.
 """
 

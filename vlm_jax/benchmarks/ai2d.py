@@ -35,12 +35,13 @@ def _row(located: tabular.Located, number: int) -> Row:
             f"{located[0]}: 'answer' must be an index 0..{len(options) - 1}, got {answer!r:.60}."
         )
     text = prompts.with_options(tabular.text(located, "question"), options) + prompts.LETTER
+    letters = tuple(prompts.lettered(options))
     return {
         "id": str(number),
         "image": tabular.image(located, "image"),
         "conversations": prompts.ask(text),
-        "answer": prompts.LETTERS[int(answer)],
-        "options": prompts.lettered(options),
+        "answer": letters[int(answer)],
+        "replies": letters,
     }
 
 

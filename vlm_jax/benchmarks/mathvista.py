@@ -52,7 +52,7 @@ def _row(located: tabular.Located) -> Row:
     )
     hidden = record.get("answer") in (None, "")  # so in the test split
     metadata = record["metadata"] if isinstance(record.get("metadata"), dict) else {}
-    return {
+    row = {
         "id": tabular.text(located, "pid", "key"),
         "image": tabular.image(located, "decoded_image", "image"),
         "conversations": prompts.ask(query),
@@ -62,6 +62,7 @@ def _row(located: tabular.Located) -> Row:
         "precision": int(precision),
         "parts": [str(metadata[field]) for field in ("task", "context") if field in metadata],
     }
+    return row | ({"replies": tuple(row["options"])} if choices else {})
 
 
 def _query(
@@ -82,7 +83,7 @@ def _query(
 def normalise(text: str, row: Row) -> str | None:
     """The answer as MathVista compares it; None when it is no number where one is asked for.
 
-    Of options: the one named as "(B)", as "B" or by its whole text, else the nearest in edit distance. An integer is
+    Of options: the one named as "B", by its whole text or as "(B)", else the nearest in edit distance. An integer is
     cut, not rounded; a float is rounded to the question's precision.
     """
     text = text.strip()
@@ -99,6 +100,8 @@ def normalise(text: str, row: Row) -> str | None:
 
 
 def _option(text: str, options: Mapping[str, str]) -> str:
+    if text in options:  # first: options may be letters in another order, ("B", "A")
+        return options[text]
     if text in options.values():
         return text
     letters = re.findall(r"\(([a-zA-Z])\)", text)

@@ -109,6 +109,7 @@ def _row(located: tabular.Located, image: bytes, instruction: str) -> Row:
         "conversations": prompts.ask(text + instruction),
         "answer": answer,
         "options": options,
+        "replies": tuple(options),
         "question": int(index) % ROTATION,
         "category": tabular.optional(located, "category"),
         "l2": tabular.optional(located, "l2-category") or tabular.optional(located, "L2-category"),

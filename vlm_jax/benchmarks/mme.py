@@ -102,7 +102,9 @@ def _hub_rows(shards: Sequence[Path]) -> list[Row]:
 def _row(task: str, picture: str, number: int, image: str | bytes, question: str, gold: str) -> Row:
     asked = question.strip().replace(" Please answer yes or no.", "") + prompts.SHORT
     row_id = f"{task}/{picture}/{number}"
-    return native.row(row_id, image, asked, gold, task=task, picture=picture)
+    return native.row(
+        row_id, image, asked, gold, replies=prompts.YES_NO, task=task, picture=picture
+    )
 
 
 def parse(text: str) -> str:

@@ -63,7 +63,7 @@ def _row(located: tabular.Located) -> Row:
     images = [tabular.image(located, f) for f in fields if f in record and record[f] is not None]
     if not images:
         raise ConfigError(f"{where} has no image_1.")
-    return {
+    row = {
         "id": name,
         "image": images,
         "conversations": prompts.ask(text, len(images)),
@@ -72,6 +72,7 @@ def _row(located: tabular.Located) -> Row:
         "options": prompts.lettered(options),
         "subject": "_".join(name.split("_")[1:-1]) or name,  # validation_Art_Theory_3
     }
+    return row | ({"replies": tuple(row["options"])} if kind == TYPES[0] else {})
 
 
 def _strings(located: tabular.Located, name: str) -> list[str]:

@@ -69,7 +69,8 @@ def _row(
     if label not in ("yes", "no"):
         raise ConfigError(f"annotations: {where}: the label must be yes or no, got {label!r}.")
     row_id = f"{split}/{question_id}"
-    return native.row(row_id, image, question + prompts.SHORT, label, split=split)
+    question += prompts.SHORT
+    return native.row(row_id, image, question, label, replies=prompts.YES_NO, split=split)
 
 
 def parse(text: str) -> str:

@@ -11,6 +11,8 @@ LETTERS = string.ascii_uppercase
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 
+YES_NO = ("Yes", "No")  # the replies to a yes-or-no question that ends in SHORT
+
 
 def with_options(question: str, options: Sequence[str]) -> str:
     """The question, then one line "A. option" each."""

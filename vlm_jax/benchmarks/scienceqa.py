@@ -42,7 +42,8 @@ def rows(directory: str | Path) -> list[Row]:
         context = f"Context: {hint}\n" if hint else ""
         image = f"images/test/{pid}/{picture}" if picture else None
         asked = context + prompts.with_options(question, choices) + prompts.LETTER
-        found.append(native.row(str(pid), image, asked, LETTERS[answer], options=len(choices)))
+        letters = tuple(LETTERS[: len(choices)])
+        found.append(native.row(str(pid), image, asked, letters[answer], replies=letters))
     return native.distinct(found, splits)
 
 

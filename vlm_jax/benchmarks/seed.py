@@ -57,7 +57,7 @@ def _row(located: tabular.Located, names: Mapping[str, str]) -> Row:
         "image": image,
         "conversations": prompts.ask(text),
         "answer": answer,
-        "options": prompts.lettered(options),
+        "replies": tuple(prompts.lettered(options)),
         "dimension": names.get(dimension, dimension),
     }
 

@@ -1,0 +1,64 @@
+"""What holds for every benchmark, over the tiny native files of native_files.FIXTURES."""
+
+import bench
+import pytest
+from native_files import FIXTURES
+
+from vlm_jax import benchmarks
+from vlm_jax.data import images
+
+REPLIES = ("scienceqa", "mmbench", "mmbench_cn", "seed", "ai2d", "mmmu", "mathvista", "pope", "mme")
+LETTERS = ("A", "B", "C", "D", "E")
+
+
+def test_every_benchmark_has_a_fixture():
+    assert set(FIXTURES) == set(benchmarks.BENCHMARKS)
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_a_row_is_one_that_the_pipeline_takes_and_its_pictures_decode(tmp_path, name):
+    rows = benchmarks.get(name).rows(FIXTURES[name](tmp_path))
+    pictures = 0
+    for row in rows:
+        assert bench.asked(row)
+        for image in images_of(row):
+            source = str(tmp_path / image) if isinstance(image, str) else image
+            assert images.load(source, 4, "pad", (0.0, 0.0, 0.0), 100).shape == (4, 4, 3)
+            pictures += 1
+    assert rows and pictures
+
+
+def images_of(row):
+    image = row.get("image", [])
+    return image if isinstance(image, list) else [image]
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_of_the_replies_of_a_closed_question_only_the_gold_one_scores(tmp_path, name):
+    closed = 0
+    for row in benchmarks.get(name).rows(FIXTURES[name](tmp_path)):
+        if "replies" not in row:
+            continue
+        closed += 1
+        replies = row["replies"]
+        assert replies in (("Yes", "No"), *(LETTERS[:n] for n in range(2, 6)))
+        scores = [benchmarks.get(name).score(reply, row) for reply in replies]
+        assert sorted(scores) == [0.0] * (len(replies) - 1) + [1.0]
+        assert gold_reply(row) == replies[scores.index(1.0)]
+        options = [line for line in bench.asked(row).split("\n") if line[1:3] == ". "]
+        if options:
+            assert [line[0] for line in options] == list(replies)
+    assert bool(closed) == (name in REPLIES)
+
+
+def gold_reply(row):
+    """From the row alone: the letter, the letter of the option's text, or yes and no with a capital."""
+    gold = row["answer"][0] if isinstance(row["answer"], list) else row["answer"]
+    by_text = {option: letter for letter, option in row["options"].items()} if "options" in row else {}  # fmt: skip
+    return by_text[gold] if gold in by_text else gold.title()
+
+
+@pytest.mark.parametrize(("name", "open_ones"), [("mmmu", 1), ("mathvista", 2)])
+def test_open_questions_have_no_replies(tmp_path, name, open_ones):
+    rows = benchmarks.get(name).rows(FIXTURES[name](tmp_path))
+    assert sum("replies" not in row for row in rows) == open_ones
