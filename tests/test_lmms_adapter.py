@@ -272,5 +272,5 @@ def test_the_command_of_lmms_eval_measures_what_our_evaluation_measures(world, o
     measured = json.loads(results.read_text())["results"]["tiny_colours"]["exact,none"]
     assert measured == pytest.approx(sum(right) / 14) and measured > 0
     lines = [json.loads(line) for line in samples.read_text().splitlines()]
-    found = [line["filtered_resps"][0] for line in sorted(lines, key=lambda line: line["doc_id"])]
+    found = [line["filtered_resps"] for line in sorted(lines, key=lambda line: line["doc_id"])]
     assert found == [texts[row["id"]] for row in rows]
