@@ -31,5 +31,6 @@ setup(
         ],
     },
     entry_points={"console_scripts": [f"vlm-jax-{name} = vlm_jax.{name}:main" for name in ENTRY_POINTS]
-                  + [f"vlm-jax-{name} = vlm_jax.laws.{name}:main" for name in ("fit", "plan")]},
+                  + [f"vlm-jax-{name} = vlm_jax.laws.{name}:main" for name in ("fit", "plan")],
+                  "lmms_eval.models": ["vlm_jax = vlm_jax.lmms_eval:manifest"]},
 )  # fmt: skip

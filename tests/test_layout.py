@@ -44,6 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "hf": {"config"},
     "generate": {"models", "config"},
     "answer": {"*"},
+    "lmms_eval": {"*"},
     "laws": {"config", "cli", "presets", "compressors", "chips"},
     "train": {"*", "train"},
     "evaluate": {"*", "evaluate"},

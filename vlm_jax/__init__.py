@@ -7,6 +7,7 @@ training      loop  step  losses  optim  adapters (LoRA)  sharding  features (a 
 keeping it    checkpoint  guard (NaN)  interrupt (SIGTERM)  disk  telemetry
 data          data/ (images, chat, tokenizer, sources, pipeline, sampling, packing)  miniworld/ (the embedded benchmark)
 evaluation    generate  answer (a checkpoint that answers questions)  benchmarks/ (rows, score, reduce)
+              lmms_eval (a model of that harness)
 the law       laws/ (table, flops, fit, plan, plot, report)
 """
 
