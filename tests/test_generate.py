@@ -1,5 +1,6 @@
 """Generation: the loop against a plain recomputing twin; padding, neighbours, mesh and shapes change no answer."""
 
+import dataclasses
 import functools
 
 import jax
@@ -110,6 +111,120 @@ def test_answers_in_a_mixed_batch_equal_those_alone():
     )
     for row, length in zip(together, PROMPT_LENGTHS, strict=True):
         assert row.tolist() == answer(prompt(length, length))[0].tolist()
+
+
+def cut(inputs, count):
+    """Prompts without their first `count` tokens; positions go on counting them."""
+    kept = {"tokens", "visual_index", "positions", "segments"}
+    return inputs._replace(**{name: getattr(inputs, name)[:, count:] for name in kept})
+
+
+def test_a_shared_prefix_changes_no_answer():
+    """Prompts that begin with the same six tokens; the prefix is read once, the rows hold the rest, left-padded."""
+    config, params = model()
+    generator = make_generate(config, GREEDY)
+    prefix = np.array([[1, 7, 9, 4, 11, 23]], np.int32)
+    whole = []
+    for length in PROMPT_LENGTHS:
+        rest = prompt(length, length)
+        gap = ((0, 0), (6, 0))
+        whole.append(
+            rest._replace(
+                tokens=np.concatenate([prefix, rest.tokens], axis=1),
+                visual_index=np.pad(rest.visual_index, gap, constant_values=-1),
+                positions=np.arange(length + 6, dtype=np.int32)[None],
+                segments=np.zeros((1, length + 6), np.int32),
+            )
+        )
+    rows = stacked([cut(one, 6) for one in whole], max(PROMPT_LENGTHS))
+    seeds = jnp.zeros(len(whole), jnp.int32)
+    shared = generator(params, rows, seeds, generator.prefix(params, prefix))
+    assert len({tuple(row) for row in shared.tolist()}) == len(whole)
+    for row, one in zip(shared, whole, strict=True):
+        assert row.tolist() == answer(one)[0].tolist()
+    other = generator(params, rows, seeds, generator.prefix(params, prefix[:, ::-1]))
+    assert not np.array_equal(shared, other)
+
+
+def test_a_window_shuts_out_a_shared_prefix_too():
+    """With a window of 3 the last of 9 tokens sees nothing of a prefix of 6, two layers see four tokens back."""
+    config, params = model()
+    config = dataclasses.replace(config, lm=dataclasses.replace(config.lm, sliding_window=3))
+    generator = make_generate(config, GREEDY)
+    one = prompt(9, 9)
+    seen = one._replace(positions=one.positions + 6)
+    prefixes = [generator.prefix(params, np.full((1, 6), token)) for token in (4, 5)]
+    said = [generator(params, seen, jnp.zeros(1, jnp.int32), prefix) for prefix in prefixes]
+    assert np.array_equal(*said)
+
+
+REPLIES = [[[5, 6], [7]], [[8, 9, 10], [11, EOS], [12]], [[13]], [[14, EOS], [15, EOS]]]
+
+
+def with_replies(inputs, replies, slots):
+    """The last `slots` columns hold a row's replies, numbered 1, 2, ..."""
+    last = int(inputs.positions[0, -1])
+    tokens, segments, positions = [], [], []
+    for number, ids in enumerate(replies, start=1):
+        tokens += ids
+        segments += [number] * len(ids)
+        positions += range(last + 1, last + 1 + len(ids))
+    gap = [0] * (slots - len(tokens))
+    filled = (
+        (inputs.tokens, tokens + gap), (inputs.visual_index, [-1] * slots), (inputs.positions, positions + gap),
+        (inputs.segments, segments + [-1] * len(gap)),
+    )  # fmt: skip
+    joined = [np.concatenate([old, np.array([new], np.int32)], axis=1) for old, new in filled]
+    names = ("tokens", "visual_index", "positions", "segments")
+    return inputs._replace(**dict(zip(names, joined, strict=True)))
+
+
+def likelihood(inputs, reply):
+    """Log-probability of a reply to one unpadded prompt, by a plain forward pass over both."""
+    config, params = model()
+    told = with_replies(inputs, [reply], len(reply))._replace(
+        segments=np.zeros((1, inputs.tokens.shape[1] + len(reply)), np.int32)
+    )
+    told = jax.tree.map(jnp.asarray, told)
+    logits = jax.nn.log_softmax(VLM(config).apply({"params": params}, told))[0]
+    first = inputs.tokens.shape[1] - 1
+    return sum(float(logits[first + i, token]) for i, token in enumerate(reply))
+
+
+def test_replies_in_one_pass_are_as_likely_as_each_alone():
+    config, params = model()
+    prompts = [prompt(length, length) for length in PROMPT_LENGTHS]
+    rows = [
+        with_replies(padded(one, max(PROMPT_LENGTHS)), replies, 6)
+        for one, replies in zip(prompts, REPLIES, strict=True)
+    ]
+    together = Inputs(
+        *(
+            None if column[0] is None else np.concatenate(column)
+            for column in zip(*rows, strict=True)
+        )
+    )
+    generator = make_generate(config, GREEDY)
+    found = np.asarray(generator.replies(params, together, None, slots=6, count=3))
+    assert found.shape == (4, 3) and len(set(found[found < 0])) == 8
+    for row, one, replies in zip(found, prompts, REPLIES, strict=True):
+        wanted = [likelihood(one, reply) for reply in replies]
+        np.testing.assert_allclose(row[: len(replies)], wanted, rtol=2e-5)
+        assert (row[len(replies) :] == 0).all()
+
+
+def test_replies_behind_a_shared_prefix_are_as_likely_as_behind_whole_prompts():
+    config, params = model()
+    generator = make_generate(config, GREEDY)
+    one = prompt(12, 12)
+    one = one._replace(  # the image stands behind the six tokens that are shared
+        tokens=np.roll(one.tokens, 6), visual_index=np.roll(one.visual_index, 6)
+    )
+    told = with_replies(one, REPLIES[1], 6)
+    whole = generator.replies(params, told, None, slots=6, count=3)
+    prefix = generator.prefix(params, one.tokens[:, :6])
+    shared = generator.replies(params, cut(told, 6), prefix, slots=6, count=3)
+    np.testing.assert_allclose(shared, whole, rtol=2e-5)
 
 
 def test_more_padding_changes_no_answer():

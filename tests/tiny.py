@@ -5,6 +5,7 @@ have no picture) and `tokenizer/`, one token per word. `config(directory)` is an
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -43,8 +44,8 @@ WORDS = [
 ]
 
 
-def write(directory: Path) -> Path:
-    """Writes the folder and returns its path."""
+def write(directory: Path, words: Sequence[str] = ()) -> Path:
+    """Writes the folder and returns its path; with `words` the data also say each of them."""
     (directory / "images").mkdir(parents=True)
     records = []
     for i, (name, rgb) in enumerate(COLOURS.items()):
@@ -53,9 +54,9 @@ def write(directory: Path) -> Path:
         if i % 2:
             turns += ["Is it bright ?", "Yes" if sum(rgb) > 300 else "No"]
         records.append(record(name, turns, f"images/{name}.png"))
-    records += [record("hello", ["Say hello", "hello"]), record("one", ["Say one", "one"])]
+    records += [record(word, [f"Say {word}", word]) for word in ("hello", "one", *words)]
     (directory / "data.json").write_text(json.dumps(records))
-    write_tokenizer(directory / "tokenizer")
+    write_tokenizer(directory / "tokenizer", words)
     return directory
 
 
@@ -64,9 +65,9 @@ def record(name: str, turns: list[str], image: str = "") -> dict:
     return {"id": name, **({"image": image} if image else {}), "conversations": said}
 
 
-def write_tokenizer(directory: Path) -> None:
+def write_tokenizer(directory: Path, words: Sequence[str] = ()) -> None:
     directory.mkdir()
-    vocabulary = {word: i for i, word in enumerate([*WORDS, *COLOURS])}
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*WORDS, *COLOURS, *words]))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.add_special_tokens(["<pad>", "<unk>", "<s>", "</s>"])
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

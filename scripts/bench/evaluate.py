@@ -1,0 +1,244 @@
+#!/usr/bin/env python3
+"""Questions per second of the harness, beside a plain transformers loop on the same model, questions and machine.
+
+scripts/bench/evaluate.py [--questions 96] [--batch 16] [--rounds 3] [--new 16] [--width 128] [--layers 4]
+
+Writes a LLaVA of random weights (24 x 24 patches of 336 pixels) in both formats, questions of several lengths and 640 x 480
+JPEG pictures. Then, in one process and in turns, all questions are answered greedily by
+
+    ours          answer.Answerer.ask, what `vlm_jax.evaluate` calls: pictures from the files, texts out
+    ours, replies answer.Answerer.likelihoods of "Yes" and "No" instead of an answer
+    plain         batches in file order: PIL, processor, generate, batch_decode
+    one by one    the same with a batch of 1, as LLaVA's own evaluation scripts do
+
+for V = 576 (no compressor) and V = 1 (the mean of all patches, in torch a projector that takes the mean first). Loading and
+compiling are outside the times; the first pass, with compilation, is printed beside them. "equal" is the share of
+questions whose texts are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+WORDS = "what is the colour of small large animal on table to left right behind in front person car dog cat red blue".split()
+ENDING = "Answer the question using a single word or phrase."
+
+
+def write_data(folder: Path, count: int) -> list[dict[str, Any]]:
+    """Pictures, a tokenizer and LLaVA records with questions of 5 to 40 words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    rng = np.random.default_rng(0)
+    (folder / "images").mkdir(parents=True)
+    rows = []
+    for i in range(count):
+        coarse = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        picture = Image.fromarray(coarse).resize((640, 480), Image.Resampling.BICUBIC)
+        picture.save(folder / "images" / f"{i}.jpg", quality=90)
+        question = " ".join(rng.choice(WORDS, rng.integers(5, 41)))
+        said = {"from": "human", "value": f"<image>\n{question} ? {ENDING}"}
+        rows.append({"id": str(i), "image": f"images/{i}.jpg", "conversations": [said], "replies": ("Yes", "No")})  # fmt: skip
+    marks = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
+    frame = "A chat between curious user and an artificial intelligence assistant gives helpful detailed polite answers".split()
+    known = [
+        *marks,
+        *WORDS,
+        *ENDING.replace(".", "").split(),
+        *frame,
+        *"USER ASSISTANT : . , ? ' s Yes No".split(),
+    ]
+    known += [f"w{i}" for i in range(1000 - len(dict.fromkeys(known)))]
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(known))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.add_special_tokens(marks)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
+    )
+    tokenizer.decoder = decoders.WordPiece(prefix="##")  # words with spaces between them
+    (folder / "tokenizer").mkdir()
+    tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>",
+        "unk_token": "<unk>", "add_bos_token": True,
+    }  # fmt: skip
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
+    return rows
+
+
+def write_run(
+    folder: Path, data: Path, compressor: dict[str, Any], width: int, layers: int
+) -> Path:
+    """A workdir of ours with random weights, large enough that answers depend on the question."""
+    import jax
+    from flax import linen as nn
+
+    from configs import default
+    from vlm_jax import experiment
+    from vlm_jax.checkpoint import save_params
+    from vlm_jax.models.vlm import init_params
+
+    c = default.get_config()
+    tower = {"width": width, "num_layers": layers, "num_heads": width // 32, "dtype": "float32"}
+    c.model.vit.preset = "clip-l-336"
+    c.model.vit.update(tower | {"mlp_width": 4 * width})
+    c.model.compressor.update({"taps": (), "dtype": "float32"} | compressor)
+    c.model.lm.preset = "vicuna-7b"
+    c.model.lm.update(
+        tower | {"vocab_size": 1000, "num_kv_heads": width // 32, "head_dim": 32, "mlp_width": 3 * width, "remat": "none"}
+    )  # fmt: skip
+    c.data.update({"tokenizer": str(data / "tokenizer"), "max_tokens": 1024})
+    exp = experiment.resolve(c)
+    folder.mkdir()
+    params = nn.unbox(jax.jit(init_params, static_argnums=0)(exp.model, jax.random.key(0)))
+    save_params(folder, jax.tree.map(lambda x: 4.0 * x if x.ndim > 1 else x, params))
+    experiment.write(exp, folder)
+    return folder
+
+
+def ours(
+    run: Path, data: Path, rows: Sequence[dict], batch: int, new: int, replies: bool
+) -> Callable:
+    from vlm_jax.answer import Answerer
+    from vlm_jax.run_config import MeshConfig
+
+    answerer = Answerer(str(run), MeshConfig(), "", new, 0.0, 1.0, 0)
+    ask = answerer.likelihoods if replies else answerer.ask
+
+    def go() -> dict[str, Any]:
+        return {i: said for told in ask(rows, str(data), batch) for i, said in told}
+
+    return go
+
+
+def plain(
+    model_dir: Path, data: Path, rows: Sequence[dict], batch: int, new: int, pooled: bool
+) -> Callable:
+    """The loop that one writes with transformers."""
+    import torch
+    import transformers
+
+    processor = transformers.AutoProcessor.from_pretrained(model_dir, backend="pil")
+    processor.tokenizer.padding_side = "left"
+    model = transformers.AutoModelForImageTextToText.from_pretrained(model_dir).eval()
+    if pooled:
+        projector = model.model.multi_modal_projector
+        project = projector.forward
+        projector.forward = lambda features: project(features.mean(dim=1, keepdim=True))
+        processor.patch_size, processor.num_additional_image_tokens = 336, 0  # one place per image
+        processor.vision_feature_select_strategy = "full"
+    texts = {}
+    for row in rows:
+        words = row["conversations"][0]["value"].removeprefix("<image>\n")
+        content = [{"type": "image"}, {"type": "text", "text": words}]
+        texts[row["id"]] = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+
+    def go() -> dict[str, str]:
+        found = {}
+        for at in range(0, len(rows), batch):
+            part = rows[at : at + batch]
+            images = [Image.open(data / row["image"]).convert("RGB") for row in part]
+            inputs = processor(images=images, text=[texts[row["id"]] for row in part], padding=True, return_tensors="pt")  # fmt: skip
+            with torch.inference_mode():
+                tokens = model.generate(**inputs, do_sample=False, max_new_tokens=new)
+            said = tokens[:, inputs["input_ids"].shape[1] :]
+            said = processor.batch_decode(said, skip_special_tokens=True)
+            found |= {row["id"]: text.strip() for row, text in zip(part, said, strict=True)}
+        return found
+
+    return go
+
+
+def timed(go: Callable) -> tuple[float, dict[str, Any]]:
+    start = time.perf_counter()
+    found = go()
+    return time.perf_counter() - start, found
+
+
+def compare(loops: dict[str, Callable], rounds: int, count: int) -> None:
+    first, said = {}, {}
+    for name, go in loops.items():
+        first[name], said[name] = timed(go)
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    for _ in range(rounds):
+        for name, go in loops.items():
+            seconds[name].append(timed(go)[0])
+    middle = {name: statistics.median(times) for name, times in seconds.items()}
+    equal = np.mean([said["ours"][i] == said["plain"][i] for i in said["ours"]])
+    for name, value in middle.items():
+        print(
+            f"  {name:14} {count / value:8.2f} questions/s ({min(seconds[name]):.2f}-{max(seconds[name]):.2f} s; first pass"
+            f" {first[name]:.2f} s)   ours / this {value / middle['ours']:.2f}"
+        )
+    print(f"  equal texts of ours and plain: {equal:.1%}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    for name, value in (
+        ("questions", 96),
+        ("batch", 16),
+        ("rounds", 3),
+        ("new", 16),
+        ("width", 128),
+        ("layers", 4),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    args = parser.parse_args()
+    import jax
+    import torch
+    import transformers
+
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; jax {jax.__version__} on "
+        f"{jax.default_backend()}; torch {torch.__version__}, {torch.get_num_threads()} threads; transformers "
+        f"{transformers.__version__}; {args.questions} questions, batch {args.batch}, {args.new} new tokens, width "
+        f"{args.width}, {args.layers} layers", flush=True,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        rows = write_data(root / "data", args.questions)
+        shape = (args.width, args.layers)
+        whole = write_run(root / "whole", root / "data", {"name": "identity"}, *shape)
+        mean = write_run(root / "mean", root / "data", {"name": "pool", "stride": 24}, *shape)
+        convert = [
+            sys.executable,
+            ROOT / "scripts" / "convert_hf.py",
+            whole,
+            root / "hf",
+            "--standalone",
+        ]
+        subprocess.run(convert, check=True, capture_output=True)
+        for tokens, run in ((1, mean), (576, whole)):
+            mine = (run, root / "data", rows)
+            theirs = (root / "hf", root / "data", rows)
+            loops = {
+                "ours": ours(*mine, args.batch, args.new, replies=False),
+                "ours, replies": ours(*mine, args.batch, args.new, replies=True),
+                "plain": plain(*theirs, args.batch, args.new, pooled=tokens == 1),
+                "one by one": plain(*theirs, 1, args.new, pooled=tokens == 1),
+            }
+            print(f"V = {tokens}")
+            compare(loops, args.rounds, args.questions)
+
+
+if __name__ == "__main__":
+    main()
