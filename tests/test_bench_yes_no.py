@@ -81,7 +81,7 @@ def test_pope_wants_every_split_and_good_labels(pope_dir):
     file = pope_dir / "coco_pope_random.json"
     with file.open("a") as out:
         out.write('{"question_id": 9, "image": "a.jpg", "text": "?", "label": "maybe"}\n')
-    with pytest.raises(ConfigError, match=r"coco_pope_random.json record 4: the label must be yes"):
+    with pytest.raises(ConfigError, match=r"coco_pope_random.json row 4: 'label' must be yes"):
         benchmarks.get("pope").rows(pope_dir)
     file.unlink()
     with pytest.raises(ConfigError, match=r"holds no coco_pope_random\.json"):
@@ -158,10 +158,10 @@ def test_mme_image_with_one_question_answered_is_not_whole(mme_dir):
 def test_mme_names_a_file_that_is_wrong(mme_dir):
     text = mme_dir / "count" / "0001.txt"
     text.write_text("Is it? Please answer yes or no.\tYes\n")
-    with pytest.raises(ConfigError, match=r"0001.txt must hold two questions, not 1"):
+    with pytest.raises(ConfigError, match=r"0001.txt: must hold two questions, not 1"):
         benchmarks.get("mme").rows(mme_dir)
     text.write_text("Is it?\tYes\nIs it not? No\n")
-    with pytest.raises(ConfigError, match=r"0001.txt line 2 must be question<TAB>Yes or No"):
+    with pytest.raises(ConfigError, match=r"0001.txt line 2: must be question<TAB>Yes or No"):
         benchmarks.get("mme").rows(mme_dir)
     (mme_dir / "count" / "0001.png").unlink()
     with pytest.raises(ConfigError, match=r"0001.txt needs one image of that name"):
@@ -192,10 +192,10 @@ def test_pope_and_mme_of_the_hub_are_the_same_questions(pope_dir, mme_dir, tmp_p
     hub_rows = benchmarks.get("mme").rows(hub)
     assert bench.same_but_for_the_image(rows, hub_rows, mme_dir)
     (hub / "data" / "test-00001-of-00002.parquet").unlink()
-    with pytest.raises(ConfigError, match="add the other shards"):
+    with pytest.raises(ConfigError, match="add the others"):
         benchmarks.get("mme").rows(hub)
     (hub / "data" / "test-00000-of-00002.parquet").write_bytes(b"PAR1 not")
-    with pytest.raises(ConfigError, match=r"test-00000-of-00002\.parquet is not parquet"):
+    with pytest.raises(ConfigError, match=r"test-00000-of-00002\.parquet: is not valid parquet"):
         benchmarks.get("mme").rows(hub / "data" / "test-00000-of-00002.parquet")
 
 

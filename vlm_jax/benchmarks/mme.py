@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.benchmarks import native, prompts
-from vlm_jax.benchmarks.native import Row
+from vlm_jax.benchmarks import files, prompts, records
+from vlm_jax.benchmarks.records import Image, Row
 from vlm_jax.config import ConfigError
 
 PERCEPTION = (
@@ -38,9 +38,9 @@ def rows(annotations: str | Path) -> list[Row]:
         for task in PERCEPTION + COGNITION
         if (base / root / task).is_dir()
     ]
-    shards = native.shards(base, "test")
-    if shards and not tasks:
-        return _hub_rows(shards)
+    shards = [] if tasks else files.matches("mme", base, *files.shards("test"))
+    if shards:
+        return records.distinct(_hub_rows(shards), f"mme: {base}")
     if not tasks:
         raise ConfigError(
             f"mme: {base} holds no task folder; give the directory of existence, count, ..."
@@ -50,7 +50,7 @@ def rows(annotations: str | Path) -> list[Row]:
         if root != tasks[0][0]:
             raise ConfigError(f"mme: {base} holds tasks in {tasks[0][0]} and {root}; keep one.")
         found += _task_rows(base, Path(root) / task, task)
-    return native.distinct(found, base)
+    return records.distinct(found, f"mme: {base}")
 
 
 def _task_rows(base: Path, place: Path, task: str) -> list[Row]:
@@ -66,18 +66,17 @@ def _task_rows(base: Path, place: Path, task: str) -> list[Row]:
         images = named[path.stem]
         if len(images) != 1:
             raise ConfigError(
-                f"annotations: {path} needs one image of that name in {base / pictures}, found {len(images)}."
+                f"mme: {path} needs one image of that name in {base / pictures}, found {len(images)}; keep one."
             )
-        lines = [line for line in native.read_text(path).split("\n") if line.strip()]
+        lines = [line for line in files.text("mme", path).split("\n") if line.strip()]
         if len(lines) != 2:
-            raise ConfigError(f"annotations: {path} must hold two questions, not {len(lines)}.")
+            raise records.fault(f"mme: {path}", f"must hold two questions, not {len(lines)}")
         for number, line in enumerate(lines):
             question, _, answer = line.strip().rpartition("\t")
             gold = answer.strip().lower()
             if not question or gold not in ("yes", "no"):
-                raise ConfigError(
-                    f"annotations: {path} line {number + 1} must be question<TAB>Yes or No, got {line!r:.60}."
-                )
+                reason = f"must be question<TAB>Yes or No, got {line!r:.60}"
+                raise records.fault(f"mme: {path} line {number + 1}", reason)
             seen = (pictures / images[0]).as_posix()
             found.append(_row(task, images[0], number, seen, question, gold))
     return found
@@ -85,26 +84,21 @@ def _task_rows(base: Path, place: Path, task: str) -> list[Row]:
 
 def _hub_rows(shards: Sequence[Path]) -> list[Row]:
     found, asked = [], collections.Counter()
-    for where, record in native.read_shards(shards):
-        name = native.field(record, "question_id", str, where)
+    for record in files.read("mme", shards):
+        name, question = record.text("question_id"), record.text("question")
         task, _, picture = name.rpartition("/")
-        gold = native.field(record, "answer", str, where).strip().lower()
-        question = native.field(record, "question", str, where)
+        gold = record.text("answer").strip().lower()
         if task not in PERCEPTION + COGNITION or gold not in ("yes", "no") or asked[name] == 2:
-            raise ConfigError(
-                f"annotations: {where}: {name!r} answered {gold!r} is not one of an image's two questions."
-            )
-        found.append(_row(task, picture, asked[name], record["image"], question, gold))
+            raise record.fault(f"{name!r}, {gold!r} is not one of a picture's two questions")
+        found.append(_row(task, picture, asked[name], record.image("image"), question, gold))
         asked[name] += 1
-    return native.distinct(found, shards[0].parent)
+    return found
 
 
-def _row(task: str, picture: str, number: int, image: str | bytes, question: str, gold: str) -> Row:
+def _row(task: str, picture: str, number: int, image: Image, question: str, gold: str) -> Row:
     asked = question.strip().replace(" Please answer yes or no.", "") + prompts.SHORT
-    row_id = f"{task}/{picture}/{number}"
-    return native.row(
-        row_id, image, asked, gold, replies=prompts.YES_NO, task=task, picture=picture
-    )
+    more = {"replies": prompts.YES_NO, "task": task, "picture": picture}
+    return records.row(f"{task}/{picture}/{number}", image, asked, gold, **more)
 
 
 def parse(text: str) -> str:
