@@ -126,6 +126,8 @@ def test_scienceqa_without_a_picture_has_no_score(scienceqa_dir):
     rows = [row for row in benchmarks.get("scienceqa").rows(scienceqa_dir) if "image" not in row]
     with pytest.raises(ConfigError, match="none of the 2 questions has a picture"):
         benchmarks.score_answers("scienceqa", rows, [("5", "B"), ("12", "B")])
+    with pytest.raises(ConfigError, match=r"none of the 2 questions .* ask more of them"):
+        benchmarks.check_scorable("scienceqa", rows)
 
 
 def test_scienceqa_names_a_problem_that_is_wrong(scienceqa_dir):

@@ -118,7 +118,7 @@ def test_mme_looks_at_the_first_four_characters(text, expected):
     assert mme.parse(text) == expected
 
 
-def test_mme_points_are_questions_and_whole_images(mme_dir):
+def test_mme_points_are_questions_and_whole_images(mme_dir, caplog):
     texts = [
         "Yes", "No",  # count/0001: both right
         "Yes", "Yes",  # count/0002: one right
@@ -134,11 +134,14 @@ def test_mme_points_are_questions_and_whole_images(mme_dir):
         "code_reasoning.acc": 1.0, "code_reasoning.acc_plus": 1.0,
     }  # fmt: skip
     assert result["score"] == pytest.approx(375 / 2800)
+    absent = set(mme.PERCEPTION + mme.COGNITION) - {"count", "posters", "code_reasoning"}
+    said = caplog.messages[0].removeprefix("mme: no answer in ").partition(":")[0]
+    assert set(said.split(", ")) == absent
     assert (result["error"], result["n"]) == (pytest.approx(1 - 375 / 2800), 8)
     bench.fuzz("mme", rows)
 
 
-def test_mme_with_every_task_right_has_all_points(tmp_path):
+def test_mme_with_every_task_right_has_all_points(tmp_path, caplog):
     for task in mme.PERCEPTION + mme.COGNITION:
         mme_task(tmp_path / "MME_Benchmark_release_version", task, "1")
     rows = benchmarks.get("mme").rows(tmp_path)
@@ -146,6 +149,7 @@ def test_mme_with_every_task_right_has_all_points(tmp_path):
     result = bench.score("mme", rows, [row["answer"] for row in rows])
     assert (result["score"], result["error"]) == (1.0, 0.0)
     assert (result["details"]["perception"], result["details"]["cognition"]) == (2000.0, 800.0)
+    assert not caplog.messages
 
 
 def test_mme_image_with_one_question_answered_is_not_whole(mme_dir):

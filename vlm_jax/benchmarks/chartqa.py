@@ -21,18 +21,23 @@ TOLERANCE = 0.05  # of the gold number: arXiv 2203.10244, section 5.1
 def rows(path: str | Path) -> list[Row]:
     """Ids "<human|augmented>/<row>", rows counted from 0 in each split; human questions first."""
     found = files.find("chartqa", path, "test_*.json", *files.shards("test"))
-    made: list[Row] = []
-    for split in SPLITS:
-        chosen = [f for f in found if f.suffix != ".json" or f.stem == f"test_{split}"]
-        if not chosen and Path(path).is_dir():
-            raise ConfigError(f"chartqa: {path} has no test_{split}.json; put both files there.")
-        asked = [
-            record
-            for record in files.read("chartqa", chosen)
-            if not record.has("type") or record.text("type") == f"{split}_test"
-        ]
-        made += [_row(record, split, number) for number, record in enumerate(asked)]
+    if found[0].suffix == ".parquet":
+        every = list(files.read("chartqa", found))
+        asked = {s: [r for r in every if r.text("type") == f"{s}_test"] for s in SPLITS}
+    else:
+        asked = {s: _split(Path(path), s) for s in SPLITS}
+    made = [_row(r, split, n) for split in SPLITS for n, r in enumerate(asked[split])]
     return records.distinct(made, f"chartqa: {path}")
+
+
+def _split(path: Path, split: str) -> list[Record]:
+    """Those of test_<split>.json; none where another file is named."""
+    file = path / f"test_{split}.json" if path.is_dir() else path
+    if file.stem != f"test_{split}":
+        return []
+    if not file.is_file():
+        raise ConfigError(f"chartqa: {path} has no {file.name}; put both files there.")
+    return list(files.read("chartqa", [file]))
 
 
 def _row(record: Record, split: str, number: int) -> Row:

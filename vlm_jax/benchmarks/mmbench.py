@@ -156,7 +156,7 @@ def reduce(scores: Sequence[float], rows: Sequence[Row]) -> dict[str, Any]:
     whole = {q: min(c) for q, c in circles.items() if len(c) == first[q]["rotations"]}
     if not whole:
         raise ConfigError(
-            f"mmbench: none of the {len(circles)} questions has all its rotations answered; answer more rows."
+            f"mmbench: none of the {len(circles)} questions has all its rotations answered; ask more rows (eval.limit)."
         )
     names = [(first[q]["category"], first[q]["l2"] and f"l2.{first[q]['l2']}") for q in whole]
     by_part = metrics.means(list(whole.values()), (filter(None, pair) for pair in names))

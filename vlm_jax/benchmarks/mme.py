@@ -8,6 +8,7 @@ test-*.parquet {"question_id" (task/image name), "question", "answer", "image"}.
 from __future__ import annotations
 
 import collections
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ COGNITION = (
 )  # fmt: skip
 MOST_PERCEPTION, MOST = 2000.0, 2800.0  # points: 200 per task
 ROOTS = (".", "MME_Benchmark_release_version", "MME_Benchmark_release_version/MME_Benchmark")
+
+log = logging.getLogger(__name__)
 
 
 def rows(annotations: str | Path) -> list[Row]:
@@ -112,7 +115,7 @@ def score(text: str, row: Row) -> float:
 
 
 def reduce(scores: Sequence[float], rows: Sequence[Row]) -> dict[str, Any]:
-    """score: (perception + cognition) / 2800 points; tasks that were not asked count 0, as "tasks" tells.
+    """score: (perception + cognition) / 2800 points. Tasks that were not asked count 0: a warning names them.
 
     A task gives 100 acc + 100 acc_plus: the share of questions and of images with both questions right. details also hold
     perception_score = perception / 2000, the column of the usual tables.
@@ -128,6 +131,9 @@ def reduce(scores: Sequence[float], rows: Sequence[Row]) -> dict[str, Any]:
         acc_plus = sum(pair == [1.0, 1.0] for pair in pictures.values()) / len(pictures)
         points[task] = 100.0 * acc + 100.0 * acc_plus
         details |= {f"{task}.acc": acc, f"{task}.acc_plus": acc_plus}
+    absent = [task for task in PERCEPTION + COGNITION if task not in points]
+    if absent:
+        log.warning("mme: no answer in %s: 0 of their points are in the score", ", ".join(absent))
     perception = sum(value for task, value in points.items() if task in PERCEPTION)
     cognition = sum(value for task, value in points.items() if task in COGNITION)
     score = (perception + cognition) / MOST
