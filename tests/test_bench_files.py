@@ -10,6 +10,7 @@ from native_files import embedded, png, write_json, write_parquet, write_text
 from vlm_jax.benchmarks import files, records
 from vlm_jax.config import ConfigError
 from vlm_jax.data import images, sources
+from vlm_jax.data import rows as rows_of
 
 NAN = float("nan")
 
@@ -122,8 +123,13 @@ def test_pictures_of_a_parquet_file_are_read_when_they_are_asked_for(tmp_path):
         assert image() == png(i) and found[i].image("many")() == png(i + 100)
     assert len(pickle.dumps(found[5].image("image"))) < 400
     raw = records.row("r", found[5].image("image"), "Q", "A")
-    (image,) = sources.parse(raw, "f", "", "r", generate=True).images
+    record = sources.parse(raw, "f", "", "r", generate=True)
+    (image,) = record.images
     assert images.load(image, 2, "stretch", (0.0,) * 3, 100).tolist() == [[[5] * 3] * 2] * 2
+    pixels = rows_of.Pixels(2, "stretch", (0.0,) * 3, 100, "bicubic")
+    assert pixels.load(record, image).tolist() == [[[5] * 3] * 2] * 2
+    with pytest.raises(ConfigError, match="image '<bytes>' is not in the index of features_dir"):
+        rows_of._feature_row({}, record, image)
     path.unlink()
     files._column.cache_clear()
     with pytest.raises(images.ImageError, match="the image file does not exist"):

@@ -11,9 +11,8 @@ from vlm_jax.benchmarks import prompts
 from vlm_jax.config import ConfigError
 
 Row = dict[str, Any]
-Image = (
-    str | bytes | Callable[[], bytes]
-)  # a path, an encoded image, or what reads one when it is called
+# A path, an encoded image, or what reads one when it is called.
+Image = str | bytes | Callable[[], bytes]
 # What pandas reads as a missing value, lower case; the official scripts of TSV benchmarks read with it.
 MISSING = {
     "", "#n/a", "#n/a n/a", "#na", "-1.#ind", "-1.#qnan", "-nan", "1.#ind", "1.#qnan", "<na>", "n/a", "na", "nan",
@@ -77,11 +76,9 @@ class Record:
         """A list of strings; a single string is a list of one."""
         value = self.field(*names)
         values = [value] if isinstance(value, str) else value
-        if not isinstance(values, list) or not all(
-            isinstance(v, (str, int, float)) for v in values
-        ):
-            raise self.fault(f"{names[0]!r} must be a list of strings, got {value!r:.60}")
-        return [str(v) for v in values]
+        if isinstance(values, list) and all(isinstance(v, (str, int, float)) for v in values):
+            return [str(v) for v in values]
+        raise self.fault(f"{names[0]!r} must be a list of strings, got {value!r:.60}")
 
     def image(self, *names: str, folder: str = "") -> Image:
         """A path, put under `folder`, or an image that the file holds itself; of a list, the first."""

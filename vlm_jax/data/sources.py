@@ -21,9 +21,8 @@ from vlm_jax.data import tokenizer
 from vlm_jax.run_config import DataConfig
 
 IMAGE = "<image>"
-Image = (
-    str | bytes | Callable[[], bytes]
-)  # a path, an encoded image, or what reads one when it is called
+# A path, an encoded image, or what reads one when it is called.
+Image = str | bytes | Callable[[], bytes]
 HUMAN, GPT, SYSTEM = "human", "gpt", "system"
 TFDS_FILES = ("dataset_info.json", "features.json")
 _SPACE = re.compile(r"[ \t\r\n]*")
