@@ -93,6 +93,7 @@ def test_a_file_that_is_absent_or_no_text_is_named(tmp_path, name):
         (lambda r: r.texts("deep"), "'deep' must be a list of strings"),
         (lambda r: r.image("half"), "'half' must be an image or its path, got 0.5"),
         (lambda r: r.image("empty"), "'empty' must be an image or its path, got ''"),
+        (lambda r: r.part("list"), "'list' must be an object, got "),
         (lambda r: r.name(), "has no name: the file must be an object of records"),
     ],
 )
@@ -104,11 +105,21 @@ def test_a_fault_of_a_field_is_one_line_with_its_row(ask, match):
 
 
 def test_fields_are_read_as_what_is_asked_for():
-    values = {"a": None, "b": 1.5, "c": "x", "d": [1, "y"], "e": NAN, "f": " None ", "g": 7}
+    values = {
+        "a": None,
+        "b": 1.5,
+        "c": "x",
+        "d": [1, "y"],
+        "e": NAN,
+        "f": " None ",
+        "g": 7,
+        "h": {"k": 1},
+    }
     record = records.Record("x", "name", values)
     assert (record.text("a", "b"), record.texts("c"), record.texts("d")) == ("1.5", ["x"], ["1", "y"])  # fmt: skip
     assert (record.optional("a"), record.optional("z"), record.optional("e")) == ("", "", "")
     assert (record.optional("f"), record.optional("g"), record.whole("g")) == ("", "7", 7)
+    assert (record.part("z"), record.part("h")) == ({}, {"k": 1})
     assert (record.image("c"), record.image("c", folder="in"), record.name()) == ("x", "in/x", "name")  # fmt: skip
 
 

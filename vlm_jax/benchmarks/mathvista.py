@@ -47,8 +47,7 @@ def _row(record: Record) -> Row:
         raise record.fault(f"'precision' must be a number, got {precision!r:.60}")
     query = record.optional("query") or _query(record, choices, answer_type, int(precision))
     answer = record.text("answer").strip() if record.has("answer") else ""  # none in the test split
-    metadata = record.values["metadata"] if record.has("metadata") else {}
-    options = prompts.lettered(choices)
+    metadata, options = record.part("metadata"), prompts.lettered(choices)
     return records.row(
         record.text("pid") if record.has("pid") else record.name(),
         record.image("decoded_image", "image"),

@@ -1,8 +1,8 @@
 """MMBench and MMBench-CN: a question counts when the answer is right in every rotation of its options.
 
-Native files: the hub's en/dev-*.parquet and cn/dev-*.parquet, or a TSV with the columns index, question, hint, A..D, answer, category, image (base64, or the index of a
-row with the same image), l2-category, split. The copy of question i with its options rotated k times has index
-i + k * 1,000,000. The test files have no column "answer".
+Native files: the hub's en/dev-*.parquet and cn/dev-*.parquet, or a TSV with the columns index, question, hint, A..D,
+answer, category, image (base64, or the index of a row with the same image), l2-category, split. The copy of question i
+with its options rotated k times has index i + k * 1,000,000. The test files have no column "answer".
 
 Letters are read as opencompass/VLMEvalKit does without its ChatGPT judge, which gets what these rules leave open; here
 that is wrong.

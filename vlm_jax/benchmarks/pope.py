@@ -1,8 +1,8 @@
 """POPE: is this object in the picture? Yes or no, in three splits; the score is the mean F1 of the splits.
 
 Files: coco_pope_{random,popular,adversarial}.json, one {"question_id", "image", "text", "label"} per line; the images of
-COCO in val2014/, in the same folder or in the one above. Or the hub's
-parquet files test-*.parquet {"question_id", "question", "answer", "category", "image"}.
+COCO in val2014/, in the same folder or in the one above. Or the hub's parquet files test-*.parquet {"question_id",
+"question", "answer", "category", "image"}.
 """
 
 from __future__ import annotations

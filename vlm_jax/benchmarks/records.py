@@ -80,6 +80,13 @@ class Record:
             return [str(v) for v in values]
         raise self.fault(f"{names[0]!r} must be a list of strings, got {value!r:.60}")
 
+    def part(self, name: str) -> dict[str, Any]:
+        """An object inside it, {} where there is none."""
+        value = self.values[name] if self.has(name) else {}
+        if not isinstance(value, dict):
+            raise self.fault(f"{name!r} must be an object, got {value!r:.60}")
+        return value
+
     def image(self, *names: str, folder: str = "") -> Image:
         """A path, put under `folder`, or an image that the file holds itself; of a list, the first."""
         value = self.field(*names)

@@ -32,8 +32,7 @@ def rows(path: str | Path) -> list[Row]:
 
 def _dimensions(file: Path) -> dict[str, str]:
     """question_type_id -> name, from the head of the JSON file."""
-    head = files.head("seed", file)
-    named = head.values["question_type"] if head.has("question_type") else {}
+    named = files.head("seed", file).part("question_type")
     return {str(number): name for name, number in named.items()}
 
 
