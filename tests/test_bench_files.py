@@ -36,6 +36,7 @@ def test_the_first_pattern_with_a_match_decides_and_a_file_stands_for_itself(tmp
         ("a.json", '{"data": [{"k": 1}], "n": 0}', "data", [("row 0", "", 1)]),
         ("a.jsonl", '\n{"k": "\u2028"}\n\n{"k": 2}', "", [("row 0", "", "\u2028"), ("row 1", "", 2)]),
         ("a.tsv", 'j\tk\n\t"a\nb"\n1\t""\n', "", [("row 0", "", "a\nb"), ("row 1", "", "")]),
+        ("a.tsv", "k\n" + "x" * 200_000, "", [("row 0", "", "x" * 200_000)]),
     ],
 )  # fmt: skip
 def test_each_kind_of_file_gives_records_that_know_where_they_stand(

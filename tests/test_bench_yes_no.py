@@ -210,3 +210,30 @@ def test_pope_finds_its_images_beside_the_folder_of_its_files(pope_dir):
         (pope_dir / f"coco_pope_{split}.json").rename(coco / f"coco_pope_{split}.json")
     (row, *_) = benchmarks.get("pope").rows(coco)
     assert row["image"] == "../val2014/COCO_val2014_1.jpg" and (coco / row["image"]).is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "match"),
+    [
+        ("pope", {"category": "easy"}, "'category' must be one of random, popular, adversarial"),
+        ("pope", {"answer": "Yes"}, "'answer' must be yes or no, got 'Yes'"),
+        ("mme", {"question_id": "size/1.png"}, "'size/1.png', 'yes' is not one of a picture's"),
+        ("mme", {"answer": "maybe"}, "'count/1.png', 'maybe' is not one"),
+    ],
+)
+def test_a_bad_row_of_the_hub_is_named(tmp_path, name, change, match):
+    record = {
+        "question_id": "count/1.png", "question": "?", "answer": "yes", "category": "random",
+        "image": native_files.embedded(),
+    }  # fmt: skip
+    path = tmp_path / "test-00000-of-00001.parquet"
+    native_files.write_parquet(path, [record, record | change])
+    with pytest.raises(ConfigError, match=f"row 1: {match}"):
+        benchmarks.get(name).rows(tmp_path)
+
+
+def test_a_third_question_about_a_picture_of_mme_is_refused(tmp_path):
+    record = {"question_id": "count/1.png", "question": "?", "answer": "yes", "image": native_files.embedded()}  # fmt: skip
+    native_files.write_parquet(tmp_path / "test-0.parquet", [record] * 3)
+    with pytest.raises(ConfigError, match="row 2: 'count/1.png', 'yes' is not one of a picture's"):
+        benchmarks.get("mme").rows(tmp_path)

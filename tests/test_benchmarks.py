@@ -115,7 +115,7 @@ def test_a_bad_annotation_is_named(tmp_path, content, match):
 
 
 def test_a_missing_annotation_and_an_unknown_benchmark_say_what_to_give(tmp_path):
-    with pytest.raises(ConfigError, match=r"holds none of ocr_test.json"):
+    with pytest.raises(ConfigError, match=r"ocr_test.json does not exist"):
         benchmarks.get("mini_ocr").rows(tmp_path)
     with pytest.raises(ConfigError, match=r"holds none of \*\.json, \*\.jsonl; give"):
         benchmarks.get("llava").rows(tmp_path)

@@ -28,7 +28,7 @@ def rows(annotations: str | Path) -> list[Row]:
 def rows_asked_alone(directory: str | Path, file: str) -> list[Row]:
     """Each answered turn of `file` on its own: the images, then the question, no dialogue before it."""
     rows = []
-    for record in read_records("miniature", files.find_one("miniature", directory, file)):
+    for record in read_records("miniature", Path(directory) / file):
         messages = record["conversations"]
         system = [m for m in messages[:1] if m["from"] == "system"]
         images = sum(m["value"].count("<image>") for m in messages)
