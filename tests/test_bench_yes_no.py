@@ -235,5 +235,5 @@ def test_a_bad_row_of_the_hub_is_named(tmp_path, name, change, match):
 def test_a_third_question_about_a_picture_of_mme_is_refused(tmp_path):
     record = {"question_id": "count/1.png", "question": "?", "answer": "yes", "image": native_files.embedded()}  # fmt: skip
     native_files.write_parquet(tmp_path / "test-0.parquet", [record] * 3)
-    with pytest.raises(ConfigError, match="row 2: 'count/1.png', 'yes' is not one of a picture's"):
+    with pytest.raises(ConfigError, match=r"row 2: 'count/1.png', 'yes' is not one of a picture's"):
         benchmarks.get("mme").rows(tmp_path)
