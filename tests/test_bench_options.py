@@ -166,6 +166,12 @@ def test_mathvista_reads_the_hubs_parquet_and_knows_hidden_answers(tmp_path):
     assert (row["image"](), row["answer"]) == (png(5), None)
 
 
+def test_a_problem_without_a_pid_has_its_name_in_the_file(tmp_path):
+    write_json(tmp_path / "testmini.json", {"8": problem(None, "3") | {"image": "8.jpg"}})
+    (row,) = benchmarks.get("mathvista").rows(tmp_path)
+    assert row["id"] == "8"
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
