@@ -19,8 +19,9 @@ setup(
     package_data={"vlm_jax": ["py.typed", "laws/data/*.csv"]},
     install_requires=[
         "absl-py", "einops", "flax>=0.12.6", "grain>=0.2.18", "jax>=0.10.2", "jaxtyping>=0.3", "jinja2",
-        "matplotlib", "ml-collections>=1.1", "numpy", "optax>=0.2.8", "orbax-checkpoint>=0.12", "pillow", "rich", "safetensors>=0.8",
-        "scipy", "tensorboardX", "tensorflow-datasets>=4.9.10", "array_record", "tokenizers", "transformers>=5.17",
+        "matplotlib", "ml-collections>=1.1", "numpy", "openpyxl", "optax>=0.2.8", "orbax-checkpoint>=0.12", "pillow", "pyarrow",
+        "rapidfuzz", "rich", "safetensors>=0.8", "scipy", "tensorboardX", "tensorflow-datasets>=4.9.10",
+        "array_record", "tokenizers", "transformers>=5.17",
     ],
     extras_require={
         "tpu": ["jax[tpu]"],

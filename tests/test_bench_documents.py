@@ -1,7 +1,6 @@
 """ChartQA, DocVQA and InfographicVQA: relaxed accuracy and ANLS from the official rules, by hand."""
 
 import json
-import random
 
 import native_files
 import pytest
@@ -9,7 +8,7 @@ from bench import asked, fuzz, score
 from native_files import DOCUMENTS, embedded, png, write_json, write_parquet
 
 from vlm_jax import benchmarks
-from vlm_jax.benchmarks import chartqa, docvqa, levenshtein
+from vlm_jax.benchmarks import chartqa, docvqa
 from vlm_jax.config import ConfigError
 
 
@@ -73,7 +72,7 @@ def test_chartqa_reads_the_hubs_parquet_and_one_file_alone(charts):
     ]  # fmt: skip
     write_parquet(charts / "hub" / "data" / "test-00000-of-00001.parquet", records)
     rows = benchmarks.get("chartqa").rows(charts / "hub")
-    found = [(row["id"], asked(row)[0], row["image"]) for row in rows]
+    found = [(row["id"], asked(row)[0], row["image"]()) for row in rows]
     assert found == [("human/0", "a", png()), ("human/1", "c", png()), ("augmented/0", "b", png())]
     alone = benchmarks.get("chartqa").rows(charts / "test_augmented.json")
     assert [row["id"] for row in alone] == ["augmented/0"]
@@ -81,22 +80,11 @@ def test_chartqa_reads_the_hubs_parquet_and_one_file_alone(charts):
 
 def test_a_missing_split_and_a_bad_record_are_named(charts):
     write_json(charts / "test_human.json", [{"imgname": "1.png", "query": "How many?"}])
-    with pytest.raises(ConfigError, match=r"test_human.json row 0 has no 'label' or 'answer'"):
+    with pytest.raises(ConfigError, match=r"test_human.json row 0: has no 'label' or 'answer'"):
         benchmarks.get("chartqa").rows(charts)
     (charts / "test_human.json").unlink()
     with pytest.raises(ConfigError, match=r"has no test_human.json"):
         benchmarks.get("chartqa").rows(charts)
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "expected"),
-    [
-        ("", "", 0), ("", "abc", 3), ("kitten", "sitting", 3), ("flaw", "lawn", 2), ("abc", "abc", 0), ("ab", "ba", 2),
-        ("é", "e", 1), ("intention", "execution", 5),
-    ],
-)  # fmt: skip
-def test_the_edit_distance_counts_inserted_deleted_and_replaced_characters(a, b, expected):
-    assert levenshtein.distance(a, b) == levenshtein.distance(b, a) == expected
 
 
 @pytest.mark.parametrize(
@@ -120,15 +108,6 @@ def test_the_edit_distance_counts_inserted_deleted_and_replaced_characters(a, b,
 )
 def test_anls_is_the_similarity_with_the_nearest_gold_answer_or_nothing(text, golds, expected):
     assert docvqa.anls(text, golds) == expected
-
-
-def test_the_shortcut_for_unequal_lengths_changes_no_score():
-    rng = random.Random(1)
-    for _ in range(300):
-        a, b = ("".join(rng.choices("ab ", k=rng.randrange(9))) for _ in range(2))
-        x, y = " ".join(a.split()), " ".join(b.split())
-        full = 1 - levenshtein.distance(x, y) / max(len(x), len(y)) if x or y else 1.0
-        assert docvqa.anls(a, [b]) == (full if full >= 0.5 else 0.0)
 
 
 def test_docvqa_takes_validation_before_test_and_averages_anls(tmp_path):
@@ -165,11 +144,11 @@ def test_infovqa_finds_its_images_in_the_archives_folder(tmp_path):
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        ({"questions": []}, 'does not hold a list "data"'),
-        ({"data": [3]}, "row 0 is a int, not an object"),
+        ({"questions": []}, "json: has no 'data'"),
+        ({"data": [3]}, "row 0: must be an object, got 3"),
         ({"data": [{**DOCUMENTS[0], "answers": []}]}, "row 0: 'answers' is empty"),
         ({"data": [{**DOCUMENTS[0], "answers": [["x"]]}]}, "must be a list of strings"),
-        ({"data": [{**DOCUMENTS[0], "question": None}]}, "row 0 has no 'question'"),
+        ({"data": [{**DOCUMENTS[0], "question": None}]}, "row 0: has no 'question'"),
         ({"data": [{**DOCUMENTS[0], "image": 3}]}, "must be an image or its path, got 3"),
         ({"data": [DOCUMENTS[0], DOCUMENTS[0]]}, "two questions with id '11'"),
         ({"data": []}, "holds no question"),
@@ -180,11 +159,11 @@ def test_a_bad_docvqa_file_is_named(tmp_path, content, match):
     with pytest.raises(ConfigError, match=match):
         benchmarks.get("docvqa").rows(tmp_path)
     (tmp_path / "val_v1.0.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"val_v1.0.json is not valid json"):
+    with pytest.raises(ConfigError, match=r"val_v1.0.json: is not valid JSON"):
         benchmarks.get("docvqa").rows(tmp_path)
 
 
 def test_a_broken_parquet_file_is_named(tmp_path):
     (tmp_path / "validation-00000-of-00001.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(ConfigError, match=r"of-00001.parquet is not valid parquet"):
+    with pytest.raises(ConfigError, match=r"of-00001.parquet: is not valid parquet"):
         benchmarks.get("docvqa").rows(tmp_path)

@@ -5,6 +5,7 @@ import pytest
 from native_files import FIXTURES
 
 from vlm_jax import benchmarks
+from vlm_jax.config import ConfigError
 from vlm_jax.data import images
 
 REPLIES = ("scienceqa", "mmbench", "mmbench_cn", "seed", "ai2d", "mmmu", "mathvista", "pope", "mme")
@@ -62,3 +63,21 @@ def gold_reply(row):
 def test_open_questions_have_no_replies(tmp_path, name, open_ones):
     rows = benchmarks.get(name).rows(FIXTURES[name](tmp_path))
     assert sum("replies" not in row for row in rows) == open_ones
+
+
+# How many rows of the fixture the first score needs: a whole circle.
+NEEDS = {"mmbench": 3}
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_too_few_rows_for_a_score_are_an_error_before_anything_is_asked(tmp_path, name):
+    rows = benchmarks.get(name).rows(FIXTURES[name](tmp_path))
+    for limit in range(1, len(rows) + 1):
+        chosen = rows[:limit]
+        if limit < NEEDS.get(name, 1):
+            with pytest.raises(ConfigError, match="has all its rotations answered; ask more rows"):
+                benchmarks.check_scorable(name, chosen)
+            continue
+        benchmarks.check_scorable(name, chosen)
+        if benchmarks.has_gold(chosen):
+            assert bench.score(name, chosen, ["x"] * limit)["n"] == limit

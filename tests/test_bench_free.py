@@ -52,7 +52,7 @@ def test_ocrbench_reads_the_hubs_parquet(tmp_path):
     }  # fmt: skip
     write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", [record])
     rows = benchmarks.get("ocrbench").rows(tmp_path)
-    assert (rows[0]["image"], rows[0]["answer"]) == (png(2), ["x y"])
+    assert (rows[0]["image"](), rows[0]["answer"]) == (png(2), ["x y"])
     assert score("ocrbench", rows, ["xy"])["score"] == 1.0
 
 

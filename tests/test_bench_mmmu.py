@@ -95,7 +95,11 @@ def test_rows_keep_the_images_in_order_and_the_marks_in_the_question(folder):
     assert asked(rows[2]) == (
         "How many <image 1>?\n\nAnswer the question using a single word or phrase."
     )
-    assert [row["image"] for row in rows] == [[png(1)], [png(1), png(2)], [png(1)]]
+    assert [[image() for image in row["image"]] for row in rows] == [
+        [png(1)],
+        [png(1), png(2)],
+        [png(1)],
+    ]
 
 
 def test_the_score_is_the_mean_of_all_questions_and_each_subject_is_named(folder):
@@ -123,8 +127,8 @@ def test_the_test_split_is_uploaded_as_letters_and_open_answers(tmp_path):
         ({"options": []}, "row 0: 'options' is empty"),
         ({"answer": "C"}, "is none of A, B"),
         ({"question_type": "essay"}, "must be one of multiple-choice, open, got 'essay'"),
-        ({"image_1": None}, "row 0 has no image_1"),
-        ({"id": None}, "row 0 has no 'id'"),
+        ({"image_1": None}, "row 0: has no image_1"),
+        ({"id": None}, "row 0: has no 'id'"),
     ],
 )
 def test_a_bad_question_is_named(tmp_path, change, match):

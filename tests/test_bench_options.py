@@ -35,7 +35,7 @@ def test_ai2d_reads_all_shards_in_order_and_counts_rows(tmp_path):
     rows = benchmarks.get("ai2d").rows(tmp_path)
     assert [(row["id"], row["answer"]) for row in rows] == [("0", "B"), ("1", "B"), ("2", "D")]
     assert asked(rows[0]) == f"What?\nA. a root\nB. a leaf\nC. 3\nD. d\n{LETTER}"
-    assert rows[2]["image"] == png()
+    assert rows[2]["image"]() == png()
     assert score("ai2d", rows, ["B", "a leaf", "d."])["score"] == pytest.approx(2 / 3)
     fuzz("ai2d", rows)
 
@@ -73,7 +73,7 @@ def test_seed_reads_the_hubs_parquet_and_names_a_bad_answer(tmp_path):
     image = [embedded(3)]
     write_parquet(tmp_path / "data" / "test-0.parquet", [seed_question(101, image=image)])
     (row,) = benchmarks.get("seed").rows(tmp_path)
-    assert (row["image"], row["dimension"]) == (png(3), "1")
+    assert (row["image"](), row["dimension"]) == (png(3), "1")
     write_json(tmp_path / "SEED-Bench.json", {"questions": [seed_question(101, "E")]})
     with pytest.raises(ConfigError, match="row 0: 'answer' must be one of A, B, C, D, got 'E'"):
         benchmarks.get("seed").rows(tmp_path)
@@ -163,17 +163,26 @@ def test_mathvista_reads_the_hubs_parquet_and_knows_hidden_answers(tmp_path):
     record = problem("9", "", decoded_image=image, choices=["a"])
     write_parquet(tmp_path / "data" / "testmini-00000-of-00001-x.parquet", [record])
     (row,) = benchmarks.get("mathvista").rows(tmp_path)
-    assert (row["image"], row["answer"]) == (png(5), None)
+    assert (row["image"](), row["answer"]) == (png(5), None)
+
+
+def test_a_problem_without_a_pid_has_its_name_in_the_file(tmp_path):
+    write_json(tmp_path / "testmini.json", {"8": problem(None, "3") | {"image": "8.jpg"}})
+    (row,) = benchmarks.get("mathvista").rows(tmp_path)
+    assert row["id"] == "8"
 
 
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"question_type": "essay"}, "row 0: question_type must be multi_choice or free_form"),
-        ({"question_type": "multi_choice", "choices": []}, "row 0: 'choices' is empty"),
+        ({"question_type": "essay"}, "row 5: 'question_type' must be multi_choice or free_form"),
+        ({"question_type": "multi_choice", "choices": []}, "row 5: 'choices' is empty"),
         ({"answer_type": "float", "precision": "two"}, "'precision' must be a number, got 'two'"),
-        ({"answer_type": "float"}, "row 0 has no 'precision'"),
-        ({"query": None, "answer_type": "text"}, "no hint for answer_type 'text'"),
+        ({"answer_type": "float"}, "row 5: has no 'precision'"),
+        (
+            {"query": None, "answer_type": "text"},
+            "no 'query', and there is no hint for answer_type 'text'",
+        ),
     ],
 )
 def test_a_bad_problem_is_named(tmp_path, change, match):

@@ -163,18 +163,20 @@ def test_vqav2_faults_are_named(vqav2_dir):
     records = json.loads(gold.read_text())
     records["annotations"][1]["answers"].pop()
     gold.write_text(json.dumps(records))
-    with pytest.raises(ConfigError, match=r"annotations.json record 1 must have 10 answers, not 9"):
+    with pytest.raises(
+        ConfigError, match=r"annotations.json row 1: 'answers' must be 10 texts, got 9"
+    ):
         benchmarks.get("vqav2").rows(vqav2_dir)
     del records["annotations"][1]
     gold.write_text(json.dumps(records))
-    with pytest.raises(ConfigError, match=r"record 2: question 42002 has no answers"):
+    with pytest.raises(ConfigError, match=r"row 2: question 42002 has no answers"):
         benchmarks.get("vqav2").rows(vqav2_dir)
     gold.unlink()
     with pytest.raises(ConfigError, match=r"v2_mscoco_val2014_annotations.json does not exist"):
         benchmarks.get("vqav2").rows(vqav2_dir)
     val = vqav2_dir / "v2_OpenEnded_mscoco_val2014_questions.json"
     (vqav2_dir / "v2_OpenEnded_mscoco_test2015_questions.json").write_bytes(val.read_bytes())
-    with pytest.raises(ConfigError, match=r"name the one that is meant"):
+    with pytest.raises(ConfigError, match=r"name the file that is meant"):
         benchmarks.get("vqav2").rows(vqav2_dir)
     rows = benchmarks.get("vqav2").rows(vqav2_dir / "v2_OpenEnded_mscoco_test2015_questions.json")
     assert len(rows) == 3
@@ -206,7 +208,9 @@ def test_vizwiz_validation_is_scored_here(vizwiz_dir):
 def test_vizwiz_test_is_uploaded(vizwiz_dir):
     asked = [{"image": f"VizWiz_test_{i}.jpg", "question": "What?"} for i in range(2)]
     (vizwiz_dir / "test.json").write_text(json.dumps(asked))
-    with pytest.raises(ConfigError, match=r"holds test.json, val.json; name the one"):
+    with pytest.raises(
+        ConfigError, match=r"holds test.json, val.json; name the file that is meant"
+    ):
         benchmarks.get("vizwiz").rows(vizwiz_dir)
     rows = benchmarks.get("vizwiz").rows(vizwiz_dir / "test.json")
     assert rows[1]["image"] == "test/VizWiz_test_1.jpg" and not benchmarks.has_gold(rows)
@@ -248,10 +252,12 @@ def test_textvqa_with_tokens_needs_the_tokens_of_every_image(textvqa_dir):
     tokens = textvqa_dir / "TextVQA_Rosetta_OCR_v0.2_val.json"
     data = json.loads(tokens.read_text())["data"]
     tokens.write_text(json.dumps({"data": data[:1]}))
-    with pytest.raises(ConfigError, match=r"record 2: there are no OCR tokens of image '3af0'"):
+    with pytest.raises(ConfigError, match=r"row 2: there are no OCR tokens of image '3af0'"):
         benchmarks.get("textvqa_ocr").rows(textvqa_dir)
     tokens.unlink()
-    with pytest.raises(ConfigError, match=r"holds no TextVQA_Rosetta_OCR_v0.2_val.json or llava_"):
+    with pytest.raises(
+        ConfigError, match=r"holds none of TextVQA_Rosetta_OCR_v0.2_val.json, llava_"
+    ):
         benchmarks.get("textvqa_ocr").rows(textvqa_dir)
     assert len(benchmarks.get("textvqa").rows(textvqa_dir)) == 3
 
@@ -264,13 +270,13 @@ def test_llava_question_file_gives_the_same_tokens(textvqa_dir):
     ]
     file = textvqa_dir / "llava_textvqa_val_v051_ocr.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
-    with pytest.raises(ConfigError, match="name the one that is meant"):
+    with pytest.raises(ConfigError, match="name the file that is meant"):
         benchmarks.get("textvqa_ocr").rows(textvqa_dir)
     (textvqa_dir / "TextVQA_Rosetta_OCR_v0.2_val.json").unlink()
     assert benchmarks.get("textvqa_ocr").rows(textvqa_dir) == rows
     lines[1]["text"] = "what brand is it?" + SHORT
     file.write_text("\n".join(map(json.dumps, lines)))
-    with pytest.raises(ConfigError, match=r"record 1: 'text' has no line 'Reference OCR token:'"):
+    with pytest.raises(ConfigError, match=r"row 1: 'text' has no line 'Reference OCR token:'"):
         benchmarks.get("textvqa_ocr").rows(textvqa_dir)
 
 

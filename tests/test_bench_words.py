@@ -69,9 +69,9 @@ def test_gqa_writes_the_file_of_its_evaluator_and_refuses_to_score_hidden_answer
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("{", "is not valid JSON"), ("[]", "must hold a dict, not a list"), ("{}", "holds no question"),
-        ('{"5": {"imageId": "n"}}', "question 5 has no 'question'"),
-        ('{"5": {"imageId": 3, "question": "?"}}', "'imageId' must be a str, got 3"),
+        ("{", "is not valid JSON"), ("[]", "holds no question"), ("{}", "holds no question"),
+        ('{"5": {"imageId": "n"}}', "row 5: has no 'question'"),
+        ('{"5": {"imageId": [], "question": "?"}}', "'imageId' must be a string, got"),
     ],
 )  # fmt: skip
 def test_a_malformed_file_is_one_line_that_names_it(gqa_dir, text, match):
@@ -126,15 +126,17 @@ def test_scienceqa_without_a_picture_has_no_score(scienceqa_dir):
     rows = [row for row in benchmarks.get("scienceqa").rows(scienceqa_dir) if "image" not in row]
     with pytest.raises(ConfigError, match="none of the 2 questions has a picture"):
         benchmarks.score_answers("scienceqa", rows, [("5", "B"), ("12", "B")])
+    with pytest.raises(ConfigError, match=r"none of the 2 questions .* ask more of them"):
+        benchmarks.check_scorable("scienceqa", rows)
 
 
 def test_scienceqa_names_a_problem_that_is_wrong(scienceqa_dir):
     path = scienceqa_dir / "problems.json"
     problems = json.loads(path.read_text())
     path.write_text(json.dumps(problems | {"5": problem(3)}))
-    with pytest.raises(ConfigError, match="problem 5: answer 3 of 3 choices"):
+    with pytest.raises(ConfigError, match="row 5: answer 3 of 3 choices"):
         benchmarks.get("scienceqa").rows(scienceqa_dir)
     del problems["11"]
     path.write_text(json.dumps(problems))
-    with pytest.raises(ConfigError, match=r"problem 11 is in pid_splits.json but does not exist"):
+    with pytest.raises(ConfigError, match=r"pid_splits.json: problem 11 is not in problems.json"):
         benchmarks.get("scienceqa").rows(scienceqa_dir)

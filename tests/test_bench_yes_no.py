@@ -81,7 +81,7 @@ def test_pope_wants_every_split_and_good_labels(pope_dir):
     file = pope_dir / "coco_pope_random.json"
     with file.open("a") as out:
         out.write('{"question_id": 9, "image": "a.jpg", "text": "?", "label": "maybe"}\n')
-    with pytest.raises(ConfigError, match=r"coco_pope_random.json record 4: the label must be yes"):
+    with pytest.raises(ConfigError, match=r"coco_pope_random.json row 4: 'label' must be yes"):
         benchmarks.get("pope").rows(pope_dir)
     file.unlink()
     with pytest.raises(ConfigError, match=r"holds no coco_pope_random\.json"):
@@ -118,7 +118,7 @@ def test_mme_looks_at_the_first_four_characters(text, expected):
     assert mme.parse(text) == expected
 
 
-def test_mme_points_are_questions_and_whole_images(mme_dir):
+def test_mme_points_are_questions_and_whole_images(mme_dir, caplog):
     texts = [
         "Yes", "No",  # count/0001: both right
         "Yes", "Yes",  # count/0002: one right
@@ -134,11 +134,14 @@ def test_mme_points_are_questions_and_whole_images(mme_dir):
         "code_reasoning.acc": 1.0, "code_reasoning.acc_plus": 1.0,
     }  # fmt: skip
     assert result["score"] == pytest.approx(375 / 2800)
+    absent = set(mme.PERCEPTION + mme.COGNITION) - {"count", "posters", "code_reasoning"}
+    said = caplog.messages[0].removeprefix("mme: no answer in ").partition(":")[0]
+    assert set(said.split(", ")) == absent
     assert (result["error"], result["n"]) == (pytest.approx(1 - 375 / 2800), 8)
     bench.fuzz("mme", rows)
 
 
-def test_mme_with_every_task_right_has_all_points(tmp_path):
+def test_mme_with_every_task_right_has_all_points(tmp_path, caplog):
     for task in mme.PERCEPTION + mme.COGNITION:
         mme_task(tmp_path / "MME_Benchmark_release_version", task, "1")
     rows = benchmarks.get("mme").rows(tmp_path)
@@ -146,6 +149,7 @@ def test_mme_with_every_task_right_has_all_points(tmp_path):
     result = bench.score("mme", rows, [row["answer"] for row in rows])
     assert (result["score"], result["error"]) == (1.0, 0.0)
     assert (result["details"]["perception"], result["details"]["cognition"]) == (2000.0, 800.0)
+    assert not caplog.messages
 
 
 def test_mme_image_with_one_question_answered_is_not_whole(mme_dir):
@@ -158,10 +162,10 @@ def test_mme_image_with_one_question_answered_is_not_whole(mme_dir):
 def test_mme_names_a_file_that_is_wrong(mme_dir):
     text = mme_dir / "count" / "0001.txt"
     text.write_text("Is it? Please answer yes or no.\tYes\n")
-    with pytest.raises(ConfigError, match=r"0001.txt must hold two questions, not 1"):
+    with pytest.raises(ConfigError, match=r"0001.txt: must hold two questions, not 1"):
         benchmarks.get("mme").rows(mme_dir)
     text.write_text("Is it?\tYes\nIs it not? No\n")
-    with pytest.raises(ConfigError, match=r"0001.txt line 2 must be question<TAB>Yes or No"):
+    with pytest.raises(ConfigError, match=r"0001.txt line 2: must be question<TAB>Yes or No"):
         benchmarks.get("mme").rows(mme_dir)
     (mme_dir / "count" / "0001.png").unlink()
     with pytest.raises(ConfigError, match=r"0001.txt needs one image of that name"):
@@ -192,10 +196,10 @@ def test_pope_and_mme_of_the_hub_are_the_same_questions(pope_dir, mme_dir, tmp_p
     hub_rows = benchmarks.get("mme").rows(hub)
     assert bench.same_but_for_the_image(rows, hub_rows, mme_dir)
     (hub / "data" / "test-00001-of-00002.parquet").unlink()
-    with pytest.raises(ConfigError, match="add the other shards"):
+    with pytest.raises(ConfigError, match="add the others"):
         benchmarks.get("mme").rows(hub)
     (hub / "data" / "test-00000-of-00002.parquet").write_bytes(b"PAR1 not")
-    with pytest.raises(ConfigError, match=r"test-00000-of-00002\.parquet is not parquet"):
+    with pytest.raises(ConfigError, match=r"test-00000-of-00002\.parquet: is not valid parquet"):
         benchmarks.get("mme").rows(hub / "data" / "test-00000-of-00002.parquet")
 
 
@@ -206,3 +210,30 @@ def test_pope_finds_its_images_beside_the_folder_of_its_files(pope_dir):
         (pope_dir / f"coco_pope_{split}.json").rename(coco / f"coco_pope_{split}.json")
     (row, *_) = benchmarks.get("pope").rows(coco)
     assert row["image"] == "../val2014/COCO_val2014_1.jpg" and (coco / row["image"]).is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "match"),
+    [
+        ("pope", {"category": "easy"}, "'category' must be one of random, popular, adversarial"),
+        ("pope", {"answer": "Yes"}, "'answer' must be yes or no, got 'Yes'"),
+        ("mme", {"question_id": "size/1.png"}, "'size/1.png', 'yes' is not one of a picture's"),
+        ("mme", {"answer": "maybe"}, "'count/1.png', 'maybe' is not one"),
+    ],
+)
+def test_a_bad_row_of_the_hub_is_named(tmp_path, name, change, match):
+    record = {
+        "question_id": "count/1.png", "question": "?", "answer": "yes", "category": "random",
+        "image": native_files.embedded(),
+    }  # fmt: skip
+    path = tmp_path / "test-00000-of-00001.parquet"
+    native_files.write_parquet(path, [record, record | change])
+    with pytest.raises(ConfigError, match=f"row 1: {match}"):
+        benchmarks.get(name).rows(tmp_path)
+
+
+def test_a_third_question_about_a_picture_of_mme_is_refused(tmp_path):
+    record = {"question_id": "count/1.png", "question": "?", "answer": "yes", "image": native_files.embedded()}  # fmt: skip
+    native_files.write_parquet(tmp_path / "test-0.parquet", [record] * 3)
+    with pytest.raises(ConfigError, match=r"row 2: 'count/1.png', 'yes' is not one of a picture's"):
+        benchmarks.get("mme").rows(tmp_path)

@@ -97,15 +97,15 @@ def test_jsonl_and_json_annotations_give_the_same_rows(tmp_path):
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        ("[{", "is not valid json"),
-        ('{"a": 1}', "holds a dict"),
-        ('[{"id": "x"}]', 'record 0 has no "conversations"'),
-        ('[{"id": "x", "conversations": [{"value": "q"}]}]', 'without "from"'),
+        ("[{", "is not valid JSON"),
+        ('{"a": 1}', "row a: must be an object, got 1"),
+        ('[{"id": "x"}]', "row 0: has no 'conversations'"),
+        ('[{"id": "x", "conversations": [{"value": "q"}]}]', "messages with 'from' and 'value'"),
         (
             '[{"id": "x", "conversations": [{"from": "human", "value": "q"}]}]',
             "no human message followed",
         ),
-        (json.dumps([dialogue("Q", "A", name="x")] * 2), "two records with id 'x'"),
+        (json.dumps([dialogue("Q", "A", name="x")] * 2), "two questions with id 'x'"),
     ],
 )
 def test_a_bad_annotation_is_named(tmp_path, content, match):
@@ -117,7 +117,7 @@ def test_a_bad_annotation_is_named(tmp_path, content, match):
 def test_a_missing_annotation_and_an_unknown_benchmark_say_what_to_give(tmp_path):
     with pytest.raises(ConfigError, match=r"ocr_test.json does not exist"):
         benchmarks.get("mini_ocr").rows(tmp_path)
-    with pytest.raises(ConfigError, match="found none; name the file"):
+    with pytest.raises(ConfigError, match=r"holds none of \*\.json, \*\.jsonl; give"):
         benchmarks.get("llava").rows(tmp_path)
     with pytest.raises(ConfigError, match="'mni_ocr'; use one of llava, mini_reasoning, mini_ocr"):
         benchmarks.get("mni_ocr")

@@ -141,6 +141,12 @@ def score_answers(
     return {"benchmark": name, **benchmark.reduce(scores, [row for row, _ in paired])}
 
 
+def check_scorable(name: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Raises ConfigError where no answers to these rows could be scored: too few of them, as a limit may leave."""
+    if has_gold(rows):
+        score_answers(name, rows, [(row["id"], "") for row in rows])
+
+
 def has_gold(rows: Sequence[dict[str, Any]]) -> bool:
     """Whether every row can be scored here."""
     return all(row["answer"] is not None for row in rows)

@@ -9,40 +9,29 @@ from __future__ import annotations
 import re
 import string
 from pathlib import Path
-from typing import Any
 
-from vlm_jax.benchmarks import native, prompts, tabular
-from vlm_jax.config import ConfigError
+from vlm_jax.benchmarks import files, prompts, records
+from vlm_jax.benchmarks.records import Record, Row
 
-FILES = ("test-*.parquet", "data/test-*.parquet", "ai2d_test.json*")
+FILES = (*files.shards("test"), "ai2d_test.json*")
 LEADING = re.compile(r"\s*([A-Za-z])\.")  # "B. a leaf"
 PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-Row = dict[str, Any]
 
 
 def rows(path: str | Path) -> list[Row]:
     """Ids are row numbers from 0."""
-    located = tabular.read("ai2d", path, FILES)
-    return native.distinct([_row(pair, number) for number, pair in enumerate(located)], Path(path))
+    found = files.read("ai2d", files.find("ai2d", path, *FILES))
+    return records.distinct([_row(record, n) for n, record in enumerate(found)], f"ai2d: {path}")
 
 
-def _row(located: tabular.Located, number: int) -> Row:
-    options = tabular.texts(located, "options")
-    answer = tabular.text(located, "answer")
+def _row(record: Record, number: int) -> Row:
+    options, answer = record.texts("options"), record.text("answer")
     if not answer.isascii() or not answer.isdigit() or int(answer) >= len(options):
-        raise ConfigError(
-            f"{located[0]}: 'answer' must be an index 0..{len(options) - 1}, got {answer!r:.60}."
-        )
-    text = prompts.with_options(tabular.text(located, "question"), options) + prompts.LETTER
+        raise record.fault(f"'answer' must be an index 0..{len(options) - 1}, got {answer!r:.60}")
+    text = prompts.with_options(record.text("question"), options) + prompts.LETTER
     letters = tuple(prompts.lettered(options))
-    return {
-        "id": str(number),
-        "image": tabular.image(located, "image"),
-        "conversations": prompts.ask(text),
-        "answer": letters[int(answer)],
-        "replies": letters,
-    }
+    image = record.image("image")
+    return records.row(str(number), image, text, letters[int(answer)], replies=letters)
 
 
 def score(text: str, row: Row) -> float:

@@ -8,42 +8,42 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
 
-from vlm_jax.benchmarks import metrics, native, prompts, tabular
+from vlm_jax.benchmarks import files, metrics, records
+from vlm_jax.benchmarks.records import Record, Row
 from vlm_jax.config import ConfigError
 
 SPLITS = ("human", "augmented")
 WORD = "\nAnswer the question with a single word."
 TOLERANCE = 0.05  # of the gold number: arXiv 2203.10244, section 5.1
 
-Row = dict[str, Any]
-
 
 def rows(path: str | Path) -> list[Row]:
     """Ids "<human|augmented>/<row>", rows counted from 0 in each split; human questions first."""
-    files = tabular.find("chartqa", path, ["test_*.json", "test-*.parquet", "data/test-*.parquet"])
-    made: list[Row] = []
-    for split in SPLITS:
-        found = [f for f in files if f.suffix != ".json" or f.stem == f"test_{split}"]
-        if not found and Path(path).is_dir():
-            raise ConfigError(f"chartqa: {path} has no test_{split}.json; put both files there.")
-        located = [pair for file in found for pair in tabular.read("chartqa", file, ())]
-        if found and found[0].suffix == ".parquet":
-            located = [pair for pair in located if tabular.text(pair, "type") == f"{split}_test"]
-        made += [_row(pair, split, number) for number, pair in enumerate(located)]
-    return native.distinct(made, Path(path))
+    found = files.find("chartqa", path, "test_*.json", *files.shards("test"))
+    if found[0].suffix == ".parquet":
+        every = list(files.read("chartqa", found))
+        asked = {s: [r for r in every if r.text("type") == f"{s}_test"] for s in SPLITS}
+    else:
+        asked = {s: _split(Path(path), s) for s in SPLITS}
+    made = [_row(r, split, n) for split in SPLITS for n, r in enumerate(asked[split])]
+    return records.distinct(made, f"chartqa: {path}")
 
 
-def _row(located: tabular.Located, split: str, number: int) -> Row:
-    folder = "png" if "imgname" in located[1] else ""
-    return {
-        "id": f"{split}/{number}",
-        "image": tabular.image(located, "imgname", "image", folder=folder),
-        "conversations": prompts.ask(tabular.text(located, "query", "question") + WORD),
-        "answer": tabular.text(located, "label", "answer"),
-        "split": split,
-    }
+def _split(path: Path, split: str) -> list[Record]:
+    """Those of test_<split>.json; none where another file is named."""
+    file = path / f"test_{split}.json" if path.is_dir() else path
+    if file.stem != f"test_{split}":
+        return []
+    if not file.is_file():
+        raise ConfigError(f"chartqa: {path} has no {file.name}; put both files there.")
+    return list(files.read("chartqa", [file]))
+
+
+def _row(record: Record, split: str, number: int) -> Row:
+    image = record.image("imgname", "image", folder="png" if record.has("imgname") else "")
+    question, gold = record.text("query", "question") + WORD, record.text("label", "answer")
+    return records.row(f"{split}/{number}", image, question, gold, split=split)
 
 
 def score(text: str, row: Row) -> float:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from vlm_jax.benchmarks import levenshtein, native, prompts, tabular
-from vlm_jax.config import ConfigError
+from rapidfuzz.distance import Levenshtein
+
+from vlm_jax.benchmarks import files, prompts, records
+from vlm_jax.benchmarks.records import Record, Row
 
 DOCVQA = (
     "val_v1.0*.json", "test_v1.0*.json", "validation-*.parquet", "DocVQA/validation-*.parquet", "test-*.parquet",
@@ -24,8 +25,6 @@ INFOVQA = (
 )  # fmt: skip
 INFOVQA_IMAGES = "infographicsvqa_images"  # the folder of the official archive
 THRESHOLD = 0.5  # a similarity below it is 0: arXiv 1907.00490, section 4
-
-Row = dict[str, Any]
 
 
 def rows(path: str | Path) -> list[Row]:
@@ -39,27 +38,21 @@ def rows_info(path: str | Path) -> list[Row]:
 
 
 def _rows(name: str, path: str | Path, patterns: Sequence[str]) -> list[Row]:
-    files = tabular.find(name, path, patterns)
-    if files[0].suffix == ".json" and len(files) > 1:
-        names = ", ".join(file.name for file in files)
-        raise ConfigError(f"{name}: {path} holds {names}; name the file itself.")
-    located = [pair for file in files for pair in tabular.read(name, file, (), inside="data")]
-    return native.distinct([_row(pair) for pair in located], Path(path))
+    found = files.find(name, path, *patterns)
+    if found[0].suffix == ".json":
+        found = [files.only(name, path, found)]
+    made = [_row(record) for record in files.read(name, found, inside="data")]
+    return records.distinct(made, f"{name}: {path}")
 
 
-def _row(located: tabular.Located) -> Row:
-    record = located[1]
-    hidden = "answers" not in record or record["answers"] is None
-    answers = None if hidden else tabular.texts(located, "answers")
-    if answers is not None and not answers:
-        raise ConfigError(f"{located[0]}: 'answers' is empty.")
-    folder = "" if "image" in record else INFOVQA_IMAGES
-    return {
-        "id": tabular.text(located, "questionId"),
-        "image": tabular.image(located, "image", "image_local_name", folder=folder),
-        "conversations": prompts.ask(tabular.text(located, "question") + prompts.SHORT),
-        "answer": answers,
-    }
+def _row(record: Record) -> Row:
+    answers = record.texts("answers") if record.has("answers") else None
+    if answers == []:
+        raise record.fault("'answers' is empty")
+    folder = "" if record.has("image") else INFOVQA_IMAGES
+    image = record.image("image", "image_local_name", folder=folder)
+    question = record.text("question") + prompts.SHORT
+    return records.row(record.text("questionId"), image, question, answers)
 
 
 def anls(text: str, golds: Sequence[str]) -> float:
@@ -67,21 +60,13 @@ def anls(text: str, golds: Sequence[str]) -> float:
 
     Exactly 0.5 is kept, as the implementations do (the paper would drop it).
     """
-    best = max(_similarity(_plain(text), _plain(gold)) for gold in golds)
+    said = _plain(text)
+    best = max(Levenshtein.normalized_similarity(said, _plain(gold)) for gold in golds)
     return best if best >= THRESHOLD else 0.0
 
 
 def _plain(text: str) -> str:
     return " ".join(text.lower().split())
-
-
-def _similarity(a: str, b: str) -> float:
-    longest = max(len(a), len(b))
-    if not longest:
-        return 1.0
-    if 2 * min(len(a), len(b)) < longest:
-        return 0.0  # the lengths alone put it below the threshold; saves the time a long text takes
-    return 1.0 - levenshtein.distance(a, b) / longest
 
 
 def score(text: str, row: Row) -> float:

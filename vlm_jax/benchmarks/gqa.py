@@ -9,22 +9,20 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlm_jax.benchmarks import native, prompts
-from vlm_jax.benchmarks.native import Row
+from vlm_jax.benchmarks import files, prompts, records
+from vlm_jax.benchmarks.records import Row
 
 
 def rows(annotations: str | Path) -> list[Row]:
     """Ids are the question ids. The answers of the test splits are hidden."""
-    path = native.find("gqa", annotations, ["testdev_balanced_questions.json"])
-    images = native.folder(path.parent, "images")
+    path = files.find_one("gqa", annotations, "testdev_balanced_questions.json")
     found = []
-    for question_id, record in native.read_json(path, dict).items():
-        where = f"{path} question {question_id}"
-        image = f"{images}/{native.field(record, 'imageId', str, where)}.jpg"
-        question = native.field(record, "question", str, where) + prompts.SHORT
-        gold = native.field(record, "answer", str, where) if "answer" in record else None
-        found.append(native.row(question_id, image, question, gold))
-    return native.distinct(found, path)
+    for record in files.read("gqa", [path]):
+        image = f"images/{record.text('imageId')}.jpg"
+        question = record.text("question") + prompts.SHORT
+        gold = record.text("answer") if record.has("answer") else None
+        found.append(records.row(record.name(), image, question, gold))
+    return records.distinct(found, f"gqa: {path}")
 
 
 def clean(text: str) -> str:

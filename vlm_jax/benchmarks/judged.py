@@ -11,38 +11,32 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from vlm_jax.benchmarks import native, prompts, tabular
+from vlm_jax.benchmarks import files, records
+from vlm_jax.benchmarks.records import Record, Row
 from vlm_jax.config import ConfigError
 
 IMAGES = "images"
 
-Row = dict[str, Any]
-
 
 def rows_mmvet(path: str | Path) -> list[Row]:
     """Ids "v1_<number>"; only the question is asked, as LLaVA does."""
-    located = tabular.read("mmvet", path, ["mm-vet.json"])
-    return native.distinct([_row(p, "key", "imagename", "question") for p in located], Path(path))
+    found = files.read("mmvet", files.find("mmvet", path, "mm-vet.json"))
+    made = [_row(record, record.name(), "imagename", "question") for record in found]
+    return records.distinct(made, f"mmvet: {path}")
 
 
 def rows_llava_bench(path: str | Path) -> list[Row]:
     """Ids are question_id; only the question is asked."""
-    located = tabular.read("llava_bench", path, ["questions.jsonl"])
-    made = [_row(p, "question_id", "image", "text") for p in located]
-    return native.distinct(made, Path(path))
+    found = files.read("llava_bench", files.find("llava_bench", path, "questions.jsonl"))
+    made = [_row(record, record.text("question_id"), "image", "text") for record in found]
+    return records.distinct(made, f"llava_bench: {path}")
 
 
-def _row(located: tabular.Located, name: str, image: str, question: str) -> Row:
-    text = tabular.text(located, question)
-    return {
-        "id": tabular.text(located, name),
-        "image": tabular.image(located, image, folder=IMAGES),
-        "conversations": prompts.ask(text),
-        "answer": None,
-        "question": text,
-    }
+def _row(record: Record, name: str, image: str, question: str) -> Row:
+    text = record.text(question)
+    return records.row(name, record.image(image, folder=IMAGES), text, None, question=text)
 
 
 def submission_mmvet(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, str | bytes]:

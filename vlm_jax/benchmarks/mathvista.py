@@ -11,12 +11,13 @@ import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from vlm_jax.benchmarks import levenshtein, metrics, native, prompts, tabular
-from vlm_jax.config import ConfigError
+from rapidfuzz.distance import Levenshtein
 
-FILES = ("testmini.json", "testmini-*.parquet", "data/testmini-*.parquet", "data/testmini.json")
+from vlm_jax.benchmarks import files, metrics, prompts, records
+from vlm_jax.benchmarks.records import Record, Row
+
+FILES = ("testmini.json", *files.shards("testmini"), "data/testmini.json")
 CHOICE, FREE = "multi_choice", "free_form"
 # lupantech/MathVista, evaluation/build_query.py: what "query" holds in the hub's files.
 HINT = "Hint: Please answer the question and provide the correct option letter, e.g., A, B, C, D, at the end."
@@ -27,55 +28,48 @@ HINTS = {
     "list": "a Python list as an answer and provide the final list, e.g., [1, 2, 3], [1.2, 1.3, 1.4]",
 }
 
-Row = dict[str, Any]
-
 
 def rows(path: str | Path) -> list[Row]:
     """Ids are MathVista's pid. The question is the file's own "query", or built as MathVista builds it."""
-    return native.distinct([_row(p) for p in tabular.read("mathvista", path, FILES)], Path(path))
+    found = files.read("mathvista", files.find("mathvista", path, *FILES))
+    return records.distinct([_row(record) for record in found], f"mathvista: {path}")
 
 
-def _row(located: tabular.Located) -> Row:
-    where, record = located
-    kind = tabular.text(located, "question_type")
-    answer_type = tabular.text(located, "answer_type")
+def _row(record: Record) -> Row:
+    kind, answer_type = record.text("question_type"), record.text("answer_type")
     if kind not in (CHOICE, FREE):
-        raise ConfigError(f"{where}: question_type must be {CHOICE} or {FREE}, got {kind!r:.60}.")
-    choices = tabular.texts(located, "choices") if kind == CHOICE else []
+        raise record.fault(f"'question_type' must be {CHOICE} or {FREE}, got {kind!r:.60}")
+    choices = record.texts("choices") if kind == CHOICE else []
     if kind == CHOICE and not choices:
-        raise ConfigError(f"{where}: 'choices' is empty.")
-    precision = tabular.field(located, "precision") if answer_type == "float" else 0
+        raise record.fault("'choices' is empty")
+    precision = record.field("precision") if answer_type == "float" else 0
     if not isinstance(precision, (int, float)):
-        raise ConfigError(f"{where}: 'precision' must be a number, got {precision!r:.60}.")
-    query = tabular.optional(located, "query") or _query(
-        located, choices, answer_type, int(precision)
+        raise record.fault(f"'precision' must be a number, got {precision!r:.60}")
+    query = record.optional("query") or _query(record, choices, answer_type, int(precision))
+    answer = record.text("answer").strip() if record.has("answer") else ""  # none in the test split
+    metadata, options = record.part("metadata"), prompts.lettered(choices)
+    return records.row(
+        record.text("pid") if record.has("pid") else record.name(),
+        record.image("decoded_image", "image"),
+        query,
+        answer or None,
+        options=options,
+        **({"replies": tuple(options)} if options else {}),
+        answer_type=answer_type,
+        precision=int(precision),
+        parts=[str(metadata[field]) for field in ("task", "context") if field in metadata],
     )
-    hidden = record.get("answer") in (None, "")  # so in the test split
-    metadata = record["metadata"] if isinstance(record.get("metadata"), dict) else {}
-    row = {
-        "id": tabular.text(located, "pid", "key"),
-        "image": tabular.image(located, "decoded_image", "image"),
-        "conversations": prompts.ask(query),
-        "answer": None if hidden else tabular.text(located, "answer").strip(),
-        "options": prompts.lettered(choices),
-        "answer_type": answer_type,
-        "precision": int(precision),
-        "parts": [str(metadata[field]) for field in ("task", "context") if field in metadata],
-    }
-    return row | ({"replies": tuple(row["options"])} if choices else {})
 
 
-def _query(
-    located: tabular.Located, choices: Sequence[str], answer_type: str, precision: int
-) -> str:
+def _query(record: Record, choices: Sequence[str], answer_type: str, precision: int) -> str:
     hint = HINT
     if not choices:
         key = f"float{precision}" if answer_type == "float" else answer_type
         if key not in HINTS:
-            raise ConfigError(f"{located[0]}: no 'query', and no hint for answer_type {key!r:.60}.")
+            raise record.fault(f"has no 'query', and there is no hint for answer_type {key!r:.60}")
         hint = f"Hint: Please answer the question requiring {HINTS[key]}, at the end."
-    question, unit = tabular.text(located, "question"), tabular.optional(located, "unit")
-    lines = [hint, f"Question: {question}" + (f" (Unit: {unit})" if unit else "")]
+    unit = record.optional("unit")
+    lines = [hint, f"Question: {record.text('question')}" + (f" (Unit: {unit})" if unit else "")]
     options = [f"({letter}) {choice}" for letter, choice in prompts.lettered(choices).items()]
     return "\n".join([*lines, *(["Choices:", *options] if options else [])])
 
@@ -108,7 +102,7 @@ def _option(text: str, options: Mapping[str, str]) -> str:
     letter = letters[0].upper() if letters else text
     if letter in options:
         return options[letter]
-    return min(options.values(), key=lambda choice: levenshtein.distance(letter, choice))
+    return min(options.values(), key=lambda choice: Levenshtein.distance(letter, choice))
 
 
 def score(text: str, row: Row) -> float:

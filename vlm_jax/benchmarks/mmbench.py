@@ -1,8 +1,8 @@
 """MMBench and MMBench-CN: a question counts when the answer is right in every rotation of its options.
 
-Native files: the hub's en/dev-*.parquet and cn/dev-*.parquet, or a TSV with the columns index, question, hint, A..D, answer, category, image (base64, or the index of a
-row with the same image), l2-category, split. The copy of question i with its options rotated k times has index
-i + k * 1,000,000. The test files have no column "answer".
+Native files: the hub's en/dev-*.parquet and cn/dev-*.parquet, or a TSV with the columns index, question, hint, A..D,
+answer, category, image (base64, or the index of a row with the same image), l2-category, split. The copy of question i
+with its options rotated k times has index i + k * 1,000,000. The test files have no column "answer".
 
 Letters are read as opencompass/VLMEvalKit does without its ChatGPT judge, which gets what these rules leave open; here
 that is wrong.
@@ -10,12 +10,17 @@ that is wrong.
 
 from __future__ import annotations
 
+import base64
+import binascii
+import io
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.benchmarks import metrics, native, prompts, spreadsheet, tabular
+from vlm_jax.benchmarks import files, metrics, prompts, records
+from vlm_jax.benchmarks.records import Image, Record, Row
 from vlm_jax.config import ConfigError
 
 TSV = "[mM][mM][bB]ench*.tsv"
@@ -23,12 +28,11 @@ ROTATION = 1_000_000  # index of a rotated copy minus that of its original
 OPTIONS = "ABCD"
 CHINESE = "\n请直接回答选项字母。"  # haotian-liu/LLaVA, model_vqa_mmbench.py --lang cn
 INDEX_LENGTH = 64  # an image shorter than this is the index of the row that holds it
+NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 AROUND = (
     ("", ""), ("", "."), ("", ","), ("", ":"), ("", ")"), ("", ")."), ("(", ")"), ("(", ")."), (":", ""), (":", ","),
     (":", "."), (":", ")"), (":", ")."),
 )  # fmt: skip
-
-Row = dict[str, Any]
 
 
 def rows(path: str | Path) -> list[Row]:
@@ -43,78 +47,77 @@ def rows_cn(path: str | Path) -> list[Row]:
 
 def _rows(name: str, path: str | Path, chinese: bool) -> list[Row]:
     instruction = CHINESE if chinese else prompts.LETTER
-    records = [
-        pair for file in _files(name, path, chinese) for pair in tabular.read(name, file, ())
-    ]
+    found = list(files.read(name, _files(name, path, chinese)))
     made = [
-        _row(located, image, instruction)
-        for located, image in zip(records, _images(records), strict=True)
+        _row(record, image, instruction)
+        for record, image in zip(found, _images(found), strict=True)
     ]
     circles = Counter(row["question"] for row in made)
     for row in made:
         row["rotations"] = circles[row["question"]]
     # A circle stands together, so that the first N rows hold whole ones.
-    return native.distinct(
-        sorted(made, key=lambda row: (row["question"], int(row["id"]))), Path(path)
-    )
+    made.sort(key=lambda row: (row["question"], int(row["id"])))
+    return records.distinct(made, f"{name}: {path}")
 
 
 def _files(name: str, path: str | Path, chinese: bool) -> list[Path]:
-    found = tabular.find(name, path, [TSV, f"{'cn' if chinese else 'en'}/dev-*.parquet"])
+    found = files.find(name, path, TSV, f"{'cn' if chinese else 'en'}/dev-*.parquet")
     if Path(path).is_file() or found[0].suffix == ".parquet":
         return found
     found = [file for file in found if ("cn" in file.stem.lower()) == chinese]
-    if len(found) != 1:
-        names = ", ".join(file.name for file in found) or "none"
-        raise ConfigError(f"{name}: {path} must hold one such TSV, found {names}; name the file.")
-    return found
+    if not found:
+        kind = "with" if chinese else "without"
+        raise ConfigError(f"{name}: {path} holds no TSV {kind} 'cn' in its name; name the file.")
+    return [files.only(name, path, found)]
 
 
-def _images(records: Sequence[tabular.Located]) -> Iterator[bytes]:
+def _images(found: Sequence[Record]) -> Iterator[Image]:
     """One per record; rows that repeat an image share its bytes (4,377 rows show 1,164 images)."""
-    by_index = {tabular.text(located, "index"): located for located in records}
+    by_index = {record.text("index"): record for record in found}
     decoded: dict[str, bytes] = {}
-    for located in records:
-        value = tabular.image(located, "image")
-        if isinstance(value, bytes):
+    for record in found:
+        value = record.image("image")
+        if not isinstance(value, str):
             yield value
             continue
         if len(value) < INDEX_LENGTH and value in by_index:
-            value = tabular.text(by_index[value], "image")
+            value = by_index[value].text("image")
         if value not in decoded:
-            decoded[value] = tabular.decode(located[0], value)
+            try:
+                decoded[value] = base64.b64decode(value, validate=True)
+            except binascii.Error as error:
+                raise record.fault(f"'image' is not base64: {error}") from error
         yield decoded[value]
 
 
-def _row(located: tabular.Located, image: bytes, instruction: str) -> Row:
-    where = located[0]
-    index = tabular.text(located, "index")
+def _row(record: Record, image: Image, instruction: str) -> Row:
+    index = record.text("index")
     if not index.isascii() or not index.isdigit():
-        raise ConfigError(f"{where}: 'index' must be a whole number, got {index!r:.60}.")
+        raise record.fault(f"'index' must be a whole number, got {index!r:.60}")
     options: dict[str, str] = {}
     for letter in OPTIONS:
-        option = tabular.optional(located, letter)
+        option = record.optional(letter)
         if not option:
             break  # a missing option ends the list
         options[letter] = option
-    answer = tabular.optional(located, "answer") or None
+    answer = record.optional("answer") or None
     if answer is not None and answer not in options:
-        raise ConfigError(f"{where}: answer {answer!r:.60} is none of {', '.join(options)}.")
-    question, hint = tabular.text(located, "question"), tabular.optional(located, "hint")
+        raise record.fault(f"answer {answer!r:.60} is none of {', '.join(options)}")
+    question, hint = record.text("question"), record.optional("hint")
     text = prompts.with_options(f"{hint}\n{question}" if hint else question, list(options.values()))
     columns = ("index", "question", *OPTIONS, "answer", "split")
-    return {
-        "id": index,
-        "image": image,
-        "conversations": prompts.ask(text + instruction),
-        "answer": answer,
-        "options": options,
-        "replies": tuple(options),
-        "question": int(index) % ROTATION,
-        "category": tabular.optional(located, "category"),
-        "l2": tabular.optional(located, "l2-category") or tabular.optional(located, "L2-category"),
-        "columns": {name: located[1][name] or "" for name in columns if name in located[1]},
-    }
+    return records.row(
+        index,
+        image,
+        text + instruction,
+        answer,
+        options=options,
+        replies=tuple(options),
+        question=int(index) % ROTATION,
+        category=record.optional("category"),
+        l2=record.optional("l2-category") or record.optional("L2-category"),
+        columns={name: record.values[name] or "" for name in columns if name in record.values},
+    )
 
 
 def letter(text: str, options: Mapping[str, str]) -> str | None:
@@ -153,7 +156,7 @@ def reduce(scores: Sequence[float], rows: Sequence[Row]) -> dict[str, Any]:
     whole = {q: min(c) for q, c in circles.items() if len(c) == first[q]["rotations"]}
     if not whole:
         raise ConfigError(
-            f"mmbench: none of the {len(circles)} questions has all its rotations answered; answer more rows."
+            f"mmbench: none of the {len(circles)} questions has all its rotations answered; ask more rows (eval.limit)."
         )
     names = [(first[q]["category"], first[q]["l2"] and f"l2.{first[q]['l2']}") for q in whole]
     by_part = metrics.means(list(whole.values()), (filter(None, pair) for pair in names))
@@ -174,4 +177,23 @@ def submission(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, str | byt
         [{**row["columns"], "index": int(row["id"]), "prediction": text}[name] for name in columns]
         for row, text in zip(rows, texts, strict=True)
     ]
-    return {"submission.xlsx": spreadsheet.xlsx(columns, lines)}
+    return {"submission.xlsx": _spreadsheet([columns, *lines])}
+
+
+def _spreadsheet(lines: Sequence[Sequence[str | int]]) -> bytes:
+    """One sheet: an int becomes a number, a str a text, whatever it says ("=1+1" is no formula).
+
+    What XML cannot hold is dropped; Excel's cells end at 32,767 characters, and openpyxl cuts there.
+    """
+    import openpyxl  # 0.2 s; only for the upload
+
+    book = openpyxl.Workbook()
+    sheet = book.worksheets[0]
+    for number, line in enumerate(lines, start=1):
+        for column, value in enumerate(line, start=1):
+            plain = value if isinstance(value, int) else NOT_XML.sub("", value)
+            cell = sheet.cell(number, column, plain)
+            cell.data_type = "n" if isinstance(value, int) else "s"
+    file = io.BytesIO()
+    book.save(file)
+    return file.getvalue()

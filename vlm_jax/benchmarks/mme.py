@@ -8,12 +8,13 @@ test-*.parquet {"question_id" (task/image name), "question", "answer", "image"}.
 from __future__ import annotations
 
 import collections
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.benchmarks import native, prompts
-from vlm_jax.benchmarks.native import Row
+from vlm_jax.benchmarks import files, prompts, records
+from vlm_jax.benchmarks.records import Image, Row
 from vlm_jax.config import ConfigError
 
 PERCEPTION = (
@@ -24,6 +25,8 @@ COGNITION = (
 )  # fmt: skip
 MOST_PERCEPTION, MOST = 2000.0, 2800.0  # points: 200 per task
 ROOTS = (".", "MME_Benchmark_release_version", "MME_Benchmark_release_version/MME_Benchmark")
+
+log = logging.getLogger(__name__)
 
 
 def rows(annotations: str | Path) -> list[Row]:
@@ -38,9 +41,9 @@ def rows(annotations: str | Path) -> list[Row]:
         for task in PERCEPTION + COGNITION
         if (base / root / task).is_dir()
     ]
-    shards = native.shards(base, "test")
-    if shards and not tasks:
-        return _hub_rows(shards)
+    shards = [] if tasks else files.matches("mme", base, *files.shards("test"))
+    if shards:
+        return records.distinct(_hub_rows(shards), f"mme: {base}")
     if not tasks:
         raise ConfigError(
             f"mme: {base} holds no task folder; give the directory of existence, count, ..."
@@ -50,7 +53,7 @@ def rows(annotations: str | Path) -> list[Row]:
         if root != tasks[0][0]:
             raise ConfigError(f"mme: {base} holds tasks in {tasks[0][0]} and {root}; keep one.")
         found += _task_rows(base, Path(root) / task, task)
-    return native.distinct(found, base)
+    return records.distinct(found, f"mme: {base}")
 
 
 def _task_rows(base: Path, place: Path, task: str) -> list[Row]:
@@ -66,18 +69,17 @@ def _task_rows(base: Path, place: Path, task: str) -> list[Row]:
         images = named[path.stem]
         if len(images) != 1:
             raise ConfigError(
-                f"annotations: {path} needs one image of that name in {base / pictures}, found {len(images)}."
+                f"mme: {path} needs one image of that name in {base / pictures}, found {len(images)}; keep one."
             )
-        lines = [line for line in native.read_text(path).split("\n") if line.strip()]
+        lines = [line for line in files.text("mme", path).split("\n") if line.strip()]
         if len(lines) != 2:
-            raise ConfigError(f"annotations: {path} must hold two questions, not {len(lines)}.")
+            raise records.fault(f"mme: {path}", f"must hold two questions, not {len(lines)}")
         for number, line in enumerate(lines):
             question, _, answer = line.strip().rpartition("\t")
             gold = answer.strip().lower()
             if not question or gold not in ("yes", "no"):
-                raise ConfigError(
-                    f"annotations: {path} line {number + 1} must be question<TAB>Yes or No, got {line!r:.60}."
-                )
+                reason = f"must be question<TAB>Yes or No, got {line!r:.60}"
+                raise records.fault(f"mme: {path} line {number + 1}", reason)
             seen = (pictures / images[0]).as_posix()
             found.append(_row(task, images[0], number, seen, question, gold))
     return found
@@ -85,26 +87,21 @@ def _task_rows(base: Path, place: Path, task: str) -> list[Row]:
 
 def _hub_rows(shards: Sequence[Path]) -> list[Row]:
     found, asked = [], collections.Counter()
-    for where, record in native.read_shards(shards):
-        name = native.field(record, "question_id", str, where)
+    for record in files.read("mme", shards):
+        name, question = record.text("question_id"), record.text("question")
         task, _, picture = name.rpartition("/")
-        gold = native.field(record, "answer", str, where).strip().lower()
-        question = native.field(record, "question", str, where)
+        gold = record.text("answer").strip().lower()
         if task not in PERCEPTION + COGNITION or gold not in ("yes", "no") or asked[name] == 2:
-            raise ConfigError(
-                f"annotations: {where}: {name!r} answered {gold!r} is not one of an image's two questions."
-            )
-        found.append(_row(task, picture, asked[name], record["image"], question, gold))
+            raise record.fault(f"{name!r}, {gold!r} is not one of a picture's two questions")
+        found.append(_row(task, picture, asked[name], record.image("image"), question, gold))
         asked[name] += 1
-    return native.distinct(found, shards[0].parent)
+    return found
 
 
-def _row(task: str, picture: str, number: int, image: str | bytes, question: str, gold: str) -> Row:
+def _row(task: str, picture: str, number: int, image: Image, question: str, gold: str) -> Row:
     asked = question.strip().replace(" Please answer yes or no.", "") + prompts.SHORT
-    row_id = f"{task}/{picture}/{number}"
-    return native.row(
-        row_id, image, asked, gold, replies=prompts.YES_NO, task=task, picture=picture
-    )
+    more = {"replies": prompts.YES_NO, "task": task, "picture": picture}
+    return records.row(f"{task}/{picture}/{number}", image, asked, gold, **more)
 
 
 def parse(text: str) -> str:
@@ -118,7 +115,7 @@ def score(text: str, row: Row) -> float:
 
 
 def reduce(scores: Sequence[float], rows: Sequence[Row]) -> dict[str, Any]:
-    """score: (perception + cognition) / 2800 points; tasks that were not asked count 0, as "tasks" tells.
+    """score: (perception + cognition) / 2800 points. Tasks that were not asked count 0: a warning names them.
 
     A task gives 100 acc + 100 acc_plus: the share of questions and of images with both questions right. details also hold
     perception_score = perception / 2000, the column of the usual tables.
@@ -134,6 +131,9 @@ def reduce(scores: Sequence[float], rows: Sequence[Row]) -> dict[str, Any]:
         acc_plus = sum(pair == [1.0, 1.0] for pair in pictures.values()) / len(pictures)
         points[task] = 100.0 * acc + 100.0 * acc_plus
         details |= {f"{task}.acc": acc, f"{task}.acc_plus": acc_plus}
+    absent = [task for task in PERCEPTION + COGNITION if task not in points]
+    if absent:
+        log.warning("mme: no answer in %s: 0 of their points are in the score", ", ".join(absent))
     perception = sum(value for task, value in points.items() if task in PERCEPTION)
     cognition = sum(value for task, value in points.items() if task in COGNITION)
     score = (perception + cognition) / MOST

@@ -8,16 +8,16 @@ on EvalAI scores them.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import json
 import random
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from vlm_jax.benchmarks import metrics, native, prompts, tabular
-from vlm_jax.config import ConfigError
+from vlm_jax.benchmarks import files, metrics, prompts, records
+from vlm_jax.benchmarks.records import Record, Row
 
 FILES = ("**/validation-*.parquet", "validation.json*", "**/test-*.parquet", "test.json*")
 MOST_IMAGES = 7
@@ -32,59 +32,52 @@ NUMBERS = (
     re.compile(r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])"),
 )  # 1,000 | 1.5e3 | what is neither
 
-Row = dict[str, Any]
-
 
 def rows(path: str | Path) -> list[Row]:
     """Ids are MMMU's own. The images stand before the question, which keeps its "<image k>"; image k is the k-th."""
-    return native.distinct([_row(pair) for pair in tabular.read("mmmu", path, FILES)], Path(path))
+    found = files.read("mmmu", files.find("mmmu", path, *FILES))
+    return records.distinct([_row(record) for record in found], f"mmmu: {path}")
 
 
-def _row(located: tabular.Located) -> Row:
-    where, record = located
-    name, kind = tabular.text(located, "id"), tabular.text(located, "question_type")
+def _row(record: Record) -> Row:
+    name, kind = record.text("id"), record.text("question_type")
     if kind not in TYPES:
-        raise ConfigError(
-            f"{where}: question_type must be one of {', '.join(TYPES)}, got {kind!r}."
-        )
-    options = _strings(located, "options") if kind == TYPES[0] else []
-    golds = _strings(located, "answer")
-    question = tabular.text(located, "question")
+        raise record.fault(f"'question_type' must be one of {', '.join(TYPES)}, got {kind!r}")
+    options = prompts.lettered(_strings(record, "options") if kind == TYPES[0] else [])
+    golds, question = _strings(record, "answer"), record.text("question")
     if kind == TYPES[0]:
-        letters = list(prompts.LETTERS[: len(options)])
-        if not letters:
-            raise ConfigError(f"{where}: 'options' is empty.")
-        if golds != ["?"] and not set(golds) <= set(letters):
-            raise ConfigError(f"{where}: answer {golds!r:.60} is none of {', '.join(letters)}.")
-        text = prompts.with_options(question, options) + "\n" + prompts.LETTER
+        if not options:
+            raise record.fault("'options' is empty")
+        if golds != ["?"] and not set(golds) <= set(options):
+            raise record.fault(f"answer {golds!r:.60} is none of {', '.join(options)}")
+        text = prompts.with_options(question, list(options.values())) + "\n" + prompts.LETTER
     else:
         text = question + "\n" + prompts.SHORT
     fields = [f"image_{k}" for k in range(1, MOST_IMAGES + 1)]
-    images = [tabular.image(located, f) for f in fields if f in record and record[f] is not None]
+    images = [record.image(field) for field in fields if record.has(field)]
     if not images:
-        raise ConfigError(f"{where} has no image_1.")
-    row = {
+        raise record.fault("has no image_1")
+    return {
         "id": name,
         "image": images,
         "conversations": prompts.ask(text, len(images)),
         "answer": None if golds == ["?"] else golds,
         "type": kind,
-        "options": prompts.lettered(options),
+        "options": options,
+        **({"replies": tuple(options)} if options else {}),
         "subject": "_".join(name.split("_")[1:-1]) or name,  # validation_Art_Theory_3
     }
-    return row | ({"replies": tuple(row["options"])} if kind == TYPES[0] else {})
 
 
-def _strings(located: tabular.Located, name: str) -> list[str]:
+def _strings(record: Record, name: str) -> list[str]:
     """A list of strings, also as the text of a Python list, which is how the hub stores it."""
-    where, record = located
-    value = tabular.field(located, name)
+    value = record.field(name)
     if isinstance(value, str) and value.startswith("["):
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            raise ConfigError(f"{where}: {name!r} is not a list: {value!r:.60}.") from None
-    return tabular.texts((where, {**record, name: value}), name)
+            raise record.fault(f"{name!r} is not a list: {value!r:.60}") from None
+    return dataclasses.replace(record, values={name: value}).texts(name)
 
 
 def score(text: str, row: Row) -> float:

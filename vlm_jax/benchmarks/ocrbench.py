@@ -8,33 +8,33 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
 
-from vlm_jax.benchmarks import metrics, native, prompts, tabular
+from vlm_jax.benchmarks import files, metrics, records
+from vlm_jax.benchmarks.records import Record, Row
 
-FILES = ("OCRBench.json", "test-*.parquet", "data/test-*.parquet")
+FILES = ("OCRBench.json", *files.shards("test"))
 IMAGES = "OCRBench_Images"
 FORMULAS = "HME100k"  # handwritten mathematical expressions: blanks mean nothing, case does
-
-Row = dict[str, Any]
 
 
 def rows(path: str | Path) -> list[Row]:
     """Ids are row numbers from 0. Only the question is asked, without an instruction."""
-    located = tabular.read("ocrbench", path, FILES)
-    return native.distinct([_row(pair, number) for number, pair in enumerate(located)], Path(path))
+    found = files.read("ocrbench", files.find("ocrbench", path, *FILES))
+    return records.distinct(
+        [_row(r, number) for number, r in enumerate(found)], f"ocrbench: {path}"
+    )
 
 
-def _row(located: tabular.Located, number: int) -> Row:
-    folder = IMAGES if "image_path" in located[1] else ""
-    return {
-        "id": str(number),
-        "image": tabular.image(located, "image_path", "image", folder=folder),
-        "conversations": prompts.ask(tabular.text(located, "question").strip()),
-        "answer": tabular.texts(located, "answers", "answer"),
-        "dataset": tabular.text(located, "dataset_name", "dataset"),
-        "type": tabular.text(located, "type", "question_type"),
-    }
+def _row(record: Record, number: int) -> Row:
+    folder = IMAGES if record.has("image_path") else ""
+    return records.row(
+        str(number),
+        record.image("image_path", "image", folder=folder),
+        record.text("question").strip(),
+        record.texts("answers", "answer"),
+        dataset=record.text("dataset_name", "dataset"),
+        type=record.text("type", "question_type"),
+    )
 
 
 def score(text: str, row: Row) -> float:

@@ -1,8 +1,8 @@
 """POPE: is this object in the picture? Yes or no, in three splits; the score is the mean F1 of the splits.
 
 Files: coco_pope_{random,popular,adversarial}.json, one {"question_id", "image", "text", "label"} per line; the images of
-COCO in val2014/, in the same folder or in the one above. Or the hub's
-parquet files test-*.parquet {"question_id", "question", "answer", "category", "image"}.
+COCO in val2014/, in the same folder or in the one above. Or the hub's parquet files test-*.parquet {"question_id",
+"question", "answer", "category", "image"}.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.benchmarks import native, prompts
-from vlm_jax.benchmarks.native import Row
+from vlm_jax.benchmarks import files, prompts, records
+from vlm_jax.benchmarks.records import Image, Record, Row
 from vlm_jax.config import ConfigError
 
 SPLITS = ("random", "popular", "adversarial")
@@ -23,54 +23,45 @@ _FILE = re.compile(r"coco_pope_(random|popular|adversarial)\.json")
 def rows(annotations: str | Path) -> list[Row]:
     """Ids "<split>/<question_id>". A directory must hold all three splits; a file alone is one split."""
     path = Path(annotations)
-    files = [path] if path.is_file() else [path / f"coco_pope_{split}.json" for split in SPLITS]
-    shards = native.shards(path, "test")
-    if shards and not any(file.is_file() for file in files if file not in shards):
-        return _hub_rows(shards)
-    missing = [file.name for file in files if not file.is_file()]
+    found = files.find("pope", path, "coco_pope_*.json", *files.shards("test"))
+    if found[0].suffix == ".parquet":
+        made = [_hub_row(record) for record in files.read("pope", found)]
+        return records.distinct(made, f"pope: {path}")
+    if path.is_dir():
+        found = [path / f"coco_pope_{split}.json" for split in SPLITS]
+    missing = [file.name for file in found if not file.is_file()]
     if missing:
         raise ConfigError(f"pope: {path} holds no {', '.join(missing)}; add it or name a file.")
-    return [row for file in files for row in _file_rows(file)]
+    return [row for file in found for row in _file_rows(file)]
 
 
 def _file_rows(path: Path) -> list[Row]:
     named = _FILE.fullmatch(path.name)
     if not named:
         names = ", ".join(f"coco_pope_{split}.json" for split in SPLITS)
-        raise ConfigError(f"pope: {path} is not one of {names}.")
-    images = native.folder(path.parent, "val2014", "../val2014")
-    found = []
-    for number, record in enumerate(native.read_lines(path)):
-        where = f"{path} record {number}"
-        image = f"{images}/{native.field(record, 'image', str, where)}"
-        question = native.field(record, "text", str, where)
-        label = native.field(record, "label", str, where)
-        question_id = native.field(record, "question_id", (int, str), where)
-        found.append(_row(where, named[1], question_id, image, question, label))
-    return native.distinct(found, path)
+        raise ConfigError(f"pope: {path} is not one of {names}; name one of them.")
+    above = not (path.parent / "val2014").is_dir() and (path.parent / "../val2014").is_dir()
+    folder = "../val2014" if above else "val2014"
+    made = [
+        _row(record, named[1], record.image("image", folder=folder), "text", "label")
+        for record in files.read_lines("pope", path)
+    ]
+    return records.distinct(made, f"pope: {path}")
 
 
-def _hub_rows(shards: Sequence[Path]) -> list[Row]:
-    found = []
-    for where, record in native.read_shards(shards):
-        split, question, label = (
-            native.field(record, key, str, where) for key in ("category", "question", "answer")
-        )
-        if split not in SPLITS:
-            raise ConfigError(f"annotations: {where}: 'category' {split!r} is not in {SPLITS}.")
-        question_id = native.field(record, "question_id", (int, str), where)
-        found.append(_row(where, split, question_id, record["image"], question, label))
-    return native.distinct(found, shards[0].parent)
+def _hub_row(record: Record) -> Row:
+    split = record.text("category")
+    if split not in SPLITS:
+        raise record.fault(f"'category' must be one of {', '.join(SPLITS)}, got {split!r:.60}")
+    return _row(record, split, record.image("image"), "question", "answer")
 
 
-def _row(
-    where: str, split: str, question_id: int | str, image: str | bytes, question: str, label: str
-) -> Row:
-    if label not in ("yes", "no"):
-        raise ConfigError(f"annotations: {where}: the label must be yes or no, got {label!r}.")
-    row_id = f"{split}/{question_id}"
-    question += prompts.SHORT
-    return native.row(row_id, image, question, label, replies=prompts.YES_NO, split=split)
+def _row(record: Record, split: str, image: Image, question: str, label: str) -> Row:
+    gold, text = record.text(label), record.text(question) + prompts.SHORT
+    if gold not in ("yes", "no"):
+        raise record.fault(f"{label!r} must be yes or no, got {gold!r:.60}")
+    row_id = f"{split}/{record.text('question_id')}"
+    return records.row(row_id, image, text, gold, replies=prompts.YES_NO, split=split)
 
 
 def parse(text: str) -> str:

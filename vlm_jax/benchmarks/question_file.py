@@ -9,23 +9,21 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlm_jax.benchmarks import native
-from vlm_jax.benchmarks.native import Row
+from vlm_jax.benchmarks import files, records
+from vlm_jax.benchmarks.records import Row
 
 
 def rows(annotations: str | Path) -> list[Row]:
     """Ids are question_id, and "<question_id>#1", "#2" where it comes again (MME and TextVQA repeat the image's)."""
-    path = native.find("llava_questions", annotations, ["*.jsonl"])
+    path = files.find_one("llava_questions", annotations, "*.jsonl")
     found, times = [], {}
-    for number, record in enumerate(native.read_lines(path)):
-        where = f"{path} record {number}"
-        question_id = native.field(record, "question_id", (int, str), where)
-        image = native.field(record, "image", str, where) if "image" in record else None
-        text = native.field(record, "text", str, where)
-        count = times[question_id] = times.get(question_id, -1) + 1
-        row_id = f"{question_id}#{count}" if count else str(question_id)
-        found.append(native.row(row_id, image, text, None, question_id=question_id, prompt=text))
-    return native.distinct(found, path)
+    for record in files.read_lines("llava_questions", path):
+        name, text = record.text("question_id"), record.text("text")
+        image = record.image("image") if record.has("image") else None
+        count = times[name] = times.get(name, -1) + 1
+        more = {"question_id": record.values["question_id"], "prompt": text}
+        found.append(records.row(f"{name}#{count}" if count else name, image, text, None, **more))
+    return records.distinct(found, f"llava_questions: {path}")
 
 
 def submission(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, str | bytes]:

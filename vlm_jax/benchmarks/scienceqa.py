@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.benchmarks import metrics, native, prompts
-from vlm_jax.benchmarks.native import Row
+from vlm_jax.benchmarks import files, metrics, prompts, records
+from vlm_jax.benchmarks.records import Record, Row
 from vlm_jax.config import ConfigError
 
 LETTERS = "ABCDE"
@@ -21,30 +21,27 @@ _SAID = re.compile(r"The answer is ([A-Z]).")  # the last dot is any character, 
 
 def rows(directory: str | Path) -> list[Row]:
     """The test split in the order of pid_splits.json; ids are the problems' ids. Prompts as lmms-eval writes them."""
-    path = Path(directory) / "problems.json"
-    problems = native.read_json(path, dict)
-    splits = Path(directory) / "pid_splits.json"
+    path, splits = Path(directory) / "problems.json", Path(directory) / "pid_splits.json"
+    problems = {record.name(): record for record in files.read("scienceqa", [path])}
+    split = files.head("scienceqa", splits)
     found = []
-    for pid in native.field(native.read_json(splits, dict), "test", list, str(splits)):
-        where = f"{path} problem {pid}"
+    for pid in split.texts("test"):
         if pid not in problems:
-            raise ConfigError(f"annotations: {where} is in {splits.name} but does not exist.")
-        problem = problems[pid]
-        question = native.field(problem, "question", str, where)
-        choices = native.field(problem, "choices", list, where)
-        answer = native.field(problem, "answer", int, where)
-        hint = native.field(problem, "hint", str, where)
-        picture = native.field(problem, "image", (str, type(None)), where)
-        if not 0 <= answer < len(choices) <= len(LETTERS):
-            raise ConfigError(
-                f"annotations: {where}: answer {answer} of {len(choices)} choices; at most {len(LETTERS)}."
-            )
-        context = f"Context: {hint}\n" if hint else ""
-        image = f"images/test/{pid}/{picture}" if picture else None
-        asked = context + prompts.with_options(question, choices) + prompts.LETTER
-        letters = tuple(LETTERS[: len(choices)])
-        found.append(native.row(str(pid), image, asked, letters[answer], replies=letters))
-    return native.distinct(found, splits)
+            raise split.fault(f"problem {pid} is not in {path.name}")
+        found.append(_row(problems[pid]))
+    return records.distinct(found, split.where)
+
+
+def _row(record: Record) -> Row:
+    pid, hint, choices = record.key, record.text("hint"), record.texts("choices")
+    answer = record.whole("answer")
+    if not 0 <= answer < len(choices) <= len(LETTERS):
+        raise record.fault(f"answer {answer} of {len(choices)} choices; at most {len(LETTERS)}")
+    letters = tuple(LETTERS[: len(choices)])
+    context = f"Context: {hint}\n" if hint else ""
+    image = record.image("image", folder=f"images/test/{pid}") if record.optional("image") else None
+    asked = context + prompts.with_options(record.text("question"), choices) + prompts.LETTER
+    return records.row(pid, image, asked, letters[answer], replies=letters)
 
 
 def parse(text: str) -> str:

@@ -7,59 +7,46 @@ the hub's test-*.parquet with the same fields. Questions about videos are left o
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from vlm_jax.benchmarks import metrics, native, prompts, tabular
-from vlm_jax.config import ConfigError
+from vlm_jax.benchmarks import files, metrics, prompts, records
+from vlm_jax.benchmarks.records import Record, Row
 
-FILES = ("SEED-Bench.json", "test-*.parquet", "data/test-*.parquet")
+FILES = ("SEED-Bench.json", *files.shards("test"))
 IMAGES = "SEED-Bench-image"
 OPTIONS = ("choice_a", "choice_b", "choice_c", "choice_d")
-
-Row = dict[str, Any]
 
 
 def rows(path: str | Path) -> list[Row]:
     """Ids are SEED-Bench's question_id."""
-    (file, *more) = tabular.find("seed", path, FILES)
-    located = [
-        pair for one in (file, *more) for pair in tabular.read("seed", one, (), inside="questions")
+    found = files.find("seed", path, *FILES)
+    names = _dimensions(found[0]) if found[0].suffix == ".json" else {}
+    made = [
+        _row(record, names)
+        for record in files.read("seed", found, inside="questions")
+        if record.text("data_type") == "image"
     ]
-    images = [pair for pair in located if tabular.text(pair, "data_type") == "image"]
-    names = _dimensions(file) if file.suffix == ".json" else {}
-    return native.distinct([_row(pair, names) for pair in images], Path(path))
+    return records.distinct(made, f"seed: {path}")
 
 
 def _dimensions(file: Path) -> dict[str, str]:
     """question_type_id -> name, from the head of the JSON file."""
-    head = json.loads(file.read_text(encoding="utf-8"))
-    named = isinstance(head, dict) and isinstance(head.get("question_type"), dict)
-    return {str(i): name for name, i in head["question_type"].items()} if named else {}
+    named = files.head("seed", file).part("question_type")
+    return {str(number): name for name, number in named.items()}
 
 
-def _row(located: tabular.Located, names: Mapping[str, str]) -> Row:
-    where, record = located
-    answer = tabular.text(located, "answer")
-    if answer not in ("A", "B", "C", "D"):
-        raise ConfigError(f"{where}: 'answer' must be one of A, B, C, D, got {answer!r:.60}.")
-    options = [tabular.text(located, name) for name in OPTIONS]
-    text = prompts.with_options(tabular.text(located, "question"), options) + prompts.LETTER
-    dimension = tabular.text(located, "question_type_id")
-    if isinstance(record.get("image"), list):  # the hub's files: a list of one
-        image = tabular.image((where, {"image": (record["image"] or [None])[0]}), "image")
-    else:
-        image = tabular.image(located, "data_id", folder=IMAGES)
-    return {
-        "id": tabular.text(located, "question_id"),
-        "image": image,
-        "conversations": prompts.ask(text),
-        "answer": answer,
-        "replies": tuple(prompts.lettered(options)),
-        "dimension": names.get(dimension, dimension),
-    }
+def _row(record: Record, names: Mapping[str, str]) -> Row:
+    answer, dimension = record.text("answer"), record.text("question_type_id")
+    options = [record.text(name) for name in OPTIONS]
+    letters = tuple(prompts.lettered(options))
+    if answer not in letters:
+        raise record.fault(f"'answer' must be one of {', '.join(letters)}, got {answer!r:.60}")
+    text = prompts.with_options(record.text("question"), options) + prompts.LETTER
+    hub = record.has("image")
+    image = record.image("image") if hub else record.image("data_id", folder=IMAGES)
+    more = {"replies": letters, "dimension": names.get(dimension, dimension)}
+    return records.row(record.text("question_id"), image, text, answer, **more)
 
 
 def score(text: str, row: Row) -> float:

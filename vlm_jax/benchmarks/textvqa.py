@@ -11,100 +11,85 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from vlm_jax.benchmarks import native, prompts, vqa
-from vlm_jax.benchmarks.native import Row
-from vlm_jax.config import ConfigError
+from vlm_jax.benchmarks import files, prompts, records, vqa
+from vlm_jax.benchmarks.records import Image, Record, Row
 
 QUESTIONS, TOKENS = "TextVQA_0.5.1_val.json", "TextVQA_Rosetta_OCR_v0.2_val.json"
 LLAVA = "llava_textvqa_val_v051_ocr.jsonl"
+IMAGES = "train_images"
 LINE = "\nReference OCR token: "
 
 
 def rows(annotations: str | Path) -> list[Row]:
     """The question alone. Ids are the native question_id; the test file has no answers."""
-    shards = _shards(annotations)
-    return _hub_rows(shards, False) if shards else _rows(annotations, None)
+    return _rows("textvqa", _find("textvqa", annotations), None)
 
 
 def rows_with_tokens(annotations: str | Path) -> list[Row]:
     """The question and "Reference OCR token: t1, t2": those of Rosetta, in its order, as LLaVA-1.5 asked."""
-    path, shards = Path(annotations), _shards(annotations)
-    if shards:
-        return _hub_rows(shards, True)
-    file = native.find("textvqa_ocr", path.parent if path.is_file() else path, [TOKENS, LLAVA])
-    return _rows(annotations, _llava_tokens(file) if file.name == LLAVA else _rosetta(file))
+    found = _find("textvqa_ocr", annotations)
+    if found[0].suffix == ".parquet":
+        return _rows("textvqa_ocr", found, {})
+    file = files.find_one("textvqa_ocr", found[0].parent, TOKENS, LLAVA)
+    return _rows(
+        "textvqa_ocr", found, _llava_tokens(file) if file.name == LLAVA else _rosetta(file)
+    )
 
 
-def _shards(annotations: str | Path) -> list[Path]:
-    """The hub's files, unless the official one is there."""
-    official = Path(annotations) / QUESTIONS
-    return [] if official.is_file() else native.shards(annotations, "validation")
+def _find(name: str, annotations: str | Path) -> list[Path]:
+    """The official file, or else the hub's."""
+    return files.find(name, annotations, QUESTIONS, *files.shards("validation"))
 
 
 def _rosetta(file: Path) -> dict[str, str]:
     """image_id -> its tokens, joined."""
-    tokens = {}
-    for number, record in enumerate(_data(file)):
-        where = f"{file} record {number}"
-        tokens[native.field(record, "image_id", str, where)] = _joined(record, where)
-    return tokens
+    found = files.read("textvqa_ocr", [file], inside="data")
+    return {record.text("image_id"): _joined(record) for record in found}
 
 
-def _joined(record: Any, where: str) -> str:
-    found = native.field(record, "ocr_tokens", list, where)
-    if not all(isinstance(token, str) for token in found):
-        raise ConfigError(f"annotations: {where}: 'ocr_tokens' must be strings.")
-    return ", ".join(found)
-
-
-def _hub_rows(shards: Sequence[Path], with_tokens: bool) -> list[Row]:
-    found = []
-    for where, record in native.read_shards(shards):
-        line = LINE + _joined(record, where) if with_tokens else ""
-        found.append(_row(record, where, record["image"], line))
-    return native.distinct(found, shards[0].parent)
-
-
-def _row(record: Any, where: str, image: str | bytes, line: str) -> Row:
-    question_id = native.field(record, "question_id", (int, str), where)
-    question = native.field(record, "question", str, where) + line + prompts.SHORT
-    golds = vqa.human_answers(record, where) if "answers" in record else None
-    return native.row(str(question_id), image, question, golds, question_id=question_id)
+def _joined(record: Record) -> str:
+    return ", ".join(record.texts("ocr_tokens"))
 
 
 def _llava_tokens(file: Path) -> dict[str, str]:
     """image_id (there it is the question_id) -> what stands between LINE and the prompt's ending."""
     tokens = {}
-    for number, record in enumerate(native.read_lines(file)):
-        where = f"{file} record {number}"
-        text = native.field(record, "text", str, where)
-        _, line, rest = text.partition(LINE)
+    for record in files.read_lines("textvqa_ocr", file):
+        _, line, rest = record.text("text").partition(LINE)
         if not line or not rest.endswith(prompts.SHORT):
-            raise ConfigError(f"annotations: {where}: 'text' has no line {LINE.strip()!r}.")
-        tokens[native.field(record, "question_id", str, where)] = rest.removesuffix(prompts.SHORT)
+            raise record.fault(f"'text' has no line {LINE.strip()!r}")
+        tokens[record.text("question_id")] = rest.removesuffix(prompts.SHORT)
     return tokens
 
 
-def _rows(annotations: str | Path, tokens: Mapping[str, str] | None) -> list[Row]:
-    path = native.find("textvqa", annotations, [QUESTIONS])
-    images = native.folder(path.parent, "train_images")
-    found = []
-    for number, record in enumerate(_data(path)):
-        where = f"{path} record {number}"
-        image_id = native.field(record, "image_id", str, where)
-        if tokens is not None and image_id not in tokens:
-            raise ConfigError(
-                f"annotations: {where}: there are no OCR tokens of image {image_id!r}."
-            )
-        line = "" if tokens is None else LINE + tokens[image_id]
-        found.append(_row(record, where, f"{images}/{image_id}.jpg", line))
-    return native.distinct(found, path)
+def _rows(name: str, found: Sequence[Path], tokens: Mapping[str, str] | None) -> list[Row]:
+    """tokens: by image_id, where the records do not hold their own; None: none are shown."""
+    made = [_row(r, tokens) for r in files.read(name, found, inside="data")]
+    return records.distinct(made, f"{name}: {found[0]}")
 
 
-def _data(path: Path) -> list:
-    return native.field(native.read_json(path, dict), "data", list, str(path))
+def _row(record: Record, tokens: Mapping[str, str] | None) -> Row:
+    line = "" if tokens is None else LINE + _tokens(record, tokens)
+    question = record.text("question") + line + prompts.SHORT
+    golds = vqa.human_answers(record) if record.has("answers") else None
+    question_id = record.text("question_id")
+    more = {"question_id": record.values["question_id"]}
+    return records.row(question_id, _image(record), question, golds, **more)
+
+
+def _image(record: Record) -> Image:
+    hub = record.has("image")
+    return record.image("image") if hub else f"{IMAGES}/{record.text('image_id')}.jpg"
+
+
+def _tokens(record: Record, tokens: Mapping[str, str]) -> str:
+    if record.has("ocr_tokens"):
+        return _joined(record)
+    image_id = record.text("image_id")
+    if image_id not in tokens:
+        raise record.fault(f"there are no OCR tokens of image {image_id!r}")
+    return tokens[image_id]
 
 
 def submission(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, str | bytes]:

@@ -10,27 +10,24 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlm_jax.benchmarks import native, prompts, vqa
-from vlm_jax.benchmarks.native import Row
+from vlm_jax.benchmarks import files, prompts, records, vqa
+from vlm_jax.benchmarks.records import Row
 
 HINT = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 
 
 def rows(annotations: str | Path) -> list[Row]:
     """Ids are the images' file names. With val.json and test.json in the directory, name the one that is meant."""
-    path = native.find("vizwiz", annotations, ["val.json", "test.json"])
-    images = native.folder(path.parent, path.stem)
+    path = files.find_one("vizwiz", annotations, "val.json", "test.json")
     found = []
-    for number, record in enumerate(native.read_json(path, list)):
-        where = f"{path} record {number}"
-        name = native.field(record, "image", str, where)
-        question = native.field(record, "question", str, where) + HINT + prompts.SHORT
+    for record in files.read("vizwiz", [path]):
+        image = record.image("image", folder=path.stem)
+        question = record.text("question") + HINT + prompts.SHORT
         gold: Row = {"answer": None}
-        if "answers" in record:
-            kind = native.field(record, "answer_type", str, where)
-            gold = {"answer": vqa.human_answers(record, where), "answer_type": kind}
-        found.append(native.row(name, f"{images}/{name}", question, **gold))
-    return native.distinct(found, path)
+        if record.has("answers"):
+            gold = {"answer": vqa.human_answers(record), "answer_type": record.text("answer_type")}
+        found.append(records.row(record.text("image"), image, question, **gold))
+    return records.distinct(found, f"vizwiz: {path}")
 
 
 def submission(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, str | bytes]:

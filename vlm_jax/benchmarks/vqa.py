@@ -10,8 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from vlm_jax.benchmarks.native import field
-from vlm_jax.config import ConfigError
+from vlm_jax.benchmarks.records import Record
 
 HUMANS = 10
 _POINTS = (0.0, 0.3, 0.6, 0.9, 1.0)
@@ -76,12 +75,13 @@ def normalise(text: str) -> str:
     return plain_words(strip_punctuation(trim(text)))
 
 
-def human_answers(record: Any, where: str) -> list[str]:
+def human_answers(record: Record) -> list[str]:
     """The ten gold answers, written as strings or as {"answer": string}."""
-    answers = field(record, "answers", list, where)
-    texts = [a if isinstance(a, str) else field(a, "answer", str, where) for a in answers]
-    if len(texts) != HUMANS:
-        raise ConfigError(f"annotations: {where} must have {HUMANS} answers, not {len(texts)}.")
+    answers = record.field("answers")
+    answers = answers if isinstance(answers, list) else [answers]
+    texts = [a["answer"] if isinstance(a, dict) and "answer" in a else a for a in answers]
+    if len(texts) != HUMANS or not all(isinstance(text, str) for text in texts):
+        raise record.fault(f"'answers' must be {HUMANS} texts, got {len(texts)}: {texts!r:.60}")
     return texts
 
 

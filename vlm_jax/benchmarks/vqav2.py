@@ -11,8 +11,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlm_jax.benchmarks import native, prompts, vqa
-from vlm_jax.benchmarks.native import Row
+from vlm_jax.benchmarks import files, prompts, records, vqa
+from vlm_jax.benchmarks.records import Row
 from vlm_jax.config import ConfigError
 
 _FILE = re.compile(r"v2_OpenEnded_mscoco_([a-z]+(?:-dev)?\d{4})_questions\.json")
@@ -20,45 +20,40 @@ _FILE = re.compile(r"v2_OpenEnded_mscoco_([a-z]+(?:-dev)?\d{4})_questions\.json"
 
 def rows(annotations: str | Path) -> list[Row]:
     """Ids are the question_id. With several question files in the directory, name the one that is meant."""
-    path = native.find("vqav2", annotations, ["v2_OpenEnded_mscoco_*_questions.json"])
+    path = files.find_one("vqav2", annotations, "v2_OpenEnded_mscoco_*_questions.json")
     named = _FILE.fullmatch(path.name)
     if not named:
         raise ConfigError(
-            f"vqav2: {path.name!r} is not v2_OpenEnded_mscoco_<split>_questions.json."
+            f"vqav2: {path.name!r} is not v2_OpenEnded_mscoco_<split>_questions.json; name one."
         )
     split = named[1]
     coco = split.replace("-dev", "")
     golds = {} if coco.startswith("test") else _golds(path, split)
     found = []
-    questions = native.field(native.read_json(path, dict), "questions", list, str(path))
-    for number, record in enumerate(questions):
-        where = f"{path} record {number}"
-        question_id = native.field(record, "question_id", int, where)
-        image_id = native.field(record, "image_id", int, where)
-        question = native.field(record, "question", str, where) + prompts.SHORT
+    for record in files.read("vqav2", [path], inside="questions"):
+        question_id, image_id = record.whole("question_id"), record.whole("image_id")
         gold: Row = {"answer": None}
         if not coco.startswith("test"):
             if question_id not in golds:
-                raise ConfigError(f"annotations: {where}: question {question_id} has no answers.")
+                raise record.fault(f"question {question_id} has no answers")
             gold = golds[question_id]
         image = f"{coco}/COCO_{coco}_{image_id:012d}.jpg"
         more = {"question_id": question_id, "split": split}
-        found.append(native.row(str(question_id), image, question, **gold, **more))
-    return native.distinct(found, path)
+        question = record.text("question") + prompts.SHORT
+        found.append(records.row(str(question_id), image, question, **gold, **more))
+    return records.distinct(found, f"vqav2: {path}")
 
 
 def _golds(path: Path, split: str) -> dict[int, Row]:
     """question_id -> the ten answers and the answer type."""
     file = path.parent / f"v2_mscoco_{split}_annotations.json"
-    records = native.field(native.read_json(file, dict), "annotations", list, str(file))
-    golds = {}
-    for number, record in enumerate(records):
-        where = f"{file} record {number}"
-        golds[native.field(record, "question_id", int, where)] = {
-            "answer": vqa.human_answers(record, where),
-            "answer_type": native.field(record, "answer_type", str, where),
+    return {
+        record.whole("question_id"): {
+            "answer": vqa.human_answers(record),
+            "answer_type": record.text("answer_type"),
         }
-    return golds
+        for record in files.read("vqav2", [file], inside="annotations")
+    }
 
 
 def submission(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, str | bytes]:

@@ -32,7 +32,7 @@ def list_images(cfg: DataConfig) -> list[tuple[str, str]]:
                 raise
             continue
         for image in record.images:
-            if isinstance(image, bytes):
+            if not isinstance(image, str):
                 raise ConfigError(
                     f"data: {record.file} holds its images itself; features_dir needs image files."
                 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import UInt8
@@ -30,14 +30,14 @@ class ImageError(ValueError):
 
 
 def load(
-    source: str | bytes,
+    source: str | bytes | Callable[[], bytes],
     image_px: int,
     mode: str,
     mean: Sequence[float],
     max_pixels: int,
     resample: str = "bicubic",
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """The image at a path, or in encoded bytes, as [image_px image_px 3].
+    """The image at a path, in encoded bytes or in those that a call gives, as [image_px image_px 3].
 
     mean: the encoder's channel means in 0..1; `pad` fills with them. resample: a key of FILTERS. Raises ImageError for a missing, empty,
     damaged or non-image file, and for one whose header promises more than max_pixels (before decoding it).
@@ -59,7 +59,9 @@ def load(
     return fit(rgb, image_px, mode, mean, max_pixels, resample)
 
 
-def _stream(source: str | bytes) -> str | io.BytesIO:
+def _stream(source: str | bytes | Callable[[], bytes]) -> str | io.BytesIO:
+    if callable(source):
+        source = source()
     if isinstance(source, bytes):
         if not source:
             raise ImageError("the image is empty (0 bytes)")

@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from vlm_jax.config import ConfigError, ViTConfig
 from vlm_jax.data import images, tokenizer
 from vlm_jax.data.chat import Chat
-from vlm_jax.data.sources import BadRecord, Concatenated, Record, Turn
+from vlm_jax.data.sources import BadRecord, Concatenated, Image, Record, Turn
 from vlm_jax.run_config import DataConfig
 
 Batch = dict[str, Any]
@@ -89,8 +89,8 @@ class Pixels:
     max_pixels: int
     resample: str
 
-    def load(self, record: Record, image: str | bytes) -> UInt8[np.ndarray, "H W 3"]:
-        source = image if isinstance(image, bytes) else os.path.join(record.root, image)
+    def load(self, record: Record, image: Image) -> UInt8[np.ndarray, "H W 3"]:
+        source = os.path.join(record.root, image) if isinstance(image, str) else image
         name = f"image {image!r}: " if isinstance(image, str) else ""
         try:
             return images.load(
@@ -141,9 +141,9 @@ class Encoder:
         return {name: np.asarray(values[0]) for name, values in self.visual(BLANK).items()}
 
 
-def _feature_row(index: dict[str, int], record: Record, image: str | bytes) -> int:
-    if isinstance(image, bytes) or image not in index:
-        name = "<bytes>" if isinstance(image, bytes) else image
+def _feature_row(index: dict[str, int], record: Record, image: Image) -> int:
+    if not isinstance(image, str) or image not in index:
+        name = image if isinstance(image, str) else "<bytes>"
         raise record.bad(f"image {name!r} is not in the index of features_dir")
     return index[image]
 

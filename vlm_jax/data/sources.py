@@ -11,7 +11,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -21,6 +21,8 @@ from vlm_jax.data import tokenizer
 from vlm_jax.run_config import DataConfig
 
 IMAGE = "<image>"
+# A path, an encoded image, or what reads one when it is called.
+Image = str | bytes | Callable[[], bytes]
 HUMAN, GPT, SYSTEM = "human", "gpt", "system"
 TFDS_FILES = ("dataset_info.json", "features.json")
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -48,12 +50,12 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A conversation. images: paths relative to root, or encoded bytes. system: its own system prompt, if any."""
+    """A conversation. images: paths are relative to root. system: its own system prompt, if any."""
 
     file: str
     id: str
     root: str
-    images: tuple[str | bytes, ...]
+    images: tuple[Image, ...]
     system: str | None
     turns: tuple[Turn, ...]
 
@@ -99,12 +101,12 @@ def parse(raw: Any, file: str, root: str, fallback_id: str, generate: bool = Fal
     return Record(file, record_id, root, images, system, turns)
 
 
-def _images(raw: dict) -> tuple[str | bytes, ...]:
+def _images(raw: dict) -> tuple[Image, ...]:
     if "image" not in raw or raw["image"] is None:
         return ()
     value = raw["image"]
     images = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    if any(not isinstance(image, (str, bytes)) for image in images):
+    if any(not (isinstance(image, (str, bytes)) or callable(image)) for image in images):
         raise ValueError("'image' must be a path or a list of paths")
     return images
 

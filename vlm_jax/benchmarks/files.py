@@ -1,0 +1,225 @@
+"""The native files of a benchmark as records: JSON, JSON lines, TSV, and parquet as the hub ships it."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlm_jax.benchmarks.records import Record, fault
+from vlm_jax.config import ConfigError
+
+Keyed = Iterator[tuple[str | int, Any]]  # a record's name or number, and the record
+SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})")
+
+
+def shards(split: str) -> tuple[str, str]:
+    """The patterns of a split's parquet files, which the hub puts in data/."""
+    return f"{split}-*.parquet", f"data/{split}-*.parquet"
+
+
+def matches(name: str, path: str | Path, *patterns: str) -> list[Path]:
+    """`path` itself where it is a file; else the files in it that match the first pattern with a match, by name.
+
+    Raises ConfigError when a shard of a parquet file is missing: a part would score as the whole.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    for pattern in patterns:
+        found = sorted(p for p in path.glob(pattern) if p.is_file())
+        if found:
+            _check_shards(name, found)
+            return found
+    return []
+
+
+def _check_shards(name: str, files: Sequence[Path]) -> None:
+    """Of <split>-00000-of-00003(-<hash>).parquet, all three must be there."""
+    parts = [(SHARD.match(file.name), file) for file in files]
+    counts = Counter((file.parent, match[1], match[2]) for match, file in parts if match)
+    for (folder, split, total), count in counts.items():
+        if count != int(total):
+            raise ConfigError(
+                f"{name}: {folder} holds {count} of the {int(total)} files {split}-*.parquet; add the others."
+            )
+
+
+def find(name: str, path: str | Path, *patterns: str) -> list[Path]:
+    """`matches`, of which there must be one at least."""
+    found = matches(name, path, *patterns)
+    if not found:
+        raise ConfigError(
+            f"{name}: {path} holds none of {', '.join(patterns)}; give the directory of the benchmark's files."
+        )
+    return found
+
+
+def find_one(name: str, path: str | Path, *patterns: str) -> Path:
+    """`path` itself where it is a file; else the only file in it that matches any of the patterns.
+
+    Raises ConfigError for several: which of them is meant, only the user knows.
+    """
+    every = [file for pattern in patterns for file in matches(name, path, pattern)]
+    return only(name, path, every or find(name, path, *patterns))
+
+
+def only(name: str, path: str | Path, found: Sequence[Path]) -> Path:
+    """The one file of `found`, which may not be empty."""
+    if len(set(found)) > 1:
+        names = ", ".join(sorted({file.name for file in found}))
+        raise ConfigError(f"{name}: {path} holds {names}; name the file that is meant.")
+    return found[0]
+
+
+def text(name: str, file: Path) -> str:
+    """A UTF-8 file."""
+    if not file.is_file():
+        raise _absent(name, file)
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise fault(f"{name}: {file}", f"is not UTF-8: {error}") from error
+
+
+def _absent(name: str, file: Path) -> ConfigError:
+    return ConfigError(f"{name}: {file} does not exist; give the directory that holds it.")
+
+
+def head(name: str, file: Path) -> Record:
+    """The object that a JSON file holds."""
+    where = f"{name}: {file}"
+    value = _parse(text(name, file), where)
+    if not isinstance(value, dict):
+        raise fault(where, f"must hold an object, not a {type(value).__name__}")
+    return Record(where, "", value)
+
+
+def _parse(written: str, where: str) -> Any:
+    try:
+        return json.loads(written)
+    except (ValueError, RecursionError) as error:
+        raise fault(where, f"is not valid JSON: {error}") from error
+
+
+def read(name: str, files: Sequence[Path], inside: str = "") -> Iterator[Record]:
+    """The records of all files. Pictures inside a parquet file stay there as `Embedded`.
+
+    inside: the field of a JSON file's object that holds its records, a list or an object of objects.
+    """
+    for file in files:
+        if not file.is_file():
+            raise _absent(name, file)
+        if file.suffix not in READERS:
+            raise ConfigError(f"{name}: {file} is none of {', '.join(READERS)}; name another file.")
+        yield from _records(f"{name}: {file}", READERS[file.suffix](name, file, inside))
+
+
+def read_lines(name: str, file: Path) -> Iterator[Record]:
+    """The records of a file with one JSON object per line, whatever its suffix."""
+    yield from _records(f"{name}: {file}", _json_lines(name, file, ""))
+
+
+def _records(where: str, values: Keyed) -> Iterator[Record]:
+    for key, value in values:
+        if not isinstance(value, dict):
+            raise fault(f"{where} row {key}", f"must be an object, got {value!r:.60}")
+        yield Record(f"{where} row {key}", key if isinstance(key, str) else "", value)
+
+
+def _json(name: str, file: Path, inside: str) -> Keyed:
+    value = (
+        head(name, file).field(inside) if inside else _parse(text(name, file), f"{name}: {file}")
+    )
+    if isinstance(value, dict):
+        yield from value.items()
+    elif isinstance(value, list):
+        yield from enumerate(value)
+    else:
+        raise fault(f"{name}: {file}", f"must hold a list, not a {type(value).__name__}")
+
+
+def _json_lines(name: str, file: Path, inside: str) -> Keyed:
+    """Blank lines are skipped."""
+    lines = text(name, file).split("\n")  # not splitlines: a string may hold U+2028
+    full = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    for row, (number, line) in enumerate(full):
+        yield row, _parse(line, f"{name}: {file} line {number}")
+
+
+def _tsv(name: str, file: Path, inside: str) -> Keyed:
+    """Every value is a string."""
+    csv.field_size_limit(sys.maxsize)  # an image in base64 is above the default of 128 kB
+    with file.open(encoding="utf-8", newline="") as lines:
+        reader = csv.DictReader(lines, delimiter="\t")
+        try:
+            for row, record in enumerate(reader):
+                if None in record or None in record.values():
+                    wanted = len(reader.fieldnames or ())
+                    raise fault(f"{name}: {file} row {row}", f"does not have {wanted} columns")
+                yield row, record
+        except UnicodeDecodeError as error:
+            raise fault(f"{name}: {file}", f"is not UTF-8: {error}") from error
+        except csv.Error as error:
+            raise fault(f"{name}: {file}", f"is not a valid TSV: {error}") from error
+
+
+def _parquet(name: str, file: Path, inside: str) -> Keyed:
+    import pyarrow  # a third of a second; only for those who use it
+    import pyarrow.parquet
+
+    row = 0
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        for group in range(table.num_row_groups):
+            at = 0
+            for batch in table.iter_batches(batch_size=64, row_groups=[group]):
+                for record in batch.to_pylist():
+                    cell = functools.partial(Embedded, file, group, at)
+                    yield row, {column: _seen(cell, column, v) for column, v in record.items()}
+                    row, at = row + 1, at + 1
+    except pyarrow.ArrowException as error:
+        reason = " ".join(str(error).split())
+        raise fault(f"{name}: {file}", f"is not valid parquet: {reason}") from error
+
+
+def _seen(cell: functools.partial[Embedded], column: str, value: Any) -> Any:
+    """A value without the bytes of its picture, or of the first of several."""
+    first = value[0] if isinstance(value, list) and value else value
+    if not isinstance(first, dict) or set(first) != {"bytes", "path"}:
+        return value
+    return cell(column) if first["bytes"] else first["path"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedded:
+    """A picture inside a parquet file, read when it is called: 1,000 of 300 kB leave 250 MB in memory instead of 790.
+
+    Its group of rows is read at once: with 100 rows 1 ms a picture in the order of the file, 40 ms in a random one.
+    """
+
+    file: Path
+    group: int  # of rows
+    row: int  # in its group
+    column: str
+
+    def __call__(self) -> bytes:
+        value = _column(self.file, self.group, self.column)[self.row].as_py()
+        return (value[0] if isinstance(value, list) else value)["bytes"]
+
+
+@functools.lru_cache(maxsize=2)  # rows are asked nearly in order: a group, and its neighbour
+def _column(file: Path, group: int, column: str) -> Any:
+    from pyarrow import parquet
+
+    return parquet.ParquetFile(file).read_row_group(group, columns=[column]).column(0)
+
+
+READERS = {".json": _json, ".jsonl": _json_lines, ".tsv": _tsv, ".parquet": _parquet}

@@ -1,0 +1,118 @@
+"""One record of a native file: its fields, checked, and the row that is made of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vlm_jax.benchmarks import prompts
+from vlm_jax.config import ConfigError
+
+Row = dict[str, Any]
+# A path, an encoded image, or what reads one when it is called.
+Image = str | bytes | Callable[[], bytes]
+# What pandas reads as a missing value, lower case; the official scripts of TSV benchmarks read with it.
+MISSING = {
+    "", "#n/a", "#n/a n/a", "#na", "-1.#ind", "-1.#qnan", "-nan", "1.#ind", "1.#qnan", "<na>", "n/a", "na", "nan",
+    "none", "null",
+}  # fmt: skip
+
+
+def fault(where: str | Path, reason: str) -> ConfigError:
+    """The one wording for what is wrong in a file. where: benchmark and file, and the row or the line."""
+    return ConfigError(f"{where}: {reason}; correct the file or download it again.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """An object of a file. Its methods raise ConfigError for a field that is absent or of another kind."""
+
+    where: str  # "NAME: FILE row N"
+    key: str  # its name in an object of objects; "" in a list
+    values: dict[str, Any]
+
+    def fault(self, reason: str) -> ConfigError:
+        return fault(self.where, reason)
+
+    def name(self) -> str:
+        """Its name in the object that holds it."""
+        if not self.key:
+            raise self.fault("has no name: the file must be an object of records, not a list")
+        return self.key
+
+    def has(self, name: str) -> bool:
+        """Whether the field is there with a value."""
+        return name in self.values and self.values[name] is not None
+
+    def field(self, *names: str) -> Any:
+        """The first field of `names` that has a value."""
+        for name in names:
+            if self.has(name):
+                return self.values[name]
+        raise self.fault(f"has no {' or '.join(map(repr, names))}")
+
+    def text(self, *names: str) -> str:
+        """As a string; a number is written as Python does."""
+        value = self.field(*names)
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise self.fault(f"{names[0]!r} must be a string, got {value!r:.60}")
+        return str(value)
+
+    def optional(self, name: str) -> str:
+        """As a string, "" where it is absent, null, or what pandas calls missing ("nan", "None", ...)."""
+        value = str(self.values[name]) if self.has(name) else ""
+        return "" if value.strip().lower() in MISSING else value
+
+    def whole(self, name: str) -> int:
+        """A whole number."""
+        value = self.field(name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.fault(f"{name!r} must be a whole number, got {value!r:.60}")
+        return value
+
+    def texts(self, *names: str) -> list[str]:
+        """A list of strings; a single string is a list of one."""
+        value = self.field(*names)
+        values = [value] if isinstance(value, str) else value
+        if isinstance(values, list) and all(isinstance(v, (str, int, float)) for v in values):
+            return [str(v) for v in values]
+        raise self.fault(f"{names[0]!r} must be a list of strings, got {value!r:.60}")
+
+    def part(self, name: str) -> dict[str, Any]:
+        """An object inside it, {} where there is none."""
+        value = self.values[name] if self.has(name) else {}
+        if not isinstance(value, dict):
+            raise self.fault(f"{name!r} must be an object, got {value!r:.60}")
+        return value
+
+    def image(self, *names: str, folder: str = "") -> Image:
+        """A path, put under `folder`, or an image that the file holds itself; of a list, the first."""
+        value = self.field(*names)
+        if isinstance(value, list) and value:
+            value = value[0]
+        if isinstance(value, str) and value:
+            return f"{folder}/{value}" if folder else value
+        if callable(value):
+            return value
+        raise self.fault(f"{names[0]!r} must be an image or its path, got {value!r:.60}")
+
+
+def row(row_id: str, image: Image | None, question: str, /, answer: Any, **more: Any) -> Row:
+    """One question about at most one image, asked alone. answer: None where the gold is hidden."""
+    seen = {} if image is None else {"image": image}
+    asked = prompts.ask(question, images=int(image is not None))
+    return {"id": row_id, **seen, "conversations": asked, "answer": answer, **more}
+
+
+def distinct(rows: list[Row], where: str | Path) -> list[Row]:
+    """The rows, if there is one at least and no id occurs twice. where: their file or directory."""
+    if not rows:
+        raise fault(where, "holds no question")
+    seen: set[str] = set()
+    for one in rows:
+        if one["id"] in seen:
+            raise fault(where, f"has two questions with id {one['id']!r}")
+        seen.add(one["id"])
+    return rows
