@@ -189,6 +189,7 @@ def open_task(name: str, annotations: str, settings: EvalConfig, workdir: Path) 
         raise ConfigError(f"eval: {name} has open questions only; use mode = 'generation'.")
     folder = workdir / (name + MODES[settings.mode])
     chosen = rows[: settings.limit] if settings.limit else rows
+    benchmarks.check_scorable(name, chosen)
     made_with = {
         "checkpoint": str(Path(settings.checkpoint).absolute()),
         "step": experiment.last_step(settings.checkpoint),

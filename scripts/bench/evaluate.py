@@ -37,7 +37,30 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-WORDS = "what is the colour of small large animal on table to left right behind in front person car dog cat red blue".split()
+WORDS = [
+    "what",
+    "is",
+    "the",
+    "colour",
+    "of",
+    "small",
+    "large",
+    "animal",
+    "on",
+    "table",
+    "to",
+    "left",
+    "right",
+    "behind",
+    "in",
+    "front",
+    "person",
+    "car",
+    "dog",
+    "cat",
+    "red",
+    "blue",
+]
 ENDING = "Answer the question using a single word or phrase."
 
 
@@ -56,13 +79,29 @@ def write_data(folder: Path, count: int) -> list[dict[str, Any]]:
         said = {"from": "human", "value": f"<image>\n{question} ? {ENDING}"}
         rows.append({"id": str(i), "image": f"images/{i}.jpg", "conversations": [said], "replies": ("Yes", "No")})  # fmt: skip
     marks = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
-    frame = "A chat between curious user and an artificial intelligence assistant gives helpful detailed polite answers".split()
+    frame = [
+        "A",
+        "chat",
+        "between",
+        "curious",
+        "user",
+        "and",
+        "an",
+        "artificial",
+        "intelligence",
+        "assistant",
+        "gives",
+        "helpful",
+        "detailed",
+        "polite",
+        "answers",
+    ]
     known = [
         *marks,
         *WORDS,
         *ENDING.replace(".", "").split(),
         *frame,
-        *"USER ASSISTANT : . , ? ' s Yes No".split(),
+        *["USER", "ASSISTANT", ":", ".", ",", "?", "'", "s", "Yes", "No"],
     ]
     known += [f"w{i}" for i in range(1000 - len(dict.fromkeys(known)))]
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(known))}
@@ -147,9 +186,9 @@ def plain(
     for row in rows:
         words = row["conversations"][0]["value"].removeprefix("<image>\n")
         content = [{"type": "image"}, {"type": "text", "text": words}]
-        texts[row["id"]] = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
+        said = [{"role": "user", "content": content}]
+        # The tokenizer's class in transformers writes no <s> by itself, ours does (add_bos_token).
+        texts[row["id"]] = "<s>" + processor.apply_chat_template(said, add_generation_prompt=True)
 
     def go() -> dict[str, str]:
         found = {}
