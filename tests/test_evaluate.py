@@ -192,21 +192,6 @@ def test_the_question_that_is_looked_at_may_be_another_than_in_training(world):
         evaluate.evaluate(config(world, query="second_turn"), str(world / "nowhere"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["8,1,1", "1,2,4", "2,2,2"])
-def test_a_mesh_of_eight_devices_gives_the_answers_of_one(world, first, tmp_path, mesh):
-    data, fsdp, tensor = mesh.split(",")
-    words = ["--config=configs/eval.py", f"--workdir={tmp_path}"]
-    words += [f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}"]
-    words += [f"--config.mesh.tensor={tensor}", "--config.eval.benchmarks=('llava',)"]
-    words += [f"--config.eval.checkpoint={world.parent / 'run'}", "--config.eval.batch_size=8"]
-    words += [f"--config.eval.annotations=('{world}',)", "--config.eval.max_new_tokens=3"]
-    done = run_evaluate(*words, devices="8")
-    assert done.returncode == 0, done.stderr
-    assert answers(tmp_path) == answers(first[0])
-    assert json.loads(done.stdout) == first[1]
-
-
 def test_hidden_gold_is_answered_and_uploaded_and_the_rest_is_scored(world, tmp_path, capsys):
     """VQAv2's test split beside GQA, both in their native files: one row in errors.csv, two files to upload."""
     data, pictures = tmp_path / "data", sorted((world / "images").iterdir())

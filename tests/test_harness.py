@@ -154,16 +154,17 @@ def test_a_benchmark_of_open_questions_has_no_likelihoods(run, files, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch_size", [1, 7])
-def test_no_score_depends_on_the_batch_size(
-    run, files, closed, generated, chosen, tmp_path, batch_size
-):
-    for mode, names, (_, scores) in (
-        ("generation", FIXTURES, generated),
-        ("likelihood", closed, chosen),
+def test_no_score_depends_on_the_batch_size(run, files, generated, chosen, tmp_path):
+    """Batches of 7 instead of 4: other neighbours, other widths, several rows of padding."""
+    names = ["pope", "mme", "mmbench", "mmmu"]
+    for mode, (_, scores), suffix in (
+        ("generation", generated, ""),
+        ("likelihood", chosen, "_likelihood"),
     ):
-        cfg = config(run, files, names, mode=mode, batch_size=batch_size)
-        assert evaluate.evaluate(cfg, str(tmp_path / mode)) == scores
+        cfg = config(run, files, names, mode=mode, batch_size=7)
+        wanted = {score["benchmark"]: score for score in scores}
+        found = evaluate.evaluate(cfg, str(tmp_path / mode))
+        assert found == [wanted[name + suffix] for name in names]
 
 
 def test_no_answer_depends_on_sharing_what_prompts_begin_with(
@@ -222,7 +223,10 @@ def command(run, files, workdir, mode, mesh):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "mesh"),
-    [("generation", {"data": 2, "fsdp": 2, "tensor": 2}), ("likelihood", {"data": 2, "fsdp": 4})],
+    [
+        ("generation", {"data": 2, "fsdp": 2, "tensor": 2}),
+        ("likelihood", {"data": 1, "fsdp": 2, "tensor": 4}),
+    ],
 )
 def test_eight_devices_give_the_answers_of_one(run, files, generated, chosen, tmp_path, mode, mesh):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
@@ -254,7 +258,7 @@ def test_two_processes_give_the_answers_of_one(run, files, generated, chosen, tm
         for peer in peers:
             out, err = peer.communicate(timeout=300)
             assert peer.returncode == 0, err
-            check(tmp_path / mode, whole, json.loads(out))
+            check(tmp_path / mode, whole, json.loads(out.splitlines()[-1]))  # gloo talks before
 
 
 def check(workdir, whole, scores):
