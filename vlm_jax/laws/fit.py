@@ -23,19 +23,22 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from scipy.special import fdtri
 
 from vlm_jax import cli
 from vlm_jax.config import ConfigError
 from vlm_jax.laws import law as law_file
-from vlm_jax.laws import least_squares, table
-from vlm_jax.laws.bootstrap import expanded_tail, resample
+from vlm_jax.laws import table
+from vlm_jax.laws.alternatives import compare
+from vlm_jax.laws.bootstrap import MODES, RESIDUALS, expanded_tail, resample, resample_residuals
 from vlm_jax.laws.cells import Cells, select
 from vlm_jax.laws.law import BILLION, Fit, Law
+from vlm_jax.laws.least_squares import Solutions, solve
+from vlm_jax.laws.profile import Profiles
 from vlm_jax.laws.table import Number, Row
+from vlm_jax.laws.weighting import LOSSES, huber, weigh
 
 CONSTANTS = ("A", "alpha", "beta", "D", "alpha/beta")
-PROFILE_POINTS = 81  # values of D tried between 0 and the smallest error
+PROFILE_POINTS = 21  # values of D looked at along the flat direction
 
 
 def fit_family(
@@ -48,6 +51,10 @@ def fit_family(
     level: float = 0.95,
     draws: int = 1000,
     seed: int = 0,
+    weights: str = "even",
+    loss: str = "squares",
+    text_tokens: int | None = None,
+    check: tuple[float, float] | None = None,
 ) -> Fit:
     """Fits one family's law; flagged rows and other compressors' rows are left out and named in `left_out`.
 
@@ -56,53 +63,56 @@ def fit_family(
       compressor: None takes the one with the most cells.
       fixed_d: None fits D >= 0.
       draws, seed: of the bootstrap; the same numbers give the same intervals.
+      weights: of the cells, even or binomial (from n). loss: squares or huber; see `weighting.py`.
+      text_tokens: Q; compares the law in Q + V too.
+      check: (alpha, beta) to test against the joint region.
     """
-    if not 0 < level < 1:
-        raise ConfigError(f"fit: level must lie in (0, 1), got {level}.")
-    if draws < 100:
-        raise ConfigError(f"fit: {draws} draws are too few for an interval; give at least 100.")
-    if fixed_d is not None and not 0 <= fixed_d < 1:
-        raise ConfigError(f"fit: D must lie in [0, 1), got {fixed_d}.")
+    _check_options(level, draws, fixed_d, loss, text_tokens)
     constants = 4 if fixed_d is None else 3
-    cells = select(rows, family, benchmark, compressor, constants)
-    points = cells.size, cells.tokens
-    observed, even = cells.errors[None], cells.weights[None]
-    law = _one(least_squares.solve(*points, observed, even, _fixed(fixed_d, 1)))
-    zero = _one(least_squares.solve(*points, observed, even, np.zeros(1)))
-    predicted = np.zeros(len(cells.means))
-    predicted[cells.cell_of] = law.error(cells.size * BILLION, cells.tokens)
-    sse = float(np.sum((predicted - cells.means) ** 2))
-    solved = {
-        mode: least_squares.solve(
-            *points, np.tile(observed, (draws, 1)), weights, _fixed(fixed_d, draws)
-        )
-        for mode, weights in resample(cells, constants, draws, seed).items()
-    }
+    cells = weigh(select(rows, family, benchmark, compressor, constants), weights)
+    if loss == "huber":
+        cells = huber(cells, fixed_d)
+    points = cells.points
+    law = _one(points.solve(fixed_d))
+    predicted = law.error(points.size * BILLION, points.tokens)
+    sse = float(np.sum(points.weights * (points.errors - predicted) ** 2))
+    profiles = Profiles(points, law, sse, fixed_d)
+    nonnegative, sse_nonnegative = profiles.nonnegative()
+    solved = _resampled(cells, predicted, constants, draws, seed, fixed_d)
     tails = {mode: expanded_tail(cells, mode, constants, level) for mode in solved}
-    mode = list(solved)[-1]  # both, where both can be drawn
-    spread = float(np.sum((cells.means - cells.means.mean()) ** 2))
+    mode = next(m for m in reversed(MODES) if m in solved)  # both, where both can be drawn
+    centre = np.average(points.errors, weights=points.weights)
+    spread = float(np.sum(points.weights * (points.errors - centre) ** 2))
+    relative = np.abs(predicted - points.errors) / np.maximum(points.errors, 1e-12)
+    lms = {row.lm: row.lm_params for row in cells.rows}
     return Fit(
         family=family,
         benchmark=cells.rows[0].benchmark,
         compressor=cells.rows[0].compressor,
         law=law,
-        law_d_zero=zero,
+        law_d_zero=_one(points.solve(0.0)),
+        law_nonnegative=nonnegative,
+        sse_nonnegative=sse_nonnegative,
         d_fixed=fixed_d is not None,
         sse=sse,
         r2=1 - sse / max(spread, 1e-30),
-        max_relative_error=float(
-            np.max(np.abs(predicted - cells.means) / np.maximum(cells.means, 1e-12))
-        ),
-        num_cells=len(cells.means),
+        max_relative_error=float(relative.max()),
+        num_cells=len(points.errors),
         num_seeds=len({row.seed for row in cells.rows}),
         level=level,
         intervals={m: _intervals(s, tails[m], level) for m, s in solved.items()},
         tails=tails,
         p_alpha_greater={m: float(np.mean(s.alpha > s.beta)) for m, s in solved.items()},
-        d_profile=_profile_d(cells, law.D, sse, level, fixed_d),
+        d_profile=_profile_d(profiles, level),
+        profile={name: profiles.interval(name, level) for name in CONSTANTS},
+        alternatives=compare(points, {lm: n / BILLION for lm, n in lms.items()}, text_tokens),
+        weights=weights,
+        loss=loss,
+        down_weighted=_down_weighted(cells) if loss == "huber" else (),
+        check=None if check is None else profiles.check(*check, level),
         resamples=np.stack(solved[mode][:4], axis=1),
         mode=mode,
-        lms={row.lm: row.lm_params for row in cells.rows},
+        lms=lms,
         visual_tokens=tuple(sorted({row.visual_tokens for row in cells.rows})),
         left_out=cells.left_out,
     )
@@ -116,16 +126,59 @@ def fit_table(rows: Sequence[Row], **options: Any) -> dict[str, Fit]:
     }
 
 
-def _fixed(value: Number | None, count: int) -> np.ndarray | None:
-    return None if value is None else np.full(count, float(value))
+def _check_options(
+    level: float, draws: int, fixed_d: Number | None, loss: str, text_tokens: int | None
+) -> None:
+    if not 0 < level < 1:
+        raise ConfigError(f"fit: level must lie in (0, 1), got {level}.")
+    if draws < 100:
+        raise ConfigError(f"fit: {draws} draws are too few for an interval; give at least 100.")
+    if fixed_d is not None and not 0 <= fixed_d < 1:
+        raise ConfigError(f"fit: D must lie in [0, 1), got {fixed_d}.")
+    if loss not in LOSSES:
+        raise ConfigError(f"fit: loss must be one of {', '.join(LOSSES)}; got {loss!r}.")
+    if text_tokens is not None and text_tokens < 1:
+        raise ConfigError(f"fit: text_tokens must be at least 1, got {text_tokens}.")
 
 
-def _one(solution: least_squares.Solutions) -> Law:
+def _resampled(
+    cells: Cells,
+    predicted: np.ndarray,
+    constants: int,
+    draws: int,
+    seed: int,
+    fixed_d: Number | None,
+) -> dict[str, Solutions]:
+    """The laws of every bootstrap sample, per mode. A robust fit's weights stay as they are."""
+    fixed = None if fixed_d is None else np.full(draws, float(fixed_d))
+    errors = np.tile(cells.errors, (draws, 1))
+    solved = {
+        mode: solve(cells.size, cells.tokens, errors, weights, fixed)
+        for mode, weights in resample(cells, constants, draws, seed).items()
+    }
+    points = cells.points
+    errors = resample_residuals(points, predicted, constants, draws, seed)
+    even = np.tile(points.weights, (draws, 1))
+    return solved | {RESIDUALS: solve(points.size, points.tokens, errors, even, fixed)}
+
+
+def _one(solution: Solutions) -> Law:
     return Law(*(float(column[0]) for column in solution[:4]))
 
 
+def _down_weighted(cells: Cells) -> tuple[str, ...]:
+    """Cells whose weight is below the largest one's, heaviest cut first."""
+    shares = cells.cell_weights / cells.cell_weights.max()
+    names = {i: row.cell for i, row in zip(cells.cell_of, cells.rows, strict=True)}
+    return tuple(
+        f"{names[i][0]}, {names[i][1]} visual tokens ({shares[i]:.0%})"
+        for i in np.argsort(shares, kind="stable")
+        if shares[i] < 0.995
+    )
+
+
 def _intervals(
-    solved: least_squares.Solutions, tail: float, level: float
+    solved: Solutions, tail: float, level: float
 ) -> dict[str, tuple[float, float] | None]:
     tails = [tail, 100 - tail]
     out: dict[str, tuple[float, float] | None] = {
@@ -142,32 +195,17 @@ def _pair(values) -> tuple[float, float]:
     return (float(low), float(high))
 
 
-def _profile_d(
-    cells: Cells, best_d: float, sse: float, level: float, fixed_d: Number | None
-) -> dict[str, tuple[float, float] | None]:
-    """Every D whose best law is not significantly worse (F test), and the exponents along the way."""
+def _profile_d(profiles: Profiles, level: float) -> dict[str, tuple[float, float] | None]:
+    """Every D whose best law is not significantly worse, and the other constants of those best laws."""
     spans: dict[str, Any] = dict.fromkeys(CONSTANTS)
-    if fixed_d is not None:
+    ends = profiles.interval("D", level)
+    if ends is None:
         return spans
-    candidates = np.linspace(0, float(cells.means.min()), PROFILE_POINTS)
-    candidates = np.union1d(candidates, [best_d])  # so that at least one is good enough
-    solved = least_squares.solve(
-        cells.size,
-        cells.tokens,
-        np.tile(cells.errors, (len(candidates), 1)),
-        np.tile(cells.weights, (len(candidates), 1)),
-        candidates,
-    )
-    freedom = len(cells.means) - 4
-    limit = sse * (1 + float(fdtri(1, freedom, level)) / freedom)
-    fits = solved.sse - cells.seed_scatter <= limit + 1e-12
-    alpha, beta = solved.alpha[fits], solved.beta[fits]
-    spans |= {"A": solved.A[fits], "alpha": alpha, "beta": beta, "D": candidates[fits]}
-    if ((alpha > 0) & (beta > 0)).all():
-        spans["alpha/beta"] = alpha / beta
-    return {
-        name: None if v is None else (float(v.min()), float(v.max())) for name, v in spans.items()
-    }
+    solved = profiles.hold("D", np.union1d(np.linspace(*ends, PROFILE_POINTS), [profiles.law.D]))
+    spans |= {name: getattr(solved, name) for name in CONSTANTS[:4]}
+    if ((solved.alpha > 0) & (solved.beta > 0)).all():
+        spans["alpha/beta"] = solved.alpha / solved.beta
+    return {name: None if v is None else _pair((v.min(), v.max())) for name, v in spans.items()}
 
 
 class OneLineParser(argparse.ArgumentParser):

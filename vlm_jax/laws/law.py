@@ -15,7 +15,8 @@ from jaxtyping import Float
 from vlm_jax.config import ConfigError
 
 BILLION = 1e9
-LAW_FORMAT = 1
+LAW_FORMAT = 2
+_LAWS = ("law", "law_d_zero", "law_nonnegative")
 EXPONENT_BOX = (
     5.0  # |alpha|, |beta| <= 5 in the fit; a solution on the edge is a step, not a power law
 )
@@ -43,6 +44,34 @@ class Law:
 
 
 @dataclasses.dataclass(frozen=True)
+class Alternative:
+    """Another law for the same cells, and how well it does. Lower criteria are better; a gap below 2 settles nothing."""
+
+    formula: str  # N in billions
+    constants: dict[str, float]
+    num_constants: int
+    sse: float
+    rmse: float
+    aicc: float | None  # corrected for few cells; None where there are too few
+    bic: float
+    held_out: dict[
+        str, tuple[float, float]
+    ]  # LM -> (mean, largest) relative error of its cells, by the law of the other sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """Given exponents against the table: A and D are the best ones beside them."""
+
+    law: Law
+    sse_ratio: float  # to the best law's sum of squares
+    f: float  # of the F test that both exponents are these
+    f_limit: float  # the joint region's edge
+    p: float
+    inside: bool  # the joint region of (alpha, beta) at the fit's level
+
+
+@dataclasses.dataclass(frozen=True)
 class Fit:
     """One family's law and how sure it is. Intervals are percentiles of resamples, `tails` from either end."""
 
@@ -53,8 +82,10 @@ class Fit:
     law_d_zero: (
         Law  # the same with D = 0: its exponents are the ones to compare when D is not identified
     )
+    law_nonnegative: Law  # the same with alpha, beta >= 0
+    sse_nonnegative: float
     d_fixed: bool
-    sse: float  # over cells, of seed means
+    sse: float  # over cells, of seed means, weighted (weights have mean 1)
     r2: float
     max_relative_error: float
     num_cells: int
@@ -68,6 +99,14 @@ class Fit:
     d_profile: dict[
         str, tuple[float, float] | None
     ]  # constant -> its range over every D that fits as well
+    profile: dict[
+        str, tuple[float, float] | None
+    ]  # constant -> its profile-likelihood interval, see `laws/profile.py`
+    alternatives: tuple[Alternative, ...]
+    weights: str  # even | binomial
+    loss: str  # squares | huber
+    down_weighted: tuple[str, ...]  # cells that a robust loss counts less, and how much
+    check: Check | None  # exponents that were asked about
     resamples: Float[np.ndarray, "R 4"]  # A alpha beta D, of the headline mode
     mode: str  # the headline mode
     lms: dict[str, int | float]  # name -> parameters, as measured
@@ -149,9 +188,9 @@ def as_dict(fits: Mapping[str, Fit], made_by: Mapping[str, Any]) -> dict[str, An
         fields = {
             f.name: getattr(fit, f.name) for f in dataclasses.fields(fit) if f.name != "resamples"
         }
-        fields["law"], fields["law_d_zero"] = (
-            dataclasses.asdict(law) for law in (fit.law, fit.law_d_zero)
-        )
+        fields |= {name: dataclasses.asdict(getattr(fit, name)) for name in _LAWS}
+        fields["alternatives"] = [dataclasses.asdict(law) for law in fit.alternatives]
+        fields["check"] = None if fit.check is None else dataclasses.asdict(fit.check)
         fields["ratio"], fields["d_identified"], fields["statements"] = (
             fit.law.ratio,
             fit.d_identified,
@@ -192,12 +231,15 @@ def _from_dict(fields: dict[str, Any]) -> Fit:
 
     names = {f.name for f in dataclasses.fields(Fit)}
     values = {name: value for name, value in fields.items() if name in names}
-    values["law"], values["law_d_zero"] = Law(**fields["law"]), Law(**fields["law_d_zero"])
-    values["intervals"] = {mode: pairs(group) for mode, group in fields["intervals"].items()}
-    values["d_profile"] = pairs(fields["d_profile"])
-    values["resamples"] = np.asarray(fields["resamples"], float)
-    values["visual_tokens"], values["left_out"] = (
-        tuple(fields["visual_tokens"]),
-        tuple(fields["left_out"]),
+    values |= {name: Law(**fields[name]) for name in _LAWS}
+    values["alternatives"] = tuple(
+        Alternative(**{**law, "held_out": pairs(law["held_out"])}) for law in fields["alternatives"]
     )
+    check = fields["check"]
+    values["check"] = None if check is None else Check(**{**check, "law": Law(**check["law"])})
+    values["intervals"] = {mode: pairs(group) for mode, group in fields["intervals"].items()}
+    values["d_profile"], values["profile"] = pairs(fields["d_profile"]), pairs(fields["profile"])
+    values["resamples"] = np.asarray(fields["resamples"], float)
+    for name in ("visual_tokens", "left_out", "down_weighted"):
+        values[name] = tuple(fields[name])
     return Fit(**values)
