@@ -169,7 +169,7 @@ def test_run_to_run_noise_widens_the_interval_over_seeds_and_not_a_noiseless_one
 
 def test_one_seed_gives_only_the_interval_over_cells_and_says_so():
     found = fit.fit_family(rows_of(TRUE, cell_noise=0.004), "f", draws=100)
-    assert list(found.intervals) == ["cells"] and found.mode == "cells"
+    assert list(found.intervals) == ["cells", "residuals"] and found.mode == "cells"
     assert any("one seed per cell" in line for line in found.statements)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -10,7 +11,7 @@ from jaxtyping import Float
 from scipy.special import stdtr
 
 from vlm_jax.laws.cells import Points
-from vlm_jax.laws.law import Alternative
+from vlm_jax.laws.law import BILLION, Alternative
 
 Predict = Callable[[Float[np.ndarray, " c"], Float[np.ndarray, " c"]], Float[np.ndarray, " c"]]
 Fitter = Callable[[Points], tuple[Predict, dict[str, float]] | None]
@@ -45,12 +46,12 @@ def _power(fixed_d: float | None, text_tokens: int = 0) -> Fitter:
         moved = points._replace(tokens=points.tokens + text_tokens)
         if len(points.errors) < 4 - (fixed_d is not None):
             return None
-        a, alpha, beta, d = (float(column[0]) for column in moved.solve(fixed_d)[:4])
+        law = moved.law(fixed_d)
 
         def predict(size, tokens):
-            return a * size**-alpha * (tokens + text_tokens) ** -beta + d
+            return law.error(size * BILLION, tokens + text_tokens)
 
-        return predict, {"A": a, "alpha": alpha, "beta": beta, "D": d}
+        return predict, dataclasses.asdict(law)
 
     return fitter
 
@@ -68,14 +69,14 @@ def _log_linear(interaction: bool) -> Fitter:
         solved, _, rank, _ = np.linalg.lstsq(design, points.errors * root, rcond=None)
         if rank < design.shape[1]:
             return None
-        constants = dict(zip("abcd", map(float, solved), strict=False))
+        constants: dict[str, float] = {n: float(c) for n, c in zip("abcd", solved, strict=False)}
         if interaction:
             freedom = len(root) - 4
             residual = points.errors * root - design @ solved
             variance = np.linalg.inv(design.T @ design)[3, 3] * (residual @ residual)
             if freedom > 0 and variance > 0:
-                constants["t of d"] = float(solved[3] / math.sqrt(variance / freedom))
-                constants["p of d"] = 2 * float(stdtr(freedom, -abs(constants["t of d"])))
+                t = float(solved[3] / math.sqrt(variance / freedom))
+                constants |= {"t of d": t, "p of d": 2 * float(stdtr(freedom, -abs(t)))}
         return (lambda size, tokens: columns(size, tokens) @ solved), constants
 
     return fitter

@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 
 from vlm_jax.config import ConfigError
 from vlm_jax.laws import table
-from vlm_jax.laws.law import BILLION
-from vlm_jax.laws.least_squares import Solutions, solve
+from vlm_jax.laws.law import BILLION, Law
+from vlm_jax.laws.least_squares import solve
 from vlm_jax.laws.table import Row
 
 
@@ -24,10 +24,24 @@ class Points(NamedTuple):
     errors: Float[np.ndarray, " c"]  # mean over the cell's seeds
     weights: Float[np.ndarray, " c"]  # mean 1
 
-    def solve(self, fixed_d: float | None = None) -> Solutions:
-        """The least-squares law."""
+    @property
+    def scatter(self) -> float:
+        """The weighted sum of squares about the mean."""
+        centre = np.average(self.errors, weights=self.weights)
+        return float(np.sum(self.weights * (self.errors - centre) ** 2))
+
+    def max_relative_error(self, predicted: Float[np.ndarray, " c"]) -> float:
+        return float(np.max(np.abs(predicted - self.errors) / np.maximum(self.errors, 1e-12)))
+
+    def law(self, fixed_d: float | None = None) -> Law:
+        """The least-squares law; fixed_d: None fits D >= 0."""
         given = None if fixed_d is None else np.array([float(fixed_d)])
-        return solve(self.size, self.tokens, self.errors[None], self.weights[None], given)
+        solved = solve(self.size, self.tokens, self.errors[None], self.weights[None], given)
+        return Law(*(float(column[0]) for column in solved[:4]))
+
+    def sum_of_squares(self, law: Law) -> float:
+        residual = self.errors - law.error(self.size * BILLION, self.tokens)
+        return float(np.sum(self.weights * residual**2))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,17 +3,22 @@
     python -m vlm_jax.laws.fit errors.csv --out law.json
 
 N is lm_params in billions, V the visual tokens (arXiv 2411.03312, equation 2; its fit uses V alone, the text tokens enter
-only the cost). Least squares with every (LM, visual tokens) cell weighted equally; see `least_squares.py`.
+only the cost). Least squares with every (LM, visual tokens) cell weighted equally; see `least_squares.py`. A and D are >= 0.
+The exponents are free in sign: a table in which more tokens hurt says so with beta < 0, and the law under alpha, beta >= 0
+stands beside it (`law_nonnegative`), as do laws of other forms (`alternatives.py`).
 
-Two things may be resampled. *Cells*: which (LM, V) pairs were measured. *Seeds*: which training runs; drawn per LM size,
-whole, because one seed's language model is shared by all its token counts. With several seeds the headline resamples both;
-with one seed only cells, and says so. Intervals are widened for small numbers, see `bootstrap.expanded_tail`.
+The headline intervals are profile likelihoods (`profile.py`); repeated seeds widen them by what a training run's luck adds
+(`runs.py`). Beside them stand bootstraps. *Cells*: which (LM, V) pairs were measured. *Seeds*: which training runs; drawn
+per LM size, whole, because one seed's language model is shared by all its token counts. *Residuals*: takes the law and
+independent noise for granted. Intervals are widened for small numbers, see `bootstrap.expanded_tail`.
+docs/law_coverage.csv says how often each kind of interval covers the truth.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -22,7 +27,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from vlm_jax import cli
 from vlm_jax.config import ConfigError
@@ -31,13 +35,14 @@ from vlm_jax.laws import table
 from vlm_jax.laws.alternatives import compare
 from vlm_jax.laws.bootstrap import MODES, RESIDUALS, expanded_tail, resample, resample_residuals
 from vlm_jax.laws.cells import Cells, select
-from vlm_jax.laws.law import BILLION, Fit, Law
+from vlm_jax.laws.law import BILLION, CONSTANTS, EXPONENT_BOX, Fit, Law
 from vlm_jax.laws.least_squares import Solutions, solve
-from vlm_jax.laws.profile import Profiles
+from vlm_jax.laws.profile import Profiles, profile
+from vlm_jax.laws.sizes import GIVEN, SIZES, counted
 from vlm_jax.laws.table import Number, Row
-from vlm_jax.laws.weighting import LOSSES, huber, weigh
+from vlm_jax.laws.terminal import show
+from vlm_jax.laws.weighting import LOSSES, WEIGHTS
 
-CONSTANTS = ("A", "alpha", "beta", "D", "alpha/beta")
 PROFILE_POINTS = 21  # values of D looked at along the flat direction
 
 
@@ -67,36 +72,32 @@ def fit_family(
       text_tokens: Q; compares the law in Q + V too.
       check: (alpha, beta) to test against the joint region.
     """
-    _check_options(level, draws, fixed_d, loss, text_tokens)
+    _check_options(level, draws, fixed_d, text_tokens)
+    _check_names(weights, loss)
     constants = 4 if fixed_d is None else 3
-    cells = weigh(select(rows, family, benchmark, compressor, constants), weights)
-    if loss == "huber":
-        cells = huber(cells, fixed_d)
+    cells = select(rows, family, benchmark, compressor, constants)
+    cells = LOSSES[loss](WEIGHTS[weights](cells), fixed_d)
     points = cells.points
-    law = _one(points.solve(fixed_d))
+    profiles = profile(cells, fixed_d)
+    law, sse = profiles.law, profiles.sse
     predicted = law.error(points.size * BILLION, points.tokens)
-    sse = float(np.sum(points.weights * (points.errors - predicted) ** 2))
-    profiles = Profiles(points, law, sse, fixed_d)
     nonnegative, sse_nonnegative = profiles.nonnegative()
     solved = _resampled(cells, predicted, constants, draws, seed, fixed_d)
-    tails = {mode: expanded_tail(cells, mode, constants, level) for mode in solved}
+    tails = {m: expanded_tail(cells, m, constants, level) for m in solved}
     mode = next(m for m in reversed(MODES) if m in solved)  # both, where both can be drawn
-    centre = np.average(points.errors, weights=points.weights)
-    spread = float(np.sum(points.weights * (points.errors - centre) ** 2))
-    relative = np.abs(predicted - points.errors) / np.maximum(points.errors, 1e-12)
     lms = {row.lm: row.lm_params for row in cells.rows}
     return Fit(
         family=family,
         benchmark=cells.rows[0].benchmark,
         compressor=cells.rows[0].compressor,
         law=law,
-        law_d_zero=_one(points.solve(0.0)),
+        law_d_zero=points.law(0.0),
         law_nonnegative=nonnegative,
         sse_nonnegative=sse_nonnegative,
         d_fixed=fixed_d is not None,
         sse=sse,
-        r2=1 - sse / max(spread, 1e-30),
-        max_relative_error=float(relative.max()),
+        r2=1 - sse / max(points.scatter, 1e-30),
+        max_relative_error=points.max_relative_error(predicted),
         num_cells=len(points.errors),
         num_seeds=len({row.seed for row in cells.rows}),
         level=level,
@@ -108,7 +109,7 @@ def fit_family(
         alternatives=compare(points, {lm: n / BILLION for lm, n in lms.items()}, text_tokens),
         weights=weights,
         loss=loss,
-        down_weighted=_down_weighted(cells) if loss == "huber" else (),
+        down_weighted=() if loss == "squares" else _down_weighted(cells),
         check=None if check is None else profiles.check(*check, level),
         resamples=np.stack(solved[mode][:4], axis=1),
         mode=mode,
@@ -127,7 +128,7 @@ def fit_table(rows: Sequence[Row], **options: Any) -> dict[str, Fit]:
 
 
 def _check_options(
-    level: float, draws: int, fixed_d: Number | None, loss: str, text_tokens: int | None
+    level: float, draws: int, fixed_d: Number | None, text_tokens: int | None
 ) -> None:
     if not 0 < level < 1:
         raise ConfigError(f"fit: level must lie in (0, 1), got {level}.")
@@ -135,10 +136,14 @@ def _check_options(
         raise ConfigError(f"fit: {draws} draws are too few for an interval; give at least 100.")
     if fixed_d is not None and not 0 <= fixed_d < 1:
         raise ConfigError(f"fit: D must lie in [0, 1), got {fixed_d}.")
-    if loss not in LOSSES:
-        raise ConfigError(f"fit: loss must be one of {', '.join(LOSSES)}; got {loss!r}.")
     if text_tokens is not None and text_tokens < 1:
         raise ConfigError(f"fit: text_tokens must be at least 1, got {text_tokens}.")
+
+
+def _check_names(weights: str, loss: str) -> None:
+    for name, given, allowed in (("weights", weights, WEIGHTS), ("loss", loss, LOSSES)):
+        if given not in allowed:
+            raise ConfigError(f"fit: {name} must be one of {', '.join(allowed)}; got {given!r}.")
 
 
 def _resampled(
@@ -160,10 +165,6 @@ def _resampled(
     errors = resample_residuals(points, predicted, constants, draws, seed)
     even = np.tile(points.weights, (draws, 1))
     return solved | {RESIDUALS: solve(points.size, points.tokens, errors, even, fixed)}
-
-
-def _one(solution: Solutions) -> Law:
-    return Law(*(float(column[0]) for column in solution[:4]))
 
 
 def _down_weighted(cells: Cells) -> tuple[str, ...]:
@@ -219,83 +220,56 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = OneLineParser(
         prog="vlm_jax.laws.fit", description="Fits error = A / (N^alpha V^beta) + D per family."
     )
-    parser.add_argument("table", help="errors.csv; lm_params, visual_tokens and error are enough")
-    parser.add_argument("--out", help="where law.json goes")
-    parser.add_argument("--family", help="fit this family only")
-    parser.add_argument("--benchmark", help="fit this benchmark instead of the family's mean")
-    parser.add_argument(
-        "--compressor", help="fit this compressor's rows (default: the one with the most)"
-    )
-    parser.add_argument(
-        "--fix-d", type=float, help="fix D, for example at 0 (default: fitted, D >= 0)"
-    )
-    parser.add_argument("--level", type=float, default=0.95, help="of the intervals")
-    parser.add_argument("--draws", type=int, default=1000, help="bootstrap resamples")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
-    parser.add_argument("--json", action="store_true", help="print law.json instead of tables")
+    # fmt: off
+    add = parser.add_argument
+    add("table", help="errors.csv; lm_params, visual_tokens and error are enough")
+    add("--out", help="where law.json goes (default: nowhere)")
+    add("--family", help="fit this family only (default: every family)")
+    add("--benchmark", help="fit this benchmark (default: the mean over the family's)")
+    add("--compressor", help="fit this compressor's rows (default: the one with the most)")
+    add("--fix-d", type=float, help="fix D, for example at 0 (default: fitted, D >= 0)")
+    add("--size", choices=SIZES, default=GIVEN, help="what N counts; all but given need lm to be a preset (default: %(default)s, column lm_params)")
+    add("--weights", choices=WEIGHTS, default="even", help="of cells; binomial: by column n (default: %(default)s)")
+    add("--loss", choices=LOSSES, default="squares", help="huber: outliers count less (default: %(default)s)")
+    add("--text-tokens", type=int, metavar="Q", help="compare the law in Q + V too (default: not compared)")
+    add("--check", metavar="alpha=X,beta=Y", help="are these exponents inside the joint region? (default: not asked)")
+    add("--level", type=float, default=0.95, help="of the intervals (default: %(default)s)")
+    add("--draws", type=int, default=1000, help="bootstrap resamples (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
+    add("--json", action="store_true", help="print law.json instead of tables (default: tables)")
+    # fmt: on
     return parser.parse_args(argv)
 
 
-def show(fit: Fit, console: Console) -> None:
-    """Prints one family's constants, the headline intervals (law.json has all) and the statements."""
-    compressor = f", {fit.compressor}" if fit.compressor else ""
-    console.print(
-        f"{fit.family} ({fit.benchmark}{compressor}): {fit.num_cells} cells, {fit.num_seeds} seed(s), "
-        f"R2 {fit.r2:.3f}, largest relative error {fit.max_relative_error:.1%}",
-        style="bold", highlight=False, soft_wrap=True,
-    )  # fmt: skip
-    grid = Table()
-    grid.add_column("constant")
-    grid.add_column("value", justify="right")
-    grid.add_column(f"{fit.level:.0%} over {fit.mode}", justify="right")
-    grid.add_column("any D that fits", justify="right")
-    grid.add_column("at D = 0", justify="right")
-    modes = list(fit.intervals)
-    headline = 1 + modes.index(fit.mode)
-    for name, cells in constant_rows(fit).items():
-        grid.add_row(name, cells[0], cells[headline], *cells[1 + len(modes) :])
-    console.print(grid)
-    for line in fit.statements:
-        console.print("- " + line, highlight=False, markup=False, soft_wrap=True)
-
-
-def constant_rows(fit: Fit) -> dict[str, list[str]]:
-    """Per constant, as text: value, interval per resampling mode, range over every D that fits, value at D = 0.
-
-    An unidentified D has no interval from resamples: they all sit at 0 where the table does.
-    """
-    rows = {}
-    for name in CONSTANTS:
-        values = [
-            law.ratio if name == "alpha/beta" else getattr(law, name)
-            for law in (fit.law, fit.law_d_zero)
-        ]
-        first, last = ("-" if value is None else f"{value:.3g}" for value in values)
-        spans: list[tuple[float, float] | None]
-        spans = [group[name] for group in fit.intervals.values()]
-        if name == "D" and not fit.d_identified:
-            spans = [None] * len(spans)
-        spans.append(fit.d_profile[name])
-        rows[name] = [first, *("-" if s is None else _span(s) for s in spans), last]
-    return rows
-
-
-def _span(pair: tuple[float, float]) -> str:
-    low, high = (f"{value:.3g}" for value in pair)
-    return f"{low}..{high}"
+def _exponents(text: str) -> tuple[float, float]:
+    """ "alpha=.077,beta=.015" -> (0.077, 0.015)."""
+    parts = (part.partition("=") for part in text.replace(" ", "").split(","))
+    given = {name: value for name, _, value in parts}
+    try:
+        alpha, beta = float(given.pop("alpha")), float(given.pop("beta"))
+    except (KeyError, ValueError):
+        alpha = beta = math.nan
+    if given or not max(abs(alpha), abs(beta)) <= EXPONENT_BOX:
+        raise ConfigError(
+            f"fit: --check must be alpha=X,beta=Y with numbers up to {EXPONENT_BOX:g}; got {text!r}."
+        )
+    return alpha, beta
 
 
 def run(argv: Sequence[str]) -> None:
     args = _parse(argv)
-    rows = table.read(args.table)
+    rows = counted(table.read(args.table), args.size)
     options = {
         "benchmark": args.benchmark, "compressor": args.compressor, "fixed_d": args.fix_d,
-        "level": args.level, "draws": args.draws, "seed": args.seed,
+        "level": args.level, "draws": args.draws, "seed": args.seed, "weights": args.weights, "loss": args.loss,
+        "text_tokens": args.text_tokens, "check": None if args.check is None else _exponents(args.check),
     }  # fmt: skip
     families = [args.family] if args.family else list(dict.fromkeys(row.family for row in rows))
     fits = {family: fit_family(rows, family, **options) for family in families}
     made_by = law_file.provenance(
-        args.table, shlex.join(["python", "-m", "vlm_jax.laws.fit", *argv]), options
+        args.table,
+        shlex.join(["python", "-m", "vlm_jax.laws.fit", *argv]),
+        {**options, "size": args.size},
     )
     if args.out:
         if not Path(args.out).resolve().parent.is_dir():

@@ -16,6 +16,8 @@ from vlm_jax.config import ConfigError
 
 BILLION = 1e9
 LAW_FORMAT = 2
+SETTLED = 2.0  # AICc: laws closer than this are as good as each other (Burnham and Anderson 2002, section 2.6)
+CONSTANTS = ("A", "alpha", "beta", "D", "alpha/beta")
 _LAWS = ("law", "law_d_zero", "law_nonnegative")
 EXPONENT_BOX = (
     5.0  # |alpha|, |beta| <= 5 in the fit; a solution on the edge is a step, not a power law
@@ -140,12 +142,7 @@ def _statements(fit: Fit) -> list[str]:
         )
     if not fit.d_fixed:
         lines.append(_d_statement(fit))
-    for name in ("alpha", "beta"):
-        interval = fit.intervals[fit.mode][name]
-        if interval is not None and interval[0] <= 0 <= interval[1]:
-            lines.append(
-                f"{fit.family}: {name} is not distinguishable from 0 ({fit.level:.0%} interval [{interval[0]:.3g}, {interval[1]:.3g}])."
-            )
+    lines += _sign_statements(fit)
     edge = np.mean(np.abs(fit.resamples[:, 1:3]).max(1) >= EXPONENT_BOX)
     if edge > 0:
         lines.append(
@@ -155,19 +152,78 @@ def _statements(fit: Fit) -> list[str]:
         lines.append(
             f"{fit.family}: one seed per cell: the intervals know nothing of run-to-run differences."
         )
+    lines += _alternatives_statement(fit)
+    if fit.down_weighted:
+        lines.append(
+            f"{fit.family}: the robust loss counts these cells less: {'; '.join(fit.down_weighted)}."
+        )
+    if fit.check is not None:
+        lines.append(_check_statement(fit, fit.check))
     lines += [f"{fit.family}: not fitted: {line}." for line in fit.left_out]
     return lines
 
 
 def _d_statement(fit: Fit) -> str:
-    profile = fit.d_profile
     if fit.d_identified:
         return f"{fit.family}: D = {fit.law.D:.3g} is identified: D = 0 fits significantly worse."
-    d, alpha, ratio = profile["D"], profile["alpha"], profile["alpha/beta"]
-    assert d is not None and alpha is not None  # None only where D is fixed
-    along = f"any D in [{d[0]:.3g}, {d[1]:.3g}] fits as well at {fit.level:.0%}; alpha moves over [{alpha[0]:.3g}, {alpha[1]:.3g}]"
-    stable = "" if ratio is None else f", alpha/beta only over [{ratio[0]:.3g}, {ratio[1]:.3g}]"
-    return f"{fit.family}: D is not identified: {along}{stable}; compare the exponents at D = 0."
+    d, alpha, ratio = fit.profile["D"], fit.profile["alpha"], fit.profile["alpha/beta"]
+    along, steady = fit.d_profile["alpha"], fit.d_profile["alpha/beta"]
+    assert d is not None and alpha is not None and along is not None  # None only where D is fixed
+    ratios = "" if ratio is None else f", ratio alpha/beta in {_in(ratio)}"
+    stable = "" if steady is None else f", alpha/beta only over {_in(steady)}"
+    return (
+        f"{fit.family}: D is not identified: any D in {_in(d)} fits as well at {fit.level:.0%}: alpha in {_in(alpha)}{ratios}; "
+        f"D alone moves alpha over {_in(along)}{stable}; compare the exponents at D = 0."
+    )
+
+
+def _sign_statements(fit: Fit) -> list[str]:
+    lines = []
+    for name, what in (("alpha", "LM size"), ("beta", "visual tokens")):
+        interval, value = fit.profile[name], getattr(fit.law, name)
+        assert interval is not None  # only D and the ratio may have none
+        if interval[0] <= 0 <= interval[1]:
+            lines.append(
+                f"{fit.family}: {name} is not distinguishable from 0 ({fit.level:.0%} interval {_in(interval)})."
+            )
+        elif value < 0:
+            lines.append(f"{fit.family}: {name} = {value:.3g} < 0: error rises with {what} here.")
+    if fit.law_nonnegative != fit.law:
+        law = fit.law_nonnegative
+        lines.append(
+            f"{fit.family}: with alpha, beta >= 0 the law is A = {law.A:.3g}, alpha = {law.alpha:.3g}, beta = {law.beta:.3g}, "
+            f"D = {law.D:.3g}; SSE x {fit.sse_nonnegative / max(fit.sse, 1e-300):.3g}."
+        )
+    return lines
+
+
+def _alternatives_statement(fit: Fit) -> list[str]:
+    known = [(law.aicc, law.formula) for law in fit.alternatives if law.aicc is not None]
+    if len(known) < 2:
+        return [f"{fit.family}: too few cells to compare laws by AICc."]
+    known.sort()
+    least = known[0][0]
+    close = [formula for aicc, formula in known if aicc - least < SETTLED]
+    if len(close) == 1:
+        return [
+            f"{fit.family}: the cells support {close[0]}: AICc {known[1][0] - least:.1f} below the next law, {known[1][1]}."
+        ]
+    return [
+        f"{fit.family}: not settled which law holds: AICc differs by less than {SETTLED:g} between {' and '.join(close)}."
+    ]
+
+
+def _check_statement(fit: Fit, check: Check) -> str:
+    side = "inside" if check.inside else "outside"
+    return (
+        f"{fit.family}: alpha = {check.law.alpha:g}, beta = {check.law.beta:g} lie {side} the joint {fit.level:.0%} region: "
+        f"best A = {check.law.A:.3g}, D = {check.law.D:.3g}, SSE x {check.sse_ratio:.3g}, F = {check.f:.3g} (limit "
+        f"{check.f_limit:.3g}), p = {check.p:.2g}."
+    )
+
+
+def _in(pair: tuple[float, float]) -> str:
+    return f"[{pair[0]:.3g}, {pair[1]:.3g}]"
 
 
 def provenance(source: str, command: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,11 +288,13 @@ def _from_dict(fields: dict[str, Any]) -> Fit:
     names = {f.name for f in dataclasses.fields(Fit)}
     values = {name: value for name, value in fields.items() if name in names}
     values |= {name: Law(**fields[name]) for name in _LAWS}
+    alternatives = (Alternative(**law) for law in fields["alternatives"])
     values["alternatives"] = tuple(
-        Alternative(**{**law, "held_out": pairs(law["held_out"])}) for law in fields["alternatives"]
+        dataclasses.replace(law, held_out=pairs(law.held_out)) for law in alternatives
     )
-    check = fields["check"]
-    values["check"] = None if check is None else Check(**{**check, "law": Law(**check["law"])})
+    if fields["check"] is not None:
+        values["check"] = Check(**fields["check"])
+        values["check"] = dataclasses.replace(values["check"], law=Law(**fields["check"]["law"]))
     values["intervals"] = {mode: pairs(group) for mode, group in fields["intervals"].items()}
     values["d_profile"], values["profile"] = pairs(fields["d_profile"]), pairs(fields["profile"])
     values["resamples"] = np.asarray(fields["resamples"], float)

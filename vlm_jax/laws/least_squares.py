@@ -96,7 +96,7 @@ def solve_along(
     best = starts[np.arange(num), sse.argmin(1)]
     best = _refine(x, y[:num], w[:num], best, fit_d, direction, fixed_a)
     final = _profile(x, y[:num], w[:num], best, fit_d, fixed_a)
-    return Solutions(final.A, *best.T, final.D + offset, final.sse)
+    return Solutions(final.A, best[:, 0], best[:, 1], final.D + offset, final.sse)
 
 
 def exponent_axis() -> Float[np.ndarray, " g"]:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from jaxtyping import Float
 from scipy.special import fdtrc, fdtri
 
-from vlm_jax.laws.cells import Points
+from vlm_jax.laws.cells import Cells, Points
 from vlm_jax.laws.law import EXPONENT_BOX, Check, Law
 from vlm_jax.laws.least_squares import Solutions, exponent_axis, solve, solve_along
+from vlm_jax.laws.runs import Effect, effects
 
 Interval = tuple[float, float]
 OUTWARD = 2.0 ** np.arange(-8, 18)  # steps from the optimum, in units of `scale`
@@ -32,6 +33,7 @@ class Profiles:
     law: Law  # the optimum
     sse: float
     fixed_d: float | None
+    effects: Mapping[str, Effect]  # constant -> what run-to-run noise adds
 
     @property
     def constants(self) -> int:
@@ -41,16 +43,17 @@ class Profiles:
     def freedom(self) -> int:
         return len(self.points.errors) - self.constants
 
-    def limit(self, level: float, held: int = 1) -> float:
-        """The largest sum of squares that is not significantly worse with `held` constants held."""
-        return self.sse * (1 + held * float(fdtri(held, self.freedom, level)) / self.freedom)
+    def limit(self, name: str, level: float) -> float:
+        """The largest sum of squares that is not significantly worse with this constant held."""
+        factor, freedom = self.effects[name]
+        return self.sse * (1 + factor * float(fdtri(1, freedom, level)) / self.freedom)
 
     def hold(self, name: str, values: Float[np.ndarray, " R"]) -> Solutions:
         """The best law for each value of A, alpha, beta, D or alpha/beta (its exponents then positive)."""
         points, count, axis = self.points, len(values), exponent_axis()
         if name == "D":
-            tiled = (np.tile(a, (count, 1)) for a in (points.errors, points.weights))
-            return solve(points.size, points.tokens, *tiled, values)
+            errors, weights = (np.tile(a, (count, 1)) for a in (points.errors, points.weights))
+            return solve(points.size, points.tokens, errors, weights, values)
         if name == "A":
             return solve_along(*points, self._starts(count), fixed_a=values, fixed_d=self.fixed_d)
         if name == "alpha/beta":
@@ -87,7 +90,7 @@ class Profiles:
         best, scale, low, high, log = self._range(name)
         if best is None:
             return None
-        limit = self.limit(level) + 1e-14
+        limit = self.limit(name, level) + 1e-14
 
         def excess(values: np.ndarray) -> np.ndarray:
             return self.hold(name, np.exp(values) if log else values).sse - limit
@@ -113,15 +116,19 @@ class Profiles:
         return getattr(law, name), 0.05, -EXPONENT_BOX, EXPONENT_BOX, False
 
     def check(self, alpha: float, beta: float, level: float) -> Check:
-        """Do these exponents lie inside the joint region of (alpha, beta), A and D being free?"""
+        """Do these exponents lie inside the joint region of (alpha, beta), A and D being free?
+
+        Run-to-run noise widens the region by the larger of the two exponents' factors.
+        """
+        factor, freedom = max(self.effects["alpha"], self.effects["beta"])
         starts = np.array([[[alpha, beta]]])
         still = np.zeros((1, 2))
         held = solve_along(*self.points, starts, still, fixed_d=self.fixed_d)
         sse = float(held.sse[0])
-        f = (sse - self.sse) / 2 / max(self.sse / self.freedom, 1e-300)
-        p = float(fdtrc(2, self.freedom, max(f, 0.0)))
+        f = (sse - self.sse) / 2 / max(factor * self.sse / self.freedom, 1e-300)
+        p = float(fdtrc(2, freedom, max(f, 0.0)))
         law = Law(float(held.A[0]), alpha, beta, float(held.D[0]))
-        needed = float(fdtri(2, self.freedom, level))
+        needed = float(fdtri(2, freedom, level))
         return Check(law, sse / max(self.sse, 1e-300), f, needed, p, p >= 1 - level)
 
     def nonnegative(self) -> tuple[Law, float]:
@@ -133,13 +140,17 @@ class Profiles:
         flat = self.check(0.0, 0.0, 0.95).law
         found = [Law(*(float(column[0]) for column in face[:4])) for face in faces] + [flat]
         allowed = [law for law in found if law.alpha >= 0 and law.beta >= 0]
-        sums = [self.sum_of_squares(law) for law in allowed]
+        sums = [self.points.sum_of_squares(law) for law in allowed]
         best = int(np.argmin(sums))
         return allowed[best], sums[best]
 
-    def sum_of_squares(self, law: Law) -> float:
-        residual = self.points.errors - law.error(self.points.size * 1e9, self.points.tokens)
-        return float(np.sum(self.points.weights * residual**2))
+
+def profile(cells: Cells, fixed_d: float | None) -> Profiles:
+    """The cells' law, ready to be held. fixed_d: None fits D >= 0."""
+    points = cells.points
+    law = points.law(fixed_d)
+    sse = points.sum_of_squares(law)
+    return Profiles(points, law, sse, fixed_d, effects(cells, law, sse, fixed_d is not None))
 
 
 def _crossing(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 from jaxtyping import Float
 
@@ -9,25 +11,24 @@ from vlm_jax.config import ConfigError
 from vlm_jax.laws.cells import Cells
 from vlm_jax.laws.law import BILLION, Law
 
-WEIGHTS = ("even", "binomial")
-LOSSES = ("squares", "huber")
 HUBER = 1.345  # standard deviations; 95 % efficient on normal noise (Huber and Ronchetti 2009)
 TO_SIGMA = 1.4826  # median absolute deviation -> standard deviation of normal noise
-MAX_ROUNDS = 200
+MAX_ROUNDS = 500
+SETTLED = 1e-7  # the largest change of a constant in a round that ends the search
 
 
-def weigh(cells: Cells, weights: str) -> Cells:
-    """even: as they are. binomial: by 1 / variance of a share p of n questions, p (1 - p) / n.
+def even(cells: Cells) -> Cells:
+    return cells
+
+
+def binomial(cells: Cells) -> Cells:
+    """Weights 1 / variance of a share p of n questions, p (1 - p) / n.
 
     p is (error n + 1/2) / (n + 1), so that an error of 0 or 1 has a variance too. A family's mean over benchmarks counts
     as one draw of all their questions, which is exact when their n and p agree. Raises ConfigError for a row without n.
     """
-    if weights not in WEIGHTS:
-        raise ConfigError(f"fit: weights must be one of {', '.join(WEIGHTS)}; got {weights!r}.")
-    if weights == "even":
-        return cells
     for row in cells.rows:
-        if not row.n:
+        if row.n is None or row.n < 1:
             raise ConfigError(
                 f"fit: binomial weights need the column n (questions scored); {row.lm}, {row.visual_tokens} visual tokens, "
                 f"seed {row.seed} has {'none' if row.n is None else row.n}: fill it in or use --weights=even."
@@ -36,6 +37,10 @@ def weigh(cells: Cells, weights: str) -> Cells:
     p = (cells.errors * n + 0.5) / (n + 1)
     seeds = np.bincount(cells.cell_of)
     return cells.weighted(seeds**2 / np.bincount(cells.cell_of, p * (1 - p) / n))
+
+
+def squares(cells: Cells, fixed_d: float | None) -> Cells:
+    return cells
 
 
 def huber(cells: Cells, fixed_d: float | None) -> Cells:
@@ -47,10 +52,10 @@ def huber(cells: Cells, fixed_d: float | None) -> Cells:
     points = cells.points
     root = np.sqrt(points.weights)
 
-    def sizes(weighted: Cells) -> tuple[np.ndarray, Float[np.ndarray, " c"]]:
-        constants = np.concatenate(weighted.points.solve(fixed_d)[:4])
-        off = points.errors - Law(*constants).error(points.size * BILLION, points.tokens)
-        return constants, np.abs(off) * root
+    def sizes(weighted: Cells) -> tuple[Law, Float[np.ndarray, " c"]]:
+        law = weighted.points.law(fixed_d)
+        off = points.errors - law.error(points.size * BILLION, points.tokens)
+        return law, np.abs(off) * root
 
     before, size = sizes(cells)
     edge = HUBER * TO_SIGMA * float(np.median(size))
@@ -59,10 +64,15 @@ def huber(cells: Cells, fixed_d: float | None) -> Cells:
     found = cells
     for _ in range(MAX_ROUNDS):
         found = cells.weighted(points.weights * np.minimum(1, edge / np.maximum(size, edge)))
-        constants, size = sizes(found)
-        if np.allclose(constants, before, rtol=1e-8, atol=1e-12):
+        law, size = sizes(found)
+        changes = np.subtract(dataclasses.astuple(law), dataclasses.astuple(before))
+        if np.abs(changes).max() < SETTLED:
             return found
-        before = constants
+        before = law
     raise ConfigError(
         f"fit: the robust loss did not settle in {MAX_ROUNDS} rounds; use --loss=squares."
     )
+
+
+WEIGHTS = {"even": even, "binomial": binomial}
+LOSSES = {"squares": squares, "huber": huber}
