@@ -35,7 +35,7 @@ from vlm_jax.laws import table
 from vlm_jax.laws.alternatives import compare
 from vlm_jax.laws.bootstrap import MODES, RESIDUALS, expanded_tail, resample, resample_residuals
 from vlm_jax.laws.cells import Cells, select
-from vlm_jax.laws.law import BILLION, CONSTANTS, EXPONENT_BOX, Fit, Law
+from vlm_jax.laws.law import BILLION, CONSTANTS, EXPONENT_BOX, Fit
 from vlm_jax.laws.least_squares import Solutions, solve
 from vlm_jax.laws.profile import Profiles, profile
 from vlm_jax.laws.sizes import GIVEN, SIZES, counted
@@ -72,8 +72,7 @@ def fit_family(
       text_tokens: Q; compares the law in Q + V too.
       check: (alpha, beta) to test against the joint region.
     """
-    _check_options(level, draws, fixed_d, text_tokens)
-    _check_names(weights, loss)
+    _check_options(level, draws, fixed_d, text_tokens, weights, loss)
     constants = 4 if fixed_d is None else 3
     cells = select(rows, family, benchmark, compressor, constants)
     cells = LOSSES[loss](WEIGHTS[weights](cells), fixed_d)
@@ -128,7 +127,12 @@ def fit_table(rows: Sequence[Row], **options: Any) -> dict[str, Fit]:
 
 
 def _check_options(
-    level: float, draws: int, fixed_d: Number | None, text_tokens: int | None
+    level: float,
+    draws: int,
+    fixed_d: Number | None,
+    text_tokens: int | None,
+    weights: str,
+    loss: str,
 ) -> None:
     if not 0 < level < 1:
         raise ConfigError(f"fit: level must lie in (0, 1), got {level}.")
@@ -138,9 +142,6 @@ def _check_options(
         raise ConfigError(f"fit: D must lie in [0, 1), got {fixed_d}.")
     if text_tokens is not None and text_tokens < 1:
         raise ConfigError(f"fit: text_tokens must be at least 1, got {text_tokens}.")
-
-
-def _check_names(weights: str, loss: str) -> None:
     for name, given, allowed in (("weights", weights, WEIGHTS), ("loss", loss, LOSSES)):
         if given not in allowed:
             raise ConfigError(f"fit: {name} must be one of {', '.join(allowed)}; got {given!r}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -288,16 +288,18 @@ def _from_dict(fields: dict[str, Any]) -> Fit:
     names = {f.name for f in dataclasses.fields(Fit)}
     values = {name: value for name, value in fields.items() if name in names}
     values |= {name: Law(**fields[name]) for name in _LAWS}
-    alternatives = (Alternative(**law) for law in fields["alternatives"])
-    values["alternatives"] = tuple(
-        dataclasses.replace(law, held_out=pairs(law.held_out)) for law in alternatives
-    )
+    values["alternatives"] = tuple(_alternative(law, pairs) for law in fields["alternatives"])
     if fields["check"] is not None:
-        values["check"] = Check(**fields["check"])
-        values["check"] = dataclasses.replace(values["check"], law=Law(**fields["check"]["law"]))
+        check: dict[str, Any] = fields["check"] | {"law": Law(**fields["check"]["law"])}
+        values["check"] = Check(**check)
     values["intervals"] = {mode: pairs(group) for mode, group in fields["intervals"].items()}
     values["d_profile"], values["profile"] = pairs(fields["d_profile"]), pairs(fields["profile"])
     values["resamples"] = np.asarray(fields["resamples"], float)
     for name in ("visual_tokens", "left_out", "down_weighted"):
         values[name] = tuple(fields[name])
     return Fit(**values)
+
+
+def _alternative(fields: dict[str, Any], pairs: Callable[[dict], dict]) -> Alternative:
+    given: dict[str, Any] = fields | {"held_out": pairs(fields["held_out"])}
+    return Alternative(**given)
