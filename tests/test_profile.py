@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 from scipy.optimize import brentq, minimize
 from scipy.stats import f as f_distribution
+from scipy.stats import t as t_distribution
 
 from vlm_jax.laws import fit, table
 from vlm_jax.laws.cells import select
 from vlm_jax.laws.law import Law
+from vlm_jax.laws.least_squares import solve
 from vlm_jax.laws.profile import profile
 from vlm_jax.laws.runs import run_variance
 from vlm_jax.laws.table import Row
@@ -147,3 +149,25 @@ def test_what_all_cells_of_a_run_share_widens_alpha_more_than_beta():
     assert calm["alpha"].factor < 1.6
     assert lucky["alpha"].factor > 2 and lucky["alpha"].factor > lucky["beta"].factor
     assert lucky["alpha"].freedom < 24
+
+
+def test_with_repeated_seeds_a_profile_is_as_wide_as_tables_drawn_again_scatter():
+    law, noise, run_noise, seeds, again = Law(0.5, 0.2, 0.1, 0.0), 0.003, 0.006, 5, 400
+    rng = np.random.default_rng(1)
+    size, tokens = (
+        a.ravel()
+        for a in np.meshgrid(np.array(SIZES) / 1e9, np.array(TOKENS, float), indexing="ij")
+    )
+    run = np.repeat(rng.normal(0, run_noise, (again, len(SIZES))), len(TOKENS), axis=1)
+    errors = law.error(size * 1e9, tokens) + run / np.sqrt(seeds)
+    errors = errors + rng.normal(0, noise / np.sqrt(seeds), errors.shape)
+    drawn = solve(size, tokens, errors, np.ones_like(errors), np.zeros(again))
+    for name in ("alpha", "beta"):
+        widths = []
+        for i in range(12):
+            rows = rows_of(law, noise, seeds, run_noise, i)
+            found = profile(select(rows, "all", None, None, 3), 0.0)
+            freedom = found.effects[name].freedom
+            widths.append(np.diff(found.interval(name, 0.95))[0] / 2 / t_distribution.ppf(0.975, freedom))  # fmt: skip
+        sd = np.sqrt(np.mean(np.square(widths)))
+        assert 0.85 < sd / np.std(getattr(drawn, name)) < (1.25 if name == "alpha" else 3)

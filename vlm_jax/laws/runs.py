@@ -46,7 +46,9 @@ def run_variance(cells: Cells) -> tuple[float, int]:
 def effects(cells: Cells, law: Law, sse: float, d_fixed: bool) -> dict[str, Effect]:
     """Per constant: (independent part + runs' part) / independent part of its variance, by linearising at the optimum.
 
-    Degrees of freedom after Satterthwaite (1946). Where D is free both D's flat direction and D held are looked at, and
+    The independent part is the fit's residual scatter, which holds some of the runs' luck already: where that is large, a
+    constant that runs hardly touch (beta) gets an interval up to half as wide again as it need be. Degrees of freedom after
+    Satterthwaite (1946). Where D is free both D's flat direction and D held are looked at, and
     the larger factor is taken: at the bound D = 0 the table decides which of the two it is.
     """
     points, freedom = cells.points, len(cells.means) - (3 if d_fixed else 4)

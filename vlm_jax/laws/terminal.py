@@ -89,4 +89,4 @@ def _span(pair: tuple[float, float] | None) -> str:
 
 
 def _mean_and_most(pair: tuple[float, float] | None) -> str:
-    return "-" if pair is None else f"{pair[0]:.2%} / {pair[1]:.1%}"
+    return "-" if pair is None else " / ".join(f"{100 * share:.3g}%" for share in pair)
