@@ -75,7 +75,10 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """One family's law and how sure it is. Intervals are percentiles of resamples, `tails` from either end."""
+    """One family's law and how sure it is.
+
+    `profile` holds the headline intervals; `intervals` are percentiles of resamples, `tails` from either end.
+    """
 
     family: str
     benchmark: str
@@ -110,7 +113,7 @@ class Fit:
     down_weighted: tuple[str, ...]  # cells that a robust loss counts less, and how much
     check: Check | None  # exponents that were asked about
     resamples: Float[np.ndarray, "R 4"]  # A alpha beta D, of the headline mode
-    mode: str  # the headline mode
+    mode: str  # the headline among resampling modes
     lms: dict[str, int | float]  # name -> parameters, as measured
     visual_tokens: tuple[int, ...]
     left_out: tuple[str, ...]  # rows that were not fitted, and why

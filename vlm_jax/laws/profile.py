@@ -83,7 +83,8 @@ class Profiles:
     def interval(self, name: str, level: float) -> Interval | None:
         """The values of a constant that fit about as well; None when it has none (a fixed D, a ratio without sign).
 
-        An end at +-EXPONENT_BOX, or infinite, was not reached: the table does not bound the constant there.
+        An end at +-EXPONENT_BOX (alpha, beta), exp(+-100) (A) or the largest error (D) was not reached: the table does not
+        bound the constant there.
         """
         if name == "D" and self.fixed_d is not None:
             return None

@@ -48,8 +48,8 @@ def effects(cells: Cells, law: Law, sse: float, d_fixed: bool) -> dict[str, Effe
 
     The independent part is the fit's residual scatter, which holds some of the runs' luck already: where that is large, a
     constant that runs hardly touch (beta) gets an interval up to half as wide again as it need be. Degrees of freedom after
-    Satterthwaite (1946). Where D is free both D's flat direction and D held are looked at, and
-    the larger factor is taken: at the bound D = 0 the table decides which of the two it is.
+    Satterthwaite (1946). Where D is free both D's flat direction and D held are looked at, and the larger factor is taken:
+    at the bound D = 0 the table decides which of the two it is.
     """
     points, freedom = cells.points, len(cells.means) - (3 if d_fixed else 4)
     plain = dict.fromkeys(CONSTANTS, Effect(1.0, freedom))
