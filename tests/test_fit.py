@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vlm_jax.config import ConfigError
-from vlm_jax.laws import fit, law, least_squares, table
+from vlm_jax.laws import fit, law, least_squares, sizes, table
 from vlm_jax.laws.law import Law
 from vlm_jax.laws.table import Row
 
@@ -169,7 +169,7 @@ def test_run_to_run_noise_widens_the_interval_over_seeds_and_not_a_noiseless_one
 
 def test_one_seed_gives_only_the_interval_over_cells_and_says_so():
     found = fit.fit_family(rows_of(TRUE, cell_noise=0.004), "f", draws=100)
-    assert list(found.intervals) == ["cells"] and found.mode == "cells"
+    assert list(found.intervals) == ["cells", "residuals"] and found.mode == "cells"
     assert any("one seed per cell" in line for line in found.statements)
 
 
@@ -227,6 +227,13 @@ FULL = "\n".join(
         (FULL, ["--fix-d", "1.5"], "D must lie in [0, 1), got 1.5"),
         (FULL, ["--level", "95"], "level must lie in (0, 1), got 95"),
         (FULL, ["--draws", "3"], "3 draws are too few"),
+        (FULL, ["--weights", "binomial"], "binomial weights need the column n (questions scored); 1B, 1 visual tokens, seed 0 has none"),
+        (FULL, ["--size", "total"], "--size=total needs presets, and lm '1B' is none"),
+        (FULL, ["--check", "alpha=1"], "--check must be alpha=X,beta=Y with numbers up to 5; got 'alpha=1'"),
+        (FULL, ["--check", "alpha=x,beta=1"], "--check must be alpha=X,beta=Y"),
+        (FULL, ["--check", "alpha=.1,beta=.2,gamma=1"], "--check must be alpha=X,beta=Y"),
+        (FULL, ["--check", "alpha=.1,beta=inf"], "--check must be alpha=X,beta=Y"),
+        (FULL, ["--text-tokens", "0"], "text_tokens must be at least 1, got 0"),
         (FULL, ["--out", "/nowhere/law.json"], "/nowhere/law.json: its folder does not exist"),
     ],
 )  # fmt: skip
@@ -246,6 +253,38 @@ def test_when_every_run_of_a_size_failed_the_message_counts_the_flagged_rows():
     ]
     with pytest.raises(ConfigError, match=r"has 1 LM size\(s\) beside 8 flagged row\(s\)"):
         fit.fit_family(rows, "f", draws=100)
+
+
+@pytest.mark.parametrize(
+    ("size", "alpha"),
+    [("given", 0.0709), ("nominal", 0.0709), ("total", 0.0673), ("non-embedding", 0.0619)],
+)
+def test_what_n_counts_changes_alpha_as_known(size, alpha, capsys):
+    table_of = str(PAPER / "paper_reasoning.csv")
+    assert fit.main([table_of, "--size", size, "--draws", "100", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    found = content["laws"]["reasoning"]
+    assert found["law"]["alpha"] == pytest.approx(alpha, abs=6e-5)
+    assert found["law"]["beta"] == pytest.approx(0.0151, abs=1e-4)
+    assert content["provenance"]["options"]["size"] == size
+
+
+def test_a_preset_without_a_nominal_size_is_refused():
+    with pytest.raises(ConfigError, match="preset 'mini-38k' has no nominal size"):
+        sizes.counted([Row(38e3, 1, 0.5, lm="mini-38k")], "nominal")
+
+
+def test_weights_loss_checked_exponents_and_other_laws_survive_law_json(tmp_path):
+    rows = [dataclasses.replace(row, n=400) for row in rows_of(TRUE, cell_noise=0.004)]
+    found = fit.fit_family(
+        rows, "f", draws=100, weights="binomial", loss="huber", text_tokens=9, check=(0.2, 0.1)
+    )
+    law.save(tmp_path / "law.json", {"f": found}, {})
+    back = law.load(tmp_path / "law.json")["f"]
+    assert back.alternatives == found.alternatives and len(back.alternatives) == 5
+    assert back.check == found.check and back.profile == found.profile
+    assert (back.weights, back.loss) == ("binomial", "huber")
+    assert back.down_weighted == found.down_weighted
 
 
 def test_the_command_writes_law_json_and_a_table_that_fits_a_terminal(tmp_path):

@@ -66,7 +66,10 @@ NO_JAX = (
     "hlo",
     "hlo_text",
 )
-NO_JAX_LAWS = ("table", "fit", "plot", "report")
+NO_JAX_LAWS = (
+    "law", "table", "cells", "least_squares", "bootstrap", "profile", "runs", "alternatives", "weighting", "sizes", "terminal",
+    "fit", "plot", "report",
+)  # fmt: skip
 
 
 def modules() -> list[Path]:

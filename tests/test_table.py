@@ -57,6 +57,19 @@ def test_three_columns_are_enough_and_comments_are_skipped(tmp_path):
         ("lm_params,visual_tokens,error\n7e9,0,.5", "visual_tokens 0 must be at least 1"),
         ("lm_params,visual_tokens,error\n7e9,1.5,.5", "visual_tokens '1.5' is not a whole number"),
         ("lm_params,visual_tokens,error\n7e9,1,x", "error 'x' is not a number"),
+        ("lm_params,visual_tokens,error\n7B,1,.5", "lm_params '7B' is not a number"),
+        ("lm_params,visual_tokens,error\n7e9,1,50%", "error '50%' is not a number"),
+        ("lm_params,visual_tokens,error\n7e9,1,inf", "error inf is outside [0, 1]"),
+        ("lm_params,visual_tokens,error\ninf,1,.5", "lm_params 'inf' is not a finite number"),
+        ("lm_params,visual_tokens,error\nnan,1,.5", "lm_params 'nan' is not a finite number"),
+        (
+            "lm_params,visual_tokens,error\n7e9,1e999,.5",
+            "visual_tokens '1e999' is not a finite number",
+        ),
+        (
+            "lm_params,visual_tokens,error,seconds\n7e9,1,.5,nan",
+            "seconds 'nan' is not a finite number",
+        ),
         ("lm_params,visual_tokens,error\n7e9,1", "2 values for 3 columns"),
         (
             "lm_params,visual_tokens,error\n7e9,1,.5\n7e9,1,.6",

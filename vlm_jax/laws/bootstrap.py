@@ -1,4 +1,4 @@
-"""Bootstrap samples of a table, as row weights: which cells were measured, which training runs there were."""
+"""Bootstrap samples of a table: which cells were measured, which training runs there were, which residuals they had."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import numpy as np
 from jaxtyping import Float
 from scipy.special import ndtr, stdtrit
 
-from vlm_jax.laws.cells import Cells
+from vlm_jax.laws.cells import Cells, Points
 
 MODES = ("cells", "seeds", "cells and seeds")
+RESIDUALS = "residuals"
 
 
 def resample(
@@ -28,12 +29,28 @@ def resample(
     }
 
 
+def resample_residuals(
+    points: Points, fitted: Float[np.ndarray, " c"], constants: int, draws: int, seed: int
+) -> Float[np.ndarray, "R c"]:
+    """Errors of every sample: the fitted ones plus residuals drawn with replacement, in the weights' units.
+
+    Residuals are centred and widened by sqrt(count / freedom), because a fit makes them smaller than the noise was.
+    Takes for granted that the law holds and that cells' noise is independent; resampling cells does neither.
+    """
+    scale = np.sqrt(points.weights)
+    residual = (points.errors - fitted) * scale
+    residual = residual - residual.mean()
+    residual *= np.sqrt(len(residual) / (len(residual) - constants))
+    rng = np.random.default_rng([seed, len(MODES)])
+    return fitted + rng.choice(residual, (draws, len(residual))) / scale
+
+
 def expanded_tail(cells: Cells, mode: str, constants: int, level: float) -> float:
     """Percent of resamples to cut off at either end of an interval; less than (1 - level) / 2.
 
     Resamples spread less than the truth by sqrt(freedom / count), and a few residuals call for Student's t. Source:
     the expanded percentile interval of Hesterberg (2015), "What Teachers Should Know About the Bootstrap", section 4,
-    there for a mean. Count what is drawn: cells, or training runs when only those are.
+    there for a mean. Count what is drawn: cells, or training runs when only those are. Residuals are widened already.
     """
     if mode == "seeds":
         count = len({(row.lm, row.seed) for row in cells.rows})
@@ -41,7 +58,8 @@ def expanded_tail(cells: Cells, mode: str, constants: int, level: float) -> floa
     else:
         count = len(cells.means)
         freedom = count - constants
-    return 100 * float(ndtr(-np.sqrt(count / freedom) * stdtrit(freedom, (1 + level) / 2)))
+    spread = 1.0 if mode == RESIDUALS else np.sqrt(count / freedom)
+    return 100 * float(ndtr(-spread * stdtrit(freedom, (1 + level) / 2)))
 
 
 def _draw(
@@ -68,9 +86,8 @@ def _draw(
                 mine = np.flatnonzero(lm_of == i)
                 run[:, mine] = counts[:, [seeds[lm].index(rows[j].seed) for j in mine]]
         per_cell = _sums(run, cell_of)
-        weight = (
-            run / np.maximum(per_cell, 1)[:, cell_of]
-        )  # a cell's drawn runs share its weight of 1
+        # a cell's drawn runs share its weight
+        weight = (cells.cell_weights / np.maximum(per_cell, 1))[:, cell_of] * run
         if "cells" in mode:
             weight = (
                 weight

@@ -4,23 +4,54 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from vlm_jax.config import ConfigError
 from vlm_jax.laws import table
-from vlm_jax.laws.law import BILLION
+from vlm_jax.laws.law import BILLION, Law
+from vlm_jax.laws.least_squares import solve
 from vlm_jax.laws.table import Row
+
+
+class Points(NamedTuple):
+    """A table as a law sees it: one entry per cell."""
+
+    size: Float[np.ndarray, " c"]  # parameters of the LM, in billions
+    tokens: Float[np.ndarray, " c"]
+    errors: Float[np.ndarray, " c"]  # mean over the cell's seeds
+    weights: Float[np.ndarray, " c"]  # mean 1
+
+    @property
+    def scatter(self) -> float:
+        """The weighted sum of squares about the mean."""
+        centre = np.average(self.errors, weights=self.weights)
+        return float(np.sum(self.weights * (self.errors - centre) ** 2))
+
+    def max_relative_error(self, predicted: Float[np.ndarray, " c"]) -> float:
+        return float(np.max(np.abs(predicted - self.errors) / np.maximum(self.errors, 1e-12)))
+
+    def law(self, fixed_d: float | None = None) -> Law:
+        """The least-squares law; fixed_d: None fits D >= 0."""
+        given = None if fixed_d is None else np.array([float(fixed_d)])
+        solved = solve(self.size, self.tokens, self.errors[None], self.weights[None], given)
+        return Law(*(float(column[0]) for column in solved[:4]))
+
+    def sum_of_squares(self, law: Law) -> float:
+        residual = self.errors - law.error(self.size * BILLION, self.tokens)
+        return float(np.sum(self.weights * residual**2))
 
 
 @dataclasses.dataclass(frozen=True)
 class Cells:
-    """The measurements behind one law. A cell is one (LM, visual tokens); its seeds share one weight of 1."""
+    """The measurements behind one law. A cell is one (LM, visual tokens); its seeds share its weight."""
 
     rows: tuple[Row, ...]  # one per (cell, seed), smallest LM and fewest tokens first
     left_out: tuple[str, ...]  # a line per group of rows that is not fitted, and why
     cell_of: Int[np.ndarray, " n"]  # row -> its cell
+    cell_weights: Float[np.ndarray, " c"]  # mean 1; all 1: every cell counts the same
 
     @property
     def size(self) -> Float[np.ndarray, " n"]:
@@ -37,7 +68,7 @@ class Cells:
 
     @property
     def weights(self) -> Float[np.ndarray, " n"]:
-        return 1.0 / np.bincount(self.cell_of)[self.cell_of]
+        return (self.cell_weights / np.bincount(self.cell_of))[self.cell_of]
 
     @property
     def means(self) -> Float[np.ndarray, " c"]:
@@ -45,9 +76,13 @@ class Cells:
         return np.bincount(self.cell_of, self.errors) / np.bincount(self.cell_of)
 
     @property
-    def seed_scatter(self) -> float:
-        """The weighted sum of squares about the cell means, which no law can remove."""
-        return float(np.sum(self.weights * (self.errors - self.means[self.cell_of]) ** 2))
+    def points(self) -> Points:
+        first = np.unique(self.cell_of, return_index=True)[1]
+        return Points(self.size[first], self.tokens[first], self.means, self.cell_weights)
+
+    def weighted(self, weights: Float[np.ndarray, " c"]) -> Cells:
+        """The same cells with these weights, brought to mean 1."""
+        return dataclasses.replace(self, cell_weights=weights / weights.mean())
 
 
 def select(
@@ -70,7 +105,8 @@ def select(
     used = [row for row in rows if not row.flag]
     _check(used, family, constants, flagged=len(rows) - len(used))
     index = {cell: i for i, cell in enumerate(dict.fromkeys(row.cell for row in used))}
-    return Cells(tuple(used), tuple(left_out), np.array([index[row.cell] for row in used]))
+    cell_of = np.array([index[row.cell] for row in used])
+    return Cells(tuple(used), tuple(left_out), cell_of, np.ones(len(index)))
 
 
 def _of_benchmark(rows: Sequence[Row], family: str, benchmark: str | None) -> list[Row]:

@@ -3,17 +3,22 @@
     python -m vlm_jax.laws.fit errors.csv --out law.json
 
 N is lm_params in billions, V the visual tokens (arXiv 2411.03312, equation 2; its fit uses V alone, the text tokens enter
-only the cost). Least squares with every (LM, visual tokens) cell weighted equally; see `least_squares.py`.
+only the cost). Least squares with every (LM, visual tokens) cell weighted equally; see `least_squares.py`. A and D are >= 0.
+The exponents are free in sign: a table in which more tokens hurt says so with beta < 0, and the law under alpha, beta >= 0
+stands beside it (`law_nonnegative`), as do laws of other forms (`alternatives.py`).
 
-Two things may be resampled. *Cells*: which (LM, V) pairs were measured. *Seeds*: which training runs; drawn per LM size,
-whole, because one seed's language model is shared by all its token counts. With several seeds the headline resamples both;
-with one seed only cells, and says so. Intervals are widened for small numbers, see `bootstrap.expanded_tail`.
+The headline intervals are profile likelihoods (`profile.py`); repeated seeds widen them by what a training run's luck adds
+(`runs.py`). Beside them stand bootstraps. *Cells*: which (LM, V) pairs were measured. *Seeds*: which training runs; drawn
+per LM size, whole, because one seed's language model is shared by all its token counts. *Residuals*: takes the law and
+independent noise for granted. Intervals are widened for small numbers, see `bootstrap.expanded_tail`.
+docs/law_coverage.csv says how often each kind of interval covers the truth.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -22,20 +27,23 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
-from scipy.special import fdtri
 
 from vlm_jax import cli
 from vlm_jax.config import ConfigError
 from vlm_jax.laws import law as law_file
-from vlm_jax.laws import least_squares, table
-from vlm_jax.laws.bootstrap import expanded_tail, resample
+from vlm_jax.laws import table
+from vlm_jax.laws.alternatives import compare
+from vlm_jax.laws.bootstrap import MODES, RESIDUALS, expanded_tail, resample, resample_residuals
 from vlm_jax.laws.cells import Cells, select
-from vlm_jax.laws.law import BILLION, Fit, Law
+from vlm_jax.laws.law import BILLION, CONSTANTS, EXPONENT_BOX, Fit
+from vlm_jax.laws.least_squares import Solutions, solve
+from vlm_jax.laws.profile import Profiles, profile
+from vlm_jax.laws.sizes import GIVEN, SIZES, counted
 from vlm_jax.laws.table import Number, Row
+from vlm_jax.laws.terminal import show
+from vlm_jax.laws.weighting import LOSSES, WEIGHTS
 
-CONSTANTS = ("A", "alpha", "beta", "D", "alpha/beta")
-PROFILE_POINTS = 81  # values of D tried between 0 and the smallest error
+PROFILE_POINTS = 21  # values of D looked at along the flat direction
 
 
 def fit_family(
@@ -48,6 +56,10 @@ def fit_family(
     level: float = 0.95,
     draws: int = 1000,
     seed: int = 0,
+    weights: str = "even",
+    loss: str = "squares",
+    text_tokens: int | None = None,
+    check: tuple[float, float] | None = None,
 ) -> Fit:
     """Fits one family's law; flagged rows and other compressors' rows are left out and named in `left_out`.
 
@@ -56,53 +68,51 @@ def fit_family(
       compressor: None takes the one with the most cells.
       fixed_d: None fits D >= 0.
       draws, seed: of the bootstrap; the same numbers give the same intervals.
+      weights: of the cells, even or binomial (from n). loss: squares or huber; see `weighting.py`.
+      text_tokens: Q; compares the law in Q + V too.
+      check: (alpha, beta) to test against the joint region.
     """
-    if not 0 < level < 1:
-        raise ConfigError(f"fit: level must lie in (0, 1), got {level}.")
-    if draws < 100:
-        raise ConfigError(f"fit: {draws} draws are too few for an interval; give at least 100.")
-    if fixed_d is not None and not 0 <= fixed_d < 1:
-        raise ConfigError(f"fit: D must lie in [0, 1), got {fixed_d}.")
+    _check_options(level, draws, fixed_d, text_tokens, weights, loss)
     constants = 4 if fixed_d is None else 3
     cells = select(rows, family, benchmark, compressor, constants)
-    points = cells.size, cells.tokens
-    observed, even = cells.errors[None], cells.weights[None]
-    law = _one(least_squares.solve(*points, observed, even, _fixed(fixed_d, 1)))
-    zero = _one(least_squares.solve(*points, observed, even, np.zeros(1)))
-    predicted = np.zeros(len(cells.means))
-    predicted[cells.cell_of] = law.error(cells.size * BILLION, cells.tokens)
-    sse = float(np.sum((predicted - cells.means) ** 2))
-    solved = {
-        mode: least_squares.solve(
-            *points, np.tile(observed, (draws, 1)), weights, _fixed(fixed_d, draws)
-        )
-        for mode, weights in resample(cells, constants, draws, seed).items()
-    }
-    tails = {mode: expanded_tail(cells, mode, constants, level) for mode in solved}
-    mode = list(solved)[-1]  # both, where both can be drawn
-    spread = float(np.sum((cells.means - cells.means.mean()) ** 2))
+    cells = LOSSES[loss](WEIGHTS[weights](cells), fixed_d)
+    points = cells.points
+    profiles = profile(cells, fixed_d)
+    law, sse = profiles.law, profiles.sse
+    predicted = law.error(points.size * BILLION, points.tokens)
+    nonnegative, sse_nonnegative = profiles.nonnegative()
+    solved = _resampled(cells, predicted, constants, draws, seed, fixed_d)
+    tails = {m: expanded_tail(cells, m, constants, level) for m in solved}
+    mode = next(m for m in reversed(MODES) if m in solved)  # both, where both can be drawn
+    lms = {row.lm: row.lm_params for row in cells.rows}
     return Fit(
         family=family,
         benchmark=cells.rows[0].benchmark,
         compressor=cells.rows[0].compressor,
         law=law,
-        law_d_zero=zero,
+        law_d_zero=points.law(0.0),
+        law_nonnegative=nonnegative,
+        sse_nonnegative=sse_nonnegative,
         d_fixed=fixed_d is not None,
         sse=sse,
-        r2=1 - sse / max(spread, 1e-30),
-        max_relative_error=float(
-            np.max(np.abs(predicted - cells.means) / np.maximum(cells.means, 1e-12))
-        ),
-        num_cells=len(cells.means),
+        r2=1 - sse / max(points.scatter, 1e-30),
+        max_relative_error=points.max_relative_error(predicted),
+        num_cells=len(points.errors),
         num_seeds=len({row.seed for row in cells.rows}),
         level=level,
         intervals={m: _intervals(s, tails[m], level) for m, s in solved.items()},
         tails=tails,
         p_alpha_greater={m: float(np.mean(s.alpha > s.beta)) for m, s in solved.items()},
-        d_profile=_profile_d(cells, law.D, sse, level, fixed_d),
+        d_profile=_profile_d(profiles, level),
+        profile={name: profiles.interval(name, level) for name in CONSTANTS},
+        alternatives=compare(points, {lm: n / BILLION for lm, n in lms.items()}, text_tokens),
+        weights=weights,
+        loss=loss,
+        down_weighted=() if loss == "squares" else _down_weighted(cells),
+        check=None if check is None else profiles.check(*check, level),
         resamples=np.stack(solved[mode][:4], axis=1),
         mode=mode,
-        lms={row.lm: row.lm_params for row in cells.rows},
+        lms=lms,
         visual_tokens=tuple(sorted({row.visual_tokens for row in cells.rows})),
         left_out=cells.left_out,
     )
@@ -116,16 +126,61 @@ def fit_table(rows: Sequence[Row], **options: Any) -> dict[str, Fit]:
     }
 
 
-def _fixed(value: Number | None, count: int) -> np.ndarray | None:
-    return None if value is None else np.full(count, float(value))
+def _check_options(
+    level: float,
+    draws: int,
+    fixed_d: Number | None,
+    text_tokens: int | None,
+    weights: str,
+    loss: str,
+) -> None:
+    if not 0 < level < 1:
+        raise ConfigError(f"fit: level must lie in (0, 1), got {level}.")
+    if draws < 100:
+        raise ConfigError(f"fit: {draws} draws are too few for an interval; give at least 100.")
+    if fixed_d is not None and not 0 <= fixed_d < 1:
+        raise ConfigError(f"fit: D must lie in [0, 1), got {fixed_d}.")
+    if text_tokens is not None and text_tokens < 1:
+        raise ConfigError(f"fit: text_tokens must be at least 1, got {text_tokens}.")
+    for name, given, allowed in (("weights", weights, WEIGHTS), ("loss", loss, LOSSES)):
+        if given not in allowed:
+            raise ConfigError(f"fit: {name} must be one of {', '.join(allowed)}; got {given!r}.")
 
 
-def _one(solution: least_squares.Solutions) -> Law:
-    return Law(*(float(column[0]) for column in solution[:4]))
+def _resampled(
+    cells: Cells,
+    predicted: np.ndarray,
+    constants: int,
+    draws: int,
+    seed: int,
+    fixed_d: Number | None,
+) -> dict[str, Solutions]:
+    """The laws of every bootstrap sample, per mode. A robust fit's weights stay as they are."""
+    fixed = None if fixed_d is None else np.full(draws, float(fixed_d))
+    errors = np.tile(cells.errors, (draws, 1))
+    solved = {
+        mode: solve(cells.size, cells.tokens, errors, weights, fixed)
+        for mode, weights in resample(cells, constants, draws, seed).items()
+    }
+    points = cells.points
+    errors = resample_residuals(points, predicted, constants, draws, seed)
+    even = np.tile(points.weights, (draws, 1))
+    return solved | {RESIDUALS: solve(points.size, points.tokens, errors, even, fixed)}
+
+
+def _down_weighted(cells: Cells) -> tuple[str, ...]:
+    """Cells whose weight is below the largest one's, heaviest cut first."""
+    shares = cells.cell_weights / cells.cell_weights.max()
+    names = {i: row.cell for i, row in zip(cells.cell_of, cells.rows, strict=True)}
+    return tuple(
+        f"{names[i][0]}, {names[i][1]} visual tokens ({shares[i]:.0%})"
+        for i in np.argsort(shares, kind="stable")
+        if shares[i] < 0.995
+    )
 
 
 def _intervals(
-    solved: least_squares.Solutions, tail: float, level: float
+    solved: Solutions, tail: float, level: float
 ) -> dict[str, tuple[float, float] | None]:
     tails = [tail, 100 - tail]
     out: dict[str, tuple[float, float] | None] = {
@@ -142,32 +197,17 @@ def _pair(values) -> tuple[float, float]:
     return (float(low), float(high))
 
 
-def _profile_d(
-    cells: Cells, best_d: float, sse: float, level: float, fixed_d: Number | None
-) -> dict[str, tuple[float, float] | None]:
-    """Every D whose best law is not significantly worse (F test), and the exponents along the way."""
+def _profile_d(profiles: Profiles, level: float) -> dict[str, tuple[float, float] | None]:
+    """Every D whose best law is not significantly worse, and the other constants of those best laws."""
     spans: dict[str, Any] = dict.fromkeys(CONSTANTS)
-    if fixed_d is not None:
+    ends = profiles.interval("D", level)
+    if ends is None:
         return spans
-    candidates = np.linspace(0, float(cells.means.min()), PROFILE_POINTS)
-    candidates = np.union1d(candidates, [best_d])  # so that at least one is good enough
-    solved = least_squares.solve(
-        cells.size,
-        cells.tokens,
-        np.tile(cells.errors, (len(candidates), 1)),
-        np.tile(cells.weights, (len(candidates), 1)),
-        candidates,
-    )
-    freedom = len(cells.means) - 4
-    limit = sse * (1 + float(fdtri(1, freedom, level)) / freedom)
-    fits = solved.sse - cells.seed_scatter <= limit + 1e-12
-    alpha, beta = solved.alpha[fits], solved.beta[fits]
-    spans |= {"A": solved.A[fits], "alpha": alpha, "beta": beta, "D": candidates[fits]}
-    if ((alpha > 0) & (beta > 0)).all():
-        spans["alpha/beta"] = alpha / beta
-    return {
-        name: None if v is None else (float(v.min()), float(v.max())) for name, v in spans.items()
-    }
+    solved = profiles.hold("D", np.union1d(np.linspace(*ends, PROFILE_POINTS), [profiles.law.D]))
+    spans |= {name: getattr(solved, name) for name in CONSTANTS[:4]}
+    if ((solved.alpha > 0) & (solved.beta > 0)).all():
+        spans["alpha/beta"] = solved.alpha / solved.beta
+    return {name: None if v is None else _pair((v.min(), v.max())) for name, v in spans.items()}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -181,83 +221,56 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = OneLineParser(
         prog="vlm_jax.laws.fit", description="Fits error = A / (N^alpha V^beta) + D per family."
     )
-    parser.add_argument("table", help="errors.csv; lm_params, visual_tokens and error are enough")
-    parser.add_argument("--out", help="where law.json goes")
-    parser.add_argument("--family", help="fit this family only")
-    parser.add_argument("--benchmark", help="fit this benchmark instead of the family's mean")
-    parser.add_argument(
-        "--compressor", help="fit this compressor's rows (default: the one with the most)"
-    )
-    parser.add_argument(
-        "--fix-d", type=float, help="fix D, for example at 0 (default: fitted, D >= 0)"
-    )
-    parser.add_argument("--level", type=float, default=0.95, help="of the intervals")
-    parser.add_argument("--draws", type=int, default=1000, help="bootstrap resamples")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
-    parser.add_argument("--json", action="store_true", help="print law.json instead of tables")
+    # fmt: off
+    add = parser.add_argument
+    add("table", help="errors.csv; lm_params, visual_tokens and error are enough")
+    add("--out", help="where law.json goes (default: nowhere)")
+    add("--family", help="fit this family only (default: every family)")
+    add("--benchmark", help="fit this benchmark (default: the mean over the family's)")
+    add("--compressor", help="fit this compressor's rows (default: the one with the most)")
+    add("--fix-d", type=float, help="fix D, for example at 0 (default: fitted, D >= 0)")
+    add("--size", choices=SIZES, default=GIVEN, help="what N counts; all but given need lm to be a preset (default: %(default)s, column lm_params)")
+    add("--weights", choices=WEIGHTS, default="even", help="of cells; binomial: by column n (default: %(default)s)")
+    add("--loss", choices=LOSSES, default="squares", help="huber: outliers count less (default: %(default)s)")
+    add("--text-tokens", type=int, metavar="Q", help="compare the law in Q + V too (default: not compared)")
+    add("--check", metavar="alpha=X,beta=Y", help="are these exponents inside the joint region? (default: not asked)")
+    add("--level", type=float, default=0.95, help="of the intervals (default: %(default)s)")
+    add("--draws", type=int, default=1000, help="bootstrap resamples (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
+    add("--json", action="store_true", help="print law.json instead of tables (default: tables)")
+    # fmt: on
     return parser.parse_args(argv)
 
 
-def show(fit: Fit, console: Console) -> None:
-    """Prints one family's constants, the headline intervals (law.json has all) and the statements."""
-    compressor = f", {fit.compressor}" if fit.compressor else ""
-    console.print(
-        f"{fit.family} ({fit.benchmark}{compressor}): {fit.num_cells} cells, {fit.num_seeds} seed(s), "
-        f"R2 {fit.r2:.3f}, largest relative error {fit.max_relative_error:.1%}",
-        style="bold", highlight=False, soft_wrap=True,
-    )  # fmt: skip
-    grid = Table()
-    grid.add_column("constant")
-    grid.add_column("value", justify="right")
-    grid.add_column(f"{fit.level:.0%} over {fit.mode}", justify="right")
-    grid.add_column("any D that fits", justify="right")
-    grid.add_column("at D = 0", justify="right")
-    modes = list(fit.intervals)
-    headline = 1 + modes.index(fit.mode)
-    for name, cells in constant_rows(fit).items():
-        grid.add_row(name, cells[0], cells[headline], *cells[1 + len(modes) :])
-    console.print(grid)
-    for line in fit.statements:
-        console.print("- " + line, highlight=False, markup=False, soft_wrap=True)
-
-
-def constant_rows(fit: Fit) -> dict[str, list[str]]:
-    """Per constant, as text: value, interval per resampling mode, range over every D that fits, value at D = 0.
-
-    An unidentified D has no interval from resamples: they all sit at 0 where the table does.
-    """
-    rows = {}
-    for name in CONSTANTS:
-        values = [
-            law.ratio if name == "alpha/beta" else getattr(law, name)
-            for law in (fit.law, fit.law_d_zero)
-        ]
-        first, last = ("-" if value is None else f"{value:.3g}" for value in values)
-        spans: list[tuple[float, float] | None]
-        spans = [group[name] for group in fit.intervals.values()]
-        if name == "D" and not fit.d_identified:
-            spans = [None] * len(spans)
-        spans.append(fit.d_profile[name])
-        rows[name] = [first, *("-" if s is None else _span(s) for s in spans), last]
-    return rows
-
-
-def _span(pair: tuple[float, float]) -> str:
-    low, high = (f"{value:.3g}" for value in pair)
-    return f"{low}..{high}"
+def _exponents(text: str) -> tuple[float, float]:
+    """ "alpha=.077,beta=.015" -> (0.077, 0.015)."""
+    parts = (part.partition("=") for part in text.replace(" ", "").split(","))
+    given = {name: value for name, _, value in parts}
+    try:
+        alpha, beta = float(given.pop("alpha")), float(given.pop("beta"))
+    except (KeyError, ValueError):
+        alpha = beta = math.nan
+    if given or not max(abs(alpha), abs(beta)) <= EXPONENT_BOX:
+        raise ConfigError(
+            f"fit: --check must be alpha=X,beta=Y with numbers up to {EXPONENT_BOX:g}; got {text!r}."
+        )
+    return alpha, beta
 
 
 def run(argv: Sequence[str]) -> None:
     args = _parse(argv)
-    rows = table.read(args.table)
+    rows = counted(table.read(args.table), args.size)
     options = {
         "benchmark": args.benchmark, "compressor": args.compressor, "fixed_d": args.fix_d,
-        "level": args.level, "draws": args.draws, "seed": args.seed,
+        "level": args.level, "draws": args.draws, "seed": args.seed, "weights": args.weights, "loss": args.loss,
+        "text_tokens": args.text_tokens, "check": None if args.check is None else _exponents(args.check),
     }  # fmt: skip
     families = [args.family] if args.family else list(dict.fromkeys(row.family for row in rows))
     fits = {family: fit_family(rows, family, **options) for family in families}
     made_by = law_file.provenance(
-        args.table, shlex.join(["python", "-m", "vlm_jax.laws.fit", *argv]), options
+        args.table,
+        shlex.join(["python", "-m", "vlm_jax.laws.fit", *argv]),
+        {**options, "size": args.size},
     )
     if args.out:
         if not Path(args.out).resolve().parent.is_dir():

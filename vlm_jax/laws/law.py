@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ from jaxtyping import Float
 from vlm_jax.config import ConfigError
 
 BILLION = 1e9
-LAW_FORMAT = 1
+LAW_FORMAT = 2
+SETTLED = 2.0  # AICc: laws closer than this are as good as each other (Burnham and Anderson 2002, section 2.6)
+CONSTANTS = ("A", "alpha", "beta", "D", "alpha/beta")
+_LAWS = ("law", "law_d_zero", "law_nonnegative")
 EXPONENT_BOX = (
     5.0  # |alpha|, |beta| <= 5 in the fit; a solution on the edge is a step, not a power law
 )
@@ -43,8 +46,39 @@ class Law:
 
 
 @dataclasses.dataclass(frozen=True)
+class Alternative:
+    """Another law for the same cells, and how well it does. Lower criteria are better; a gap below 2 settles nothing."""
+
+    formula: str  # N in billions
+    constants: dict[str, float]
+    num_constants: int
+    sse: float
+    rmse: float
+    aicc: float | None  # corrected for few cells; None where there are too few
+    bic: float
+    held_out: dict[
+        str, tuple[float, float]
+    ]  # LM -> (mean, largest) relative error of its cells, by the law of the other sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """Given exponents against the table: A and D are the best ones beside them."""
+
+    law: Law
+    sse_ratio: float  # to the best law's sum of squares
+    f: float  # of the F test that both exponents are these
+    f_limit: float  # the joint region's edge
+    p: float
+    inside: bool  # the joint region of (alpha, beta) at the fit's level
+
+
+@dataclasses.dataclass(frozen=True)
 class Fit:
-    """One family's law and how sure it is. Intervals are percentiles of resamples, `tails` from either end."""
+    """One family's law and how sure it is.
+
+    `profile` holds the headline intervals; `intervals` are percentiles of resamples, `tails` from either end.
+    """
 
     family: str
     benchmark: str
@@ -53,8 +87,10 @@ class Fit:
     law_d_zero: (
         Law  # the same with D = 0: its exponents are the ones to compare when D is not identified
     )
+    law_nonnegative: Law  # the same with alpha, beta >= 0
+    sse_nonnegative: float
     d_fixed: bool
-    sse: float  # over cells, of seed means
+    sse: float  # over cells, of seed means, weighted (weights have mean 1)
     r2: float
     max_relative_error: float
     num_cells: int
@@ -68,8 +104,16 @@ class Fit:
     d_profile: dict[
         str, tuple[float, float] | None
     ]  # constant -> its range over every D that fits as well
+    profile: dict[
+        str, tuple[float, float] | None
+    ]  # constant -> its profile-likelihood interval, see `laws/profile.py`
+    alternatives: tuple[Alternative, ...]
+    weights: str  # even | binomial
+    loss: str  # squares | huber
+    down_weighted: tuple[str, ...]  # cells that a robust loss counts less, and how much
+    check: Check | None  # exponents that were asked about
     resamples: Float[np.ndarray, "R 4"]  # A alpha beta D, of the headline mode
-    mode: str  # the headline mode
+    mode: str  # the headline among resampling modes
     lms: dict[str, int | float]  # name -> parameters, as measured
     visual_tokens: tuple[int, ...]
     left_out: tuple[str, ...]  # rows that were not fitted, and why
@@ -101,12 +145,7 @@ def _statements(fit: Fit) -> list[str]:
         )
     if not fit.d_fixed:
         lines.append(_d_statement(fit))
-    for name in ("alpha", "beta"):
-        interval = fit.intervals[fit.mode][name]
-        if interval is not None and interval[0] <= 0 <= interval[1]:
-            lines.append(
-                f"{fit.family}: {name} is not distinguishable from 0 ({fit.level:.0%} interval [{interval[0]:.3g}, {interval[1]:.3g}])."
-            )
+    lines += _sign_statements(fit)
     edge = np.mean(np.abs(fit.resamples[:, 1:3]).max(1) >= EXPONENT_BOX)
     if edge > 0:
         lines.append(
@@ -116,19 +155,78 @@ def _statements(fit: Fit) -> list[str]:
         lines.append(
             f"{fit.family}: one seed per cell: the intervals know nothing of run-to-run differences."
         )
+    lines += _alternatives_statement(fit)
+    if fit.down_weighted:
+        lines.append(
+            f"{fit.family}: the robust loss counts these cells less: {'; '.join(fit.down_weighted)}."
+        )
+    if fit.check is not None:
+        lines.append(_check_statement(fit, fit.check))
     lines += [f"{fit.family}: not fitted: {line}." for line in fit.left_out]
     return lines
 
 
 def _d_statement(fit: Fit) -> str:
-    profile = fit.d_profile
     if fit.d_identified:
         return f"{fit.family}: D = {fit.law.D:.3g} is identified: D = 0 fits significantly worse."
-    d, alpha, ratio = profile["D"], profile["alpha"], profile["alpha/beta"]
-    assert d is not None and alpha is not None  # None only where D is fixed
-    along = f"any D in [{d[0]:.3g}, {d[1]:.3g}] fits as well at {fit.level:.0%}; alpha moves over [{alpha[0]:.3g}, {alpha[1]:.3g}]"
-    stable = "" if ratio is None else f", alpha/beta only over [{ratio[0]:.3g}, {ratio[1]:.3g}]"
-    return f"{fit.family}: D is not identified: {along}{stable}; compare the exponents at D = 0."
+    d, alpha, ratio = fit.profile["D"], fit.profile["alpha"], fit.profile["alpha/beta"]
+    along, steady = fit.d_profile["alpha"], fit.d_profile["alpha/beta"]
+    assert d is not None and alpha is not None and along is not None  # None only where D is fixed
+    ratios = "" if ratio is None else f", ratio alpha/beta in {_in(ratio)}"
+    stable = "" if steady is None else f", alpha/beta only over {_in(steady)}"
+    return (
+        f"{fit.family}: D is not identified: any D in {_in(d)} fits as well at {fit.level:.0%}: alpha in {_in(alpha)}{ratios}; "
+        f"D alone moves alpha over {_in(along)}{stable}; compare the exponents at D = 0."
+    )
+
+
+def _sign_statements(fit: Fit) -> list[str]:
+    lines = []
+    for name, what in (("alpha", "LM size"), ("beta", "visual tokens")):
+        interval, value = fit.profile[name], getattr(fit.law, name)
+        assert interval is not None  # only D and the ratio may have none
+        if interval[0] <= 0 <= interval[1]:
+            lines.append(
+                f"{fit.family}: {name} is not distinguishable from 0 ({fit.level:.0%} interval {_in(interval)})."
+            )
+        elif value < 0:
+            lines.append(f"{fit.family}: {name} = {value:.3g} < 0: error rises with {what} here.")
+    if fit.law_nonnegative != fit.law:
+        law = fit.law_nonnegative
+        lines.append(
+            f"{fit.family}: with alpha, beta >= 0 the law is A = {law.A:.3g}, alpha = {law.alpha:.3g}, beta = {law.beta:.3g}, "
+            f"D = {law.D:.3g}; SSE x {fit.sse_nonnegative / max(fit.sse, 1e-300):.3g}."
+        )
+    return lines
+
+
+def _alternatives_statement(fit: Fit) -> list[str]:
+    known = [(law.aicc, law.formula) for law in fit.alternatives if law.aicc is not None]
+    if len(known) < 2:
+        return [f"{fit.family}: too few cells to compare laws by AICc."]
+    known.sort()
+    least = known[0][0]
+    close = [formula for aicc, formula in known if aicc - least < SETTLED]
+    if len(close) == 1:
+        return [
+            f"{fit.family}: the cells support {close[0]}: AICc {known[1][0] - least:.1f} below the next law, {known[1][1]}."
+        ]
+    return [
+        f"{fit.family}: not settled which law holds: AICc differs by less than {SETTLED:g} between {' and '.join(close)}."
+    ]
+
+
+def _check_statement(fit: Fit, check: Check) -> str:
+    side = "inside" if check.inside else "outside"
+    return (
+        f"{fit.family}: alpha = {check.law.alpha:g}, beta = {check.law.beta:g} lie {side} the joint {fit.level:.0%} region: "
+        f"best A = {check.law.A:.3g}, D = {check.law.D:.3g}, SSE x {check.sse_ratio:.3g}, F = {check.f:.3g} (limit "
+        f"{check.f_limit:.3g}), p = {check.p:.2g}."
+    )
+
+
+def _in(pair: tuple[float, float]) -> str:
+    return f"[{pair[0]:.3g}, {pair[1]:.3g}]"
 
 
 def provenance(source: str, command: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,9 +247,9 @@ def as_dict(fits: Mapping[str, Fit], made_by: Mapping[str, Any]) -> dict[str, An
         fields = {
             f.name: getattr(fit, f.name) for f in dataclasses.fields(fit) if f.name != "resamples"
         }
-        fields["law"], fields["law_d_zero"] = (
-            dataclasses.asdict(law) for law in (fit.law, fit.law_d_zero)
-        )
+        fields |= {name: dataclasses.asdict(getattr(fit, name)) for name in _LAWS}
+        fields["alternatives"] = [dataclasses.asdict(law) for law in fit.alternatives]
+        fields["check"] = None if fit.check is None else dataclasses.asdict(fit.check)
         fields["ratio"], fields["d_identified"], fields["statements"] = (
             fit.law.ratio,
             fit.d_identified,
@@ -192,12 +290,19 @@ def _from_dict(fields: dict[str, Any]) -> Fit:
 
     names = {f.name for f in dataclasses.fields(Fit)}
     values = {name: value for name, value in fields.items() if name in names}
-    values["law"], values["law_d_zero"] = Law(**fields["law"]), Law(**fields["law_d_zero"])
+    values |= {name: Law(**fields[name]) for name in _LAWS}
+    values["alternatives"] = tuple(_alternative(law, pairs) for law in fields["alternatives"])
+    if fields["check"] is not None:
+        check: dict[str, Any] = fields["check"] | {"law": Law(**fields["check"]["law"])}
+        values["check"] = Check(**check)
     values["intervals"] = {mode: pairs(group) for mode, group in fields["intervals"].items()}
-    values["d_profile"] = pairs(fields["d_profile"])
+    values["d_profile"], values["profile"] = pairs(fields["d_profile"]), pairs(fields["profile"])
     values["resamples"] = np.asarray(fields["resamples"], float)
-    values["visual_tokens"], values["left_out"] = (
-        tuple(fields["visual_tokens"]),
-        tuple(fields["left_out"]),
-    )
+    for name in ("visual_tokens", "left_out", "down_weighted"):
+        values[name] = tuple(fields[name])
     return Fit(**values)
+
+
+def _alternative(fields: dict[str, Any], pairs: Callable[[dict], dict]) -> Alternative:
+    given: dict[str, Any] = fields | {"held_out": pairs(fields["held_out"])}
+    return Alternative(**given)

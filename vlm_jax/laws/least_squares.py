@@ -3,6 +3,7 @@
 For given exponents the best A >= 0 and D >= 0 are a closed form, so the search is over (alpha, beta) alone: a grid over
 the whole box finds every basin, damped Gauss-Newton (Kaufman's form of variable projection) finishes from the deepest ones.
 The exponents are free in sign within the box: a slightly negative one says that the resource did not help.
+`solve_along` holds one constant and fits the others; profile likelihoods are made of it.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class _Profile(NamedTuple):
     power: Problems  # N^-alpha V^-beta
     residual: Problems
     d_active: Bool[np.ndarray, " R"]  # D is strictly positive and fitted
+    a_fitted: Bool[np.ndarray, " R"]
 
 
 def solve(
@@ -69,6 +71,40 @@ def solve(
     return Solutions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
+def solve_along(
+    size: Float[np.ndarray, " n"],
+    tokens: Float[np.ndarray, " n"],
+    errors: Float[np.ndarray, " n"],
+    weights: Float[np.ndarray, " n"],
+    starts: Float[np.ndarray, "R K 2"],
+    direction: Float[np.ndarray, "R 2"] | None = None,
+    fixed_a: Float[np.ndarray, " R"] | None = None,
+    fixed_d: float | None = None,
+) -> Solutions:
+    """The least-squares law of one table under each of R constraints, from the best of K starts per constraint.
+
+    Args:
+      starts: (alpha, beta); direction: they may move along this line only; None: freely.
+      fixed_a: A, for N in the unit of `size`; None fits A >= 0. fixed_d: None fits D >= 0.
+    """
+    x = np.stack([np.log(size), np.log(tokens)])
+    fit_d, offset = fixed_d is None, 0.0 if fixed_d is None else fixed_d
+    num, k, _ = starts.shape
+    y, w = (np.broadcast_to(a, (num * k, len(a))) for a in (errors - offset, weights))
+    spread_a = None if fixed_a is None else np.repeat(fixed_a, k)
+    sse = _profile(x, y, w, starts.reshape(num * k, 2), fit_d, spread_a).sse.reshape(num, k)
+    best = starts[np.arange(num), sse.argmin(1)]
+    best = _refine(x, y[:num], w[:num], best, fit_d, direction, fixed_a)
+    final = _profile(x, y[:num], w[:num], best, fit_d, fixed_a)
+    return Solutions(final.A, best[:, 0], best[:, 1], final.D + offset, final.sse)
+
+
+def exponent_axis() -> Float[np.ndarray, " g"]:
+    """Values of one exponent over the whole box: about linear below 0.05, logarithmic above."""
+    knee = 0.05
+    return knee * np.sinh(np.linspace(-1, 1, GRID_SIDE) * np.arcsinh(EXPONENT_BOX / knee))
+
+
 def _solve(log_n, log_v, errors, weights, fixed_d) -> Solutions:
     offset = np.zeros(len(errors)) if fixed_d is None else fixed_d
     y, fit_d = errors - offset[:, None], fixed_d is None
@@ -88,8 +124,7 @@ def _solve(log_n, log_v, errors, weights, fixed_d) -> Solutions:
 
 def _grid_starts(x, y, w, fit_d) -> Float[np.ndarray, "R K 2"]:
     """The deepest local minima of the profiled error over an asinh-spaced grid of exponents."""
-    knee = 0.05  # linear spacing below, logarithmic above
-    axis = knee * np.sinh(np.linspace(-1, 1, GRID_SIDE) * np.arcsinh(EXPONENT_BOX / knee))
+    axis = exponent_axis()
     alpha, beta = (a.ravel() for a in np.meshgrid(axis, axis, indexing="ij"))
     shift = -np.outer(alpha, x[0]) - np.outer(beta, x[1])
     power = np.exp(shift - shift.max(1, keepdims=True))  # scaled to at most 1; A absorbs the scale
@@ -112,35 +147,47 @@ def _grid_starts(x, y, w, fit_d) -> Float[np.ndarray, "R K 2"]:
     return np.stack([alpha[order], beta[order]], axis=-1)
 
 
-def _profile(x, y, w, exponents, fit_d) -> _Profile:
+def _profile(x, y, w, exponents, fit_d, fixed_a=None) -> _Profile:
     """Non-negative least squares for (A, D) at fixed exponents, in closed form."""
     power = np.exp(-exponents @ x)
     s = w.sum(1)
     x_bar, y_bar = (w * power).sum(1) / s, (w * y).sum(1) / s
-    a = np.maximum((w * power * y).sum(1) / (w * power**2).sum(1), 0.0)
-    d = np.zeros_like(a)
-    active = np.zeros(len(a), bool)
-    if fit_d:
-        spread = power - x_bar[:, None]
-        var = (w * spread**2).sum(1)
-        slope = (w * spread * (y - y_bar[:, None])).sum(1) / np.maximum(var, 1e-300)
-        level = y_bar - slope * x_bar
-        active = (var > 1e-14 * s * x_bar**2) & (slope > 0) & (level > 0)
-        a, d = np.where(active, slope, a), np.where(active, level, d)
+    d, active = np.zeros(len(y)), np.zeros(len(y), bool)
+    if fixed_a is not None:
+        a = fixed_a
+        if fit_d:
+            d = np.maximum(y_bar - a * x_bar, 0.0)
+            active = d > 0
+    else:
+        a = np.maximum((w * power * y).sum(1) / (w * power**2).sum(1), 0.0)
+        if fit_d:
+            spread = power - x_bar[:, None]
+            var = (w * spread**2).sum(1)
+            slope = (w * spread * (y - y_bar[:, None])).sum(1) / np.maximum(var, 1e-300)
+            level = y_bar - slope * x_bar
+            active = (var > 1e-14 * s * x_bar**2) & (slope > 0) & (level > 0)
+            a, d = np.where(active, slope, a), np.where(active, level, d)
     residual = y - a[:, None] * power - d[:, None]
-    return _Profile(a, d, (w * residual**2).sum(1), power, residual, active)
+    a_fitted = np.full(len(y), fixed_a is None)
+    return _Profile(a, d, (w * residual**2).sum(1), power, residual, active, a_fitted)
 
 
-def _refine(x, y, w, exponents, fit_d, max_steps: int = 200) -> Float[np.ndarray, "R 2"]:
+def _refine(
+    x, y, w, exponents, fit_d, direction=None, fixed_a=None, max_steps: int = 200
+) -> Float[np.ndarray, "R 2"]:
     """Damped Gauss-Newton on (alpha, beta); a row leaves the batch when it has converged."""
     result = exponents.copy()
     live = np.arange(len(exponents))
     damping = np.full(len(exponents), 1e-3)
-    here = _profile(x, y, w, exponents, fit_d)
+    here = _profile(x, y, w, exponents, fit_d, fixed_a)
     for _ in range(max_steps):
-        step = _gauss_newton_step(x, w, here, damping)
-        proposal = np.clip(exponents + step, -EXPONENT_BOX, EXPONENT_BOX)
-        there = _profile(x, y, w, proposal, fit_d)
+        step = _gauss_newton_step(x, w, here, damping, direction)
+        if direction is None:
+            proposal = np.clip(exponents + step, -EXPONENT_BOX, EXPONENT_BOX)
+        else:  # clipping one exponent would leave the line
+            room = (EXPONENT_BOX - np.sign(step) * exponents) / np.maximum(np.abs(step), 1e-300)
+            proposal = exponents + step * np.minimum(room.min(1, keepdims=True), 1)
+        there = _profile(x, y, w, proposal, fit_d, fixed_a)
         better = there.sse <= here.sse
         moved = np.abs(proposal - exponents).max(1)
         gained = here.sse - there.sse
@@ -165,16 +212,17 @@ def _refine(x, y, w, exponents, fit_d, max_steps: int = 200) -> Float[np.ndarray
             y[keep],
             w[keep],
         )
+        direction, fixed_a = (None if a is None else a[keep] for a in (direction, fixed_a))
         here = _Profile(*(field[keep] for field in here))
     return result
 
 
-def _gauss_newton_step(x, w, at: _Profile, damping) -> Float[np.ndarray, "R 2"]:
-    """Kaufman's step: the model's derivatives with the linear constants projected out."""
+def _gauss_newton_step(x, w, at: _Profile, damping, direction) -> Float[np.ndarray, "R 2"]:
+    """Kaufman's step: the model's derivatives with the fitted linear constants projected out."""
     basis = at.power
     ones = at.d_active[:, None].astype(float)
     mean = (w * basis).sum(1, keepdims=True) / w.sum(1, keepdims=True) * ones
-    basis = basis - mean  # orthogonal to the constant where D is fitted
+    basis = (basis - mean) * at.a_fitted[:, None]  # orthogonal to the constant where D is fitted
     norm = np.maximum((w * basis**2).sum(1, keepdims=True), 1e-300)
     columns = []
     for coordinate in x:
@@ -183,6 +231,10 @@ def _gauss_newton_step(x, w, at: _Profile, damping) -> Float[np.ndarray, "R 2"]:
         columns.append(column - basis * (w * basis * column).sum(1, keepdims=True) / norm)
     p, q = columns
     tiny = 1e-30
+    if direction is not None:
+        along = p * direction[:, :1] + q * direction[:, 1:]
+        square = (w * along**2).sum(1) * (1 + damping) + tiny
+        return ((w * along * at.residual).sum(1) / square)[:, None] * direction
     pp = (w * p * p).sum(1) * (1 + damping) + tiny
     qq = (w * q * q).sum(1) * (1 + damping) + tiny
     pq = (w * p * q).sum(1)

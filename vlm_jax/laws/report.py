@@ -13,9 +13,9 @@ from typing import NamedTuple
 from vlm_jax.config import ConfigError
 from vlm_jax.laws import plan as planning
 from vlm_jax.laws import plot
-from vlm_jax.laws.fit import constant_rows
 from vlm_jax.laws.law import Fit
 from vlm_jax.laws.table import Row, family_mean, size_name
+from vlm_jax.laws.terminal import constant_rows
 
 FLAG = "†"
 NAMES = {"ocr": "OCR", "reasoning": "Reasoning"}  # as headings write families
@@ -131,9 +131,10 @@ def _cell(runs: Sequence[Row]) -> str:
 
 def constants_table(fit: Fit) -> Table:
     """A, alpha, beta, D and alpha/beta, with intervals, and what they are when D = 0."""
-    header = ["constant", "fit", *(f"{fit.level:.0%} over {mode}" for mode in fit.intervals)]
+    modes = (f"{fit.level:.0%} over {mode}" for mode in fit.intervals)
+    header = ["constant", "fit", f"{fit.level:.0%} profile", *modes]
     body = [[name, *cells] for name, cells in constant_rows(fit).items()]
-    return Table([*header, "any D that fits", "fit at D = 0"], body)
+    return Table([*header, "fit at D = 0"], body)
 
 
 def _plan_blocks(

@@ -132,6 +132,8 @@ def _parse(record: dict[str, str], where: str) -> Row:
             value = float(text)
         except ValueError:
             raise ConfigError(f"{where}: {name} {text!r} is not a number.") from None
+        if name != "error" and not math.isfinite(value):  # _check has words for an error
+            raise ConfigError(f"{where}: {name} {text!r} is not a finite number.")
         if name in _WHOLE:
             if not value.is_integer():
                 raise ConfigError(f"{where}: {name} {text!r} is not a whole number.")
