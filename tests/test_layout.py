@@ -65,7 +65,18 @@ NO_JAX = (
     "hlo",
     "hlo_text",
 )
-NO_JAX_LAWS = ("table", "fit", "plot", "report")
+NO_JAX_LAWS = (
+    "table",
+    "fit",
+    "plot",
+    "report",
+    "cost",
+    "budget",
+    "offer",
+    "plan",
+    "plan_words",
+    "plan_command",
+)
 
 
 def modules() -> list[Path]:
