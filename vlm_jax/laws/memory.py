@@ -1,22 +1,15 @@
 """Bytes a model takes on a chip: its weights part by part, and a bound on what a pass keeps beside them.
 
-Matrix products' weights only: norms and biases are left out, under 0.1 % at CLIP-L and 0.5B. 2 bytes a value unless told.
+Norms and biases of the encoder and the projector are left out: 0.1 % of a model. 2 bytes a value unless told.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
-from typing import Any
-
-import jax
-import jax.numpy as jnp
 
 from vlm_jax import compressors
-from vlm_jax.config import CompressorConfig, ViTConfig, VLMConfig
+from vlm_jax.config import VLMConfig
 from vlm_jax.laws.cost import VALUE_BYTES
-from vlm_jax.layers import Scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,41 +45,15 @@ def weight_bytes(config: VLMConfig, value_bytes: int = VALUE_BYTES) -> Weights:
     asked = config.compressor.query_layers if entry.uses_query else 0
     share = (lm.num_layers if asked == -1 else asked) / lm.num_layers
     table = lm.vocab_size * lm.width
-    inside = entry.place == "inside" and config.projector_layers > 1
     return Weights(
         encoder=value_bytes * encoder,
         query_layers=round(value_bytes * share * lm.non_embedding_params),
-        compressor=value_bytes
-        * _compressor_params(config.compressor, vit, lm.width if inside else vit.width, lm.width),
+        compressor=value_bytes * compressors.num_params(config),
         projector=value_bytes * projector,
         layers=value_bytes * lm.non_embedding_params,
         head=value_bytes * table,
         table=0 if lm.tied_embeddings else value_bytes * table,
     )
-
-
-@functools.lru_cache(maxsize=1024)
-def _compressor_params(
-    config: CompressorConfig, vit: ViTConfig, width: int, text_width: int
-) -> int:
-    """width: of the features it is given."""
-    entry = compressors.get(config.name)
-
-    def array(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-
-    patches, tapped = vit.num_patches, vit.width * max(1, len(config.taps))
-    scores = Scores(array(vit.width), array(patches, vit.width), None)
-    module = entry.module(config, vit.grid, *((text_width,) * (entry.place == "instead")))
-    tree = jax.eval_shape(
-        module.init,
-        jax.random.key(0),
-        array(patches, width),
-        array(patches, tapped if entry.uses_taps else width),
-        array(text_width) if entry.uses_query else None,
-        scores if entry.uses_scores else None,
-    )
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def activation_bytes(
