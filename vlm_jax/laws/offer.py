@@ -15,7 +15,7 @@ from vlm_jax.laws.table import Number, size_name
 
 Point = tuple[str, Number, int]  # LM name, its parameters, visual tokens
 SIZES = 25  # of a free choice that stand for the whole range on the frontier
-PRECISION = 1e-9  # relative, of the largest size a budget buys
+PRECISION = 1e-6  # relative, of the largest size a budget buys
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ see `cost.py`. `plan_command.py` is the command.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,6 +32,7 @@ from vlm_jax.laws.plan_words import pair
 from vlm_jax.laws.table import Number
 
 LONGEST = 2**17  # text tokens up to which the choice is followed
+STOPS = 20  # numbers of text tokens at which the choice is looked up where sizes are free
 
 
 class Method(NamedTuple):
@@ -240,28 +243,49 @@ def _spans(fit: Fit, offer: Offer, budget: Budget, workload: Workload, price: Pr
     """The choice for every Q from 0.
 
     A cost grows with Q and an error does not depend on it, so each given candidate has a last Q at which it is affordable,
-    and the choice at Q is the best of those that last so long. Free sizes are followed Q by Q, as far as 4 Q.
+    and the choice at Q is the best of those that last so long. Free sizes grow into what a shorter prompt leaves: see
+    `_spans_of_free_sizes`.
     """
-    at = lambda q: dataclasses.replace(workload, text_tokens=q)  # noqa: E731
+    if offer.free_sizes is not None:
+        return _spans_of_free_sizes(fit, offer, budget, workload, price)
     spans: list[Span] = []
-    if offer.free_sizes is None:
-        points = offer.points(budget, workload, price)
-        points = sorted(points, key=lambda p: float(fit.law.error(p[1], p[2])))
-        for point in points:
-            lasts = last_that(lambda q, p=point: budget.allows(price(*p, at(q))), LONGEST)
-            start = spans[-1].last + 1 if spans else 0
-            if lasts >= start:
-                spans.append(Span(start, lasts, point[0], point[2]))
-        return spans
-    for q in range(max(4 * workload.text_tokens, 256) + 1):
-        best = _best(fit, offer.ends(budget, at(q), price), budget, at(q), price)
-        if best is None:
-            break
-        if spans and spans[-1].visual_tokens == best[2]:
-            spans[-1] = spans[-1]._replace(last=q)
-        else:
-            spans.append(Span(q, q, "", best[2]))
+    points = offer.points(budget, workload, price)
+    for lm, size, count in sorted(points, key=lambda p: float(fit.law.error(p[1], p[2]))):
+
+        def affordable(q: int, point: Point = (lm, size, count)) -> bool:
+            return budget.allows(price(*point, dataclasses.replace(workload, text_tokens=q)))
+
+        last, first = last_that(affordable, LONGEST), spans[-1].last + 1 if spans else 0
+        if last >= first:
+            spans.append(Span(first, last, lm, count))
     return spans
+
+
+def _spans_of_free_sizes(
+    fit: Fit, offer: Offer, budget: Budget, workload: Workload, price: Pricer
+) -> list[Span]:
+    """As far as 4 Q: the choice at STOPS values of Q and beside the given one, and by bisection where it flips between two.
+
+    A flip is exact; one that is undone before the next stop is not seen.
+    """
+
+    @functools.cache
+    def count(q: int) -> int:
+        now = dataclasses.replace(workload, text_tokens=q)
+        best = _best(fit, offer.ends(budget, now, price), budget, now, price)
+        return 0 if best is None else best[2]
+
+    here, far = workload.text_tokens, max(4 * workload.text_tokens, 256)
+    stops = {round(q) for q in np.geomspace(1, far, STOPS)} | {0, max(here - 1, 0), here, here + 1}
+    ends = []  # the last Q of every span
+    for low, high in itertools.pairwise(sorted(stops)):
+        while low < high and count(low) != count(high):
+            last = low + last_that(lambda q, a=low: count(a + q) == count(a), high - 1 - low)
+            ends.append(last)
+            low = last + 1
+    firsts = [0, *(last + 1 for last in ends)]
+    spans = zip(firsts, [*ends, max(stops)], strict=True)
+    return [Span(first, last, "", count(first)) for first, last in spans if count(first)]
 
 
 def _instead(
