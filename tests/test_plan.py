@@ -14,7 +14,7 @@ import tables
 
 from vlm_jax import presets
 from vlm_jax.config import ConfigError
-from vlm_jax.laws import fit, law, plan, table
+from vlm_jax.laws import fit, law, plan, plan_command, table
 from vlm_jax.laws.budget import Budget, find_chip
 from vlm_jax.laws.cost import Workload, exact_price
 
@@ -63,7 +63,11 @@ def test_the_closed_form_is_the_minimum_over_a_fine_grid():
     v = np.geomspace(0.05, 2e4, 6500)
     inside = 0
     for _ in range(200):
-        alpha, beta, text = rng.uniform(0.01, 0.5), rng.uniform(0.001, 0.5), rng.integers(1, 500)
+        alpha, beta, text = (
+            rng.uniform(0.01, 0.5),
+            rng.uniform(0.001, 0.5),
+            int(rng.integers(1, 500)),
+        )
         error = (1 / (text + v)) ** -alpha * v**-beta
         best = v[error.argmin()]
         found = plan.optimal_visual_tokens(alpha, beta, text)
@@ -138,16 +142,19 @@ def test_a_budget_in_time_chooses_what_an_enumeration_does(
 def test_the_choice_flips_exactly_where_the_plan_says(paper, cached):
     budget = Budget("ms", 12, find_chip("H100"))
     work = Workload(50, cached, output_tokens=4, batch=8)
-    spans = plan.choose(paper, budget, work).by_text_tokens
+    counts = (1, 36, 576)
+    spans = plan.choose(paper, budget, work, visual_tokens=counts).by_text_tokens
     assert spans[0].first == 0 and len(spans) > 3
     for span in spans:
         for q in (span.first, span.last):
-            best = plan.choose(paper, budget, dataclasses.replace(work, text_tokens=q)).best
+            best = plan.choose(
+                paper, budget, dataclasses.replace(work, text_tokens=q), visual_tokens=counts
+            ).best
             assert (best.lm, best.visual_tokens) == (span.lm, span.visual_tokens)
     assert [span.first for span in spans[1:]] == [span.last + 1 for span in spans[:-1]]
     beyond = dataclasses.replace(work, text_tokens=spans[-1].last + 1)
     with pytest.raises(ConfigError, match="buy nothing"):
-        plan.choose(paper, budget, beyond)
+        plan.choose(paper, budget, beyond, visual_tokens=counts)
 
 
 def test_free_sizes_spend_the_budget_and_beat_the_measured_ones(paper):
@@ -227,44 +234,80 @@ def test_a_size_outside_the_table_is_called_an_extrapolation(fits):
     assert found.best.extrapolated and "extrapolation" in found.statements[-1]
 
 
-def test_the_command_prints_the_plan_as_json_and_draws_it(fits, tmp_path):
-    path = tmp_path / "law.json"
+@pytest.fixture(scope="module")
+def law_json(fits, tmp_path_factory):
+    path = tmp_path_factory.mktemp("law") / "law.json"
     law.save(path, fits, law.provenance("errors.csv", "test", {}))
-    command = [
-        sys.executable,
-        "-m",
-        "vlm_jax.laws.plan",
-        f"--law={path}",
-        "--budget-gflops=0.005",
-        "--text-tokens=10",
-    ]
-    out = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout
+    return path
+
+
+def test_the_command_prints_the_plan_as_json(fits, law_json):
+    arguments = [f"--law={law_json}", "--budget-gflops=0.005", "--text-tokens=10", "--json"]
+    command = [sys.executable, "-m", "vlm_jax.laws.plan", *arguments]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     printed = {p["family"]: p for p in json.loads(out)}
     direct = plan.choose(fits["ocr"], 5e6, 10)
     assert printed["ocr"]["best"]["lm"] == direct.best.lm
     assert printed["ocr"]["best"]["error"] == pytest.approx(direct.best.error, rel=1e-6)
-    picture = tmp_path / "{family}.png"
-    shown = subprocess.run(
-        [*command, f"--plot={picture}"], capture_output=True, text=True, check=True
-    )
+    assert printed["ocr"]["budget"]["limit"] == 0.005 and printed["ocr"]["workload"]["batch"] == 1
+    assert len(printed["ocr"]["candidates"]) == 12
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_table_fits_the_terminal_and_the_picture_is_drawn(
+    law_json, tmp_path, capsys, monkeypatch, columns
+):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    arguments = [f"--law={law_json}", "--budget-ms=0.001", "--text-tokens=10", "--chip=v5e"]
+    arguments += ["--chip-hour-dollars=1", "--output-tokens=4", "--batch=2"]
+    assert plan_command.main([*arguments, f"--plot={tmp_path}/{{family}}.png"]) == 0
+    shown = capsys.readouterr().out
     assert (tmp_path / "ocr.png").stat().st_size > 10_000
-    assert "…" not in shown.stdout  # the table fits 80 columns
+    assert "…" not in shown and max(map(len, shown.splitlines())) <= columns
+    assert "decode" in shown and "bounded by" in shown
+    assert ("$ / 1M" in shown) == (columns == 120)
+
+
+def test_a_table_of_errors_plans_as_its_law_does(fits, tmp_path, capsys):
+    path = tmp_path / "errors.csv"
+    table.write(path, tables.rows())
+    arguments = [f"--table={path}", "--budget-gflops=0.005", "--text-tokens=10", "--family=ocr"]
+    assert plan_command.main([*arguments, "--json"]) == 0
+    (printed,) = json.loads(capsys.readouterr().out)
+    direct = plan.choose(fits["ocr"], 5e6, 10)
+    assert (printed["best"]["lm"], printed["best"]["visual_tokens"]) == (direct.best.lm, direct.best.visual_tokens)  # fmt: skip
+    assert printed["best"]["error"] == pytest.approx(direct.best.error)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--budget-gflops=1e-9", "--text-tokens=10"], "buy nothing"),
-        (["--budget-gflops=1", "--text-tokens=10", "--family=maths"], "'maths' is not in"),
-        (["--budget-gflops=1", "--text-tokens=10", "--visual-tokens=4,x"], "'4,x' is not"),
-        (["--budget-gflops=1", "--text-tokens=10", "--lms=qwen9"], "qwen9"),
-        (["--text-tokens=10"], "budget-gflops"),
+        (["--budget-gflops=1e-9"], "1e-09 GFLOPs buy nothing; the cheapest candidate, small with 1 visual token, costs 0.0"),
+        (["--budget-gflops=1", "--family=maths"], "'maths' is not in"),
+        (["--budget-gflops=1", "--visual-tokens=4,x"], "'4,x' is not"),
+        (["--budget-gflops=1", "--visual-tokens=0"], "visual_tokens must be positive, got 0"),
+        (["--budget-gflops=1", "--lms=qwen9"], "unknown language model preset 'qwen9'; use one of qwen1.5-0.5b"),
+        (["--budget-gflops=1", "--lms=a=b"], "--lms: 'b' is not a number of parameters"),
+        (["--budget-gflops=1", "--lms=a=-2"], "an LM's size must be positive, got -2.0"),
+        ([], "give one of --budget-gflops, --budget-ms, --budget-dollars, --budget-gib; got none"),
+        (["--budget-gflops=1", "--budget-ms=3"], "got --budget-gflops and --budget-ms"),
+        (["--budget-gflops=-1"], "the budget in GFLOPs must be positive, got -1.0"),
+        (["--budget-gflops=1", "--budget-gib=-1"], "the budget in GiB must be positive, got -1"),
+        (["--budget-gflops=1", "--text-tokens=-1"], "text_tokens must be 0 or more, got -1"),
+        (["--budget-gflops=1", "--batch=0"], "batch must be 1 or more, got 0"),
+        (["--budget-ms=1"], "a budget in ms needs a chip; use one of v4, v5e"),
+        (["--budget-ms=1", "--chip=H300"], "chip 'H300' is not one of ['A100', 'H100'"),
+        (["--budget-dollars=1", "--chip=v4"], "needs chip_hour_dollars"),
+        (["--budget-gflops=1", "--free-sizes=9,3"], "from the smaller to the larger, not 9 to 3"),
+        (["--budget-gflops=1", "--free-sizes", "--exact"], "goes with neither --lms nor --exact"),
+        (["--budget-gflops=1", "--exact"], "unknown language model preset 'small'"),
+        (["--budget-gflops=1", "--exact", "--lms=mini-38k", "--visual-tokens=5"], "visual_tokens 5 cannot be cut from a 24x24 grid"),
+        (["--budget-gflops=1", "--visual-tokens=all", "--compressor=prumerge"], "prumerge: its visual tokens cannot be chosen"),
+        (["--budget-gflops=1", "--table=x.csv"], "give --law law.json or --table errors.csv, one of them"),
     ],
-)
-def test_a_mistake_is_one_line_and_exit_code_2(fits, tmp_path, arguments, words):
-    path = tmp_path / "law.json"
-    law.save(path, fits, law.provenance("errors.csv", "test", {}))
-    command = [sys.executable, "-m", "vlm_jax.laws.plan", f"--law={path}", *arguments]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 2 and words in run.stderr
-    assert len(run.stderr.strip().splitlines()) == 1
+)  # fmt: skip
+def test_a_mistake_is_one_line_and_exit_code_2(law_json, capsys, arguments, words):
+    assert plan_command.main([f"--law={law_json}", "--text-tokens=10", *arguments]) == 2
+    said = capsys.readouterr()
+    assert words in said.err and not said.out
+    assert len(said.err.strip().splitlines()) == 1
