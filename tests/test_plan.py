@@ -157,6 +157,17 @@ def test_the_choice_flips_exactly_where_the_plan_says(paper, cached):
         plan.choose(paper, budget, beyond, visual_tokens=counts)
 
 
+def test_the_flips_are_said_in_words(paper):
+    """1000 GFLOPs / (2 x 7e9) = 71.4 tokens: Q <= 55 beside 16 visual ones, Q <= 35 beside 36."""
+    said = plan.choose(paper, 1e12, 50).statements
+    assert said[2] == (
+        "reasoning: at 50 text tokens the choice is qwen1.5-7b with 16 visual tokens; it flips to qwen1.5-7b with 36 "
+        "visual tokens below Q = 36; it flips to qwen1.5-4b with 64 visual tokens above Q = 55."
+    )
+    cached = plan.choose(paper, 1e12, Workload(200_000, cached=True)).statements
+    assert cached[2] == "reasoning: the choice is the same for any number of cached text tokens."
+
+
 def test_free_sizes_spend_the_budget_and_beat_the_measured_ones(paper):
     free = plan.choose(paper, 6e11, 50, free_sizes=(0.5e9, 7e9))
     fixed = plan.choose(paper, 6e11, 50)

@@ -14,6 +14,7 @@ from vlm_jax.laws.cost import Pricer, Workload
 from vlm_jax.laws.table import Number, size_name
 
 Point = tuple[str, Number, int]  # LM name, its parameters, visual tokens
+LONGEST = 2**17  # text tokens up to which a choice is followed
 SIZES = 25  # of a free choice that stand for the whole range on the frontier
 PRECISION = 1e-6  # relative, of the largest size a budget buys
 

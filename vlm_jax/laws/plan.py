@@ -27,11 +27,10 @@ from vlm_jax.laws import plan_words
 from vlm_jax.laws.budget import Budget, spelt
 from vlm_jax.laws.cost import Phase, Price, Pricer, Workload, paper_price
 from vlm_jax.laws.law import Fit
-from vlm_jax.laws.offer import Offer, Point, last_that
+from vlm_jax.laws.offer import LONGEST, Offer, Point, last_that
 from vlm_jax.laws.plan_words import pair
 from vlm_jax.laws.table import Number
 
-LONGEST = 2**17  # text tokens up to which the choice is followed
 STOPS = 20  # numbers of text tokens at which the choice is looked up where sizes are free
 
 
@@ -250,12 +249,13 @@ def _spans(fit: Fit, offer: Offer, budget: Budget, workload: Workload, price: Pr
         return _spans_of_free_sizes(fit, offer, budget, workload, price)
     spans: list[Span] = []
     points = offer.points(budget, workload, price)
-    for lm, size, count in sorted(points, key=lambda p: float(fit.law.error(p[1], p[2]))):
+    longest = max(LONGEST, workload.text_tokens)
+    for lm, size, count in sorted(points, key=lambda p: (float(fit.law.error(p[1], p[2])), p[1])):
 
         def affordable(q: int, point: Point = (lm, size, count)) -> bool:
             return budget.allows(price(*point, dataclasses.replace(workload, text_tokens=q)))
 
-        last, first = last_that(affordable, LONGEST), spans[-1].last + 1 if spans else 0
+        last, first = last_that(affordable, longest), spans[-1].last + 1 if spans else 0
         if last >= first:
             spans.append(Span(first, last, lm, count))
     return spans

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from vlm_jax.laws.budget import spelt
+from vlm_jax.laws.offer import LONGEST
 
 if TYPE_CHECKING:
     from vlm_jax.laws.plan import Candidate, Plan
@@ -59,25 +60,18 @@ def _over_text_tokens(plan: Plan) -> str:
         return pair(lm, count) if lm else f"V = {count}"
 
     i = next(i for i, span in enumerate(spans) if span.first <= q <= span.last)
-    here = spans[i]
-    parts = []
+    here, parts = spans[i], []
     if i > 0:
-        parts.append(f"flips to {named(*spans[i - 1][2:])} below Q = {here.first}")
+        parts.append(f"it flips to {named(*spans[i - 1][2:])} below Q = {here.first}")
     if i + 1 < len(spans):
-        parts.append(f"flips to {named(*spans[i + 1][2:])} above Q = {here.last}")
-    elif not plan.sizes_free and here.last < _longest():
+        parts.append(f"it flips to {named(*spans[i + 1][2:])} above Q = {here.last}")
+    elif not plan.sizes_free and here.last < LONGEST:
         parts.append(f"nothing is affordable above Q = {here.last}")
     if parts:
-        return f"at {q} {kind} the choice is {named(*here[2:])}; it {' and '.join(parts)}."
+        return f"at {q} {kind} the choice is {named(*here[2:])}; {'; '.join(parts)}."
     return f"the choice is the same for any number of {kind}" + (
         f" up to {here.last}." if plan.sizes_free else "."
     )
-
-
-def _longest() -> int:
-    from vlm_jax.laws.plan import LONGEST
-
-    return LONGEST
 
 
 def _over_budget(plan: Plan) -> list[str]:
