@@ -314,6 +314,7 @@ def test_a_table_of_errors_plans_as_its_law_does(fits, tmp_path, capsys):
         (["--budget-gflops=1", "--exact"], "unknown language model preset 'small'"),
         (["--budget-gflops=1", "--exact", "--lms=mini-38k", "--visual-tokens=5"], "visual_tokens 5 cannot be cut from a 24x24 grid"),
         (["--budget-gflops=1", "--visual-tokens=all", "--compressor=prumerge"], "prumerge: its visual tokens cannot be chosen"),
+        (["--budget-gflops=1", "--free-sizes", "--plot=x.png"], "--plot draws given sizes"),
         (["--budget-gflops=1", "--table=x.csv"], "give --law law.json or --table errors.csv, one of them"),
     ],
 )  # fmt: skip

@@ -145,18 +145,18 @@ def _plan(args: Namespace, fit: Fit, budget: Budget) -> Plan:
         raise ConfigError(
             "plan: --free-sizes goes with neither --lms nor --exact: it has no shapes."
         )
-    compressor = args.compressor or fit.compressor
-    exact = Method(
-        f"counted exactly (encoder {args.vit}, {compressor or 'no compressor named'})",
-        exact_price(args.vit, compressor, _numbers("--taps", args.taps)),
-    )
-    named = not free and all(lm in presets.LM for lm in lms or fit.lms)
+    compressor = args.compressor or fit.compressor or "none"
+    exact = None
+    if args.exact or (not free and all(lm in presets.LM for lm in lms or fit.lms)):
+        exact = Method(
+            f"counted exactly (encoder {args.vit}, {compressor})",
+            exact_price(args.vit, compressor, _numbers("--taps", args.taps)),
+        )
     tokens = None
     if args.visual_tokens == "all":
         tokens = allowed_tokens(args.vit, compressor)
     elif args.visual_tokens is not None:
         tokens = _numbers("--visual-tokens", args.visual_tokens)
-    method, other = (exact, PAPER) if args.exact else (PAPER, exact if named else None)
     return choose(
         fit,
         budget,
@@ -164,8 +164,8 @@ def _plan(args: Namespace, fit: Fit, budget: Budget) -> Plan:
         lms=lms,
         visual_tokens=tokens,
         free_sizes=free,
-        method=method,
-        other=other,
+        method=exact if args.exact and exact else PAPER,
+        other=PAPER if args.exact else exact,
     )
 
 
@@ -246,6 +246,8 @@ def _plot(plan: Plan, fit: Fit, path: str, count: int, console: Console) -> None
 
 def run(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
+    if args.plot and args.free_sizes is not None:
+        raise ConfigError("plan: --plot draws given sizes; leave out --free-sizes.")
     budget = _budget(args)
     fits = _fits(args)
     plans = [_plan(args, fit, budget) for fit in fits.values()]
