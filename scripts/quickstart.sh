@@ -21,5 +21,5 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5
 # glibc keeps freed memory: without this a fifth of the CPU time goes to the kernel's page faults.
 export MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_MMAP_THRESHOLD_=4294967296
 python -m vlm_jax.sweep --config="$config" --workdir="$workdir" "$@"
-python -m vlm_jax.laws.plan --law "$workdir/law.json" --budget-gflops 0.003 --text-tokens 10
+python -m vlm_jax.laws.plan --law "$workdir/law.json" --budget-gflops 0.003 --text-tokens 10 --vit mini
 echo "Report: $workdir/report.html (and report.md)"

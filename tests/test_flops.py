@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
-from vlm_jax import presets
+from vlm_jax import compressors, presets
 from vlm_jax.config import CompressorConfig, ConfigError, LMConfig, ViTConfig, VLMConfig, stride_for
-from vlm_jax.laws import flops
+from vlm_jax.laws import flops, memory
 from vlm_jax.models.attention import Visible
 from vlm_jax.models.lm import LM, empty_cache
 from vlm_jax.models.vit import ViT
@@ -111,24 +111,92 @@ def test_the_decoders_count_is_within_two_percent_of_xla(config):
     )
 
 
-@pytest.mark.parametrize("name", ["identity", "tokenpacker", "quecc"])
-def test_a_whole_prefill_is_within_two_percent_of_xla(name):
-    wide = lm_config(width=512, num_heads=8, num_kv_heads=8, mlp_width=1536)
-    config = vlm_config(name, 16, vit=vit_config(width=512, mlp_width=2048), lm=wide)
-    text, query = 32, 16
-    count = flops.forward_flops(config, text_tokens=text, query_tokens=query)
-    length = text + (64 if name == "identity" else 16)
+CLIP = dict(
+    cls_token=True, pre_norm=True, post_norm=False, patch_bias=False, feature_layer=-2, num_layers=3
+)
+GROUPED = dict(num_kv_heads=2, qkv_bias=True, tied_embeddings=True, vocab_size=2048)
+# Two layers of the encoder and of the decoder, unrolled; what each differs in.
+WHOLE: dict[str, dict] = {
+    "identity": dict(compressor=dict(name="identity")),
+    "identity, head_dim of its own": dict(
+        compressor=dict(name="identity"),
+        lm=dict(head_dim=128, qk_norm=True, num_kv_heads=4),
+        vlm=dict(projector_layers=3),
+    ),
+    "tokenpacker, clip, grouped, tied": dict(
+        compressor=dict(name="tokenpacker", stride=2), vit=CLIP, lm=GROUPED
+    ),
+    "tokenpacker, taps, two images": dict(
+        compressor=dict(name="tokenpacker", stride=4, taps=(0, 1)), images=2
+    ),
+    "quecc": dict(compressor=dict(name="quecc", stride=2, taps=(0, 1))),
+    "quecc, one layer reads": dict(compressor=dict(name="quecc", stride=4, query_layers=1)),
+    "quecc, embeddings alone": dict(compressor=dict(name="quecc", stride=8, query_layers=0)),
+    "m3": dict(compressor=dict(name="m3", visual_tokens=16)),
+    "mqt": dict(compressor=dict(name="mqt", visual_tokens=36, query_grid=8)),
+    "prumerge": dict(compressor=dict(name="prumerge", neighbours=8), vit=CLIP),
+}  # fmt: skip
+
+
+def whole(compressor: dict, vit=(), lm=(), vlm=(), images: int = 1) -> VLMConfig:
+    wide = dict(width=512, num_layers=2)
+    return VLMConfig(
+        vit_config(**{**wide, "mlp_width": 2048, **dict(vit)}),
+        CompressorConfig(**compressor),
+        lm_config(**{**wide, "num_heads": 8, "num_kv_heads": 8, "mlp_width": 1536, **dict(lm)}),
+        **dict(vlm),
+    )
+
+
+@pytest.mark.parametrize("case", WHOLE.values(), ids=WHOLE)
+def test_a_whole_prefill_is_within_two_percent_of_xla(case):
+    config, images, text, query = whole(**case), case.get("images", 1), 32, 16
+    count = flops.forward_flops(config, text_tokens=text, query_tokens=query, images=images)
+    length = text + images * compressors.num_tokens(config.compressor, config.vit.grid)
     params = abstract_params(config)
     cache = jax.eval_shape(lambda: empty_cache(config.lm, 1, length))
     inputs = Inputs(
         tokens=int_array(1, length), visual_index=int_array(1, length), positions=int_array(1, length),
-        segments=int_array(1, length), images=jax.ShapeDtypeStruct((1, 1, 64, 64, 3), jnp.uint8),
-        query_tokens=int_array(1, 1, query), query_mask=jax.ShapeDtypeStruct((1, 1, query), jnp.bool_),
+        segments=int_array(1, length), images=jax.ShapeDtypeStruct((1, images, 64, 64, 3), jnp.uint8),
+        query_tokens=int_array(1, images, query), query_mask=jax.ShapeDtypeStruct((1, images, query), jnp.bool_),
     )  # fmt: skip
     measured = xla_flops(
         lambda p, i, c: VLM(config).apply(p, i, c, method="prefill"), params, inputs, cache
     )
     assert count.total == pytest.approx(measured, rel=0.02)
+    assert count.decode == 0
+
+
+@pytest.mark.parametrize("case", WHOLE.values(), ids=WHOLE)
+def test_the_weights_are_those_of_the_model(case):
+    config = whole(**case)
+    held = sum(4 * leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
+    assert memory.weight_bytes(config, value_bytes=4).stored == pytest.approx(held, rel=0.002)
+
+
+@pytest.mark.parametrize("lm", [{}, GROUPED], ids=["mha", "grouped, tied"])
+def test_an_answer_behind_a_cached_text_is_within_two_percent_of_xla(lm):
+    """32 cached tokens, 64 fresh ones, 3 answer tokens: one pass over the fresh, then two steps over a growing cache."""
+    config = whole(dict(name="identity"), lm=lm)
+    count = flops.forward_flops(
+        config, text_tokens=32, cached_text_tokens=32, output_tokens=3, query_tokens=0
+    )
+    model = LM(config.lm)
+
+    def run(module, ids, mask, cache):
+        slot = cache.k.shape[2] - ids.shape[1]
+        hidden, cache = module.cached_hidden(module.embed(ids), ids, Visible(mask), cache, slot)
+        return module.logits(hidden[:, -1:]), cache
+
+    def measured(tokens: int, keys: int) -> float:
+        mask = jax.ShapeDtypeStruct((1, tokens, keys), jnp.bool_)
+        cache = jax.eval_shape(lambda: empty_cache(config.lm, 1, keys))
+        params = {"params": abstract_params(config)["params"]["lm"]}
+        apply = lambda p, i, m, c: model.apply(p, i, m, c, method=run)  # noqa: E731
+        return xla_flops(apply, params, int_array(1, tokens), mask, cache)
+
+    assert count.prefill == pytest.approx(measured(64, 96), rel=0.02)
+    assert count.decode == pytest.approx(measured(1, 97) + measured(1, 98), rel=0.02)
 
 
 def test_a_decode_step_is_within_two_percent_of_xla():

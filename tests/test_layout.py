@@ -68,7 +68,7 @@ NO_JAX = (
 )
 NO_JAX_LAWS = (
     "law", "table", "cells", "least_squares", "bootstrap", "profile", "runs", "alternatives", "weighting", "sizes", "terminal",
-    "fit", "plot", "report",
+    "fit", "plot", "report", "cost", "budget", "offer", "plan", "plan_words", "plan_command",
 )  # fmt: skip
 
 

@@ -24,15 +24,20 @@ Sizes that do not fit are refused by `config.VLMConfig`, before anything is buil
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from vlm_jax.compressors import identity, m3, mqt, pool, prumerge, quecc, tokenpacker, windows
 from vlm_jax.compressors.visual import Visual
 from vlm_jax.config import CompressorConfig, ConfigError, VLMConfig
+from vlm_jax.layers import Scores
 
 
 class Elastic(NamedTuple):
@@ -84,6 +89,29 @@ def get(name: str) -> Compressor:
 def num_tokens(config: CompressorConfig, grid: int) -> int:
     """Slots for the visual tokens of one image on a grid x grid encoder."""
     return get(config.name).num_tokens(config, grid)
+
+
+@functools.lru_cache(maxsize=1024)
+def num_params(model: VLMConfig) -> int:
+    """Parameters of the model's compressor, without the projector."""
+    config, vit, entry = model.compressor, model.vit, get(model.compressor.name)
+    given = model.lm.width if entry.place == "inside" and model.projector_layers > 1 else vit.width
+
+    def array(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+
+    patches, tapped = vit.num_patches, vit.width * max(1, len(config.taps))
+    scores = Scores(array(vit.width), array(patches, vit.width), None)
+    module = entry.module(config, vit.grid, *(model.lm.width,) * (entry.place == "instead"))
+    params = jax.eval_shape(
+        module.init,
+        jax.random.key(0),
+        array(patches, given),
+        array(patches, tapped if entry.uses_taps else vit.width),
+        array(model.lm.width) if entry.uses_query else None,
+        scores if entry.uses_scores else None,
+    )
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
 def train_tokens(config: CompressorConfig, grid: int) -> tuple[int, ...]:

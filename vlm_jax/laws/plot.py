@@ -17,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from vlm_jax.config import ConfigError
 from vlm_jax.laws.law import Fit
+from vlm_jax.laws.plan_words import pair
 from vlm_jax.laws.table import Number, Row, family_mean, paper_flops, size_name
 
 if TYPE_CHECKING:
@@ -66,27 +67,27 @@ def plan_figure(plan: Plan, fit: Fit) -> Figure:
     lms = sorted({(c.lm, c.lm_params) for c in plan.candidates}, key=lambda item: item[1])
     tokens = sorted({c.visual_tokens for c in plan.candidates})
     colours = dict(zip((lm for lm, _ in lms), _shades(len(lms)), strict=True))
-    low, high = min(c.flops for c in plan.candidates), max(c.flops for c in plan.candidates)
-    right = max(high, plan.budget_flops) * 1.3
-    axes.axvspan(plan.budget_flops, right, color="#eeeeee", zorder=0, linewidth=0)
-    axes.axvline(plan.budget_flops, color=MUTED, linewidth=1.2, linestyle="--", zorder=1)
+    low, high = min(c.cost for c in plan.candidates), max(c.cost for c in plan.candidates)
+    right = max(high, plan.budget.limit) * 1.3
+    axes.axvspan(plan.budget.limit, right, color="#eeeeee", zorder=0, linewidth=0)
+    axes.axvline(plan.budget.limit, color=MUTED, linewidth=1.2, linestyle="--", zorder=1)
     steps = [*plan.frontier]
-    axes.plot([c.flops for c in steps], [c.error for c in steps], color=FRONTIER, linewidth=5, alpha=0.35, zorder=1, solid_joinstyle="round")  # fmt: skip
+    axes.plot([c.cost for c in steps], [c.error for c in steps], color=FRONTIER, linewidth=5, alpha=0.35, zorder=1, solid_joinstyle="round")  # fmt: skip
     for c in plan.candidates:
         marker = MARKERS[tokens.index(c.visual_tokens) % len(MARKERS)]
-        axes.plot(c.flops, c.error, marker, color=colours[c.lm], markersize=7, markeredgecolor="white", markeredgewidth=0.6, zorder=3)  # fmt: skip
+        axes.plot(c.cost, c.error, marker, color=colours[c.lm], markersize=7, markeredgecolor="white", markeredgewidth=0.6, zorder=3)  # fmt: skip
     best = plan.best
     below, above = best.error - best.interval[0], best.interval[1] - best.error
-    axes.errorbar(best.flops, best.error, yerr=[[max(below, 0)], [max(above, 0)]], fmt="none", ecolor="black", elinewidth=1.2, capsize=3, zorder=4)  # fmt: skip
-    axes.plot(best.flops, best.error, "o", markersize=16, markerfacecolor="none", markeredgecolor="black", markeredgewidth=1.6, zorder=5)  # fmt: skip
+    axes.errorbar(best.cost, best.error, yerr=[[max(below, 0)], [max(above, 0)]], fmt="none", ecolor="black", elinewidth=1.2, capsize=3, zorder=4)  # fmt: skip
+    axes.plot(best.cost, best.error, "o", markersize=16, markerfacecolor="none", markeredgecolor="black", markeredgewidth=1.6, zorder=5)  # fmt: skip
     axes.set_xlim(low / 1.3, right)
     _finish(
         axes,
-        f"FLOPs of one answer ({plan.cost}, Q = {plan.text_tokens})",
+        f"{plan.budget.unit} ({plan.method}, Q = {plan.workload.text_tokens})",
         f"predicted {plan.family} error",
     )
     axes.set_title(
-        f"{plan.family}: {plan.budget_flops / 1e9:.4g} GFLOPs buy {best.lm} with {best.visual_tokens} visual token(s)",
+        f"{plan.family}: {plan.budget.text} buy {pair(best.lm, best.visual_tokens)}",
         fontsize=11,
     )
     extra = [

@@ -1,0 +1,184 @@
+"""What a question costs: FLOPs, bytes moved, memory, and from a chip's data sheet seconds and dollars. Loads no jax.
+
+Two ways to count. `paper_price` knows the size N alone: 2 N FLOPs per token and one read of N weights per pass of the
+language model. `exact_price` counts every part, from the encoder to the last answer token, from the models' shapes.
+
+Bytes moved: each pass reads its weights once for the whole batch, reads the keys and values it looks at and writes the
+new ones. Activations are not counted: they follow the FLOPs, which bound the passes that have many of them. Weights, cache
+and activations take 2 bytes a value (bfloat16, whose peak the chips' table holds).
+A time is therefore a roofline, the sum over phases of max(FLOPs / peak, bytes / bandwidth): no program is faster.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from vlm_jax import presets
+from vlm_jax.chips import Chip
+from vlm_jax.config import CompressorConfig, ConfigError, LMConfig, VLMConfig, with_tokens
+from vlm_jax.laws.table import Number, paper_flops
+
+VALUE_BYTES = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """Questions as they arrive. The text stands before the image where it is cached."""
+
+    text_tokens: int  # Q: of the prompt, beside the visual tokens
+    cached: bool = (
+        False  # the text's keys and values, and what QueCC reads off it, are there already
+    )
+    output_tokens: int = 0  # of the answer, with its end
+    batch: int = 1  # questions answered together
+
+    def __post_init__(self):
+        for name, least in (("text_tokens", 0), ("output_tokens", 0), ("batch", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(
+                    f"plan: {name} must be {least} or more, got {getattr(self, name)}."
+                )
+
+    @property
+    def paid_tokens(self) -> int:
+        """Tokens beside the visual ones that cost compute: the paper's Q, with the answer folded in."""
+        return (0 if self.cached else self.text_tokens) + self.output_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One part of answering a batch."""
+
+    name: str
+    flops: float
+    bytes: float  # to and from the chip's memory
+
+    def seconds(self, chip: Chip) -> float:
+        return max(self.flops / chip.peak_flops, self.bytes / chip.hbm_bandwidth_bytes)
+
+    def bounded_by(self, chip: Chip) -> str:
+        """compute | memory"""
+        compute = self.flops / chip.peak_flops >= self.bytes / chip.hbm_bandwidth_bytes
+        return "compute" if compute else "memory"
+
+
+@dataclasses.dataclass(frozen=True)
+class Price:
+    """What answering one batch takes."""
+
+    phases: tuple[Phase, ...]
+    memory_bytes: float  # weights, cache at its longest, and (exact_price) activations
+    batch: int
+
+    @property
+    def flops(self) -> float:
+        """Of one question."""
+        return sum(phase.flops for phase in self.phases) / self.batch
+
+    def seconds(self, chip: Chip) -> float:
+        """Until the whole batch is answered."""
+        return sum(phase.seconds(chip) for phase in self.phases)
+
+    def dollars(self, chip: Chip, chip_hour_dollars: Number) -> float:
+        """Of a million questions, on a chip that is never idle."""
+        return self.seconds(chip) / 3600 * chip_hour_dollars * 1e6 / self.batch
+
+
+# (LM name, its parameters, visual tokens, workload) -> price
+Pricer = Callable[[str, Number, int, Workload], Price]
+
+
+def cache_bytes(lm: LMConfig) -> int:
+    """Keys and values of one token."""
+    return 2 * lm.num_layers * lm.num_kv_heads * lm.head_dim * VALUE_BYTES
+
+
+def typical_cache_bytes(lm_params: Number) -> float:
+    """Keys and values of one token in a decoder of which only the size is known.
+
+    N = 12 L D^2 with D = 128 L, every head with keys of its own: within 15 % of Qwen1.5 0.5B to 14B. Grouped queries need
+    a fraction of it.
+    """
+    depth_times_width = (lm_params * 128 / 12) ** (2 / 3) / 128
+    return 2 * depth_times_width * VALUE_BYTES
+
+
+def keys_read(prompt: int, steps: int) -> int:
+    """Cache slots that `steps` decode steps behind a prompt look at, each at one more than the last, its own included."""
+    return steps * prompt + steps * (steps + 1) // 2
+
+
+def paper_price(lm: str, lm_params: Number, visual_tokens: int, workload: Workload) -> Price:
+    """2 N (Q + V), arXiv 2411.03312: the language model alone, answer tokens counted with Q.
+
+    The cache is that of the preset `lm`, or a typical one of its size. Cached text is looked at, but costs no FLOPs. Of an
+    answer's tokens the last is not read: the weights are read once less than there are tokens.
+    """
+    batch, prompt = workload.batch, workload.text_tokens + visual_tokens
+    answer, weights = workload.output_tokens, VALUE_BYTES * lm_params
+    cache = cache_bytes(presets.lm(lm)) if lm in presets.LM else typical_cache_bytes(lm_params)
+    cache *= batch
+    prefill = float(paper_flops(lm_params, workload.paid_tokens - answer, visual_tokens))
+    phases = [Phase("prefill", batch * prefill, weights + prompt * cache)]
+    if answer:
+        decode = float(paper_flops(lm_params, answer, 0))
+        moved = (answer - 1) * weights + keys_read(prompt, answer - 1) * cache
+        phases.append(Phase("decode", batch * decode, moved))
+    return Price(tuple(phases), weights + (prompt + answer) * cache, batch)
+
+
+def exact_price(vit: str, compressor: str, taps: tuple[int, ...] = ()) -> Pricer:
+    """Every part from the encoder to the last answer token, for LMs that are presets. An answer has one token at least."""
+    from vlm_jax.laws import flops, memory  # load jax, which the paper's count does not need
+
+    encoder = presets.vit(vit)
+
+    def price(lm: str, _: Number, visual_tokens: int, workload: Workload) -> Price:
+        config = VLMConfig(
+            encoder,
+            with_tokens(CompressorConfig(compressor, taps=taps), encoder.grid, visual_tokens),
+            presets.lm(lm),
+        )
+        text, batch = workload.text_tokens, workload.batch
+        answer = max(1, workload.output_tokens)
+        spent = flops.forward_flops(
+            config,
+            text_tokens=text,
+            cached_text_tokens=text if workload.cached else 0,
+            query_tokens=0 if workload.cached else text,
+            output_tokens=answer,
+        )
+        weights, cache = memory.weight_bytes(config), batch * cache_bytes(config.lm)
+        prompt, steps = text + visual_tokens, answer - 1
+        bytes_of = {
+            "encoder": weights.encoder,
+            "query": weights.query_layers if spent.query else 0,
+            "compressor": weights.compressor,
+            "projector": weights.projector,
+            "prefill": weights.layers + weights.head + prompt * cache,
+            "decode": steps * (weights.layers + weights.head) + keys_read(prompt, steps) * cache,
+        }
+        phases = [Phase(n, batch * getattr(spent, n), moved) for n, moved in bytes_of.items()]
+        held = weights.stored + (prompt + steps) * cache
+        held += memory.activation_bytes(config, batch, prompt, text if workload.cached else 0)
+        return Price(tuple(p for p in phases if p.flops or p.bytes), held, batch)
+
+    return price
+
+
+def allowed_tokens(vit: str, compressor: str) -> tuple[int, ...]:
+    """Every number of visual tokens the compressor can give; ConfigError if none can be chosen."""
+    grid, config = presets.vit(vit).grid, CompressorConfig(compressor)
+
+    def gives(count: int) -> bool:
+        try:
+            with_tokens(config, grid, count)
+        except ConfigError:
+            return False
+        return True
+
+    counts = tuple(filter(gives, range(1, grid**2 + 1)))
+    if not counts:
+        with_tokens(config, grid, 1)  # says why
+    return counts

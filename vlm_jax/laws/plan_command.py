@@ -1,0 +1,267 @@
+"""The command `python -m vlm_jax.laws.plan`: its flags, its table, its JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from vlm_jax import cli, presets
+from vlm_jax.chips import CHIPS, GIB
+from vlm_jax.config import ConfigError
+from vlm_jax.laws import fit as fitting
+from vlm_jax.laws import law as law_file
+from vlm_jax.laws import table
+from vlm_jax.laws.budget import UNITS, Budget, find_chip
+from vlm_jax.laws.cost import Workload, allowed_tokens, exact_price
+from vlm_jax.laws.fit import OneLineParser
+from vlm_jax.laws.law import Fit
+from vlm_jax.laws.plan import PAPER, Candidate, Method, Plan, choose
+from vlm_jax.laws.table import Number
+
+WIDE = 110  # columns of a terminal from which on every known amount is shown
+HEADS = {"gflops": "GFLOPs", "ms": "ms", "gib": "GiB", "dollars": "$ / 1M"}
+
+
+def _parser() -> OneLineParser:
+    parser = OneLineParser(
+        prog="vlm_jax.laws.plan", description="The best (LM, visual tokens) for a budget."
+    )
+    add = parser.add_argument
+    add("--law", help="law.json made by vlm_jax.laws.fit")
+    add("--table", help="errors.csv, instead of --law: fitted here")
+    add("--family", help="of the law (default: every one)")
+    add("--budget-gflops", type=float, help="forward GFLOPs of one question")
+    add("--budget-ms", type=float, help="milliseconds until a batch is answered; needs --chip")
+    add("--budget-dollars", type=float, help="dollars per million questions; needs --chip")
+    add("--budget-gib", type=float, help="memory; alone, or beside another budget")
+    add("--chip", help=f"{', '.join(c.name for c in CHIPS)}; its memory limits too")
+    add("--chip-hour-dollars", type=float, help="what you pay for an hour of one chip")
+    add("--batch", type=int, default=1, help="questions answered together (default 1)")
+    add("--text-tokens", type=int, required=True, help="Q: prompt tokens beside the visual ones")
+    add("--cached", action="store_true", help="the text's keys and values are cached")
+    add("--output-tokens", type=int, default=0, help="answer tokens; the paper counts them with Q")
+    add("--lms", help="candidates: presets or NAME=PARAMS, comma-separated (default: measured)")
+    add("--free-sizes", nargs="?", const="", metavar="LOW,HIGH", help="any size (default: between the measured)")  # fmt: skip
+    add("--visual-tokens", help='candidates, comma-separated, or "all" the compressor can give')
+    add("--exact", action="store_true", help="count encoder, compressor, attention and head too")
+    add("--vit", default="clip-l-336", help="encoder preset of the exact count")
+    add("--compressor", help="of the exact count (default: the law's)")
+    add("--taps", default="", help="of the exact count: tapped hidden states, comma-separated")
+    add("--plot", help="writes FILE.png or FILE.svg; {family} in the name is replaced")
+    add("--json", action="store_true", help="print the plans as JSON")
+    return parser
+
+
+def _fits(args: Namespace) -> dict[str, Fit]:
+    if (args.law is None) == (args.table is None):
+        raise ConfigError("plan: give --law law.json or --table errors.csv, one of them.")
+    if args.law:
+        fits = law_file.load(args.law)
+        families = list(fits)
+    else:
+        rows = table.read(args.table)
+        families = list(dict.fromkeys(row.family for row in rows))
+        fits = fitting.fit_table([row for row in rows if args.family in (None, row.family)])
+    if args.family and args.family not in families:
+        raise ConfigError(
+            f"plan: family {args.family!r} is not in {args.law or args.table}; it has {families}."
+        )
+    return {args.family: fits[args.family]} if args.family else fits
+
+
+def _budget(args: Namespace) -> Budget:
+    limits = {kind: getattr(args, f"budget_{kind}") for kind in UNITS}
+    given = {kind: limit for kind, limit in limits.items() if limit is not None}
+    main = [kind for kind in given if kind != "gib"] or list(given)
+    if len(main) != 1:
+        flags = " and ".join(f"--budget-{kind}" for kind in main) or "none"
+        raise ConfigError(
+            f"plan: give one of --budget-gflops, --budget-ms, --budget-dollars, --budget-gib; got {flags} "
+            "(--budget-gib may stand beside one other)."
+        )
+    kind = main[0]
+    return Budget(
+        kind,
+        given[kind],
+        find_chip(args.chip) if args.chip else None,
+        args.chip_hour_dollars,
+        given["gib"] if "gib" in given and kind != "gib" else None,
+    )
+
+
+def _numbers(flag: str, text: str) -> tuple[int, ...]:
+    words = [word for word in text.split(",") if word]
+    if any(not word.strip().isdigit() for word in words):
+        raise ConfigError(f"plan: {flag} {text!r} is not a comma-separated list of whole numbers.")
+    return tuple(int(word) for word in words)
+
+
+def _number(flag: str, word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        raise ConfigError(f"plan: {flag}: {word!r} is not a number of parameters.") from None
+
+
+def _lms(text: str | None) -> dict[str, Number] | None:
+    """ "qwen1.5-7b,mine=3e9" -> name -> parameters; a preset counts by its nominal size, as the paper does."""
+    if text is None:
+        return None
+    found: dict[str, Number] = {}
+    for word in text.split(","):
+        name, _, params = word.partition("=")
+        if params:
+            found[name] = _number("--lms", params)
+        else:
+            config = presets.lm(name)
+            found[name] = config.nominal_params or config.non_embedding_params
+    return found
+
+
+def _free_sizes(text: str | None, fit: Fit) -> tuple[Number, Number] | None:
+    if text is None:
+        return None
+    if not text:
+        return min(fit.lms.values()), max(fit.lms.values())
+    words = text.split(",")
+    if len(words) != 2:
+        raise ConfigError(f"plan: --free-sizes {text!r} is not LOW,HIGH in parameters.")
+    low, high = (_number("--free-sizes", word) for word in words)
+    return low, high
+
+
+def _plan(args: Namespace, fit: Fit, budget: Budget) -> Plan:
+    lms, free = _lms(args.lms), _free_sizes(args.free_sizes, fit)
+    if free and (lms or args.exact):
+        raise ConfigError(
+            "plan: --free-sizes goes with neither --lms nor --exact: it has no shapes."
+        )
+    compressor = args.compressor or fit.compressor or "none"
+    exact = None
+    if args.exact or (not free and all(lm in presets.LM for lm in lms or fit.lms)):
+        exact = Method(
+            f"counted exactly (encoder {args.vit}, {compressor})",
+            exact_price(args.vit, compressor, _numbers("--taps", args.taps)),
+        )
+    tokens = None
+    if args.visual_tokens == "all":
+        tokens = allowed_tokens(args.vit, compressor)
+    elif args.visual_tokens is not None:
+        tokens = _numbers("--visual-tokens", args.visual_tokens)
+    return choose(
+        fit,
+        budget,
+        Workload(args.text_tokens, args.cached, args.output_tokens, args.batch),
+        lms=lms,
+        visual_tokens=tokens,
+        free_sizes=free,
+        method=exact if args.exact and exact else PAPER,
+        other=PAPER if args.exact else exact,
+    )
+
+
+def show(plan: Plan, console: Console) -> None:
+    """Prints the answer, where its time goes, the runners-up and the frontier."""
+    for line in plan.statements:
+        console.print(line, highlight=False, markup=False)
+    if plan.budget.chip or len(plan.phases) > 1:
+        console.print(_phases(plan))
+    kinds = [plan.budget.kind]
+    if console.width >= WIDE:
+        kinds += [kind for kind in plan.best.amounts if kind not in kinds]
+    grid = Table(box=SIMPLE, pad_edge=False)
+    left = ("", "LM")
+    for name in (*left, "tokens", *(HEADS[k] for k in kinds), "error", "interval", "chosen"):
+        grid.add_column(name, justify="left" if name in left else "right", no_wrap=True)
+    groups = {"best": [plan.best], "next": plan.runners_up, "frontier": _around(plan)}
+    for mark, group in groups.items():
+        for i, c in enumerate(group):
+            grid.add_row(
+                *_cells(c, mark if i == 0 else "", kinds, plan), end_section=i == len(group) - 1
+            )
+    console.print(grid)
+    if any(c.extrapolated for group in groups.values() for c in group):
+        console.print("* outside the measured sizes or token counts", highlight=False)
+
+
+def _phases(plan: Plan) -> Table:
+    """What the best candidate's batch does, part by part."""
+    chip = plan.budget.chip
+    grid = Table(box=SIMPLE, pad_edge=False)
+    grid.add_column("phase", no_wrap=True)
+    for name in ("GFLOPs", "GiB moved", *(("ms at least", "bounded by") if chip else ())):
+        grid.add_column(name, justify="right", no_wrap=True)
+    for phase in plan.phases:
+        cells = [phase.name, f"{phase.flops / 1e9:.4g}", f"{phase.bytes / GIB:.3g}"]
+        if chip:
+            cells += [f"{phase.seconds(chip) * 1e3:.3g}", phase.bounded_by(chip)]
+        grid.add_row(*cells)
+    return grid
+
+
+def _around(plan: Plan, below: int = 4, above: int = 3) -> list[Candidate]:
+    """The part of the frontier near the budget; --json and --plot show all of it."""
+    split = sum(c.affordable for c in plan.frontier)
+    return list(plan.frontier[max(0, split - below) : split + above])
+
+
+def _cells(c: Candidate, mark: str, kinds: Sequence[str], plan: Plan) -> list[str]:
+    refused = "too dear" if c.cost > plan.budget.limit else "too big"
+    return [
+        mark, c.lm, str(c.visual_tokens), *(f"{c.amounts[kind]:.4g}" for kind in kinds),
+        f"{c.error:.3f}" + ("*" if c.extrapolated else ""), f"{c.interval[0]:.3f}..{c.interval[1]:.3f}",
+        f"{c.share:.0%}" if c.affordable else refused,
+    ]  # fmt: skip
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """Everything, for JSON."""
+    fields: dict[str, Any] = dataclasses.asdict(plan)
+    for name, kind in (("by_text_tokens", plan.by_text_tokens), ("instead", plan.instead)):
+        fields[name] = [item._asdict() for item in kind]
+    if math.isinf(plan.continuous_optimum):
+        fields["continuous_optimum"] = None  # JSON has no infinity
+    return {**fields, "statements": plan.statements}
+
+
+def _plot(plan: Plan, fit: Fit, path: str, count: int, console: Console) -> None:
+    from vlm_jax.laws import plot  # matplotlib takes longer to load than a plan takes to make
+
+    if count > 1 and plan.family not in path:
+        raise ConfigError(
+            "plan: --plot draws one picture per family; put {family} in the name, or give --family."
+        )
+    plot.save(plot.plan_figure(plan, fit), path)
+    console.print(f"wrote {path}", highlight=False, markup=False)
+
+
+def run(argv: Sequence[str]) -> None:
+    args = _parser().parse_args(argv)
+    if args.plot and args.free_sizes is not None:
+        raise ConfigError("plan: --plot draws given sizes; leave out --free-sizes.")
+    budget = _budget(args)
+    fits = _fits(args)
+    plans = [_plan(args, fit, budget) for fit in fits.values()]
+    if args.json:
+        sys.stdout.write(json.dumps([as_dict(plan) for plan in plans], indent=1) + "\n")
+        return
+    console = Console()
+    for plan in plans:
+        show(plan, console)
+        if args.plot:
+            path = args.plot.replace("{family}", plan.family)
+            _plot(plan, fits[plan.family], path, len(plans), console)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Console entry: 0, or 2 with one line on stderr."""
+    return cli.run(run, argv)
