@@ -90,6 +90,21 @@ class Answerer:
         """Until every process is here."""
         multihost_utils.sync_global_devices("answers")
 
+    def answer(
+        self,
+        rows: Rows,
+        image_root: str,
+        batch_size: int,
+        is_chosen: Callable[[dict[str, Any]], bool],
+    ) -> Iterator[list[Answer]]:
+        """`choose` for the rows with is_chosen, `ask` for the others; at most eight programs are compiled."""
+        chosen = [row for row in rows if is_chosen(row)]
+        generated = [row for row in rows if not is_chosen(row)]
+        # Where there are both, each compiles a prefix and three widths; else one and four.
+        most = prompts.MAX_BUCKETS - bool(chosen and generated)
+        yield from self.choose(chosen, image_root, batch_size, most)
+        yield from self.ask(generated, image_root, batch_size, most)
+
     def ask(
         self, rows: Rows, image_root: str, batch_size: int, most_buckets: int = prompts.MAX_BUCKETS
     ) -> Iterator[list[Answer]]:

@@ -35,7 +35,6 @@ from vlm_jax import benchmarks, cli, experiment, presets
 from vlm_jax.benchmarks import predictions
 from vlm_jax.config import ConfigError, LMConfig, build, check_choice, check_positive, with_tokens
 from vlm_jax.data import tokenizer
-from vlm_jax.data.prompts import MAX_BUCKETS
 from vlm_jax.data.queries import QUERIES
 from vlm_jax.laws import table
 from vlm_jax.run_config import Experiment, MeshConfig
@@ -246,7 +245,9 @@ def _ask(task: Task, answerer: Any, batch_size: int) -> float | None:
     start = last = time.perf_counter()
     before, compiled = answerer.counts, answerer.compilations
     with _progress(task.label, len(task.unanswered), answerer.writes) as advance:
-        for answers in _answers(task, answerer, batch_size):
+        for answers in answerer.answer(
+            task.unanswered, task.image_root, batch_size, task.is_chosen
+        ):
             if answerer.writes:
                 predictions.append(task.predictions, answers)
             now = time.perf_counter()
@@ -262,15 +263,6 @@ def _ask(task: Task, answerer: Any, batch_size: int) -> float | None:
         answerer.writes,
     )
     return steady[0] / steady[1] if steady[1] else seconds / len(task.unanswered)
-
-
-def _answers(task: Task, answerer: Any, batch_size: int) -> Iterator[list[predictions.Answer]]:
-    chosen = [row for row in task.unanswered if task.is_chosen(row)]
-    generated = [row for row in task.unanswered if not task.is_chosen(row)]
-    # Each part compiles its prefix and its buckets: at most 2 + 2 * 3 programs where there are both.
-    most = MAX_BUCKETS - 1 if chosen and generated else MAX_BUCKETS
-    yield from answerer.choose(chosen, task.image_root, batch_size, most)
-    yield from answerer.ask(generated, task.image_root, batch_size, most)
 
 
 def _report(task: Task, spent: Mapping[str, float], writes: bool) -> None:
