@@ -72,6 +72,31 @@ def chosen(
     )
 
 
+@pytest.mark.parametrize("length", [128, 129, 300])
+def test_blocks_of_queries_give_the_whole_softmax_and_its_gradients(length):
+    """Grouped heads, padding on the left, 20 keys before the queries, 9 unused slots of a cache behind them."""
+    rng = np.random.default_rng(length)
+    q = jnp.asarray(rng.standard_normal((2, length, 4, 8)), jnp.float32)
+    k, v = (jnp.asarray(rng.standard_normal((2, length + 29, 2, 8)), jnp.float32) for _ in "kv")
+    causal = np.arange(length + 20)[None] <= 20 + np.arange(length)[:, None]
+    mask = np.stack([causal, causal & (np.arange(length + 20) >= 5)])
+
+    def whole(q, k, v):
+        cut = slice(0, length + 20)
+        return jax.nn.dot_product_attention(
+            q, k[:, cut], v[:, cut], mask=jnp.asarray(mask)[:, None]
+        )
+
+    def of(attention):
+        wanted = lambda *x: jnp.sum(jnp.sin(attention(*x)))  # noqa: E731
+        return attention(q, k, v), jax.grad(wanted, (0, 1, 2))(q, k, v)
+
+    got, want = of(lambda *x: attend(*x, Visible(jnp.asarray(mask)))), of(whole)
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-6)
+    assert not np.asarray(got[1][1])[:, length + 20 :].any()  # unused slots
+
+
 def test_auto_takes_the_platforms_kernel_where_it_computes_the_same(exp):
     assert [chosen(exp, p) for p in ("cpu", "gpu", "tpu")] == ["xla", "cudnn", "splash"]
     for platform in ("gpu", "tpu"):

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Questions per second of the harness, beside a plain transformers loop on the same model, questions and machine.
 
-scripts/bench/evaluate.py [--questions 96] [--batch 16] [--rounds 3] [--new 16] [--width 128] [--layers 4]
+scripts/bench/evaluate.py [--questions 96] [--batch 16] [--rounds 3] [--new 16] [--lm WIDTH LAYERS] [--vit WIDTH LAYERS]
 
 Writes a LLaVA of random weights (24 x 24 patches of 336 pixels) in both formats, questions of several lengths and 640 x 480
 JPEG pictures. Then, in one process and in turns, all questions are answered greedily by
@@ -122,7 +122,7 @@ def write_data(folder: Path, count: int) -> list[dict[str, Any]]:
 
 
 def write_run(
-    folder: Path, data: Path, compressor: dict[str, Any], width: int, layers: int
+    folder: Path, data: Path, compressor: dict[str, Any], lm: tuple[int, int], vit: tuple[int, int]
 ) -> Path:
     """A workdir of ours with random weights, large enough that answers depend on the question."""
     import jax
@@ -134,14 +134,21 @@ def write_run(
     from vlm_jax.models.vlm import init_params
 
     c = default.get_config()
-    tower = {"width": width, "num_layers": layers, "num_heads": width // 32, "dtype": "float32"}
+
+    def tower(width: int, layers: int) -> dict[str, Any]:
+        return {"width": width, "num_layers": layers, "num_heads": width // 32, "dtype": "float32"}
+
     c.model.vit.preset = "clip-l-336"
-    c.model.vit.update(tower | {"mlp_width": 4 * width})
+    c.model.vit.update(tower(*vit) | {"mlp_width": 4 * vit[0]})
     c.model.compressor.update({"taps": (), "dtype": "float32"} | compressor)
     c.model.lm.preset = "vicuna-7b"
-    c.model.lm.update(
-        tower | {"vocab_size": 1000, "num_kv_heads": width // 32, "head_dim": 32, "mlp_width": 3 * width, "remat": "none"}
-    )  # fmt: skip
+    sizes = {
+        "vocab_size": 1000,
+        "num_kv_heads": lm[0] // 32,
+        "head_dim": 32,
+        "mlp_width": 3 * lm[0],
+    }
+    c.model.lm.update(tower(*lm) | sizes | {"remat": "none"})
     c.data.update({"tokenizer": str(data / "tokenizer"), "max_tokens": 1024})
     exp = experiment.resolve(c)
     folder.mkdir()
@@ -241,6 +248,11 @@ def main() -> None:
         ("layers", 4),
     ):
         parser.add_argument(f"--{name}", type=int, default=value)
+    # As in a real model most of the work is the decoder's: its layers have 70 times the encoder's parameters.
+    for name, value in (("lm", (256, 8)), ("vit", (64, 2))):
+        parser.add_argument(
+            f"--{name}", type=int, nargs=2, default=value, metavar=("WIDTH", "LAYERS")
+        )
     args = parser.parse_args()
     import jax
     import torch
@@ -249,13 +261,13 @@ def main() -> None:
     print(
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; jax {jax.__version__} on "
         f"{jax.default_backend()}; torch {torch.__version__}, {torch.get_num_threads()} threads; transformers "
-        f"{transformers.__version__}; {args.questions} questions, batch {args.batch}, {args.new} new tokens, width "
-        f"{args.width}, {args.layers} layers", flush=True,
+        f"{transformers.__version__}; {args.questions} questions, batch {args.batch}, {args.new} new tokens, decoder of width "
+        f"{args.lm[0]} with {args.lm[1]} layers, encoder of {args.vit[0]} with {args.vit[1]}", flush=True,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         rows = write_data(root / "data", args.questions)
-        shape = (args.width, args.layers)
+        shape = (tuple(args.lm), tuple(args.vit))
         whole = write_run(root / "whole", root / "data", {"name": "identity"}, *shape)
         mean = write_run(root / "mean", root / "data", {"name": "pool", "stride": 24}, *shape)
         convert = [

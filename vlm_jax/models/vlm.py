@@ -111,11 +111,7 @@ class VLM(nn.Module):
             jnp.concatenate([before, here.positions], axis=1),
             jnp.pad(here.segments, ((0, 0), (shared, 0))),
         )
-        beyond = ((0, 0), (0, cache.k.shape[2] - layout.segments.shape[1]))
-        keys = Layout(
-            jnp.pad(layout.positions, beyond), jnp.pad(layout.segments, beyond, constant_values=-1)
-        )
-        seen = Visible(self._mask(here, keys, shared))
+        seen = Visible(self._mask(here, layout, shared))
         hidden, cache = self.lm.cached_hidden(x, here.positions, seen, cache, shared)
         return hidden, cache, layout
 
