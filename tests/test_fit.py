@@ -187,6 +187,15 @@ def test_a_resource_that_does_nothing_is_said_not_to():
     assert any("alpha > beta in 100.0%" in line for line in found.statements)
 
 
+def test_tokens_that_harm_are_not_taken_for_sizes_that_help():
+    """error = 0.3 V^0.1 whatever N: alpha = 0 is above beta = -0.1, but error falls with nothing."""
+    harmed = rows_of(Law(0.3, 0.0, -0.1, 0.0), cell_noise=0.002)
+    found = fit.fit_family(harmed, "f", fixed_d=0, draws=200)
+    assert found.statements[0] == (
+        "f: alpha > beta in 100.0% of 200 resamples (cells): but that error falls with LM size at all is not settled."
+    )
+
+
 def test_a_d_that_the_data_show_is_called_identified():
     found = fit.fit_family(rows_of(Law(3e-4, 0.7, 0.5, 0.2), cell_noise=1e-4), "f", draws=100)
     assert found.d_identified and abs(found.law.D - 0.2) < 0.01

@@ -128,21 +128,21 @@ class Fit:
         return _statements(self)
 
 
-def _statements(fit: Fit) -> list[str]:
-    lines = []
+def _order_statement(fit: Fit) -> str:
     share, which = fit.p_alpha_greater[fit.mode], f"{len(fit.resamples)} resamples ({fit.mode})"
-    if share >= fit.level:
-        lines.append(
-            f"{fit.family}: alpha > beta in {share:.1%} of {which}: error falls faster with LM size than with visual tokens."
-        )
-    elif share <= 1 - fit.level:
-        lines.append(
-            f"{fit.family}: beta > alpha in {1 - share:.1%} of {which}: error falls faster with visual tokens than with LM size."
-        )
-    else:
-        lines.append(
-            f"{fit.family}: the order of alpha and beta is not settled: alpha > beta in {share:.1%} of {which}."
-        )
+    if 1 - fit.level < share < fit.level:
+        return f"{fit.family}: the order of alpha and beta is not settled: alpha > beta in {share:.1%} of {which}."
+    sizes, tokens = ("alpha", "LM size"), ("beta", "visual tokens")
+    (large, faster), (small, slower) = (sizes, tokens) if share > 0.5 else (tokens, sizes)
+    falls = f"error falls faster with {faster} than with {slower}"
+    interval = fit.profile[large]
+    if interval is None or interval[0] <= 0:
+        falls = f"but that error falls with {faster} at all is not settled"
+    return f"{fit.family}: {large} > {small} in {max(share, 1 - share):.1%} of {which}: {falls}."
+
+
+def _statements(fit: Fit) -> list[str]:
+    lines = [_order_statement(fit)]
     if not fit.d_fixed:
         lines.append(_d_statement(fit))
     lines += _sign_statements(fit)
