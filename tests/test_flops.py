@@ -184,7 +184,7 @@ def test_an_answer_behind_a_cached_text_is_within_two_percent_of_xla(lm):
     model = LM(config.lm)
 
     def run(module, ids, mask, cache):
-        slot = cache.k.shape[2] - ids.shape[1]
+        slot = cache.length - ids.shape[1]
         hidden, cache = module.cached_hidden(module.embed(ids), ids, Visible(mask), cache, slot)
         return module.logits(hidden[:, -1:]), cache
 

@@ -102,7 +102,7 @@ class Generator:
         batch, length = shape
         if prefix is None:
             return 0, empty_cache(self.config.lm, batch, length + new)
-        return prefix.k.shape[2], cache_behind(prefix, batch, length + new)
+        return prefix.length, cache_behind(prefix, batch, length + new)
 
     def _generate(
         self, params: Any, inputs: Inputs, seeds: Int[Array, "B"], prefix: Cache | None
