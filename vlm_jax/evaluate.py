@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -222,7 +223,9 @@ def _write_uploads(task: Task, answers: Sequence[predictions.Answer]) -> None:
 def _check_same(path: Path, made_with: Mapping[str, Any]) -> None:
     """Writes run.json, or compares with the one that is there."""
     if not path.is_file():
-        path.write_text(json.dumps(made_with, indent=1) + "\n", encoding="utf-8")
+        part = path.with_suffix(f".part{os.getpid()}")  # another process may be reading
+        part.write_text(json.dumps(made_with, indent=1) + "\n", encoding="utf-8")
+        part.replace(path)
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     for field, value in made_with.items():
@@ -257,25 +260,23 @@ def _ask(task: Task, answerer: Any, batch_size: int) -> float | None:
             advance(len(answers))
     seconds = last - start
     spent = {name: count - before[name] for name, count in answerer.counts.items()}
-    _report(
-        task,
-        {"questions": len(task.unanswered), "seconds": round(seconds, 3), **spent},
-        answerer.writes,
-    )
+    _report(task, len(task.unanswered), seconds, spent, answerer.writes)
     return steady[0] / steady[1] if steady[1] else seconds / len(task.unanswered)
 
 
-def _report(task: Task, spent: Mapping[str, float], writes: bool) -> None:
+def _report(
+    task: Task, questions: int, seconds: float, spent: Mapping[str, int], writes: bool
+) -> None:
     """One line for the reader, and one of speed.jsonl."""
-    seconds = spent["seconds"]
     log.info(
         "%s: %d questions in %.1f s: %.1f questions/s, %.0f prompt and %.0f answer tokens/s; %d compilations",
-        task.label, spent["questions"], seconds, spent["questions"] / seconds, spent["prompt_tokens"] / seconds,
+        task.label, questions, seconds, questions / seconds, spent["prompt_tokens"] / seconds,
         spent["answer_tokens"] / seconds, spent["compilations"],
     )  # fmt: skip
     if writes:
+        line = {"questions": questions, "seconds": round(seconds, 3), **spent}
         with (task.folder / "speed.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(spent) + "\n")
+            file.write(json.dumps(line) + "\n")
 
 
 @contextlib.contextmanager
