@@ -1,9 +1,15 @@
-"""Figures of a law, drawn from the table and the fit: nothing is typed in. PNG and SVG, colour-blind safe."""
+"""Figures of a law, drawn from the table and the fit: nothing is typed in. PNG and SVG, colour-blind safe.
+
+    python -m vlm_jax.laws.plot errors.csv --out figures
+
+Here: error against cost, a plan, and what all pictures share. `figures.py` has the others, `plot_command.py` the command.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -26,7 +33,9 @@ if TYPE_CHECKING:
 MARKERS = "osD^vP*Xp<>h"  # one per token count, fewest first
 FRONTIER = "#d55e00"  # vermilion of Okabe and Ito: apart from every shade of the size scale
 MUTED = "#666666"
+LANGUAGE_MODEL, VISUAL_TOKENS = "language model", "visual tokens"  # titles of legends
 SAMPLES = 200  # points of a drawn curve
+Colour = str | tuple[float, ...]
 
 
 def errors_figure(rows: Sequence[Row], fit: Fit, text_tokens: int = 0) -> Figure:
@@ -36,16 +45,16 @@ def errors_figure(rows: Sequence[Row], fit: Fit, text_tokens: int = 0) -> Figure
     each LM, the band its Pareto frontier. Flagged cells are hollow and were not fitted. text_tokens: Q.
     """
     rows = [row for row in family_mean(rows_of(rows, fit), fit.family)]
-    figure, axes = _canvas()
+    figure, axes = canvas()
     lms = sorted(fit.lms.items(), key=lambda item: item[1])
-    colours = dict(zip((lm for lm, _ in lms), _shades(len(lms)), strict=True))
+    colours, names = lm_colours(fit.lms), lm_names(fit.lms)
     _draw_law(axes, fit, lms, colours, text_tokens)
     for lm, params in lms:
         for i, tokens in enumerate(fit.visual_tokens):
             x = float(paper_flops(params, text_tokens, tokens))
             runs = [row for row in rows if row.cell == (lm, tokens)]
             _draw_cell(axes, x, runs, colours[lm], MARKERS[i % len(MARKERS)])
-    _finish(
+    finish(
         axes,
         f"FLOPs of one answer, 2 N (Q + V), Q = {text_tokens}",
         f"{fit.family} error (1 - score)",
@@ -57,16 +66,22 @@ def errors_figure(rows: Sequence[Row], fit: Fit, text_tokens: int = 0) -> Figure
         "   (N in billions)",
         fontsize=11,
     )
-    _legends(axes, [(size_name(params), colours[lm]) for lm, params in lms], fit.visual_tokens)
+    legends(
+        axes,
+        {
+            LANGUAGE_MODEL: colour_keys({names[lm]: colours[lm] for lm, _ in lms}),
+            VISUAL_TOKENS: shape_keys([str(v) for v in fit.visual_tokens]),
+            "": [_frontier_key()],
+        },
+    )
     return figure
 
 
 def plan_figure(plan: Plan, fit: Fit) -> Figure:
     """The candidates' predicted error against their cost, the Pareto frontier, the budget and the choice."""
-    figure, axes = _canvas()
-    lms = sorted({(c.lm, c.lm_params) for c in plan.candidates}, key=lambda item: item[1])
+    figure, axes = canvas()
     tokens = sorted({c.visual_tokens for c in plan.candidates})
-    colours = dict(zip((lm for lm, _ in lms), _shades(len(lms)), strict=True))
+    colours = lm_colours({c.lm: c.lm_params for c in plan.candidates})
     low, high = min(c.cost for c in plan.candidates), max(c.cost for c in plan.candidates)
     right = max(high, plan.budget.limit) * 1.3
     axes.axvspan(plan.budget.limit, right, color="#eeeeee", zorder=0, linewidth=0)
@@ -81,7 +96,7 @@ def plan_figure(plan: Plan, fit: Fit) -> Figure:
     axes.errorbar(best.cost, best.error, yerr=[[max(below, 0)], [max(above, 0)]], fmt="none", ecolor="black", elinewidth=1.2, capsize=3, zorder=4)  # fmt: skip
     axes.plot(best.cost, best.error, "o", markersize=16, markerfacecolor="none", markeredgecolor="black", markeredgewidth=1.6, zorder=5)  # fmt: skip
     axes.set_xlim(low / 1.3, right)
-    _finish(
+    finish(
         axes,
         f"{plan.budget.unit} ({plan.method}, Q = {plan.workload.text_tokens})",
         f"predicted {plan.family} error",
@@ -90,20 +105,16 @@ def plan_figure(plan: Plan, fit: Fit) -> Figure:
         f"{plan.family}: {plan.budget.text} buy {pair(best.lm, best.visual_tokens)}",
         fontsize=11,
     )
-    extra = [
-        Line2D([], [], color=MUTED, linestyle="--", linewidth=1.2, label="budget"),
-        Line2D(
-            [],
-            [],
-            color="black",
-            marker="o",
-            markersize=11,
-            markerfacecolor="none",
-            linestyle="",
-            label="choice",
-        ),
-    ]
-    _legends(axes, [(lm, colours[lm]) for lm, _ in lms], tokens, extra)
+    budget = Line2D([], [], color=MUTED, linestyle="--", linewidth=1.2, label="budget")
+    choice = Line2D([], [], color="black", marker="o", markersize=11, markerfacecolor="none", linestyle="", label="choice")  # fmt: skip
+    legends(
+        axes,
+        {
+            LANGUAGE_MODEL: colour_keys(colours),
+            VISUAL_TOKENS: shape_keys([str(v) for v in tokens]),
+            "": [_frontier_key(), budget, choice],
+        },
+    )
     return figure
 
 
@@ -138,15 +149,27 @@ def rows_of(rows: Sequence[Row], fit: Fit) -> list[Row]:
     return single or own
 
 
-def _canvas() -> tuple[Figure, Axes]:
+def canvas() -> tuple[Figure, Axes]:
+    """A figure with one pair of axes, as wide as a page's text."""
     figure = Figure(figsize=(7.6, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
 
 
-def _shades(count: int) -> list[tuple[float, ...]]:
-    """Ordered from light to dark with size; viridis stays ordered for every kind of colour vision and in grey."""
+def shades(count: int) -> list[Colour]:
+    """Ordered from light to dark; viridis stays ordered for every kind of colour vision and in grey."""
     return [matplotlib.colormaps["viridis_r"](x) for x in np.linspace(0.18, 1.0, count)]
+
+
+def lm_colours(lms: Mapping[str, Number]) -> dict[str, Colour]:
+    """Each LM's colour, smallest and lightest first."""
+    return dict(zip(sorted(lms, key=lambda lm: lms[lm]), shades(len(lms)), strict=True))
+
+
+def lm_names(lms: Mapping[str, Number]) -> dict[str, str]:
+    """How pictures call each LM: by its size, or by its name where two would read the same."""
+    sizes = [size_name(params) for params in lms.values()]
+    return {lm: s if sizes.count(s) == 1 else lm for lm, s in zip(lms, sizes, strict=True)}
 
 
 def _draw_law(axes: Axes, fit: Fit, lms, colours, text_tokens: int) -> None:
@@ -193,7 +216,7 @@ def _draw_cell(axes: Axes, x: Number, runs: Sequence[Row], colour, marker: str) 
             )
 
 
-def _finish(axes: Axes, x_label: str, y_label: str) -> None:
+def finish(axes: Axes, x_label: str, y_label: str) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel(x_label)
@@ -209,37 +232,37 @@ def _finish(axes: Axes, x_label: str, y_label: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _legends(axes: Axes, sizes, tokens: Sequence[int], extra: Sequence[Line2D] = ()) -> None:
-    """Colours for sizes, shapes for token counts, right of the axes."""
-    colour_keys = [Line2D([], [], color=colour, linewidth=4, label=name) for name, colour in sizes]
-    shape_keys = [
-        Line2D(
-            [],
-            [],
-            color=MUTED,
-            marker=MARKERS[i % len(MARKERS)],
-            linestyle="",
-            markersize=7,
-            label=str(v),
-        )
-        for i, v in enumerate(tokens)
-    ]
-    other = [
-        Line2D([], [], color=FRONTIER, linewidth=7, alpha=0.35, label="Pareto frontier"),
-        *extra,
-    ]
+def colour_keys(colours: Mapping[str, Colour]) -> list[Line2D]:
+    return [Line2D([], [], color=c, linewidth=4, label=name) for name, c in colours.items()]
+
+
+def shape_keys(labels: Sequence[str], colours: Sequence[Colour] = ()) -> list[Line2D]:
+    """The shapes of token counts, fewest first; grey without `colours`."""
+    return [
+        Line2D([], [], color=colours[i] if colours else MUTED, marker=MARKERS[i % len(MARKERS)], linestyle="", markersize=7, label=label)
+        for i, label in enumerate(labels)
+    ]  # fmt: skip
+
+
+def _frontier_key() -> Line2D:
+    return Line2D([], [], color=FRONTIER, linewidth=7, alpha=0.35, label="Pareto frontier")
+
+
+def legends(axes: Axes, groups: Mapping[str, Sequence[Line2D]]) -> None:
+    """Title -> keys, one group below the other, right of the axes; a group titled "" has no title."""
     at = 1.0
-    for title, keys in (
-        ("language model", colour_keys),
-        ("visual tokens", shape_keys),
-        (None, other),
-    ):
-        legend = axes.legend(
-            handles=keys, title=title, loc="upper left", bbox_to_anchor=(1.01, at), frameon=False, fontsize=9,
-            title_fontsize=9, alignment="left", borderaxespad=0.0, labelspacing=0.35,
+    for title, keys in groups.items():
+        legend = Legend(
+            axes, keys, [key.get_label() for key in keys], title=title or None, loc="upper left",
+            bbox_to_anchor=(1.01, at), frameon=False, fontsize=9, title_fontsize=9, alignment="left",
+            borderaxespad=0.0, labelspacing=0.35,
         )  # fmt: skip
         axes.add_artist(legend)
-        at -= 0.062 * len(keys) + (0.09 if title else 0.03)
-    current = axes.get_legend()
-    if current is not None:  # the last one was added twice
-        current.remove()
+        lines = title.count("\n") + 1 if title else 0
+        at -= 0.055 * (len(keys) + lines) + 0.04
+
+
+if __name__ == "__main__":
+    from vlm_jax.laws.plot_command import main
+
+    sys.exit(main())
