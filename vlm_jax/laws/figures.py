@@ -111,13 +111,17 @@ def extrapolation_figure(rows: Sequence[Row], fit: Fit, to: Number | None = None
     return figure
 
 
-def text_tokens_figure(fit: Fit, base_flops: float) -> Figure:
+def text_tokens_figure(fit: Fit, base_flops: float | None = None) -> Figure:
     """The best number of visual tokens as the prompt grows, as the paper's Figure 3a.
 
     Left: LMs of every size, where the budget does not matter: the measured count of least error, and in a thin line
     V* = Q beta / (alpha - beta), where it exists. Right: the measured LMs at BUDGETS times `base_flops`; beyond the end
-    of a line the budget buys none of them.
+    of a line the budget buys none of them. None takes the geometric mean of the least and the greatest cost of a measured
+    LM and count at Q = 0.
     """
+    if base_flops is None:
+        costs = [float(paper_flops(n, 0, v)) for n in fit.lms.values() for v in fit.visual_tokens]
+        base_flops = math.sqrt(min(costs) * max(costs))
     figure, _ = canvas()
     figure.clear()
     grid = figure.add_gridspec(len(BUDGETS), 2, width_ratios=(1.15, 1))

@@ -35,7 +35,7 @@ FRONTIER = "#d55e00"  # vermilion of Okabe and Ito: apart from every shade of th
 MUTED = "#666666"
 LANGUAGE_MODEL, VISUAL_TOKENS = "language model", "visual tokens"  # titles of legends
 SAMPLES = 200  # points of a drawn curve
-Colour = str | tuple[float, ...]
+Colour = tuple[float, float, float, float] | str
 
 
 def errors_figure(rows: Sequence[Row], fit: Fit, text_tokens: int = 0) -> Figure:
@@ -253,7 +253,7 @@ def legends(axes: Axes, groups: Mapping[str, Sequence[Line2D]]) -> None:
     at = 1.0
     for title, keys in groups.items():
         legend = Legend(
-            axes, keys, [key.get_label() for key in keys], title=title or None, loc="upper left",
+            axes, keys, [str(key.get_label()) for key in keys], title=title or None, loc="upper left",
             bbox_to_anchor=(1.01, at), frameon=False, fontsize=9, title_fontsize=9, alignment="left",
             borderaxespad=0.0, labelspacing=0.35,
         )  # fmt: skip
