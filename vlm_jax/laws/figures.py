@@ -107,7 +107,7 @@ def extrapolation_figure(rows: Sequence[Row], fit: Fit, to: Number | None = None
         Line2D([], [], color=MUTED, marker="o", linestyle="--", markerfacecolor="white", label="held out"),
     ]  # fmt: skip
     title = f"visual tokens: law's\nerror at {largest}"
-    legends(axes, {title: shape_keys(labels, colours), "": kinds})
+    legends(figure, {title: shape_keys(labels, colours), "": kinds})
     return figure
 
 
@@ -129,14 +129,15 @@ def text_tokens_figure(fit: Fit, base_flops: float | None = None) -> Figure:
     _draw_free_sizes(free, fit)
     colours, names = lm_colours(fit.lms), lm_names(fit.lms)
     for i, share in enumerate(BUDGETS):
-        axes = figure.add_subplot(grid[i, 1], sharex=free, sharey=free)
+        axes = figure.add_subplot(grid[i, 1])
+        _token_axes(axes, fit.visual_tokens)
+        axes.yaxis.set_major_locator(FixedLocator(list(fit.visual_tokens[::2])))  # room for half
         plan = choose(fit, Budget("gflops", share * base_flops / 1e9), Workload(0))
         _draw_spans(axes, plan.by_text_tokens, colours)
         axes.set_title(f"measured LMs, {FLOPS(share * base_flops)}", fontsize=9, pad=3)
         axes.tick_params(labelsize=8, labelbottom=i == len(BUDGETS) - 1)
-        if i == 0:
-            keys = {names[lm]: colour for lm, colour in colours.items()}
-            legends(axes, {LANGUAGE_MODEL: colour_keys(keys)})
+    keys = {names[lm]: colour for lm, colour in colours.items()}
+    legends(figure, {LANGUAGE_MODEL: colour_keys(keys)}, at="center")
     free.set_ylabel("best number of visual tokens, V")
     figure.supxlabel("text tokens, Q", fontsize=10)
     figure.suptitle(f"{fit.family}: {_tendency(fit.law)}", fontsize=11)
@@ -182,7 +183,7 @@ def equal_compute_figure(
     axes.set_title(f"About equal compute: 2 N (Q + V) from {low} to {high}, Q = {text_tokens}", fontsize=11)  # fmt: skip
     bars = {f"{names[p.lm]}, V = {p.visual_tokens}": colours[p.lm] for p in pairs}
     predicted_key = Line2D([], [], color="black", linewidth=2, label="predicted by the law")
-    legends(axes, {"measured": colour_keys(bars), "": [predicted_key]})
+    legends(figure, {"measured": colour_keys(bars), "": [predicted_key]})
     return figure
 
 

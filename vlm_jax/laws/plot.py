@@ -18,7 +18,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -67,7 +66,7 @@ def errors_figure(rows: Sequence[Row], fit: Fit, text_tokens: int = 0) -> Figure
         fontsize=11,
     )
     legends(
-        axes,
+        figure,
         {
             LANGUAGE_MODEL: colour_keys({names[lm]: colours[lm] for lm, _ in lms}),
             VISUAL_TOKENS: shape_keys([str(v) for v in fit.visual_tokens]),
@@ -108,7 +107,7 @@ def plan_figure(plan: Plan, fit: Fit) -> Figure:
     budget = Line2D([], [], color=MUTED, linestyle="--", linewidth=1.2, label="budget")
     choice = Line2D([], [], color="black", marker="o", markersize=11, markerfacecolor="none", linestyle="", label="choice")  # fmt: skip
     legends(
-        axes,
+        figure,
         {
             LANGUAGE_MODEL: colour_keys(colours),
             VISUAL_TOKENS: shape_keys([str(v) for v in tokens]),
@@ -248,18 +247,21 @@ def _frontier_key() -> Line2D:
     return Line2D([], [], color=FRONTIER, linewidth=7, alpha=0.35, label="Pareto frontier")
 
 
-def legends(axes: Axes, groups: Mapping[str, Sequence[Line2D]]) -> None:
-    """Title -> keys, one group below the other, right of the axes; a group titled "" has no title."""
-    at = 1.0
-    for title, keys in groups.items():
-        legend = Legend(
-            axes, keys, [str(key.get_label()) for key in keys], title=title or None, loc="upper left",
-            bbox_to_anchor=(1.01, at), frameon=False, fontsize=9, title_fontsize=9, alignment="left",
-            borderaxespad=0.0, labelspacing=0.35,
-        )  # fmt: skip
-        axes.add_artist(legend)
-        lines = title.count("\n") + 1 if title else 0
-        at -= 0.055 * (len(keys) + lines) + 0.04
+def legends(figure: Figure, groups: Mapping[str, Sequence[Line2D]], at: str = "upper") -> None:
+    """Title -> keys, one group below the other, right of the axes; a group titled "" has no title. at: upper or center."""
+    keys: list[Line2D] = []
+    for title, group in groups.items():
+        if keys:
+            keys.append(Line2D([], [], linestyle="", label=" "))
+        if title:
+            keys.append(Line2D([], [], linestyle="", label=title))
+        keys += group
+    legend = figure.legend(
+        handles=keys, loc=f"outside right {at}", frameon=False, fontsize=9, labelspacing=0.35, handlelength=1.6
+    )  # fmt: skip
+    for text in legend.get_texts():
+        if text.get_text() in groups:
+            text.set_fontweight("bold")
 
 
 if __name__ == "__main__":
