@@ -137,7 +137,7 @@ def text_tokens_figure(fit: Fit, base_flops: float | None = None) -> Figure:
         axes.set_title(f"measured LMs, {FLOPS(share * base_flops)}", fontsize=9, pad=3)
         axes.tick_params(labelsize=8, labelbottom=i == len(BUDGETS) - 1)
     keys = {names[lm]: colour for lm, colour in colours.items()}
-    legends(figure, {LANGUAGE_MODEL: colour_keys(keys)}, at="center")
+    legends(figure, {LANGUAGE_MODEL: colour_keys(keys)}, at="outside right center")
     free.set_ylabel("best number of visual tokens, V")
     figure.supxlabel("text tokens, Q", fontsize=10)
     figure.suptitle(f"{fit.family}: {_tendency(fit.law)}", fontsize=11)
@@ -292,7 +292,7 @@ def _draw_free_sizes(axes: Axes, fit: Fit) -> None:
     if 0 < ideal[0] < math.inf:
         axes.plot(q[1:], ideal, color="black", linewidth=0.9, label="V* = Q β / (α - β)", zorder=2)
     axes.set_title("LMs of every size", fontsize=9, pad=3)
-    axes.legend(loc="upper left", frameon=False, fontsize=9)
+    axes.legend(loc="best", frameon=False, fontsize=9)
     _token_axes(axes, counts)
 
 

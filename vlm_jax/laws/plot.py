@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import matplotlib
 import numpy as np
@@ -34,6 +34,7 @@ FRONTIER = "#d55e00"  # vermilion of Okabe and Ito: apart from every shade of th
 MUTED = "#666666"
 LANGUAGE_MODEL, VISUAL_TOKENS = "language model", "visual tokens"  # titles of legends
 SAMPLES = 200  # points of a drawn curve
+Place = Literal["outside right upper", "outside right center"]
 Colour = tuple[float, float, float, float] | str
 
 
@@ -247,8 +248,10 @@ def _frontier_key() -> Line2D:
     return Line2D([], [], color=FRONTIER, linewidth=7, alpha=0.35, label="Pareto frontier")
 
 
-def legends(figure: Figure, groups: Mapping[str, Sequence[Line2D]], at: str = "upper") -> None:
-    """Title -> keys, one group below the other, right of the axes; a group titled "" has no title. at: upper or center."""
+def legends(
+    figure: Figure, groups: Mapping[str, Sequence[Line2D]], at: Place = "outside right upper"
+) -> None:
+    """Title -> keys, one group below the other, right of the axes; a group titled "" has no title."""
     keys: list[Line2D] = []
     for title, group in groups.items():
         if keys:
@@ -257,7 +260,7 @@ def legends(figure: Figure, groups: Mapping[str, Sequence[Line2D]], at: str = "u
             keys.append(Line2D([], [], linestyle="", label=title))
         keys += group
     legend = figure.legend(
-        handles=keys, loc=f"outside right {at}", frameon=False, fontsize=9, labelspacing=0.35, handlelength=1.6
+        handles=keys, loc=at, frameon=False, fontsize=9, labelspacing=0.35, handlelength=1.6
     )  # fmt: skip
     for text in legend.get_texts():
         if text.get_text() in groups:
