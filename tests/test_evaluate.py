@@ -1,5 +1,6 @@
 """The harness: answers on disk, restarts, batch sizes, scores, the command line. One tiny model, trained once."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 
@@ -152,6 +154,17 @@ def test_a_second_evaluation_of_the_same_model_compiles_nothing(world, first, tm
     assert 1 <= before <= 12  # at most four widths per batch size
     evaluate.evaluate(config(world), str(tmp_path))
     assert answerer.compilations == before
+
+
+def test_the_likeliest_of_the_replies_is_what_the_model_says_by_itself(world, first):
+    """Eight colours to choose from, for the questions whose generated answer is one of them."""
+    answerer = answer.Answerer(str(world.parent / "run"), MeshConfig(), "", 3, 0.0, 1.0, 0)
+    said = {i: text for i, text in answers(first[0]).items() if text in tiny.COLOURS}
+    closed = [{**row, "replies": tuple(tiny.COLOURS)} for row in rows(world) if row["id"] in said]
+    assert len(said) >= 4 and len(set(said.values())) > 1
+    assert dict(itertools.chain(*answerer.choose(closed, str(world), 4))) == said
+    for _, likelihoods in itertools.chain(*answerer.likelihoods(closed, str(world), 4)):
+        assert likelihoods.shape == (8,) and 0 < np.exp(likelihoods).sum() <= 1 + 1e-5
 
 
 def test_cached_features_give_the_answers_of_the_images(world, first, tmp_path):
