@@ -124,6 +124,7 @@ DECODERS = {
     "linear": ({"rope_scaling": RopeScaling("linear", 2.0), "tied_embeddings": True}, "llama"),
     "mistral": ({"sliding_window": 5}, "mistral"),
     "qwen2": ({"qkv_bias": True, "tied_embeddings": True}, "qwen2"),
+    "llama, biases": ({"qkv_bias": True, "o_bias": True, "mlp_bias": True}, "llama"),
     "qwen3": ({"qk_norm": True, "head_dim": 6, "sliding_window": 6}, "qwen3"),
 }
 
@@ -265,6 +266,8 @@ REFUSED = [
     (dict(compressor=CompressorConfig("tokenpacker", stride=3, num_heads=2)), "llava", "LLaVA has no tokenpacker"),
     (dict(vit="siglip-b16-224"), "llava", "before its last norm"),
     (dict(lm={"qkv_bias": True, "qk_norm": True}), "lm", "no known architecture"),
+    (dict(lm={"qkv_bias": True, "o_bias": True, "sliding_window": 4}), "lm", "no known architecture has .*sliding_window 4 together"),
+    (dict(lm={"o_bias": True}), "lm", "no known architecture has .*qkv_bias False, o_bias True"),
     (dict(position_grid=2), "vit", "position table of 2x2"),
 ]  # fmt: skip
 
