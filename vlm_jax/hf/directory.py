@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,7 +84,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def whole(out: Path) -> Iterator[Path]:
+def whole(out: Path) -> Generator[Path, None, None]:
     """A directory to fill, which becomes `out` if all goes well and vanishes otherwise.
 
     Raises ConfigError when `out` exists and is not empty.

@@ -85,7 +85,7 @@ def decoder(raw: Mapping[str, Any], where: str, model_type: str = "", completed:
     c = completed or complete(raw, model_type, where)
     check_declared(raw, model_type, DECODER_READ, where)
     biased = bool(getattr(c, "attention_bias", False)) and model_type in BIASED
-    traits = dict(DECODERS[model_type], o_bias=biased, mlp_bias=model_type == "llama" and c.mlp_bias)  # fmt: skip
+    traits = DECODERS[model_type] | {"o_bias": biased, "mlp_bias": model_type == "llama" and c.mlp_bias}  # fmt: skip
     traits["qkv_bias"] |= biased
     return LMConfig(
         vocab_size=c.vocab_size, width=c.hidden_size, num_layers=c.num_hidden_layers, num_heads=c.num_attention_heads,
