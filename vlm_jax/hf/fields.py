@@ -42,7 +42,7 @@ NEUTRAL = frozenset({
 # Not declared by the classes but taken by all of them; looked at in `check_marks`, or without effect.
 TAKEN = frozenset({
     "_attn_implementation", "_commit_hash", "_name_or_path", "attn_implementation", "auto_map", "model_type", "name_or_path",
-    "num_labels", "output_attentions", "partial_rotary_factor", "rope_scaling", "rope_theta", "torch_dtype",
+    "num_labels", "output_attentions", "partial_rotary_factor", "rope_scaling", "rope_theta", "tie_word_embeddings", "torch_dtype",
 })  # fmt: skip
 SAME = {("hidden_act", "swish"): "silu"}  # another name of the same function
 
@@ -70,7 +70,7 @@ def say_once(line: str, level: int = logging.INFO) -> None:
 
 def is_off(value: Any) -> bool:
     """null, false, 0, empty or one expert: such a field asks for nothing."""
-    return not value or (value == 1 and value is not True)
+    return not value or (value is not True and value == 1)
 
 
 def config_class(model_type: str) -> Any:
