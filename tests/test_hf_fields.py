@@ -8,8 +8,9 @@ from pathlib import Path
 
 import hf_models
 import pytest
+from safetensors.numpy import load_file
 from test_hf_errors import edit
-from test_hf_parity import check, compare, compare_decoder, compare_encoder
+from test_hf_parity import check, compare_decoder, compare_encoder, compare_llava
 
 from vlm_jax import presets
 from vlm_jax.config import ConfigError
@@ -37,7 +38,7 @@ def copied(models, tmp_path):
 # What exporters leave in the files of a llama; none of it is declared by transformers' class.
 OF_EXPORTERS = dict(
     is_llama_config=True, unsloth_fixed=True, unsloth_version="2024.9", _model_name_or_path="a/b", rope_interleaved=False,
-    logit_scale=8.0, vocab_size_of_tomorrow=5, pretrained_from={"name": "x"},
+    logit_scale=8.0, vocab_size_of_tomorrow=5, num_experts=1, pretrained_from={"name": "x"},
 )  # fmt: skip
 # What older releases of transformers wrote into every file: defaults of generation and of the base class.
 OF_TRANSFORMERS = dict(
@@ -46,7 +47,7 @@ OF_TRANSFORMERS = dict(
     pruned_heads={}, is_decoder=False, add_cross_attention=False, cross_attention_hidden_size=None, chunk_size_feed_forward=0,
     tie_encoder_decoder=False, use_bfloat16=False, torchscript=False, finetuning_task=None, id2label={"0": "LABEL_0"},
     label2id={"LABEL_0": 0}, problem_type=None, num_beams=1, use_cache=False, pretraining_tp=2, initializer_range=0.04,
-    quantization_config=None, num_local_experts=0, num_experts=1, use_moe=False, hidden_act="swish",
+    quantization_config=None, num_local_experts=0, num_experts=0, use_moe=False, hidden_act="swish",
 )  # fmt: skip
 
 
@@ -62,7 +63,7 @@ def test_fields_that_transformers_does_not_declare_change_nothing_and_are_named_
     lines = [r.message for r in caplog.records if "ignored" in r.message]
     assert lines == [
         f"{folder / 'config.json'}: ignored, because transformers does not know them: _model_name_or_path, is_llama_config, "
-        "logit_scale, pretrained_from, unsloth_fixed, unsloth_version, vocab_size_of_tomorrow."
+        "logit_scale, num_experts, pretrained_from, unsloth_fixed, unsloth_version, vocab_size_of_tomorrow."
     ]
     assert compare_decoder(folder, answers=False).difference < 2e-5
 
@@ -83,7 +84,7 @@ REFUSED = {
         "rope_scaling of type 'su' is not computed here; allowed: default, linear, llama3.",
     ),
     "partly rotated heads": (
-        "phi3, fused weights", dict(partial_rotary_factor=0.5),
+        "phi3, fused weights", dict(rope_parameters=None, partial_rotary_factor=0.5),
         "partial_rotary_factor must be 1 (whole heads are rotated here), not 0.5.",
     ),
     "quantised": (
@@ -128,6 +129,7 @@ REFUSED = {
         "clip tower", dict(num_channels=1), "num_channels 1 is not computed here; allowed: 3, the default of clip_vision_model.",
     ),
     "a picture that is no square": ("siglip tower", dict(image_size=[24, 32]), "image_size [24, 32] is no square."),
+    "a block that is none": ("llava 1.5", dict(text_config="llama"), "text_config 'llama' is no JSON object."),
     "a projector without biases": (
         "llava 1.5", dict(multimodal_projector_bias=False),
         "multimodal_projector_bias False is not computed here; allowed: True, the default of llava.",
@@ -176,8 +178,10 @@ def test_the_biases_of_an_architecture_are_what_its_class_declares(copied, model
     folder = copied("qwen2, biases")
     found = presets.lm(str(edit(folder, attention_bias=False)))
     assert (found.qkv_bias, found.o_bias, found.mlp_bias) == (True, False, False)
-    found = presets.lm(str(models("llama, all biases")))
+    found = presets.lm(str(models("llama, wide heads, all biases")))
     assert (found.qkv_bias, found.o_bias, found.mlp_bias) == (True, True, True)
+    stored = load_file(models("llama, wide heads, all biases") / "model.safetensors")
+    assert found.total_params == sum(tensor.size for tensor in stored.values())
     mistral = Path(shutil.copytree(models("mistral, no window"), tmp_path / "mistral"))
     found = presets.lm(str(edit(mistral, attention_bias=True, mlp_bias=True)))
     assert (found.qkv_bias, found.o_bias, found.mlp_bias) == (False, False, False)
@@ -205,8 +209,8 @@ def test_a_llava_without_vision_config_has_the_encoder_that_transformers_gives_i
 
 
 @pytest.mark.parametrize(("top", "text"), [(True, False), (False, True), (None, True)])
-def test_the_head_of_a_llava_is_tied_where_either_level_says_so(top, text, tmp_path):
-    folder = hf_models.build("llava, tied head", tmp_path / "tied")
+def test_the_head_of_a_llava_is_tied_where_either_level_says_so(top, text, copied):
+    folder = copied("llava, siglip and qwen2, tied")
     config = json.loads((folder / "config.json").read_text())
     assert config["tie_word_embeddings"] and config["text_config"]["tie_word_embeddings"]
     edit(folder, text_config=config["text_config"] | {"tie_word_embeddings": text})
@@ -218,7 +222,7 @@ def test_the_head_of_a_llava_is_tied_where_either_level_says_so(top, text, tmp_p
     found = describe(folder).lm
     assert found is not None and found.tied_embeddings
     if top:  # the case that no file of transformers' own has
-        check(compare(folder))
+        check(compare_llava(folder, answers=False))
 
 
 def test_the_older_place_of_a_clip_s_settings_counts(copied):

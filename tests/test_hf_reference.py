@@ -109,6 +109,8 @@ REFUSED = {
     "an older compressor": ({"mm_vision_token_compression_type": "local-conv-self-attn-deep"}, "mm_vision_token_compression_type"),
     "another decoder": ({"model_type": "llava_mpt"}, "model_type 'llava_mpt' with mm_ fields"),
     "a compressor without its weights": ({"mm_projector_type": "tokenpacker"}, "mm_projector_type 'tokenpacker' is not computed here.*beside their weights"),
+    "several layers at once": ({"mm_vision_select_layer": [12, 16, -2]}, r"mm_vision_select_layer \[12, 16, -2\] is not computed here; it must be one int"),
+    "a resampler behind the encoder": ({"mm_resampler_type": "spatial_pool"}, "mm_resampler_type 'spatial_pool' is not computed here"),
     "a quantised decoder": ({"quantization_config": {"bits": 4}}, "field 'quantization_config'.*quantised"),
     "a field of tomorrow": ({"mm_spatial_pool": 2}, "field 'mm_spatial_pool' = 2 is not known here"),
 }  # fmt: skip
@@ -137,7 +139,7 @@ def test_the_decoder_is_known_by_every_name_that_training_code_leaves(name, fold
     llava, _, encoder = folders
     folder = original(llava, tmp_path / "named", encoder, tower=False)
     path = folder / "config.json"
-    own = {"model_type": name, "sliding_window": None, "vision_tower_pretrained": "x", "mm_tunable_parts": "mm_mlp_adapter"}  # fmt: skip
+    own = {"model_type": name, "sliding_window": None, "pretraining_tp": None, "vision_tower_pretrained": "x", "mm_tunable_parts": "mm_mlp_adapter"}  # fmt: skip
     path.write_text(json.dumps(json.loads(path.read_text()) | own))
     with caplog.at_level("INFO"):
         found = describe(folder).lm

@@ -76,7 +76,8 @@ def _pair(raw: Mapping[str, Any], folder: Path, where: str) -> tuple[Described, 
     own, where = settings.PAIRS[raw["model_type"]], f"{where}: vision_config"
     fields.check_marks(raw, raw["model_type"], where)
     # CLIP's older files hold their settings in vision_config_dict, which counts where both are there.
-    vision = (raw["model_type"] == "clip" and raw.get("vision_config_dict")) or raw.get("vision_config") or {}  # fmt: skip
+    older = raw["model_type"] == "clip" and raw.get("vision_config_dict")
+    vision = fields.block(raw, "vision_config_dict" if older else "vision_config", where)
     ignored = _inside("vision_config", fields.ignored(vision, own, fields.ENCODER_READ))
     return Described(vit=settings.encoder(vision, folder, where, own)), ignored
 
@@ -86,7 +87,10 @@ def _inside(block: str, names: list[str]) -> list[str]:
 
 
 def _llava(raw: Mapping[str, Any], folder: Path, where: str) -> tuple[Described, list[str]]:
-    text, vision = dict(raw.get("text_config") or {}), dict(raw.get("vision_config") or {})
+    text, vision = (
+        fields.block(raw, "text_config", where),
+        fields.block(raw, "vision_config", where),
+    )
     fields.check_marks(raw, "llava", where)
     text_type, vision_type = text.get("model_type", "llama"), vision.get("model_type", "clip_vision_model")  # fmt: skip
     in_text, in_vision = f"{where}: text_config", f"{where}: vision_config"

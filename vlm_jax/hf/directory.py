@@ -19,6 +19,8 @@ from vlm_jax.config import ConfigError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# Files of weights in any framework: not copied beside other ones.
+WEIGHTS = (*PICKLES, "*.safetensors", "*.safetensors.index.json", "*.h5", "*.msgpack", "*.gguf")
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -67,7 +69,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{str(folder)!r} has no config.json; give a directory downloaded from the Hugging Face hub."
         )
     config = read_json(folder / "config.json")
-    if "model_type" not in config:
+    if not isinstance(config.get("model_type"), str):
         raise ConfigError(f"{str(folder / 'config.json')!r} has no model_type; it is no model's.")
     return config
 

@@ -31,7 +31,6 @@ from vlm_jax.hf.maps import Rule
 Tree = dict[str, Any]
 WHAT = {"llava": ("vit", "projector", "lm"), "lm": ("lm",), "vit": ("vit",), "reference": ("compressor", "projector")}  # fmt: skip
 SHARD_BYTES = 5_000_000_000
-WEIGHTS = {*directory.PICKLES, "*.safetensors", "*.safetensors.index.json", "*.h5", "*.msgpack", "*.gguf"}  # fmt: skip
 
 # what -> (group of tensors -> what stands before its names)
 PREFIXES = {
@@ -229,7 +228,7 @@ def onto_base(out: Path, base: Path, params: Tree, config: VLMConfig) -> None:
         for file, wanted in files.items():
             save_file({n: make(n) for n in wanted}, partial / file.name, metadata={"format": "pt"})
         for path in sorted(base.iterdir()):
-            if path.is_file() and not any(path.match(pattern) for pattern in WEIGHTS):
+            if path.is_file() and not any(path.match(pattern) for pattern in directory.WEIGHTS):
                 shutil.copy(path, partial / path.name)
         if (base / directory.INDEX).is_file():
             shutil.copy(base / directory.INDEX, partial / directory.INDEX)

@@ -120,23 +120,28 @@ def _check_code(raw: Mapping[str, Any], model_type: str, where: str) -> None:
             )
 
 
-def rope_block(raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+def block(raw: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    """The fields of a block of config.json; {} where it is missing or null."""
+    found = raw.get(name) or {}
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"{where}: {name} {short(found)} is no JSON object.")
+    return dict(found)
+
+
+def rope_block(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     """What config.json says of the rotary angles: rope_scaling before rope_parameters, as transformers reads them."""
-    block = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(block, Mapping):
-        raise ConfigError(f"{where}: rope_scaling {short(block)} is no JSON object.")
-    return block
+    return block(raw, "rope_scaling", where) or block(raw, "rope_parameters", where)
 
 
 def _check_rope_kind(raw: Mapping[str, Any], where: str) -> None:
-    block = rope_block(raw, where)
-    nested = [name for name, value in block.items() if isinstance(value, Mapping)]
+    rope = rope_block(raw, where)
+    nested = [name for name, value in rope.items() if isinstance(value, Mapping)]
     if nested:
         raise ConfigError(
             f"{where}: rotary angles that differ between layers ({', '.join(nested)}) are not computed here."
         )
-    kind = block.get("rope_type") or block.get("type") or "default"
-    partial = block.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    partial = rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0
     if kind not in ROPE_KINDS:
         also = f", nor is partial_rotary_factor {short(partial)}" if partial != 1.0 else ""
         raise ConfigError(
@@ -146,10 +151,10 @@ def _check_rope_kind(raw: Mapping[str, Any], where: str) -> None:
         raise ConfigError(
             f"{where}: partial_rotary_factor must be 1 (whole heads are rotated here), not {short(partial)}."
         )
-    sections = [name for name, value in block.items() if name.startswith("mrope") and value]
+    sections = [name for name, value in rope.items() if name.startswith("mrope") and value]
     if sections:  # of images and videos in Qwen2-VL: one-dimensional positions are not its
         raise ConfigError(
-            f"{where}: rope field {sections[0]!r} = {short(block[sections[0]])} is not computed here."
+            f"{where}: rope field {sections[0]!r} = {short(rope[sections[0]])} is not computed here."
         )
 
 
@@ -193,5 +198,5 @@ def ignored(raw: Mapping[str, Any], model_type: str, read: Collection[str]) -> l
 
     known = {*_declared(model_type), *config_class(model_type).attribute_map, *read, *TAKEN, *vars(GenerationConfig())}  # fmt: skip
     names = [name for name, value in raw.items() if name not in known and value]
-    block = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    return names + [f"rope_scaling.{name}" for name, value in block.items() if name not in ROPE_READ and value]  # fmt: skip
+    rope = rope_block(raw, "")
+    return names + [f"rope_scaling.{name}" for name, value in rope.items() if name not in ROPE_READ and value]  # fmt: skip

@@ -23,7 +23,8 @@ def unpickle(given: Path, out: Path) -> None:
     """Writes `out` as the directory `given` with its pickled weights as safetensors files of the same names.
 
     The weights are the files that pytorch_model.bin.index.json names, else pytorch_model.bin, else the only pickle there is;
-    other pickles (a projector beside its model, a trainer's arguments and optimizer) stay behind. Everything else is copied.
+    other pickles (a projector beside its model, a trainer's arguments and optimizer) and the weights of other frameworks stay
+    behind. Everything else is copied.
     `out` appears whole or not at all. Raises ConfigError for a file that is missing, damaged or holds more than tensors.
     """
     files = _weight_files(given)
@@ -41,7 +42,8 @@ def unpickle(given: Path, out: Path) -> None:
         index = {"metadata": {}, "weight_map": listed}
         (partial / directory.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         for path in given.iterdir():
-            if path.is_file() and path not in pickles and path.name != PICKLED_INDEX:
+            weights = any(path.match(pattern) for pattern in directory.WEIGHTS)
+            if path.is_file() and not weights and path.name != PICKLED_INDEX:
                 shutil.copy(path, partial / path.name)
     behind = sorted(path.name for path in pickles - set(files))
     log.info(

@@ -27,7 +27,7 @@ QUECC_HEADS, TOKENPACKER_HEAD_DIM, TOKENPACKER_STRIDE, MQT_HEAD_DIM = 8, 128, 2,
 FIXED: dict[str, tuple[Any, ...]] = {
     "mm_use_im_start_end": (False,), "mm_vision_select_feature": ("patch",), "mm_patch_merge_type": ("flat",),
     "image_aspect_ratio": ("pad", "square"), "mm_vision_token_compression_type": ("quecc",),
-    "query_abstractor_type": ("matry_query",),
+    "query_abstractor_type": ("matry_query",), "mm_resampler_type": (None,),
 }  # fmt: skip
 READ = frozenset({
     "mm_hidden_size", "mm_projector_type", "mm_vision_select_layer", "mm_vision_tower",
@@ -36,7 +36,7 @@ READ = frozenset({
 })  # fmt: skip
 # Of training alone; other fields that begin with mm_ may change what is computed.
 NEUTRAL = frozenset({
-    "mm_projector_lr", "mm_resampler_type", "mm_tunable_parts", "mm_use_im_patch_token", "mm_vision_tower_lr",
+    "mm_projector_lr", "mm_tunable_parts", "mm_use_im_patch_token", "mm_vision_tower_lr",
 })  # fmt: skip
 # Without mm_, and LLaVA's too: nothing to name in the log.
 KNOWN = frozenset({
@@ -48,7 +48,7 @@ KNOWN = frozenset({
 
 
 def is_reference(raw: Mapping[str, Any]) -> bool:
-    return "mm_vision_tower" in raw and "text_config" not in raw
+    return bool(raw.get("mm_vision_tower")) and "text_config" not in raw
 
 
 def decoder_type(raw: Mapping[str, Any], where: str) -> str:
@@ -77,6 +77,11 @@ def decoder(raw: Mapping[str, Any], where: str) -> LMConfig:
             raise ConfigError(
                 f"{where}: field {name!r} = {short(value)} is not known here, and may change what the model computes; remove it "
                 "from config.json if it does not."
+            )
+    for name, kind in (("mm_vision_tower", str), ("mm_vision_select_layer", int)):
+        if not isinstance(raw.get(name, kind()), kind):
+            raise ConfigError(
+                f"{where}: {name} {short(raw[name])} is not computed here; it must be one {kind.__name__}."
             )
     # auto_map names the training repository's own code, which this layout is of.
     return settings.decoder({k: v for k, v in raw.items() if k != "auto_map"}, where, own)
