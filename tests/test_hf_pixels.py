@@ -17,7 +17,6 @@ from vlm_jax.hf import pixels
 
 SQUARE = dict(size={"height": PX, "width": PX})
 CROP, STRETCH, PAD = ("crop", "bicubic"), ("stretch", "bicubic"), ("pad", "bicubic")
-NO_COLOURS = dict(image_mean=None, image_std=None)
 # name -> (class, file, its content, side, image_mode and resample)
 FORMS = {
     "nested, as transformers 5 saves": (
@@ -41,7 +40,7 @@ FORMS = {
     "null is the default": (
         "CLIPImageProcessorPil", "preprocessor_config.json",
         {"image_processor_type": "CLIPImageProcessorFast", "do_center_crop": None, "resample": None, "default_to_square": False,
-         "input_data_format": None, **EDGE | {"do_center_crop": None}, **NO_COLOURS}, PX, CROP,
+         "input_data_format": None, **EDGE | {"do_center_crop": None}, **CLIP}, PX, CROP,
     ),
     "a list": ("SiglipImageProcessorPil", "preprocessor_config.json", {"image_processor_type": "SiglipImageProcessor", "size": [PX, PX]}, PX, STRETCH),
     "stretched, then nothing to crop": (
@@ -126,6 +125,8 @@ REFUSED = {
     "a crop that is no square": ({**EDGE, "crop_size": {"height": PX, "width": 12}}, f"{PX}x12 px is no square"),
     "no crop": ({**EDGE, "do_center_crop": False}, "shortest_edge without do_center_crop leaves no square"),
     "a longest edge": ({**EDGE, "size": {"shortest_edge": PX, "longest_edge": 99}}, "size {'shortest_edge': 24, 'longest_edge': 99} is not computed here"),
+    "two means": ({**EDGE, "image_mean": [0.5, 0.5]}, "image_mean [0.5, 0.5] is not three numbers"),
+    "a factor in words": ({**EDGE, "rescale_factor": "1/255"}, "rescale_factor '1/255' is not 1/255"),
     "no rescaling": ({**EDGE, "do_rescale": False}, "do_rescale is false"),
 }  # fmt: skip
 

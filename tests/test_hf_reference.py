@@ -110,6 +110,7 @@ REFUSED = {
     "another decoder": ({"model_type": "llava_mpt"}, "model_type 'llava_mpt' with mm_ fields"),
     "a compressor without its weights": ({"mm_projector_type": "tokenpacker"}, "mm_projector_type 'tokenpacker' is not computed here.*beside their weights"),
     "several layers at once": ({"mm_vision_select_layer": [12, 16, -2]}, r"mm_vision_select_layer \[12, 16, -2\] is not computed here; it must be one int"),
+    "a scale in words": ({"scale_factor": "2x"}, "scale_factor '2x' is not computed here; it must be one int"),
     "a resampler behind the encoder": ({"mm_resampler_type": "spatial_pool"}, "mm_resampler_type 'spatial_pool' is not computed here"),
     "a quantised decoder": ({"quantization_config": {"bits": 4}}, "field 'quantization_config'.*quantised"),
     "a field of tomorrow": ({"mm_spatial_pool": 2}, "field 'mm_spatial_pool' = 2 is not known here"),
@@ -165,7 +166,8 @@ def test_a_tokenpacker_as_its_scripts_save_it_is_imported(tmp_path, convert):  #
     vit = dict(width=16, num_layers=24, num_heads=2, mlp_width=24, image_px=32, patch_px=8)
     compressor = CompressorConfig("tokenpacker", stride=2, num_heads=1, taps=(12, 16, 22, 23))
     config = VLMConfig(presets.vit("clip-l-336", **vit), compressor, presets.lm("", **lm))
-    params = nn.unbox(jax.jit(lambda: init_params(config, jax.random.key(0)))())
+    shapes, rng = nn.unbox(jax.eval_shape(lambda: init_params(config, jax.random.key(0)))), np.random.default_rng(0)  # fmt: skip
+    params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(leaf.dtype), shapes)
     bare = export.Companions(None, None, None)
     export.standalone(tmp_path / "clip", "vit", {"vit": params["vit"]}, dataclasses.replace(config, vit=dataclasses.replace(config.vit, feature_layer=-1)), bare)  # fmt: skip
     own = {part: params[part] for part in ("compressor", "projector")}

@@ -66,20 +66,22 @@ def _reference(raw: Mapping[str, Any], folder: Path, where: str) -> tuple[Descri
         compressor=reference.compressor(raw, names, shapes, where),
         projector_layers=reference.projector_layers(raw, names, where),
         encoder=raw["mm_vision_tower"],
-        select_layer=raw.get("mm_vision_select_layer", -2),
+        select_layer=-2
+        if raw.get("mm_vision_select_layer") is None
+        else raw["mm_vision_select_layer"],
         padded=raw.get("image_aspect_ratio") == "pad",
     )
     return found, reference.ignored(raw, where)
 
 
 def _pair(raw: Mapping[str, Any], folder: Path, where: str) -> tuple[Described, list[str]]:
-    own, where = settings.PAIRS[raw["model_type"]], f"{where}: vision_config"
+    own = settings.PAIRS[raw["model_type"]]
     fields.check_marks(raw, raw["model_type"], where)
     # CLIP's older files hold their settings in vision_config_dict, which counts where both are there.
     older = raw["model_type"] == "clip" and raw.get("vision_config_dict")
     vision = fields.block(raw, "vision_config_dict" if older else "vision_config", where)
     ignored = _inside("vision_config", fields.ignored(vision, own, fields.ENCODER_READ))
-    return Described(vit=settings.encoder(vision, folder, where, own)), ignored
+    return Described(vit=settings.encoder(vision, folder, f"{where}: vision_config", own)), ignored
 
 
 def _inside(block: str, names: list[str]) -> list[str]:

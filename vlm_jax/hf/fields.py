@@ -164,7 +164,8 @@ def _check_cut_cache(raw: Mapping[str, Any], model_type: str, where: str) -> Non
     longest = raw.get("max_position_embeddings") or float("inf")
     for name in ("sliding_window", "attention_chunk_size"):
         window = raw.get(name)
-        if name not in declared and "max_position_embeddings" in declared and window and window < longest:  # fmt: skip
+        cut = isinstance(window, int) and 0 < window < longest
+        if cut and name not in declared and "max_position_embeddings" in declared:
             raise ConfigError(
                 f"{where}: {name} {short(window)}: {model_type} has no such window in its layers, but transformers cuts its cache "
                 "to it; set it to null in config.json, or use a model_type that has it (mistral)."

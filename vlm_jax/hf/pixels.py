@@ -61,11 +61,10 @@ def preprocessing(folder: Path, image_px: int, encoder: str = "") -> dict[str, A
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if settings.get(step) is False:
             raise ConfigError(f"{where}: {step} is false; that step is always taken here.")
-    if abs(settings.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
-        raise ConfigError(
-            f"{where}: rescale_factor {short(settings['rescale_factor'])} is not 1/255."
-        )
-    if settings["resample"] not in RESAMPLE:
+    factor = settings.get("rescale_factor", 1 / 255)
+    if not isinstance(factor, float) or abs(factor - 1 / 255) > 1e-9:
+        raise ConfigError(f"{where}: rescale_factor {short(factor)} is not 1/255.")
+    if settings["resample"] not in list(RESAMPLE):
         raise ConfigError(
             f"{where}: resample {short(settings['resample'])} is not 2 (bilinear) or 3 (bicubic)."
         )
@@ -76,6 +75,9 @@ def preprocessing(folder: Path, image_px: int, encoder: str = "") -> dict[str, A
     mode, side = _squaring(settings, padded, where)
     if side != image_px:
         raise ConfigError(f"{where}: images of {side} px, but the encoder takes {image_px} px.")
+    for name in ("image_mean", "image_std"):
+        if not all(isinstance(value, (int, float)) for value in _three(settings[name])):
+            raise ConfigError(f"{where}: {name} {short(settings[name])} is not three numbers.")
     return _taken(settings, mode)
 
 
@@ -94,7 +96,7 @@ def _taken(settings: Json, mode: str) -> dict[str, Any]:
 
 
 def _three(value: Any) -> tuple[float, ...]:
-    return tuple(value) if isinstance(value, (list, tuple)) else (value,) * 3
+    return tuple(value) if isinstance(value, (list, tuple)) and len(value) == 3 else (value,) * 3
 
 
 def _settings(folder: Path) -> tuple[Json, str] | None:
@@ -114,10 +116,11 @@ def _settings(folder: Path) -> tuple[Json, str] | None:
 def _class_of(given: Json, where: str) -> str:
     """The processor's class, a key of PROCESSORS; "" if the file does not say. Raises ConfigError for any other."""
     name = given.get("image_processor_type") or given.get("feature_extractor_type") or ""
-    code = (given.get("auto_map") or {}).get("AutoImageProcessor")
-    if not name and code:
-        name = str(code[0] if isinstance(code, list) else code).split(".")[-1]
-    own = name.replace("FeatureExtractor", "ImageProcessor").removesuffix("Pil").removesuffix("Fast")  # fmt: skip
+    code = given.get("auto_map")
+    if not name and isinstance(code, Mapping) and code.get("AutoImageProcessor"):
+        own = code["AutoImageProcessor"]
+        name = str(own[0] if isinstance(own, list) else own).split(".")[-1]
+    own = str(name).replace("FeatureExtractor", "ImageProcessor").removesuffix("Pil").removesuffix("Fast")  # fmt: skip
     if own and own not in PROCESSORS:
         raise ConfigError(
             f"{where}: {name} prepares images in a way that is not computed here; allowed: {', '.join(PROCESSORS)}."

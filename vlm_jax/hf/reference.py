@@ -34,6 +34,7 @@ READ = frozenset({
     "mm_vision_output_text_embedding_size", "mm_vision_output_token_count", "mm_vision_token_compression_kernel_size",
     "mm_vision_token_compression_stride",
 })  # fmt: skip
+KINDS = {"mm_vision_tower": str, "mm_vision_select_layer": int, "mm_projector_type": str, "scale_factor": int}  # fmt: skip
 # Of training alone; other fields that begin with mm_ may change what is computed.
 NEUTRAL = frozenset({
     "mm_projector_lr", "mm_tunable_parts", "mm_use_im_patch_token", "mm_vision_tower_lr",
@@ -78,8 +79,8 @@ def decoder(raw: Mapping[str, Any], where: str) -> LMConfig:
                 f"{where}: field {name!r} = {short(value)} is not known here, and may change what the model computes; remove it "
                 "from config.json if it does not."
             )
-    for name, kind in (("mm_vision_tower", str), ("mm_vision_select_layer", int)):
-        if not isinstance(raw.get(name, kind()), kind):
+    for name, kind in KINDS.items():
+        if raw.get(name) is not None and not isinstance(raw[name], kind):
             raise ConfigError(
                 f"{where}: {name} {short(raw[name])} is not computed here; it must be one {kind.__name__}."
             )
