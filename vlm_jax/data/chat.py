@@ -70,7 +70,7 @@ class Chat:
         check_choice("data", "template", template, TEMPLATES)
         self.tokenizer, self.template = tokenizer, TEMPLATES[template]
         for token in self.template.control:
-            if tokenizer.token_id(token) is None:
+            if tokenizer.token_id(token) not in tokenizer.encode(token)[0]:  # listed, yet split
                 raise ConfigError(
                     f"data: template {template!r} needs the token {token!r}, which the tokenizer lacks;"
                     " choose the model's own template or add the token."
@@ -80,9 +80,8 @@ class Chat:
         self.visual_tokens, self.max_tokens = visual_tokens, max_tokens
         self.max_query_tokens, self.max_images = max_query_tokens, max_images
         self.queries = QUERIES[query]
-        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        self._bos_ids = np.array(bos, np.int32)
-        self._bos = Unit(self._bos_ids, np.zeros(len(bos), bool))
+        self._bos_ids = np.array(tokenizer.bos_ids, np.int32)
+        self._bos = Unit(self._bos_ids, np.zeros(len(tokenizer.bos_ids), bool))
         reserved = sorted(
             {*tokenizer.specials, *self.template.control, IMAGE}, key=len, reverse=True
         )
