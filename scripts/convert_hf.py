@@ -142,7 +142,7 @@ def settings_of(given: Path, folder: Path, found: Any, sources: dict[str, str], 
         c.data.image_mode = preprocessing(Path(presets_of["vit"]), px)["image_mode"]
     if found.encoder:
         c.data.image_mode = "pad"  # what the layout's recipes do (image_aspect_ratio)
-    if any((given / name).is_file() for name in tokenizer.FILES):
+    if tokenizer.is_there(str(given)):
         c.data.tokenizer = str(copy_tokenizer(given, folder / "tokenizer"))
         known = tokenizer.load(c.data.tokenizer)
         marked = [name for token, name in FORMATS.items() if known.token_id(token) is not None]

@@ -69,12 +69,17 @@ def check_directory(directory: str) -> None:
         raise ConfigError(
             f"data: tokenizer directory {directory!r} does not exist; save one there with save_pretrained."
         )
-    if not any(all(_has(directory, name) for name in names) for names in VOCABULARIES):
+    if not is_there(directory):
         known = ", ".join(" with ".join(names) for names in VOCABULARIES)
         raise ConfigError(f"data: {directory!r} holds no tokenizer; expected one of {known}.")
     for name in SETTINGS:
         if _has(directory, name):
             _check_special_tokens(_read_object(directory, name), os.path.join(directory, name))
+
+
+def is_there(directory: str) -> bool:
+    """Whether the directory has the files of a tokenizer's vocabulary."""
+    return any(all(_has(directory, name) for name in names) for names in VOCABULARIES)
 
 
 def _has(directory: str, name: str) -> bool:
