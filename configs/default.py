@@ -130,6 +130,8 @@ def model() -> ml_collections.ConfigDict:
     m.lm.norm_eps = placeholder(float)
     m.lm.qkv_bias = placeholder(bool)
     m.lm.qk_norm = placeholder(bool)
+    m.lm.o_bias = placeholder(bool)  # of attention's output map
+    m.lm.mlp_bias = placeholder(bool)
     m.lm.tied_embeddings = placeholder(bool)
     m.lm.sliding_window = placeholder(int)  # keys a query may look back on; 0 = all
     m.lm.nominal_params = placeholder(float)  # the size in the model's name, parameters
