@@ -384,6 +384,8 @@ def test_queries_are_right_padded_truncated_and_complete(tokens):
 def test_a_template_the_tokenizer_cannot_write_is_an_error(tokens):
     with pytest.raises(ConfigError, match=r"'chatml' needs the token '<\|im_start\|>'"):
         make(tokens, "chatml", kind="word")
+    with pytest.raises(ConfigError, match=r"lacks; use one that it can write \(chatml, chatml_llava_next\) or add the token\."):  # fmt: skip
+        make(tokens, "vicuna_v1", kind="byte_chatml")
     with pytest.raises(ConfigError, match="template 'alpaca' is not one of"):
         Chat(tokens["word"], "alpaca", None, "dialogue", 1, 8, 4, 1)
 

@@ -70,10 +70,12 @@ class Chat:
         check_choice("data", "template", template, TEMPLATES)
         self.tokenizer, self.template = tokenizer, TEMPLATES[template]
         for token in self.template.control:
-            if tokenizer.token_id(token) not in tokenizer.encode(token)[0]:  # listed, yet split
+            if not tokenizer.holds(token):
+                fits = [name for name, t in TEMPLATES.items() if t.control and all(map(tokenizer.holds, t.control))]  # fmt: skip
+                choice = f"use one that it can write ({', '.join(fits)})" if fits else "choose the model's own template"  # fmt: skip
                 raise ConfigError(
                     f"data: template {template!r} needs the token {token!r}, which the tokenizer lacks;"
-                    " choose the model's own template or add the token."
+                    f" {choice} or add the token."
                 )
         self.system = self.template.system_prompt if system is None else system
         self.independent = turns == "independent"

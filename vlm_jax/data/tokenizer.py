@@ -62,6 +62,10 @@ class Tokenizer:
         """The id of a token's exact string, None if the vocabulary does not hold it."""
         return self.backend.token_to_id(token)
 
+    def holds(self, token: str) -> bool:
+        """Whether `encode` gives a token for exactly this string; one that is listed may still be split into pieces."""
+        return self.token_id(token) in self.encode(token)[0]
+
 
 def check_directory(directory: str) -> None:
     """Raises ConfigError unless the directory looks like a saved tokenizer whose settings can be read. Fast."""
