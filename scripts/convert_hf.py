@@ -144,7 +144,7 @@ def settings_of(given: Path, folder: Path, found: Any, sources: dict[str, str], 
         family = "clip_vision_model" if vit.cls_token else "siglip_vision_model"
         pixels = preprocessing(Path(presets_of["vit"]), vit.image_px, family)
         c.data.image_mode = "pad" if found.padded else pixels["image_mode"]
-    if any((given / name).is_file() for name in tokenizer.FILES):
+    if tokenizer.is_there(str(given)):
         c.data.tokenizer = str(copy_tokenizer(given, folder / "tokenizer"))
         known = tokenizer.load(c.data.tokenizer)
         marked = [name for token, name in FORMATS.items() if known.token_id(token) is not None]

@@ -86,7 +86,7 @@ def test_the_errors_row_says_what_was_measured(world, first):
     )
     assert (row.lm_params, row.visual_tokens, row.seed) == (lm.non_embedding_params, 1, 0)
     assert row.error == pytest.approx(scores[0]["error"])
-    assert row.lm == table.size_name(lm.non_embedding_params)
+    assert row.lm == table.size_name(lm.total_params)
     assert 0 < row.seconds < 60
     assert 2 * lm.non_embedding_params * 5 < row.flops < 2 * lm.non_embedding_params * 100
 
@@ -327,6 +327,10 @@ def test_a_model_is_named_after_its_preset_whatever_its_vocabulary(name):
 
 
 def test_a_model_without_preset_is_named_after_its_size():
-    assert evaluate.lm_name(presets.lm("mini-45k", mlp_width=49)) == table.size_name(
-        presets.lm("mini-45k", mlp_width=49).non_embedding_params
-    )
+    """As the hub counts it, with embeddings: SmolLM2-135M has 134,515,008 parameters, 106 million without its table."""
+    smollm = presets.lm(
+        "llama3.2-1b", vocab_size=49152, width=576, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64,
+        mlp_width=1536, nominal_params=0.0,
+    )  # fmt: skip
+    assert (smollm.total_params, smollm.non_embedding_params) == (134515008, 106203456)
+    assert evaluate.lm_name(smollm) == "135M"

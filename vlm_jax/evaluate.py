@@ -317,7 +317,7 @@ def _row(
 
 
 def lm_name(lm: LMConfig) -> str:
-    """The preset with this shape (its vocabulary may be another), or the size where there is none."""
+    """The preset with this shape (its vocabulary may be another), or the size as the hub counts it: with embeddings."""
     free = (
         "vocab_size", "nominal_params", "dtype", "param_dtype", "remat", "attention", "lora_rank", "lora_alpha", "lora_targets",
     )  # fmt: skip
@@ -325,7 +325,7 @@ def lm_name(lm: LMConfig) -> str:
         preset = presets.lm(name, **{field: getattr(lm, field) for field in free})
         if preset == lm:
             return name
-    return table.size_name(float(lm.nominal_params or lm.non_embedding_params))
+    return table.size_name(float(lm.nominal_params or lm.total_params))
 
 
 def score(

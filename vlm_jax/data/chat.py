@@ -70,19 +70,20 @@ class Chat:
         check_choice("data", "template", template, TEMPLATES)
         self.tokenizer, self.template = tokenizer, TEMPLATES[template]
         for token in self.template.control:
-            if tokenizer.token_id(token) is None:
+            if not tokenizer.holds(token):
+                fits = [name for name, t in TEMPLATES.items() if t.control and all(map(tokenizer.holds, t.control))]  # fmt: skip
+                choice = f"use one that it can write ({', '.join(fits)})" if fits else "choose the model's own template"  # fmt: skip
                 raise ConfigError(
                     f"data: template {template!r} needs the token {token!r}, which the tokenizer lacks;"
-                    " choose the model's own template or add the token."
+                    f" {choice} or add the token."
                 )
         self.system = self.template.system_prompt if system is None else system
         self.independent = turns == "independent"
         self.visual_tokens, self.max_tokens = visual_tokens, max_tokens
         self.max_query_tokens, self.max_images = max_query_tokens, max_images
         self.queries = QUERIES[query]
-        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        self._bos_ids = np.array(bos, np.int32)
-        self._bos = Unit(self._bos_ids, np.zeros(len(bos), bool))
+        self._bos_ids = np.array(tokenizer.bos_ids, np.int32)
+        self._bos = Unit(self._bos_ids, np.zeros(len(tokenizer.bos_ids), bool))
         reserved = sorted(
             {*tokenizer.specials, *self.template.control, IMAGE}, key=len, reverse=True
         )
