@@ -7,6 +7,8 @@ annotations directory. To add one: a file with its functions, a line in BENCHMAR
 A row of a closed question also has "replies", a tuple of the texts to choose from as the model would write them ("A", "B",
 .. or "Yes", "No"): each is scored like any other answer, the gold one 1 and the others 0. An open question has no such key.
 
+A row may have "llava_id", the question_id of LLaVA's question file where that is not the row's id (answers.py).
+
 Where a gold answer is hidden, "answer" is None: such rows are left out of the score, and where all are (a server scores),
 there is none. `submission` writes the upload.
 """
@@ -106,7 +108,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "infovqa": Benchmark(
         "other", docvqa.rows_info, docvqa.score, metrics.mean, docvqa.submission_infovqa
     ),
-    "seed": Benchmark("other", seed.rows, seed.score, seed.reduce),
+    "seed": Benchmark("other", seed.rows, seed.score, seed.reduce, seed.submission),
     "ocrbench": Benchmark("other", ocrbench.rows, ocrbench.score, ocrbench.reduce),
     "mmvet": Benchmark(
         "other", judged.rows_mmvet, judged.score, judged.reduce, judged.submission_mmvet

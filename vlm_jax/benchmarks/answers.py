@@ -64,7 +64,8 @@ class _Line:
             if isinstance(value, bool) or not isinstance(value, kinds):
                 kind = "a string or a whole number" if field == "question_id" else "a string"
                 raise ConfigError(f"predictions: {where}: {field!r} must be {kind}.")
-        self.where, self.number, self.text = where, name, line["text"]
+        self.where, self.text = where, line["text"]
+        self.number: Any = name
         self.key, self.asked = key(str(name)), question(prompt)
 
 

@@ -198,7 +198,8 @@ def _tsv(name: str, file: Path, inside: str) -> Keyed:
     where = f"{name}: {file}"
     _bytes(name, file, 2)
     with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, delimiter="\t")
+        seen: list[str] = []  # lines of the record that is read
+        reader = csv.DictReader((seen.append(line) or line for line in lines), delimiter="\t")
         try:
             columns = list(reader.fieldnames or ())
             for column, count in Counter(columns).items():
@@ -207,6 +208,9 @@ def _tsv(name: str, file: Path, inside: str) -> Keyed:
             for row, record in enumerate(reader):
                 if None in record or None in record.values():
                     raise fault(f"{where} row {row}", f"does not have {len(columns)} columns")
+                if _is_open(seen):
+                    raise fault(f"{where} row {row}", "has a quote that is not closed")
+                seen.clear()
                 yield row, record
         except UnicodeDecodeError as error:
             near = f"near line {reader.line_num + 1}"
@@ -215,6 +219,17 @@ def _tsv(name: str, file: Path, inside: str) -> Keyed:
             raise fault(
                 f"{where} line {reader.line_num}", f"is not a valid TSV: {error}"
             ) from error
+
+
+def _is_open(lines: Sequence[str]) -> bool:
+    """Whether a record of several lines ends inside a quote: it would hold the rest of the file without a word."""
+    if len(lines) < 2:
+        return False
+    try:
+        list(csv.reader(lines, delimiter="\t", strict=True))
+    except csv.Error as error:
+        return "unexpected end of data" in str(error)
+    return False
 
 
 def _parquet(name: str, file: Path, inside: str) -> Keyed:
@@ -233,7 +248,7 @@ def _parquet(name: str, file: Path, inside: str) -> Keyed:
                     row, at = row + 1, at + 1
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        place = f" after row {row - 1}" if row else ""
+        place = f" after row {row - 1}" * (row > 0)
         raise fault(f"{name}: {file}", f"is not valid parquet{place}: {reason}") from error
 
 

@@ -32,7 +32,7 @@ def rows(annotations: str | Path) -> list[Row]:
         image = pictures[image_id] if hub else f"images/{image_id}.jpg"
         gold = record.text("answer") if record.has("answer") else None
         made.append(records.row(name, image, record.text("question") + prompts.SHORT, gold))
-    return records.distinct(made, f"gqa: {annotations}")
+    return records.distinct(made, f"gqa: {found[0]}")
 
 
 def _hub_images(folder: Path) -> dict[str, Image]:

@@ -12,7 +12,6 @@ for blanks, so that "**C**" is C there and nothing here.)
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import re
 from collections import Counter, defaultdict
@@ -82,12 +81,14 @@ def _images(found: Sequence[Record]) -> Iterator[Image]:
         if not isinstance(value, str):
             yield value
             continue
-        if len(value) < INDEX_LENGTH and value in by_index:
+        if len(value) < INDEX_LENGTH and value.isdecimal():
+            if value not in by_index:
+                raise record.fault(f"'image' names row {value}, which is not in the file")
             value = by_index[value].text("image")
         if value not in decoded:
             try:
                 decoded[value] = base64.b64decode(value, validate=True)
-            except binascii.Error as error:
+            except ValueError as error:  # also for letters beyond ASCII
                 raise record.fault(f"'image' is not base64: {error}") from error
         yield decoded[value]
 

@@ -34,7 +34,7 @@ def rows(annotations: str | Path) -> list[Row]:
             _row(record, str(number), record.image("image") if record.has("image") else None)
             for number, record in enumerate(files.read("scienceqa", [path, *shards]))
         ]
-        return records.distinct(made, f"scienceqa: {annotations}")
+        return records.distinct(made, f"scienceqa: {path}")
     splits = path.parent / "pid_splits.json"
     problems = {record.name(): record for record in files.read("scienceqa", [path])}
     split = files.head("scienceqa", splits)

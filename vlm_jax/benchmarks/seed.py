@@ -7,8 +7,9 @@ the hub's test-*.parquet with the same fields. Questions about videos are left o
 from __future__ import annotations
 
 import functools
+import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vlm_jax.benchmarks import files, metrics, prompts, records
@@ -62,6 +63,15 @@ def score(text: str, row: Row) -> float:
     # Differs from haotian-liu/LLaVA: there the whole answer must be the letter ("A." is wrong).
     """
     return float(text.strip()[:1].lower() == row["answer"].lower())
+
+
+def submission(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, str | bytes]:
+    """Lines {"question_id", "prediction"}, as LLaVA's convert_seed_for_submission.py writes; images alone."""
+    lines = [
+        json.dumps({"question_id": row["llava_id"], "prediction": text}) + "\n"
+        for row, text in zip(rows, texts, strict=True)
+    ]
+    return {"seed_submission.jsonl": "".join(lines)}
 
 
 reduce = functools.partial(metrics.mean_by, "dimension")

@@ -24,7 +24,7 @@ def rows(annotations: str | Path) -> list[Row]:
     if not found or found[0].suffix != ".parquet":
         found = [files.find_one("vizwiz", annotations, "val.json", "test.json", *shards)]
     made = [_row(record, found[0].stem) for record in files.read("vizwiz", found)]
-    return records.distinct(made, f"vizwiz: {annotations}")
+    return records.distinct(made, f"vizwiz: {found[0]}")
 
 
 def _row(record: Record, split: str) -> Row:

@@ -29,7 +29,7 @@ def rows(annotations: str | Path) -> list[Row]:
     if found[0].suffix == ".parquet":
         split = HUB.get(found[0].name.split("-")[0], "")
         made = [_hub_row(record, split) for record in files.read("vqav2", found)]
-        return records.distinct(made, f"vqav2: {annotations}")
+        return records.distinct(made, f"vqav2: {found[0]}")
     return _file_rows(files.only("vqav2", annotations, found))
 
 
