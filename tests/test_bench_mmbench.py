@@ -160,6 +160,7 @@ def test_only_an_empty_cell_or_nan_is_no_option(tmp_path, cells, options):
     ("column", "value", "match"),
     [
         ("index", "7.5", r"dev_20230712.tsv row 1: 'index' must be a whole number, got '7.5'"),
+        ("index", "7" * 5000, "row 1: 'index' must be a whole number, got '777"),
         ("answer", "C", "row 1: answer 'C' is none of A, B"),
         ("image", "?" * 80, "row 1: 'image' is not base64"),
         ("image", "é" * 80, "row 1: 'image' is not base64"),

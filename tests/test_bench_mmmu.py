@@ -131,6 +131,7 @@ def test_whatever_is_not_multiple_choice_is_open(tmp_path):
         ({"options": []}, "row 0: 'options' is empty"),
         ({"answer": "C"}, "is none of A, B"),
         ({"question_type": None}, "row 0: has no 'question_type'"),
+        ({"options": "[{[]: 1}]"}, "row 0: 'options' is not a list"),
         ({"options": "[" * 5000}, "row 0: 'options' is not a list"),
         ({"image_1": None}, "row 0: has no image_1"),
         ({"id": None}, "row 0: has no 'id'"),

@@ -41,7 +41,7 @@ def test_ai2d_reads_all_shards_in_order_and_counts_rows(tmp_path):
     fuzz("ai2d", rows)
 
 
-@pytest.mark.parametrize("answer", ["4", "-1", "B", "²"])
+@pytest.mark.parametrize("answer", ["4", "-1", "B", "²", "1" * 5000])
 def test_ai2d_refuses_an_answer_that_is_no_index_of_an_option(tmp_path, answer):
     write_json(tmp_path / "ai2d_test.json", [diagram(image="1.png", answer=answer)])
     with pytest.raises(ConfigError, match=r"ai2d_test.json row 0: 'answer' must be an index 0..3"):
@@ -194,6 +194,10 @@ def test_a_problem_without_a_pid_has_its_name_in_the_file(tmp_path):
         ({"question_type": "multi_choice", "choices": []}, "row 5: 'choices' is empty"),
         ({"answer_type": "float", "precision": "two"}, "'precision' must be a number, got 'two'"),
         ({"answer_type": "float"}, "row 5: has no 'precision'"),
+        (
+            {"answer_type": "float", "precision": float("inf")},
+            "'precision' must be a number, got inf",
+        ),
         (
             {"query": None, "answer_type": "text"},
             "no 'query', and there is no hint for answer_type 'text'",

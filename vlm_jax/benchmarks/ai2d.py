@@ -26,7 +26,7 @@ def rows(path: str | Path) -> list[Row]:
 
 def _row(record: Record, number: int) -> Row:
     options, answer = record.texts("options"), record.text("answer")
-    if not answer.isascii() or not answer.isdigit() or int(answer) >= len(options):
+    if answer not in map(str, range(len(options))):
         raise record.fault(f"'answer' must be an index 0..{len(options) - 1}, got {answer!r:.60}")
     text = prompts.with_options(record.text("question"), options) + prompts.LETTER
     letters = tuple(prompts.lettered(options))

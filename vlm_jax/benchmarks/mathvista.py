@@ -8,6 +8,7 @@ and a lower bound for a model that answers in sentences.
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ def _row(record: Record) -> Row:
     if kind == CHOICE and not choices:
         raise record.fault("'choices' is empty")
     precision = record.field("precision") if answer_type == "float" else 0
-    if not isinstance(precision, (int, float)):
+    if not isinstance(precision, (int, float)) or math.isinf(precision):
         raise record.fault(f"'precision' must be a number, got {precision!r:.60}")
     query = record.optional("query") or _query(record, choices, answer_type, int(precision))
     query = query.strip()  # as in MathVista's data/query.json: five of testmini's end in a blank

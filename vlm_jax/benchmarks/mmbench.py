@@ -27,6 +27,7 @@ TSV = "[mM][mM][bB]ench*.tsv"
 ROTATION = 1_000_000  # index of a rotated copy minus that of its original
 OPTIONS = "ABCD"
 CHINESE = "\n请直接回答选项字母。"  # haotian-liu/LLaVA, model_vqa_mmbench.py --lang cn
+MOST_DIGITS = 18  # of an index
 NO_OPTION = ("", "nan")  # a cell without an option; "None" and "NA" are options
 INDEX_LENGTH = 64  # an image shorter than this is the index of the row that holds it
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -95,7 +96,7 @@ def _images(found: Sequence[Record]) -> Iterator[Image]:
 
 def _row(record: Record, image: Image, instruction: str) -> Row:
     index = record.text("index")
-    if not index.isascii() or not index.isdigit():
+    if not index.isascii() or not index.isdigit() or len(index) > MOST_DIGITS:
         raise record.fault(f"'index' must be a whole number, got {index!r:.60}")
     options: dict[str, str] = {}
     for letter in OPTIONS:

@@ -77,7 +77,7 @@ def _strings(record: Record, name: str) -> list[str]:
     if isinstance(value, str) and value.startswith("["):
         try:
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             raise record.fault(f"{name!r} is not a list: {value!r:.60}") from None
     return dataclasses.replace(record, values={name: value}).texts(name)
 
