@@ -75,7 +75,7 @@ def _answered(messages: list[dict[str, str]]) -> Iterator[int]:
             yield i
 
 
-def _row(record: Row, turn: int, messages: list[dict[str, str]], answer: str) -> Row:
+def _row(record: Row, turn: int, messages: list[dict[str, str]], answer: str | None) -> Row:
     image = {"image": record["image"]} if "image" in record else {}
     more = {"conversations": messages, "answer": answer, "llava_id": record["id"]}
     return {"id": f"{record['id']}/{turn}", **image, **more}
