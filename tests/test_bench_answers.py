@@ -119,6 +119,16 @@ def test_running_numbers_that_the_prompts_contradict_are_refused(tmp_path, pope_
         read("pope", pope_rows, tmp_path / "a.jsonl", [line(1, "a"), line(2, "b")])
 
 
+def test_an_order_of_pope_that_the_prompts_do_not_tell_is_llavas_with_a_warning(
+    tmp_path, pope_rows, caplog
+):
+    names = [f"{split}/{i}" for split in POPE for i in (1, 2)]
+    lines = [line(i, name) for i, name in enumerate(names)]
+    assert read("pope", pope_rows, tmp_path / "a.jsonl", lines) == [(n, n) for n in names]
+    (said,) = caplog.messages
+    assert said.startswith("pope: several orders") and said.endswith("adversarial popular random")
+
+
 def test_one_split_of_pope_goes_by_its_own_numbers(tmp_path, pope_rows):
     rows = [row for row in pope_rows if row["split"] == "popular"]
     found = read("pope", rows, tmp_path / "a.jsonl", [line(2, "no"), line(1, "yes")])

@@ -21,7 +21,7 @@ from vlm_jax.benchmarks.predictions import Answer
 from vlm_jax.benchmarks.records import Row
 from vlm_jax.config import ConfigError
 
-# LLaVA's question file of POPE has the splits in this order.
+# The splits of POPE in LLaVA's question file: taken, with a warning, where the prompts bear out other orders as well.
 POPE_ORDER = ("adversarial", "popular", "random")
 _ENDINGS = re.compile(
     r"reference ocr token:|answer the question using|answer with the option's letter|please answer yes or no"
@@ -143,21 +143,29 @@ def _running(name: str, rows: Sequence[Row], lines: Sequence[_Line], path: Path)
             [row for split in order for row in rows if row["split"] == split]
             for order in itertools.permutations(splits)
         ]
-    if len(lines) == len(rows):
-        for order in orders:
-            if all(line.asked in ("", _asked(row)) for row, line in zip(order, lines, strict=True)):
-                splits = list(dict.fromkeys(row["split"] for row in order if "split" in row))
-                log.info(
-                    "%s: the ids of %s count the questions %s",
-                    name,
-                    path,
-                    " ".join(map(str, splits)),
-                )
-                return [(row["id"], line.text) for row, line in zip(order, lines, strict=True)]
+    fitting = [order for order in orders if len(order) == len(lines) and _bear_out(order, lines)]
+    if fitting:
+        of_rows = [row.get("split", "") for row in fitting[0]]
+        told = " ".join(dict.fromkeys(filter(None, of_rows))) or "in the order of the file"
+        if len(fitting) > 1:
+            log.warning(
+                "%s: several orders of the splits fit the prompts of %s: taken as %s",
+                name,
+                path,
+                told,
+            )
+        else:
+            log.info("%s: the ids of %s count the questions: %s", name, path, told)
+        return [(row["id"], line.text) for row, line in zip(fitting[0], lines, strict=True)]
     raise ConfigError(
         f"predictions: {path}: its {len(lines)} question ids (first {numbers[0]!r}) are not those of {name}, and its "
         f"prompts are not those of the {len(rows)} questions in order; give the annotations that were asked."
     )
+
+
+def _bear_out(rows: Sequence[Row], lines: Sequence[_Line]) -> bool:
+    """Whether every prompt that is given is that of the question beside it."""
+    return all(line.asked in ("", _asked(row)) for row, line in zip(rows, lines, strict=True))
 
 
 def write(
