@@ -129,6 +129,15 @@ def test_an_order_of_pope_that_the_prompts_do_not_tell_is_llavas_with_a_warning(
     assert said.startswith("pope: several orders") and said.endswith("adversarial popular random")
 
 
+def test_running_numbers_of_other_benchmarks_need_the_prompts(tmp_path):
+    rows = benchmarks.get("vizwiz").rows(native_files.vizwiz(tmp_path))
+    lines = [line(i, row["id"], prompt(row)) for i, row in enumerate(rows)]
+    found = read("vizwiz", rows, tmp_path / "a.jsonl", lines)
+    assert found == [(row["id"], row["id"]) for row in rows]
+    with pytest.raises(ConfigError, match=r"its 3 question ids .first 0. are not those of vizwiz"):
+        read("vizwiz", rows, tmp_path / "a.jsonl", [line(i, "x") for i in range(3)])
+
+
 def test_one_split_of_pope_goes_by_its_own_numbers(tmp_path, pope_rows):
     rows = [row for row in pope_rows if row["split"] == "popular"]
     found = read("pope", rows, tmp_path / "a.jsonl", [line(2, "no"), line(1, "yes")])

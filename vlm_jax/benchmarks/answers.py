@@ -136,7 +136,7 @@ def _running(name: str, rows: Sequence[Row], lines: Sequence[_Line], path: Path)
     numbers = [line.number for line in lines]
     if len(set(numbers)) == len(numbers) and all(isinstance(number, int) for number in numbers):
         lines = sorted(lines, key=lambda line: line.number)
-    orders = [list(rows)]
+    orders = [list(rows)] if all(line.asked for line in lines) else []
     if name == "pope":
         splits = [split for split in POPE_ORDER if any(row["split"] == split for row in rows)]
         orders = [
