@@ -11,8 +11,9 @@ A benchmark whose gold answers are hidden is answered and its upload is written;
 With eval.mode = likelihood the answer to a closed question is the likeliest of its replies, found in one forward pass;
 names and families then end in _likelihood, for these are not the official numbers.
 
-python -m vlm_jax.evaluate --score --benchmark=NAME --predictions=P --annotations=DIR [--out=F] [--allow-missing]
-scores saved predictions; it needs no model. With several processes, DIR is on a disk they share.
+python -m vlm_jax.evaluate --score --benchmark=NAME --predictions=P --annotations=DIR [--out=F] [--allow-missing] [--convert=DIR]
+scores saved predictions, ours or LLaVA's answers.jsonl; it needs no model. --convert writes them to DIR as predictions.jsonl
+with our ids, and the official upload where there is one. With several processes, DIR is on a disk they share.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vlm_jax import benchmarks, cli, experiment, presets
+from vlm_jax.benchmarks import answers as saved
 from vlm_jax.benchmarks import predictions
 from vlm_jax.config import ConfigError, LMConfig, build, check_choice, check_positive, with_tokens
 from vlm_jax.data import tokenizer
@@ -329,13 +331,22 @@ def lm_name(lm: LMConfig) -> str:
 
 
 def score(
-    benchmark: str, predictions_file: str, annotations: str, allow_missing: bool = False
+    benchmark: str, file: str, annotations: str, allow_missing: bool = False, convert: str = ""
 ) -> Score:
-    """Scores a saved predictions.jsonl. Raises ConfigError for missing files and ids that do not pair up."""
+    """Scores a saved predictions.jsonl, or LLaVA's answers.jsonl; convert: writes ours and the upload into that folder.
+
+    Where the gold is hidden and `convert` is given, score and error are None. Raises ConfigError for missing files and ids
+    that do not pair up.
+    """
     rows = benchmarks.get(benchmark).rows(annotations)
-    return benchmarks.score_answers(
-        benchmark, rows, predictions.read(predictions_file), allow_missing
-    )
+    found = saved.read(benchmark, rows, file)
+    if convert:
+        uploads = benchmarks.submission(benchmark, rows, found, allow_missing)
+        predictions.pair(rows, found, allow_missing)
+        log.info("%s: wrote %s", benchmark, ", ".join(saved.write(convert, found, uploads)))
+        if not benchmarks.has_gold(rows):
+            return {"benchmark": benchmark, "score": None, "error": None, "n": len(found)}
+    return benchmarks.score_answers(benchmark, rows, found, allow_missing)
 
 
 SCORE_FLAGS = ("benchmark", "predictions", "annotations")
@@ -351,6 +362,7 @@ def command(argv: Sequence[str]) -> None:
             "predictions": "with --score: a predictions.jsonl",
             "annotations": "with --score: the benchmark's files",
             "out": "with --score: also write the result to this file",
+            "convert": "with --score: also write predictions.jsonl and the upload into this folder",
         },
         {
             "score": "score saved predictions, without a model",
@@ -362,7 +374,8 @@ def command(argv: Sequence[str]) -> None:
         result: Any = evaluate(flags.config, flags.workdir)
     else:
         allow_missing = bool(flags["allow-missing"].value)
-        result = score(flags.benchmark, flags.predictions, flags.annotations, allow_missing)
+        place = (flags.predictions, flags.annotations)
+        result = score(flags.benchmark, *place, allow_missing, flags.convert)
     text = json.dumps(result) + "\n"
     if flags.out:
         Path(flags.out).write_text(text, encoding="utf-8")

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vlm_jax.benchmarks import files, records
-from vlm_jax.benchmarks.records import Record, Row
+from vlm_jax.benchmarks.records import Record, Row, shown
 
 
 def rows(annotations: str | Path) -> list[Row]:
     """Rows with ids "<record id>/<turn>", turns counted from 0.
 
     annotations: a .json or .jsonl file, or a directory that holds exactly one; image paths are relative to the
-    directory. A record whose last question has no answer contributes the turns before it.
+    directory. A record whose last question has no answer contributes the turns before it. An answer that is null is hidden.
     """
     path = files.find_one("llava", annotations, "*.json", "*.jsonl")
     return [
@@ -58,6 +58,12 @@ def _check(record: Record) -> None:
         isinstance(message, dict) and {"from", "value"} <= set(message) for message in messages
     ):
         raise record.fault("'conversations' must be a list of messages with 'from' and 'value'")
+    for number, message in enumerate(messages):
+        value, hidden = message["value"], number == len(messages) - 1 and message["from"] == "gpt"
+        if not isinstance(value, str) and not (value is None and hidden):
+            reason = f"'value' must be a string, got {shown(value)}"
+            raise record.fault(f"message {number} of 'conversations': {reason}")
+        record.unicode("value", value or "")
     if not list(_answered(messages)):
         raise record.fault("has no human message followed by a gpt message")
 
@@ -69,6 +75,7 @@ def _answered(messages: list[dict[str, str]]) -> Iterator[int]:
             yield i
 
 
-def _row(record: Row, turn: int, messages: list[dict[str, str]], answer: str) -> Row:
+def _row(record: Row, turn: int, messages: list[dict[str, str]], answer: str | None) -> Row:
     image = {"image": record["image"]} if "image" in record else {}
-    return {"id": f"{record['id']}/{turn}", **image, "conversations": messages, "answer": answer}
+    more = {"conversations": messages, "answer": answer, "llava_id": record["id"]}
+    return {"id": f"{record['id']}/{turn}", **image, **more}

@@ -24,6 +24,7 @@ from typing import Any
 
 from vlm_jax import cli
 from vlm_jax.benchmarks import BENCHMARKS
+from vlm_jax.benchmarks.records import shown
 from vlm_jax.config import ConfigError
 
 # key of BENCHMARKS -> heading
@@ -56,14 +57,14 @@ def read(argument: str) -> Run:
     if not file.is_file():
         raise ConfigError(f"tables: no file {file}; give a directory with scores.json, or a file.")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"tables: {file} is not valid JSON: {error}.") from error
     results = content if isinstance(content, list) else [content]
     scores: dict[str, Mapping[str, Any]] = {}
     for result in results:
-        if not isinstance(result, dict) or not {"benchmark", "score", "details"} <= set(result):
-            raise ConfigError(f"tables: {file} holds {result!r:.60}, which is no score.")
+        if not _is_score(result):
+            raise ConfigError(f"tables: {file} holds {shown(result)}, which is no score.")
         if result["benchmark"] in scores:
             raise ConfigError(f"tables: {file} holds two scores of {result['benchmark']}.")
         scores[result["benchmark"]] = result
@@ -71,12 +72,29 @@ def read(argument: str) -> Run:
     return Run(name, scores, *_model(file.parent / "errors.csv"))
 
 
+def _is_score(result: Any) -> bool:
+    """Whether it has what `cell` prints."""
+    if not isinstance(result, dict) or not isinstance(result.get("benchmark"), str):
+        return False
+    details = result.get("details")
+    shows = [result.get("score")]
+    if result["benchmark"] == "mme" and isinstance(details, dict):
+        shows.append(details.get("perception"))
+    return isinstance(details, dict) and all(
+        isinstance(value, (int, float)) and not isinstance(value, bool) for value in shows
+    )
+
+
 def _model(errors: Path) -> tuple[str, str]:
     """Compressor and visual tokens of an errors.csv; several, if it has rows of several models, joined by "/"."""
     if not errors.is_file():
         return "", ""
-    lines = [line for line in errors.read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
-    rows = list(csv.DictReader(lines))
+    try:
+        text = errors.read_text(encoding="utf-8-sig")
+        lines = [line for line in text.splitlines(keepends=True) if line[:1] != "#"]
+        rows = list(csv.DictReader(lines))
+    except (OSError, ValueError, csv.Error) as error:
+        raise ConfigError(f"tables: {errors} is not a valid CSV: {error}.") from error
     found = []
     for column in ("compressor", "visual_tokens"):
         values = dict.fromkeys(row[column] for row in rows if row.get(column))
