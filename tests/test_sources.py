@@ -10,7 +10,8 @@ from refs import tokenizers
 
 from vlm_jax.config import ConfigError
 from vlm_jax.data import sources
-from vlm_jax.data.sources import BadRecord, JsonSource, TfdsSource, Turn, parse
+from vlm_jax.data.records import BadRecord, Turn, parse
+from vlm_jax.data.sources import JsonSource, TfdsSource
 from vlm_jax.run_config import DataConfig
 
 
@@ -30,7 +31,7 @@ def record(raw, **options):
     return parse(raw, "a.json", "/images", "#3", **options)
 
 
-def test_placeholders_move_to_the_front_of_their_turn():
+def test_several_images_stand_where_their_placeholders_stand():
     raw = talk(
         human("Look <image>\nand <image> here"),
         gpt("ok"),
@@ -39,7 +40,10 @@ def test_placeholders_move_to_the_front_of_their_turn():
         image=["a.png", "b.png"],
     )
     r = record(raw)
-    assert r.turns == (Turn(2, "Look \nand  here", "ok"), Turn(0, " Why? ", "yes "))
+    assert r.turns == (
+        Turn(2, "Look \nand  here", "ok", places=(5, 10)),
+        Turn(0, " Why? ", "yes "),
+    )
     assert (r.id, r.images, r.system) == ("r1", ("a.png", "b.png"), None)
 
 

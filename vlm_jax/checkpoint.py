@@ -6,6 +6,7 @@ workdir/checkpoints/<step>/{state,iterator}      state = {"step", "params", "opt
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,11 +65,12 @@ class Checkpoints:
         """The state of `step` in the shapes and shardings of `abstract`; `iterator` is set to where it was.
 
         Meshes, devices and processes may be others than those that saved. Raises ConfigError when the number of
-        processes differs and the position of the data cannot be said for it.
+        processes differs and the position of the data cannot be said for it, or when the checkpoint is damaged.
         """
-        iterator.set_state(self._position(step, iterator))
-        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        return self._manager.restore(step, args=arguments)["state"]
+        with _reading(self._manager, self._folder, step, "go on from"):
+            iterator.set_state(self._position(step, iterator))
+            arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            return self._manager.restore(step, args=arguments)["state"]
 
     def _position(self, step: int, iterator: Any) -> dict[str, Any]:
         """The state of this process's data iterator: the one it saved, if the data is sharded as it was then."""
@@ -76,9 +78,7 @@ class Checkpoints:
         paths = sorted(folder.glob("process_*-of-*.json"))
         states = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
         if not states:
-            raise ConfigError(
-                f"{str(folder)!r} holds no position in the data; the checkpoint is damaged."
-            )
+            raise FileNotFoundError(errno.ENOENT, "no position in the data", str(folder))
         name = f"process_{jax.process_index()}-of-{jax.process_count()}.json"
         now = iterator.get_state().get("num_shards")
         if name in states and states[name].get("num_shards") == now:
@@ -107,6 +107,24 @@ class Checkpoints:
                 f"the checkpoint of step {self._last} could not be written to {str(self._folder)!r}: "
                 f"{disk.reason(error)}; {kept}. Free or mend the disk, then give the same command again."
             ) from error
+
+
+@contextlib.contextmanager
+def _reading(
+    manager: ocp.CheckpointManager, folder: Path, step: int, purpose: str
+) -> Iterator[None]:
+    """Turns what a damaged checkpoint makes orbax and tensorstore raise into a ConfigError that says what is left."""
+    try:
+        yield
+    except (ConfigError, jax.errors.JaxRuntimeError, MemoryError):
+        raise
+    except Exception as error:
+        older = [other for other in manager.all_steps() if other < step]
+        left = f"{purpose} step {max(older)}" if older else "start anew: there is no older one"
+        raise ConfigError(
+            f"the checkpoint of step {step} is damaged; delete {folder / str(step)} to {left}. It says: "
+            f"{disk.reason(error)[:200]}"
+        ) from error
 
 
 def save_params(workdir: str | Path, params: Tree) -> None:
@@ -151,9 +169,11 @@ def load_params(workdir: str | Path, abstract: Tree) -> Tree:
             raise ConfigError(
                 f"{str(workdir)!r} has no finished checkpoint; give the workdir of a training run."
             )
-        saved = manager.item_metadata(step)["state"].tree["params"]
-        _check_shapes(workdir, flatten_dict(saved, sep="/"), flatten_dict(abstract, sep="/"))
-        params = manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]["params"]
+        with _reading(manager, folder, step, "use"):
+            saved = manager.item_metadata(step)["state"].tree["params"]
+            _check_shapes(workdir, flatten_dict(saved, sep="/"), flatten_dict(abstract, sep="/"))
+            restored = manager.restore(step, args=ocp.args.Composite(state=arguments))
+            params = restored["state"]["params"]
     for name, leaf in flatten_dict(
         params, sep="/"
     ).items():  # orbax leaves what it did not find as it was
