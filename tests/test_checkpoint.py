@@ -1,6 +1,7 @@
 """Saving, restoring, and taking parts of another run's parameters."""
 
 import json
+import shutil
 
 import grain
 import jax
@@ -170,4 +171,79 @@ def test_a_position_kept_by_a_process_that_now_loads_other_rows_is_not_taken_as_
     )
     assert half.get_state()["consumed"] == 2
     assert checkpoints._position(1, whole)["consumed"] == 4
+    checkpoints.close()
+
+
+def hurt_arrays(folder):
+    for path in (folder / "state").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:3])
+
+
+def hurt_files(name):
+    def hurt(folder):
+        (path,) = folder.glob(name)
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+
+    return hurt
+
+
+def hurt_text(name):
+    def hurt(folder):
+        (path,) = folder.glob(name)
+        path.write_bytes(path.read_bytes()[:5] + b"\xff")
+
+    return hurt
+
+
+HURT = {
+    "array files cut short": hurt_arrays,
+    "no array files": lambda folder: [path.unlink() for path in (folder / "state").rglob("d/*")],
+    "no state/_METADATA": hurt_files("state/_METADATA"),
+    "state/_METADATA cut short": hurt_text("state/_METADATA"),
+    "no state/manifest": hurt_files("state/manifest.ocdbt"),
+    "manifest cut short": hurt_text("state/manifest.ocdbt"),
+    "no state": hurt_files("state"),
+    "no iterator": hurt_files("iterator"),
+    "iterator cut short": hurt_text("iterator/process_0-of-1.json"),
+    "empty": lambda folder: [shutil.rmtree(path) for path in folder.iterdir() if path.is_dir()],
+}
+
+
+@pytest.fixture(scope="module")
+def two_saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    for step in (4, 6):
+        save(folder, step, state(), numbers())
+    return folder
+
+
+@pytest.mark.parametrize("kind", HURT)
+def test_a_damaged_newest_checkpoint_names_the_step_to_go_on_from(two_saved, tmp_path, kind):
+    shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
+    newest = tmp_path / "checkpoints" / "6"
+    HURT[kind](newest)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    assert checkpoints.latest() == 6
+    said = f"the checkpoint of step 6 is damaged; delete {newest} to go on from step 4. It says: "
+    with pytest.raises(ConfigError) as caught:
+        checkpoints.restore(6, abstract(state()), numbers())
+    checkpoints.close()
+    assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
+    if "iterator" not in kind:
+        with pytest.raises(ConfigError) as caught:
+            load_params(tmp_path, abstract(state()["params"]))
+        assert str(caught.value).startswith(said.replace("go on from", "use"))
+    shutil.rmtree(newest)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    restored = checkpoints.restore(checkpoints.latest(), abstract(state()), numbers())
+    checkpoints.close()
+    jax.tree.map(np.testing.assert_array_equal, restored, state())
+
+
+def test_a_damaged_only_checkpoint_says_that_the_run_starts_anew(tmp_path):
+    save(tmp_path, 6, state(), numbers())
+    hurt_arrays(tmp_path / "checkpoints" / "6")
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    with pytest.raises(ConfigError, match="to start anew: there is no older one"):
+        checkpoints.restore(6, abstract(state()), numbers())
     checkpoints.close()

@@ -104,17 +104,21 @@ def parse(
         fields.unread(raw, ignored, bool(images))
         system = _system(raw, messages)
         turns = _turns(messages, generate)
-        _check_images(images, turns, root)
+        _check_images(images, turns, root, raw)
     except ValueError as error:
         raise BadRecord(file, record_id, str(error)) from None
     return Record(file, record_id, root, images, system, turns)
 
 
-def _check_images(images: tuple[Image, ...], turns: tuple[Turn, ...], root: str) -> None:
+def _check_images(
+    images: tuple[Image, ...], turns: tuple[Turn, ...], root: str, raw: Mapping[str, Any]
+) -> None:
     placeholders = sum(turn.images for turn in turns)
     if placeholders != len(images):
+        named = [repr(name) for name in ("image", "images") if raw.get(name)]
         raise ValueError(
             f"{placeholders} {IMAGE} placeholders in human turns but {len(images)} images"
+            + (f" (in {' and '.join(named)}); write {IMAGE} where each stands" if named else "")
         )
     if not root and any(isinstance(image, str) and not image.startswith("/") for image in images):
         raise ValueError("names an image, but its image_roots entry is empty")
