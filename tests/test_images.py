@@ -144,7 +144,7 @@ def test_missing_and_empty_files_and_folders_say_why(tmp_path):
     (tmp_path / "empty.png").touch()
     with pytest.raises(images.ImageError, match="empty"):
         load(str(tmp_path / "empty.png"))
-    with pytest.raises(images.ImageError, match="^is a folder, not an image file$"):
+    with pytest.raises(images.ImageError, match=r"^is a folder, not an image file$"):
         load(str(tmp_path))
     with pytest.raises(images.ImageError) as caught:
         load(str(tmp_path / "no" / "a.png"))
@@ -154,7 +154,7 @@ def test_missing_and_empty_files_and_folders_say_why(tmp_path):
     with pytest.raises(images.ImageError, match="is no regular file"):
         load("/dev/null")
     for name in ("a\0b.png", "x" * 300, "\ud800.png"):  # what a record may hold
-        with pytest.raises(images.ImageError, match="cannot be (decoded|read)"):
+        with pytest.raises(images.ImageError, match=r"cannot be (decoded|read)"):
             load(str(tmp_path / name))
 
 
