@@ -10,7 +10,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from vlm_jax import experiment
+from vlm_jax import benchmarks, experiment
 from vlm_jax.data import pipeline, prompts, records, sources
 from vlm_jax.data.records import BadRecord, Turn
 from vlm_jax.data.rows import make_chat
@@ -252,6 +252,7 @@ def test_pictures_stand_where_their_placeholders_stand_in_rows_and_in_prompts(da
     assert [tuple(c) for c in colours] == [tiny.COLOURS[n] for n in ("red", "blue", "green")]
 
     asked = {**SEVERAL, "conversations": SEVERAL["conversations"][:1]}
+    asked["images"] = SEVERAL["images"][:2]
     found = prompts.prepare([asked], str(data), exp.data, 1, exp.model.vit, 1)
     batch = next(found.batches)
     row = {name: batch[name][0] for name in ("tokens", "visual_index", "segments")}
@@ -267,9 +268,9 @@ def test_an_answer_that_is_not_learnt_is_still_read(data, turns):
     exp = experiment_for(data, write(data, "loss.jsonl", raw), turns=turns)
     row = make_chat(exp.data, 1).encode(sources.open_source(exp.data)[0])._asdict()
     assert words(row, data) == (
-        "<s> Say . USER : Say hello ASSISTANT : hello </s> USER : Say one ASSISTANT : one* </s>*"
-        if turns == "dialogue"
-        else "<s> Say . USER : Say hello ASSISTANT : hello </s> one ASSISTANT : one* </s>*"
+        "<s> Say . USER : Say hello ASSISTANT : hello </s> "
+        + ("USER : " if turns == "dialogue" else "")  # else it is shared
+        + "Say one ASSISTANT : one* </s>*"
     )
 
 
@@ -326,3 +327,49 @@ def test_a_damaged_line_is_a_bad_record(tmp_path, line, message):
         source[1]
     assert message in caught.value.reason
     assert caught.value.record_id in ("1", "line 2")
+
+
+# --- the same records as a benchmark ----------------------------------------------------------------------------------
+
+
+def test_the_llava_benchmark_reads_the_same_fields(data):
+    said = [
+        {"role": "user", "content": [{"type": "text", "text": "What is "}, {"type": "image"}, {"type": "image"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
+        {"role": "user", "content": "<image> this ?"},
+        {"role": "assistant", "content": "No"},
+    ]  # fmt: skip
+    raw = {
+        "id": "1",
+        "system": "Say .",
+        "messages": said,
+        "images": SEVERAL["images"],
+        "source": "x",
+    }
+    single = talk(
+        "Say one", "one", "<image>\nWhat is this ?", "blue", image="images/blue.png", id="2"
+    )
+    path = write(data, "asked.json", raw, single, lines=False)
+    rows = benchmarks.get("llava").rows(path)
+    assert [(row["id"], row["answer"]) for row in rows] == [
+        ("1/0", "red"), ("1/1", "No"), ("2/0", "one"), ("2/1", "blue"),
+    ]  # fmt: skip
+    exp = experiment_for(data, path)
+    told = []
+    for row in rows:
+        batch = next(prompts.prepare([row], str(data), exp.data, 1, exp.model.vit, 1).batches)
+        told.append(words({name: batch[name][0] for name in batch if name != "ids"}, data))
+    assert told == [
+        "<s> Say . USER : What is [0] [1] ASSISTANT :",
+        "<s> Say . USER : What is [0] [1] ASSISTANT : red </s> USER : [2] this ? ASSISTANT :",
+        "<s> USER : Say one ASSISTANT :",
+        "<s> USER : Say one ASSISTANT : one </s> USER : [0] What is this ? ASSISTANT :",
+    ]
+
+
+def test_the_llava_benchmark_names_a_field_that_could_change_the_answer(data):
+    path = write(data, "video.json", talk("Say one", "one", id="v", video="v.mp4"), lines=False)
+    (row,) = benchmarks.get("llava").rows(path)
+    exp = experiment_for(data, path)
+    with pytest.raises(BadRecord, match="record v/0: field 'video' is not read"):
+        prompts.prepare([row], str(data), exp.data, 1, exp.model.vit, 1)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +116,11 @@ def _reading(
     manager: ocp.CheckpointManager, folder: Path, step: int, purpose: str
 ) -> Iterator[None]:
     """Turns what a damaged checkpoint makes orbax and tensorstore raise into a ConfigError that says what is left."""
+    hook = sys.unraisablehook
+    sys.unraisablehook = functools.partial(_unraisable, hook)
     try:
         yield
+        sys.unraisablehook = hook
     except (ConfigError, jax.errors.JaxRuntimeError, MemoryError):
         raise
     except Exception as error:
@@ -125,6 +130,13 @@ def _reading(
             f"the checkpoint of step {step} is damaged; delete {folder / str(step)} to {left}. It says: "
             f"{disk.reason(error)[:200]}"
         ) from error
+
+
+def _unraisable(hook: Callable[[Any], Any], what: Any) -> None:
+    """Leaves out what tensorstore's threads print for the reads that fail after the first failure has ended the restore:
+    dozens of tracebacks that say "Event loop is closed". They may come late, so this hook stays after a failure."""
+    if not (isinstance(what.exc_value, RuntimeError) and "loop is closed" in str(what.exc_value)):
+        hook(what)
 
 
 def save_params(workdir: str | Path, params: Tree) -> None:

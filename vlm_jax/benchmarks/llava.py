@@ -89,6 +89,21 @@ def _renamed(messages: Any) -> Any:
 def _row(record: Row, turn: int, messages: list[dict[str, Any]], answer: Any) -> Row:
     """All fields go along: whoever lays the question out reads them, or says which one it cannot read."""
     own = {name: record[name] for name in record if name not in ("messages", "answer", "replies")}
+    seen, every = _pictures(messages), _pictures(record["conversations"])
+    for name in {"image", "images"} & own.keys():  # of several pictures those seen so far
+        value = own[name]
+        if isinstance(value, list) and len(value) == every:
+            own[name] = value[:seen]
+        elif isinstance(value, str) and (seen, every) == (0, 1):
+            own[name] = None
     if isinstance(answer, list):
         answer = "".join(part.get("text") or "" for part in answer if isinstance(part, dict))
     return {**own, "id": f"{record['id']}/{turn}", "conversations": messages, "answer": answer}
+
+
+def _pictures(messages: list[dict[str, Any]]) -> int:
+    """How many pictures the messages show, as placeholders or as parts."""
+    values = [message["value"] for message in messages]
+    parts = [part for value in values if isinstance(value, list) for part in value]
+    shown = [part for part in parts if isinstance(part, dict) and part.get("type") == "image"]
+    return len(shown) + sum(v.count("<image>") for v in values if isinstance(v, str))
