@@ -1,6 +1,6 @@
 """Checkpoints: state, data iterator and step in one atomic, asynchronous orbax save; parts of another run's parameters.
 
-workdir/checkpoints/<step>/{state,iterator}      state = {"step", "params", "opt_state"}, params being the whole tree
+workdir/checkpoints/<step>/{state,iterator,sums}   state = {"step", "params", "opt_state"}, params being the whole tree
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 
-from vlm_jax import disk
+from vlm_jax import checksums, disk
 from vlm_jax.config import ConfigError
 
 Tree = dict[str, Any]
@@ -39,7 +39,7 @@ class Checkpoints:
             self._folder.mkdir(exist_ok=True)
         self._manager = ocp.CheckpointManager(
             self._folder,
-            item_names=("state", "iterator"),
+            item_names=("state", "iterator", "sums"),
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
         )
 
@@ -54,7 +54,9 @@ class Checkpoints:
         """
         self._finish()
         arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), iterator=grain.checkpoint.CheckpointSave(iterator)
+            state=ocp.args.StandardSave(state),
+            iterator=grain.checkpoint.CheckpointSave(iterator),
+            sums=ocp.args.JsonSave(checksums.of(state)),
         )
         self._last = step
         with self._saving():
@@ -72,7 +74,9 @@ class Checkpoints:
         with _reading(self._manager, self._folder, step, "go on from"):
             iterator.set_state(self._position(step, iterator))
             arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-            return self._manager.restore(step, args=arguments)["state"]
+            state = self._manager.restore(step, args=arguments)["state"]
+            checksums.check(_sums(self._folder, step), state)
+            return state
 
     def _position(self, step: int, iterator: Any) -> dict[str, Any]:
         """The state of this process's data iterator: the one it saved, if the data is sharded as it was then."""
@@ -132,6 +136,12 @@ def _reading(
         ) from error
 
 
+def _sums(folder: Path, step: int) -> dict[str, list]:
+    """The checksums that a checkpoint was saved with; {} for one of an older version, which is read unchecked."""
+    path = folder / str(step) / "sums" / "metadata"
+    return json.loads(path.read_text(encoding="utf-8")) if path.parent.is_dir() else {}
+
+
 def _unraisable(hook: Callable[[Any], Any], what: Any) -> None:
     """Leaves out what tensorstore's threads print for the reads that fail after the first failure has ended the restore:
     dozens of tracebacks that say "Event loop is closed". They may come late, so this hook stays after a failure."""
@@ -170,6 +180,7 @@ def load_params(workdir: str | Path, abstract: Tree) -> Tree:
     handlers: dict[str, Any] = {
         "state": ocp.PyTreeCheckpointHandler(),
         "iterator": grain.checkpoint.CheckpointHandler(),
+        "sums": ocp.JsonCheckpointHandler(),
     }
     with ocp.CheckpointManager(
         folder,
@@ -186,6 +197,7 @@ def load_params(workdir: str | Path, abstract: Tree) -> Tree:
             _check_shapes(workdir, flatten_dict(saved, sep="/"), flatten_dict(abstract, sep="/"))
             restored = manager.restore(step, args=ocp.args.Composite(state=arguments))
             params = restored["state"]["params"]
+            checksums.check(_sums(folder, step), {"params": params})
     for name, leaf in flatten_dict(
         params, sep="/"
     ).items():  # orbax leaves what it did not find as it was
