@@ -190,7 +190,11 @@ class TfdsSource:
     def _open(self) -> Sequence[dict]:
         import tensorflow_datasets as tfds
 
-        decoders = {name: tfds.decode.SkipDecoding() for name in self.pictures} or None
+        class Encoded(tfds.decode.SkipDecoding):
+            def decode_batch_example_np(self, examples: Any) -> Any:  # of a sequence of images
+                return examples
+
+        decoders = {name: Encoded() for name in self.pictures} or None
         builder: Any = tfds.builder_from_directory(self.path)  # its decorators hide its types
         return builder.as_data_source(self.split, decoders=decoders)
 
@@ -213,8 +217,9 @@ class TfdsSource:
         raw.update({k: list(raw[k]) for k in self.pictures if isinstance(raw[k], np.ndarray)})
         if not self.is_dialogue:
             images = len(raw["images"]) if "images" in self.pictures else len(self.pictures)
+            asked = raw["question"]  # None in a shard that was cut short
             raw["conversations"] = [
-                {"from": HUMAN, "value": f"{IMAGE}\n" * images + raw["question"]},
+                {"from": HUMAN, "value": asked and f"{IMAGE}\n" * images + asked},
                 {"from": GPT, "value": raw["answer"]},
             ]
         return raw
