@@ -52,6 +52,8 @@ def load(
         return fit(rgb, image_px, mode, mean, max_pixels, resample)
     except ImageError:
         raise
+    except FileNotFoundError:  # the file that an embedded image lies in
+        raise ImageError("the image file does not exist") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"too many pixels: {error}") from None
     except Image.UnidentifiedImageError:
