@@ -10,7 +10,7 @@ import errno
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     @contextlib.contextmanager
-    def _saving(self) -> Iterator[None]:
+    def _saving(self) -> Generator[None, None, None]:
         try:
             yield
         except jax.errors.JaxRuntimeError:
@@ -118,7 +118,7 @@ class Checkpoints:
 @contextlib.contextmanager
 def _reading(
     manager: ocp.CheckpointManager, folder: Path, step: int, purpose: str
-) -> Iterator[None]:
+) -> Generator[None]:
     """Turns what a damaged checkpoint makes orbax and tensorstore raise into a ConfigError that says what is left."""
     hook = sys.unraisablehook
     sys.unraisablehook = functools.partial(_unraisable, hook)
