@@ -98,6 +98,11 @@ def test_messages_with_role_and_content_are_read():
     raw["conversations"] = talk("<image>\nWhy?", "So.")["conversations"]
     raw["conversations"].insert(0, {"from": "system", "value": "Be brief."})
     assert parse(raw) == r  # the same twice, in two styles
+    raw["conversations"][2]["weight"] = 1
+    assert parse(raw) == r  # what is read may say more
+    raw["messages"][2]["weight"] = 0
+    assert "'conversations' and 'messages' differ" in reason(raw)
+    del raw["messages"][2]["weight"]
     raw["conversations"][1]["value"] = "<image>\nWhat?"
     assert "'conversations' and 'messages' differ" in reason(raw)
     assert "expected 'user' or 'assistant'" in reason(
@@ -373,3 +378,15 @@ def test_the_llava_benchmark_names_a_field_that_could_change_the_answer(data):
     exp = experiment_for(data, path)
     with pytest.raises(BadRecord, match="record v/0: field 'video' is not read"):
         prompts.prepare([row], str(data), exp.data, 1, exp.model.vit, 1)
+
+
+@pytest.mark.parametrize("name", ["id", "image", "video", "system", "conversations", "anything"])
+def test_a_value_of_too_many_levels_is_a_bad_record_or_passed_over(name):
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    raw = {**talk("Why?", "So."), name: deep}
+    if name == "anything":
+        assert parse(raw).turns == (Turn(0, "Why?", "So."),)
+    else:
+        assert reason(raw) == "a value in it has too many levels"

@@ -32,17 +32,17 @@ FILE = re.compile(
 _EMPTY = (None, "", "[]", "{}", [], {}, (), False)
 
 
-def unread(values: Mapping[str, Any], ignored: Collection[str], has_pictures: bool) -> set[str]:
-    """Names of a record's fields that are neither read nor needed. has_pictures: some of it were read.
+def check_record(values: Mapping[str, Any], ignored: Collection[str], has_pictures: bool) -> None:
+    """Raises ValueError for the first field of a record that is not read and could change what is learnt.
 
-    Raises ValueError for the first one that could change what is learnt.
+    has_pictures: some of it are read.
     """
-    others = {name for name in values if name not in RECORD and name not in ignored}
-    for name in others:
+    for name in values:
+        if name in RECORD or name in ignored:
+            continue
         meaning = _meaning(name, values[name], has_pictures)
         if meaning:
             raise ValueError(refusal(f"field {name!r}", meaning))
-    return others
 
 
 def check_message(message: Mapping[str, Any], number: int, ignored: Collection[str]) -> None:

@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from vlm_jax.config import ConfigError
 from vlm_jax.data import fields
@@ -23,6 +23,7 @@ IMAGE = "<image>"
 # A path, an encoded image, or what reads one when it is called.
 Image = str | bytes | Callable[[], bytes]
 HUMAN, GPT, SYSTEM = "human", "gpt", "system"
+SPEAKERS = {HUMAN: HUMAN, GPT: GPT, SYSTEM: SYSTEM}  # of messages with from and value
 ROLES = {"user": HUMAN, "assistant": GPT, "system": SYSTEM}  # of messages with role and content
 SOURCES = ("image", "image_url", "path", "url")  # where a part of a message names its picture
 _URL = re.compile(r"(?i)[a-z][a-z0-9+.-]*://")
@@ -70,8 +71,7 @@ class Record:
         return BadRecord(self.file, self.id, reason)
 
 
-@dataclasses.dataclass(frozen=True)
-class Message:
+class Message(NamedTuple):
     role: str
     text: str
     learnt: bool
@@ -92,21 +92,26 @@ def parse(
     """
     if not isinstance(raw, dict):
         raise BadRecord(file, fallback_id, f"expected an object, got {type(raw).__name__}")
-    record_id = fallback_id if raw.get("id") is None else str(raw["id"])
+    record_id = fallback_id
     try:
-        if isinstance(raw.get("id"), (dict, list)):
-            raise ValueError(f"'id' must be a string or a number, got {raw['id']!r:.60}")
+        if raw.get("id") is not None:
+            if not isinstance(raw["id"], (str, int, float)):
+                raise ValueError(f"'id' must be a string or a number, got {raw['id']!r:.60}")
+            record_id = str(raw["id"])
         if ignored:
             raw = {name: value for name, value in raw.items() if name not in ignored}
         inside: list[Image] = []
         messages = _messages(_conversation(raw), ignored, inside)
         images = _images(raw, inside)
-        fields.unread(raw, ignored, bool(images))
+        if not raw.keys() <= fields.RECORD:
+            fields.check_record(raw, ignored, bool(images))
         system = _system(raw, messages)
         turns = _turns(messages, generate)
         _check_images(images, turns, root, raw)
     except ValueError as error:
         raise BadRecord(file, record_id, str(error)) from None
+    except RecursionError:
+        raise BadRecord(file, record_id, "a value in it has too many levels") from None
     return Record(file, record_id, root, images, system, turns)
 
 
@@ -177,20 +182,24 @@ def _conversation(raw: Mapping[str, Any]) -> list:
         names = ", ".join(map(repr, itertools.islice(raw, 8))) or "none"
         raise ValueError(f"has no list 'conversations' or 'messages'; its fields: {names}")
     conversation = next(iter(given.values()))
-    if len(given) == 2 and _plain(given["conversations"]) != _plain(given["messages"]):
+    if len(given) == 2 and not _agree(given["conversations"], given["messages"]):
         raise ValueError("'conversations' and 'messages' differ; keep one of them")
     return conversation
 
 
-def _plain(messages: list) -> list:
-    """(role, text) of messages of either kind, to compare them."""
-    plain = []
-    for message in messages:
-        if isinstance(message, dict):
-            role = message.get("from", message.get("role"))
-            role = ROLES.get(role, role) if isinstance(role, str) else role
-            plain.append((role, message.get("value", message.get("content"))))
-    return plain
+def _agree(read: list, other: list) -> bool:
+    """Whether two lists of messages say the same, and the other one has no weights that the one that is read lacks."""
+
+    def plain(message: Any, weights: bool) -> Any:
+        if not isinstance(message, dict):
+            return message
+        role = message.get("from", message.get("role"))
+        role = ROLES.get(role, role) if isinstance(role, str) else role
+        kept = [message.get(name) for name in fields.WEIGHTS] if weights else []
+        return [role, message.get("value", message.get("content")), *kept]
+
+    weighted = any(isinstance(m, dict) and set(fields.WEIGHTS) & m.keys() for m in other)
+    return [plain(m, weighted) for m in read] == [plain(m, weighted) for m in other]
 
 
 def _messages(conversation: list, ignored: Collection[str], images: list[Image]) -> list[Message]:
@@ -198,21 +207,23 @@ def _messages(conversation: list, ignored: Collection[str], images: list[Image])
     messages = []
     for number, message in enumerate(conversation):
         if not isinstance(message, dict):
-            raise ValueError(f"message {number} needs 'from' and 'value'")
-        fields.check_message(message, number, ignored)
-        if {"from", "value"} <= message.keys():
-            key, names, role = "value", (HUMAN, GPT, SYSTEM), message["from"]
-        elif {"role", "content"} <= message.keys():
-            key, names, role = "content", tuple(ROLES), message["role"]
+            raise ValueError(f"message {number} needs 'from' and 'value', got {message!r:.60}")
+        if not message.keys() <= fields.MESSAGE:
+            fields.check_message(message, number, ignored)
+        if "from" in message and "value" in message:
+            key, names, role = "value", SPEAKERS, message["from"]
+        elif "role" in message and "content" in message:
+            key, names, role = "content", ROLES, message["role"]
         else:
             raise ValueError(f"message {number} needs 'from' and 'value', or 'role' and 'content'")
         if not isinstance(role, str) or role not in names or (role == SYSTEM and number):
+            first, second, _ = names
             raise ValueError(
-                f"message {number} is from {role!r}; expected {names[0]!r} or {names[1]!r} (or a first {SYSTEM!r})"
+                f"message {number} is from {role!r}; expected {first!r} or {second!r} (or a first {SYSTEM!r})"
             )
-        text = _text(message[key], number, key, images)
-        role = ROLES[role] if key == "content" else role
+        text, role = _text(message[key], number, key, images), names[role]
         messages.append(Message(role, text, _learnt(message, role, number)))
+    # A leading answer has no question.
     first = messages[1:] if messages and messages[0].role == SYSTEM else messages
     if first and first[0].role == GPT:
         messages.remove(first[0])
@@ -223,7 +234,7 @@ def _text(content: Any, number: int, key: str, images: list[Image]) -> str:
     """A message's text with a placeholder per picture. Pictures before the text are followed by a newline each, as LLaVA
     writes them; those inside it stand where they are."""
     if isinstance(content, str):
-        if _TAGGED.search(content):
+        if "<img>" in content and _TAGGED.search(content):
             raise ValueError(
                 f"message {number} names a picture by <img>; write {IMAGE} there and its path in 'images'"
             )
@@ -263,6 +274,8 @@ def _text(content: Any, number: int, key: str, images: list[Image]) -> str:
 
 def _learnt(message: Mapping[str, Any], role: str, number: int) -> bool:
     """Whether an answer is supervised: its 'loss', 'weight' or 'train', if it has one."""
+    if message.keys().isdisjoint(fields.WEIGHTS):  # nearly always
+        return True
     found = {name: message[name] for name in fields.WEIGHTS if message.get(name) is not None}
     for name, value in found.items():
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):

@@ -59,7 +59,7 @@ class JsonSource:
     def __getitem__(self, index: int) -> Record:
         raw = self.raw(index)
         # The place is looked up for the few that need it: in a .jsonl file that reads all lines before it.
-        named = isinstance(raw, dict) and raw.get("id") is not None
+        named = isinstance(raw, dict) and isinstance(raw.get("id"), (str, int, float))
         name = "" if named else self._name(index)
         return parse(raw, self.path, self.root, name, ignored=self.ignored)
 
@@ -187,7 +187,7 @@ class TfdsSource:
     def __len__(self) -> int:
         return self.length
 
-    def _open(self) -> Sequence[dict]:
+    def _open(self) -> Any:  # a sequence of dicts
         import tensorflow_datasets as tfds
 
         class Encoded(tfds.decode.SkipDecoding):
@@ -226,7 +226,7 @@ class TfdsSource:
 
 
 def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip()[:300]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _text(value: Any) -> Any:
