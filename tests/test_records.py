@@ -266,6 +266,22 @@ def test_pictures_stand_where_their_placeholders_stand_in_rows_and_in_prompts(da
     assert [tuple(c) for c in colours] == [tiny.COLOURS[n] for n in ("red", "blue")]
 
 
+@pytest.mark.parametrize("exif_rotation", [False, True])
+def test_exif_rotation_holds_in_rows_and_in_prompts(data, exif_rotation):
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    picture = Image.new("RGB", (16, 16), (255, 0, 0))
+    picture.paste((0, 0, 255), (0, 0, 16, 8))
+    picture.save(data / "turned.png", exif=exif)
+    raw = talk("<image>\nWhat?", "red", image="turned.png")
+    exp = experiment_for(data, write(data, "exif.jsonl", raw), exif_rotation=exif_rotation)
+    row = next(pipeline.train_iterator(exp.data, 1, exp.model.vit))
+    asked = {**raw, "conversations": raw["conversations"][:1]}
+    batch = next(prompts.prepare([asked], str(data), exp.data, 1, exp.model.vit, 1).batches)
+    for images in (row["images"], batch["images"]):
+        assert tuple(images[0, 0, 0, 0]) == ((255, 0, 0) if exif_rotation else (0, 0, 255))
+
+
 @pytest.mark.parametrize("turns", ["dialogue", "independent"])
 def test_an_answer_that_is_not_learnt_is_still_read(data, turns):
     said = {"from": "gpt", "value": "hello", "loss": False}
