@@ -243,28 +243,22 @@ def _text(content: Any, number: int, key: str, images: list[Image]) -> str:
         raise ValueError(f"message {number}: {key!r} must be a string, got {content!r:.60}")
     said = ""
     for part in content:
-        kind = (
-            "text"
-            if isinstance(part, str)
-            else part.get("type")
-            if isinstance(part, dict)
-            else part
-        )
+        part = {"type": "text", "text": part} if isinstance(part, str) else part
+        kind = part.get("type") if isinstance(part, dict) else part
         if kind == "text":
-            text = part if isinstance(part, str) else part.get("text")
-            if not isinstance(text, str):
+            if not isinstance(part.get("text"), str):
                 raise ValueError(
-                    f"message {number}: the text of a part must be a string, got {text!r:.60}"
+                    f"message {number}: the text of a part must be a string, got {part.get('text')!r:.60}"
                 )
-            if said and not said.replace(IMAGE, ""):
+            if said and not said.replace(IMAGE, ""):  # the first text
                 said = f"{IMAGE}\n" * said.count(IMAGE)
-            said += text
+            said += part["text"]
         elif kind in ("image", "image_url"):
             said += IMAGE
-            for source in (part[s] for s in SOURCES if part.get(s) is not None):
-                source = source.get("url") if isinstance(source, dict) else source
+            named = [part[name] for name in SOURCES if part.get(name) is not None]
+            if named:
+                source = named[0].get("url") if isinstance(named[0], dict) else named[0]
                 images.append(_image(source, f"message {number}: the picture of a part"))
-                break
         else:
             raise ValueError(
                 f"message {number} has a part of type {kind!r:.60}, which is not read; expected text or image"
