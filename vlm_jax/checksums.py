@@ -23,7 +23,8 @@ def of(tree: Any) -> dict[str, list]:
     flat = {path_name(path): x for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
     arrays = {name: x for name, x in flat.items() if isinstance(x, jax.Array)}
     here = all(
-        x.is_fully_addressable and x.devices().pop().platform == "cpu" for x in arrays.values()
+        x.is_fully_addressable and all(d.platform == "cpu" for d in x.devices())
+        for x in arrays.values()
     )
     sums = (
         map(_on_host, arrays.values()) if here else np.asarray(_on_devices(list(arrays.values())))
