@@ -310,8 +310,9 @@ def test_independent_turns_cannot_share_pictures_inside_a_question(data):
 
 def test_fields_that_are_not_read_are_listed_once(data, caplog):
     raws = [talk("Say one", "one", id=str(i), source="a", width=i) for i in range(3)]
-    path = write(data, "extra.jsonl", *raws, talk("Say one", "one", licence="x"))
-    exp = experiment_for(data, path)
+    bad = talk("Say one", "one", video="v.mp4", split="x")
+    path = write(data, "extra.jsonl", *raws, bad, talk("Say one", "one", licence="x"))
+    exp = experiment_for(data, path, on_bad_record="skip")
     with caplog.at_level(logging.INFO, logger="vlm_jax.data.sources"):
         next(pipeline.train_iterator(exp.data, 1, exp.model.vit))
     assert [r.message for r in caplog.records] == [

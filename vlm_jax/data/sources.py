@@ -281,16 +281,15 @@ def open_source(cfg: DataConfig) -> Concatenated:
 
 
 def tell_unread(source: Concatenated) -> None:
-    """One line of the log per file: the fields of its first records that are not read (and cannot change what is learnt)."""
+    """One line of the log per file: the fields of its first good records that are not read, as they change nothing."""
     for part in source.sources:
         found: dict[str, None] = {}
         for index in range(min(len(part), GLANCED)):
             try:
-                raw = part.raw(index)
+                raw, _ = part.raw(index), part[index]
             except BadRecord:
                 continue  # whoever trains on it hears of it
-            if isinstance(raw, dict):
-                found |= dict.fromkeys(name for name in raw if name not in fields.RECORD)
+            found |= dict.fromkeys(name for name in raw if name not in fields.RECORD)
         if found:
             log.info("%s: fields that are not read: %s", part.path, ", ".join(found))
 
