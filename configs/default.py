@@ -165,6 +165,8 @@ def data() -> ml_collections.ConfigDict:
     d.max_images = 1  # images per sample; 0 = text only
     d.image_mode = "pad"  # pad (square, mean colour) | crop (shortest side, centre) | stretch
     d.max_image_pixels = 50_000_000  # larger images are bad records
+    d.exif_rotation = False  # True: images are turned as their EXIF orientation says (LLaVA: never)
+    d.ignored_fields = ()  # fields of records taken for absent, such as ("video",): see data.fields
     d.batch_size = 128  # samples per step, all devices together
     d.seed = 0  # of the shuffle
     d.sampling = (

@@ -23,7 +23,7 @@ from configs import eval as eval_config
 from vlm_jax import cli, evaluate, presets, sharding, train, weights
 from vlm_jax.config import CompressorConfig, ConfigError, RopeScaling, VLMConfig
 from vlm_jax.data import rendering, templates, tokenizer
-from vlm_jax.data.sources import IMAGE, Turn
+from vlm_jax.data.records import IMAGE, Turn
 from vlm_jax.hf import directory, export, written
 from vlm_jax.hf.describe import describe
 from vlm_jax.models.vlm import VLM, Inputs, init_params

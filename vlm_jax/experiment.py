@@ -24,7 +24,7 @@ from vlm_jax.config import (
     VLMConfig,
     build,
 )
-from vlm_jax.data import tokenizer
+from vlm_jax.data import fingerprint, tokenizer
 from vlm_jax.hf.describe import check_agrees
 from vlm_jax.hf.directory import is_model
 from vlm_jax.run_config import (
@@ -42,6 +42,9 @@ MUTABLE = (
     "train.on_nonfinite", "train.max_skipped", "train.peer_timeout", "data.num_workers", "model.vit.remat",
     "model.vit.sharded", "model.lm.remat", "model.lm.attention",
 )  # fmt: skip
+
+# Where the data lie may change, too, if `data.fingerprint` can tell that they are the same.
+MOVABLE = ("data.annotations", "data.image_roots")
 
 
 def resolve(cfg: ConfigDict) -> Experiment:
@@ -215,8 +218,9 @@ def check_same(experiment: Experiment, workdir: Path) -> None:
             f"--workdir: {str(workdir)!r} holds an imported model, not a run; set init.* to it and give another workdir."
         )
     before, now = dict(_fields(read(workdir))), dict(_fields(experiment))
+    free = (*MUTABLE, *(MOVABLE if fingerprint.is_known(workdir) else ()))
     for name in now:
-        if before[name] != now[name] and not name.startswith(MUTABLE):
+        if before[name] != now[name] and not name.startswith(free):
             raise ConfigError(
                 f"--workdir: {str(workdir)!r} holds a run with {name} = {before[name]!r}, now {now[name]!r}; "
                 "give the old value to resume it, or another workdir."

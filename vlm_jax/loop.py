@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from vlm_jax import (
     adapters,
@@ -26,7 +28,7 @@ from vlm_jax import (
 )
 from vlm_jax.checkpoint import Checkpoints
 from vlm_jax.config import ConfigError, RunEnded
-from vlm_jax.data import pipeline, tokenizer
+from vlm_jax.data import fingerprint, pipeline, tokenizer
 from vlm_jax.interrupt import Interrupt
 from vlm_jax.laws.flops import step_flops
 from vlm_jax.run_config import Experiment
@@ -43,6 +45,7 @@ def run(exp: Experiment, workdir: Path) -> dict[str, float]:
     """
     sharding.start_processes(exp.train.peer_timeout)
     first = jax.process_index() == 0
+    check_agreement(exp)
     visual_tokens = compressors.train_tokens(exp.model.compressor, exp.model.vit.grid)[0]
     check_fit(exp, visual_tokens)
     num_steps = exp.train.num_steps or max(
@@ -64,6 +67,7 @@ def run(exp: Experiment, workdir: Path) -> dict[str, float]:
         else:
             if first:
                 experiment.write(exp, workdir)
+                fingerprint.write(exp.data, workdir)
             state = begin(p)
         watch = guard.Guard(exp.train, workdir).notice
         metrics = stack.enter_context(_closing(telemetry.Metrics(workdir, done, first, watch)))
@@ -80,6 +84,20 @@ def run(exp: Experiment, workdir: Path) -> dict[str, float]:
     if first:
         experiment.finish(workdir, metrics.last)
     return dict(metrics.last)
+
+
+def check_agreement(exp: Experiment) -> None:
+    """Raises ConfigError, in every process, when one of them reads other annotations than the first."""
+    if jax.process_count() == 1:
+        return
+    own = np.frombuffer(fingerprint.digest(fingerprint.of(exp.data)), np.uint8)
+    digests = multihost_utils.process_allgather(own)
+    others = np.flatnonzero((digests != digests[0]).any(axis=1)).tolist()
+    if others:
+        raise ConfigError(
+            f"data: annotations {', '.join(exp.data.annotations)}: process {others[0]} reads other content than process 0; "
+            "give every machine the same files."
+        )
 
 
 def begin(p: Plan) -> TrainState:

@@ -37,6 +37,8 @@ class DataConfig:
     length_buckets: tuple[int, ...] = ()  # widths a batch may be cut to; () = max_tokens alone
     packing: bool = False  # several samples per row: see data.packing
     packed_images: int = 8  # image slots of a packed row
+    exif_rotation: bool = False  # True: images are turned as their EXIF orientation says
+    ignored_fields: tuple[str, ...] = ()  # fields of records that are taken for absent
 
     def __post_init__(self):
         check_choice("data", "sampling", self.sampling, ("shuffle", "modality_length"))

@@ -87,7 +87,15 @@ def show(cfg: ConfigDict, image: str, question: str, out: str) -> Path:
     vit, data = run.model.vit, run.data
     side = vit.image_px * math.ceil(PICTURE_PX / vit.image_px)
     try:
-        picture = images.load(image, side, data.image_mode, vit.mean, data.max_image_pixels)
+        picture = images.load(
+            image,
+            side,
+            data.image_mode,
+            vit.mean,
+            data.max_image_pixels,
+            vit.resample,
+            data.exif_rotation,
+        )
     except images.ImageError as error:
         raise ConfigError(f"image {image!r}: {error}.") from error
     from vlm_jax.answer import Answerer  # here, not above: jax and orbax take seconds

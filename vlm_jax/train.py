@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 from vlm_jax import cli, experiment
-from vlm_jax.experiment import check_inputs, check_same, open_workdir, resolve
+from vlm_jax.data import fingerprint
+from vlm_jax.experiment import check_inputs, check_same, last_step, open_workdir, resolve
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ def train(cfg: ConfigDict, workdir: str) -> dict[str, float]:
     """Runs the stage that `cfg` describes and returns the metrics of its last step.
 
     Raises ConfigError, before any compilation, for a wrong setting, a missing input, a directory that cannot be written,
-    or a workdir that belongs to a run with other settings.
+    or a workdir that belongs to a run with other settings or on other annotations.
     """
     exp = resolve(cfg)
     check_inputs(exp)
@@ -33,6 +34,8 @@ def train(cfg: ConfigDict, workdir: str) -> dict[str, float]:
     if finished is not None:
         log.info("%s is finished (step %d, loss %.4f)", folder, finished["step"], finished["loss"])
         return finished
+    if last_step(folder):
+        fingerprint.check(exp.data, folder)
     from vlm_jax import (
         loop,
     )  # here, not above: jax, orbax and grain take seconds, mistakes are answered before

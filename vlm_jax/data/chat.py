@@ -19,8 +19,8 @@ from jaxtyping import Bool, Int32
 
 from vlm_jax.config import ConfigError, check_choice
 from vlm_jax.data.queries import NO_QUERY, QUERIES
+from vlm_jax.data.records import IMAGE, Record, Turn
 from vlm_jax.data.rendering import Chunk, Spans, chunks, render
-from vlm_jax.data.sources import IMAGE, Record, Turn
 from vlm_jax.data.templates import TEMPLATES
 from vlm_jax.data.tokenizer import Tokenizer
 
@@ -248,6 +248,10 @@ class Chat:
             raise record.bad(
                 "turns are independent, but a later turn has an image; move it to the first turn"
             )
+        if record.turns[0].places and len(record.turns) > 1:
+            raise record.bad(
+                "turns are independent, but an image stands inside the first question; put the images before it"
+            )
         return self._turns_apart(record)
 
     def _dialogue(self, record: Record) -> list[Unit]:
@@ -273,11 +277,11 @@ class Chat:
         Every turn has the ids it would have as the only turn of the record.
         """
         system = self.system if record.system is None else record.system
-        images = record.turns[0].images
+        turns = [dataclasses.replace(turn, images=record.turns[0].images) for turn in record.turns]
         chars = len(system) + max(len(t.question) + len(t.answer or "") for t in record.turns)
         encode = self._cached_alone if chars < CACHED_CHARS else self._alone
         try:
-            alone = [encode(system, images, t.question, t.answer) for t in record.turns]
+            alone = [encode(system, turn) for turn in turns]
         except ValueError as error:
             raise record.bad(str(error)) from None
         first = alone[0]
@@ -293,12 +297,11 @@ class Chat:
             units.append(Unit(a.ids[shared:], loss, number))
         return units
 
-    def _alone(self, system: str, images: int, question: str, answer: str | None) -> Alone:
-        turn = Turn(images, question, answer)
+    def _alone(self, system: str, turn: Turn) -> Alone:
         *before, text = chunks(render(self.template, system, [turn]))
         assert text is not None  # every template writes something after the answer
         prefix = (self._bos, *self._encoded(before))
-        if images:
+        if turn.images:
             ids, loss, _ = self._tokenised(*text)
             return Alone(prefix, ids, loss, [])
         ids, loss, stops = self._chunk(*text)
