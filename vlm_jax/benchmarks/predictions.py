@@ -1,13 +1,17 @@
-"""predictions.jsonl: one {"id", "text"} per line, appended while a model answers, paired with rows when scored."""
+"""predictions.jsonl: one {"id", "text"} per line, appended while a model answers, paired with rows when scored.
+
+An evaluation adds "asked", the fingerprint of the question, and on request "question" and "gold"; scoring reads none of them.
+"""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm_jax import files
 from vlm_jax.config import ConfigError
 
 Answer = tuple[str, str]  # id, text
@@ -15,6 +19,11 @@ Answer = tuple[str, str]  # id, text
 
 def read(path: str | Path) -> list[Answer]:
     """Every line, in order. Raises ConfigError with file and line number for one that is not an answer."""
+    return [(record["id"], record["text"]) for record in read_records(path)]
+
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """As `read`, with whatever else the lines hold."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"predictions: {path} does not exist; give a predictions.jsonl.")
@@ -34,9 +43,16 @@ def resume(path: Path) -> list[Answer]:
     return read(path)
 
 
-def append(path: Path, answers: Iterable[Answer]) -> None:
-    """Adds the answers in one write that ends with a newline, so that a kill tears at most the last line."""
-    lines = [json.dumps({"id": i, "text": text}, ensure_ascii=False) + "\n" for i, text in answers]
+def append(
+    path: Path, answers: Iterable[Answer], beside: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+    """Adds the answers in one write that ends with a newline, so that a kill tears at most the last line.
+
+    beside: other fields of a line, by id.
+    """
+    more = beside or {}
+    records = [{"id": i, "text": text, **more.get(i, {})} for i, text in answers]
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(lines))
 
@@ -72,11 +88,8 @@ def pair(
     return paired
 
 
-def _parse(line: bytes, where: str) -> Answer:
-    try:
-        answer = json.loads(line)
-    except ValueError as error:
-        raise ConfigError(f"predictions: {where} is not valid JSON: {error}.") from error
+def _parse(line: bytes, where: str) -> dict[str, Any]:
+    answer = files.parse_json(line, f"predictions: {where}")
     strings = isinstance(answer, dict) and all(
         isinstance(answer.get(k), str) for k in ("id", "text")
     )
@@ -84,4 +97,4 @@ def _parse(line: bytes, where: str) -> Answer:
         raise ConfigError(
             f'predictions: {where} must be {{"id": str, "text": str}}, got {answer!r:.80}.'
         )
-    return answer["id"], answer["text"]
+    return answer
