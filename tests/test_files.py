@@ -152,7 +152,7 @@ def test_a_run_whose_config_has_one_wrong_value_says_which(tmp_path):
     experiment.write(exp, tmp_path)
     path = tmp_path / "config.json"
     for old, new, words in (
-        ('"width": 16', '"width": "wide"', "is no config of a run (TypeError"),
+        ('"width": 16', '"width": "wide"', "is no config of a run (Type"),
         ('"norm_eps": 1e-06', '"norm_epsilon": 1e-06', "unknown field 'norm_epsilon'"),
     ):
         experiment.write(exp, tmp_path)

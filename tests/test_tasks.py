@@ -10,7 +10,7 @@ import tiny
 from PIL import Image
 
 from configs import eval as eval_config
-from vlm_jax import checkpoint, experiment, fingerprint, tasks
+from vlm_jax import checkpoint, content, experiment, tasks
 from vlm_jax.benchmarks import predictions
 from vlm_jax.config import ConfigError, build
 
@@ -148,9 +148,9 @@ def test_only_new_questions_are_asked_and_a_changed_gold_answer_asks_nothing(wor
 def test_replies_to_choose_from_are_part_of_a_question(world):
     row = {**opened(world).rows[0], "replies": ("A", "B")}
     given = (row, str(world / "data"), None)
-    marks = [fingerprint.question(*given, replies) for replies in (None, ("A", "B"), ("B", "A"))]
+    marks = [content.of_question(*given, replies) for replies in (None, ("A", "B"), ("B", "A"))]
     assert len(set(marks)) == 3
-    assert fingerprint.question({**row, "answer": "x"}, *given[1:], ("A", "B")) == marks[1]
+    assert content.of_question({**row, "answer": "x"}, *given[1:], ("A", "B")) == marks[1]
 
 
 def test_settings_of_a_failed_evaluation_do_not_bind_the_next_one(world):
@@ -167,7 +167,7 @@ def test_answers_without_a_fingerprint_are_refused(world, kind):
         path.unlink()
     else:
         old = json.loads(path.read_text())
-        path.write_text(json.dumps({k: v for k, v in old.items() if k not in fingerprint.PARTS}))
+        path.write_text(json.dumps({k: v for k, v in old.items() if k not in content.PARTS}))
     assert refusal(world) == (
         "holds answers of which no run.json says by which weights they were made (an older version wrote none that does)"
     )
@@ -205,8 +205,8 @@ def test_pictures_are_looked_for_where_image_roots_says_else_beside_the_annotati
 
 
 def test_a_large_file_is_told_by_its_size_and_by_blocks_all_over_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(fingerprint, "WHOLE", 1000)
-    monkeypatch.setattr(fingerprint, "BLOCK", 50)
+    monkeypatch.setattr(content, "WHOLE", 1000)
+    monkeypatch.setattr(content, "BLOCK", 50)
     data = bytearray(2000)
     path, marks = tmp_path / "file", []
     for position in (None, 0, 1999, 1050):
@@ -214,18 +214,18 @@ def test_a_large_file_is_told_by_its_size_and_by_blocks_all_over_it(tmp_path, mo
         if position is not None:
             changed[position] = 1
         path.write_bytes(changed)
-        marks.append(fingerprint._file(path))
+        marks.append(content._file(path))
     path.write_bytes(data + b"\0")
-    assert len({*marks, fingerprint._file(path)}) == 5
+    assert len({*marks, content._file(path)}) == 5
 
 
 def test_the_same_weights_saved_twice_are_two_trainings(tmp_path):
-    """Orbax names its files by random numbers: what `fingerprint.run` relies on where blocks are sampled."""
+    """Orbax names its files by random numbers: what `content.run` relies on where blocks are sampled."""
     data, marks = tiny.write(tmp_path / "data"), []
     for name in ("a", "b"):
         checkpoint.save_params(tmp_path / name, {"kernel": jnp.arange(12.0)})
         experiment.write(experiment.resolve(tiny.config(data)), tmp_path / name)
-        marks.append(fingerprint.run(str(tmp_path / name)))
+        marks.append(content.of_run(str(tmp_path / name)))
     names = [{p.name for p in (tmp_path / name).rglob("d/*")} for name in ("a", "b")]
     assert names[0] and not names[0] & names[1]
     assert marks[0]["weights"] != marks[1]["weights"] and marks[0]["prompts"] == marks[1]["prompts"]

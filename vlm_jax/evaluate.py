@@ -243,7 +243,7 @@ def command(argv: Sequence[str]) -> None:
         result = score(flags.benchmark, flags.predictions, flags.annotations, allow_missing)
     text = json.dumps(result) + "\n"
     if flags.out:
-        Path(flags.out).write_text(text, encoding="utf-8")
+        files.write_text(flags.out, text)
     sys.stdout.write(text)
 
 

@@ -205,8 +205,9 @@ def read(workdir: str | Path) -> Experiment:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ConfigError(
-            f"{path}: is no config of a run ({type(error).__name__}: {error}); take it from a copy of the run, or train again."
+            f"{path}: is no config of a run ({reason}); take it from a copy of the run, or train again."
         ) from error
 
 

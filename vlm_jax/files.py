@@ -107,3 +107,13 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
     return content
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a file in UTF-8. Raises ConfigError with its name when it cannot be written."""
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror}; give another path."
+        ) from error

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from vlm_jax import benchmarks, experiment, files, fingerprint
+from vlm_jax import benchmarks, content, experiment, files
 from vlm_jax.benchmarks import predictions
 from vlm_jax.benchmarks.predictions import Answer
 from vlm_jax.config import ConfigError, check_choice, check_positive
@@ -114,7 +114,7 @@ class Task:
     def mark(self, row: dict[str, Any]) -> str:
         """The fingerprint of a question."""
         replies = row["replies"] if self.is_chosen(row) else None
-        return fingerprint.question(row, self.image_root, self.features, replies)
+        return content.of_question(row, self.image_root, self.features, replies)
 
     @functools.cached_property
     def _by_id(self) -> dict[str, dict[str, Any]]:
@@ -139,7 +139,7 @@ def open_tasks(settings: EvalConfig, workdir: Path) -> list[Task]:
     """
     experiment.check_image_roots("eval", settings.image_roots)
     made_with = {
-        **fingerprint.run(settings.checkpoint),
+        **content.of_run(settings.checkpoint),
         "max_new_tokens": settings.max_new_tokens,
         "temperature": settings.temperature,
         "top_p": settings.top_p,
@@ -206,7 +206,7 @@ def _check_run(task: Task, checkpoint: str, made_with: Mapping[str, Any]) -> Non
     """Raises ConfigError unless run.json says that the answers were made as they would be now."""
     path, advice = task.folder / "run.json", "give another workdir, or delete it"
     before = files.read_json(path) if path.is_file() else {}
-    if not before.keys() >= fingerprint.PARTS:
+    if not before.keys() >= content.PARTS:
         raise ConfigError(
             f"--workdir: {str(task.folder)!r} holds answers of which no run.json says by which weights they were made (an "
             f"older version wrote none that does); {advice}."

@@ -25,11 +25,11 @@ SAMPLES, BLOCK = (
     2**16,
 )  # of a larger file: evenly spaced blocks, the first and the last among them
 PATHS = ("annotations", "image_roots", "tokenizer", "features_dir")  # of data: names, not contents
-PARTS = {"weights", "prompts"}  # what `run` gives
+PARTS = {"weights", "prompts"}  # what `of_run` gives
 TOKENIZER = ("tokenizer*", "special_tokens*", "added_tokens*", "vocab.json", "merges.txt")
 
 
-def run(workdir: str) -> dict[str, str]:
+def of_run(workdir: str) -> dict[str, str]:
     """{"weights": .., "prompts": ..} of the newest checkpoint of a training workdir, and of how the run words a prompt.
 
     Orbax names the files of each save by random numbers, so that a run that was trained anew differs even where the
@@ -52,7 +52,7 @@ def run(workdir: str) -> dict[str, str]:
     }
 
 
-def question(
+def of_question(
     row: Mapping[str, Any],
     image_root: str,
     features: Features | None,
