@@ -110,7 +110,7 @@ def _without(field):
         (lambda c: c["laws"]["f"].update(resamples=[]), "is damaged ("),
         (lambda c: c["laws"]["f"].update(lms={}), "is damaged (the law of family 'f' has no"),
         (
-            lambda c: c["laws"]["f"]["law"].update(A=None),
+            lambda c: c["laws"]["f"]["law"].update(A=float("nan")),
             "is damaged (the law of family 'f' has no",
         ),
         (lambda c: c["laws"]["f"]["law"].update(B=1), "is damaged (TypeError"),

@@ -53,7 +53,8 @@ def append(
     more = beside or {}
     records = [{"id": i, "text": text, **more.get(i, {})} for i, text in answers]
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    with path.open("a", encoding="utf-8") as file:
+    # A lone surrogate, which a JSON file may hold and UTF-8 may not, becomes its JSON escape.
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write("".join(lines))
 
 
