@@ -115,6 +115,13 @@ def test_a_byte_that_is_no_text_is_named_by_its_line(tmp_path):
     )
 
 
+def test_utf_16_without_its_mark_is_refused(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes("one\n".encode("utf-16-le"))
+    with pytest.raises(ConfigError, match=r"a:1: byte 0x00 is in no text; save the file as UTF-8"):
+        files.read_text(path)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -79,7 +79,7 @@ def read_text(path: str | Path) -> str:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
     encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), "utf-8")
     try:
-        return data.decode(encoding)
+        text = data.decode(encoding)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         byte, name = (
@@ -89,6 +89,10 @@ def read_text(path: str | Path) -> str:
         raise ConfigError(
             f"{path}:{line}: byte 0x{byte} is no character in {name}; save the file as UTF-8."
         ) from error
+    if "\0" in text:  # UTF-16 without its mark, or no text at all
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise ConfigError(f"{path}:{line}: byte 0x00 is in no text; save the file as UTF-8.")
+    return text
 
 
 def parse_json(text: str | bytes, where: str) -> Any:

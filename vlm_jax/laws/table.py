@@ -25,6 +25,7 @@ REQUIRED = ("lm_params", "visual_tokens", "error")
 Number = int | float
 DIVIDERS = ",;\t"  # of cells; of equally many the first
 COMMAS = re.compile(r"[-+]?[\d.]*,[\d.,]*")  # 0,42 and 7,000,000
+LARGEST_LM, MOST_TOKENS = 1e15, 1e9  # beyond which powers of them overflow, and no model lies
 SMALLEST_LM = 1_000  # parameters; below it the column surely holds billions
 
 
@@ -191,8 +192,11 @@ def _check(fields: dict, where: str) -> None:
     if not SMALLEST_LM <= params < math.inf:
         hint = f"; give parameters, not billions ({params * 1e9:g}?)" if params > 0 else ""
         raise ConfigError(f"{where}: lm_params {params:g} is below {SMALLEST_LM}{hint}.")
-    if tokens < 1:
-        raise ConfigError(f"{where}: visual_tokens {tokens} must be at least 1.")
+    if params > LARGEST_LM:
+        raise ConfigError(f"{where}: lm_params {params:g} is above {LARGEST_LM:g}.")
+    if not 1 <= tokens <= MOST_TOKENS:
+        bound = "at least 1" if tokens < 1 else f"at most {MOST_TOKENS:g}"
+        raise ConfigError(f"{where}: visual_tokens {tokens:g} must be {bound}.")
     for name in ("n", "flops", "seconds"):
         if (fields.get(name) or 0) < 0:
             raise ConfigError(f"{where}: {name} {fields[name]:g} is negative; leave it empty.")
