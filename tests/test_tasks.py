@@ -54,6 +54,10 @@ def answered(world, **fields):
     return task
 
 
+def records(task):
+    return [line for _, line in predictions.read_lines(task.predictions)]
+
+
 def edit(world, change):
     """Rewrites the annotations: `change` gets the list of records."""
     path = world / "data" / "data.json"
@@ -184,7 +188,7 @@ def test_a_damaged_run_json_is_one_line(world, content):
 
 def test_predictions_hold_question_and_gold_on_request_and_are_read_as_before(world):
     task = answered(world, with_questions=True)
-    record = predictions.read_records(task.predictions)[0]
+    record = records(task)[0]
     assert record == {
         "id": "red/0", "text": "red", "asked": task.mark(task.rows[0]), "question": "<image>\nWhat colour is this ?",
         "gold": "red",
@@ -199,7 +203,7 @@ def test_a_lone_surrogate_in_a_question_is_kept(world):
 
     edit(world, odd)
     task = answered(world, with_questions=True)
-    record = next(r for r in predictions.read_records(task.predictions) if r["id"] == "hello/0")
+    record = next(r for r in records(task) if r["id"] == "hello/0")
     assert record["question"] == "Say \ud800"
     assert opened(world).unanswered == []
 

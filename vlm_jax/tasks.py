@@ -223,7 +223,7 @@ def _check_run(task: Task, checkpoint: str, made_with: Mapping[str, Any]) -> Non
 
 def _check_questions(task: Task, rows: Mapping[str, dict[str, Any]]) -> None:
     """Raises ConfigError when an answer in the predictions is to a question that is another one now, or gone."""
-    records = predictions.read_records(task.predictions)
+    records = [line for _, line in predictions.read_lines(task.predictions)]
     known = [record for record in records if record["id"] in rows]
     with ThreadPoolExecutor(8) as pool:  # pictures are read, mostly waiting for the disk
         now = pool.map(lambda record: task.mark(rows[record["id"]]), known)

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_jax import files
 from vlm_jax.config import ConfigError
 
 Answer = tuple[str, str]  # id, text
@@ -19,16 +18,20 @@ Answer = tuple[str, str]  # id, text
 
 def read(path: str | Path) -> list[Answer]:
     """Every line, in order. Raises ConfigError with file and line number for one that is not an answer."""
-    return [(record["id"], record["text"]) for record in read_records(path)]
+    return [answer(where, line) for where, line in read_lines(path)]
 
 
-def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """As `read`, with whatever else the lines hold."""
+def read_lines(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
+    """(file and line number, object) of every line that is not blank. Raises ConfigError for one that is no JSON object."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"predictions: {path} does not exist; give a predictions.jsonl.")
-    lines = path.read_bytes().split(b"\n")
-    return [_parse(line, f"{path}:{i}") for i, line in enumerate(lines, start=1) if line.strip()]
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ConfigError(f"predictions: {path} cannot be read: {error.strerror}.") from error
+    places = [(f"{path}:{i}", line) for i, line in enumerate(lines, start=1) if line.strip()]
+    return [(where, _parse(line, where)) for where, line in places]
 
 
 def resume(path: Path) -> list[Answer]:
@@ -90,12 +93,19 @@ def pair(
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
-    answer = files.parse_json(line, f"predictions: {where}")
-    strings = isinstance(answer, dict) and all(
-        isinstance(answer.get(k), str) for k in ("id", "text")
-    )
-    if not strings:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"predictions: {where} is not valid JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"predictions: {where} must be an object, got {value!r:.80}.")
+    return value
+
+
+def answer(where: str, line: dict[str, Any]) -> Answer:
+    """Of one line. Raises ConfigError for one that is not {"id": str, "text": str}."""
+    if not all(isinstance(line.get(k), str) for k in ("id", "text")):
         raise ConfigError(
-            f'predictions: {where} must be {{"id": str, "text": str}}, got {answer!r:.80}.'
+            f'predictions: {where} must be {{"id": str, "text": str}}, got {line!r:.80}.'
         )
-    return answer
+    return line["id"], line["text"]

@@ -242,7 +242,7 @@ def _label_costs(axes: Axes) -> None:
     low, high = axes.get_xlim()
     if high / low >= 100:
         return
-    subs = [1, 2, 5] if high / low >= 5 else []
+    subs = [1, 2, 5] if high / low >= 10 else []
     axes.xaxis.set_major_locator(
         LogLocator(subs=subs) if subs else MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10])
     )
