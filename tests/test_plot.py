@@ -1,5 +1,7 @@
 """Figures: exactly the table's points and the fit's curves, the same bytes each time."""
 
+import itertools
+
 import numpy as np
 import pytest
 import tables
@@ -69,7 +71,7 @@ def test_the_labels_of_costs_never_touch(low, ratio):
     plot.finish(axes, "cost", "error")
     labels = label_boxes(figure, axes)
     assert 2 <= len(labels) <= 9
-    assert all(b.x0 - a.x1 > 4 for a, b in zip(labels, labels[1:], strict=False))
+    assert all(b.x0 - a.x1 > 4 for a, b in itertools.pairwise(labels))
 
 
 def label_boxes(figure, axes):
@@ -83,7 +85,7 @@ def label_boxes(figure, axes):
 
 
 def test_sizes_that_lie_close_together_share_a_label():
-    figure, axes = plot.canvas()
+    _, axes = plot.canvas()
     axes.plot([1.06e8, 7e9], [0.5, 0.4])
     axes.set_xscale("log")
     assert plot.apart([1.06e8, 1.34e8, 3.6e8, 6.9e9, 7e9], axes) == [1.34e8, 3.6e8, 7e9]
