@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -113,7 +114,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes a file in UTF-8. Raises ConfigError with its name when it cannot be written."""
     try:
         Path(path).write_text(text, encoding="utf-8")
