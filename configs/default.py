@@ -47,6 +47,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.eval.checkpoint = ""  # workdir of the training run to evaluate
     c.eval.benchmarks = ()  # names in benchmarks.BENCHMARKS
     c.eval.annotations = ()  # one directory per benchmark, with its native files
+    c.eval.image_roots = ()  # one folder per benchmark, "" = its annotations'; () = all ""
     c.eval.batch_size = 16  # prompts per step, all devices together
     c.eval.mode = "generation"  # generation | likelihood (of the replies to closed questions)
     c.eval.max_new_tokens = 128  # per answer (LLaVA-1.5's evaluation)
@@ -58,6 +59,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.eval.visual_tokens = (
         0  # per image; 0 = as the model's config says (M3 and MQT can show others)
     )
+    c.eval.with_questions = False  # predictions.jsonl with each question and its gold answer
     c.eval.query = ""  # first_turn | last_turn | none; "" = as in training
     return c.lock()
 

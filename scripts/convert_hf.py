@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the package and its configs, from a checkout
 
-from vlm_jax import cli, experiment, presets  # noqa: E402
+from vlm_jax import cli, experiment, files, presets  # noqa: E402
 from vlm_jax.config import DTYPES, ConfigError  # noqa: E402
 from vlm_jax.data import templates, tokenizer  # noqa: E402
 from vlm_jax.hf import directory, naming  # noqa: E402
@@ -207,7 +207,7 @@ def recorded_base(workdir: Path) -> str | None:
     """The directory that an imported model came from."""
     if not (workdir / SOURCE).is_file():
         return None
-    base = json.loads((workdir / SOURCE).read_text())["base"]
+    base = str(files.read_json(workdir / SOURCE).get("base"))
     if not directory.is_model(base):
         raise ConfigError(
             f"{str(workdir)!r} was imported from {base!r}, which is gone; give --base=DIR, or --standalone to write "

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -112,6 +113,7 @@ def test_a_killed_evaluation_asks_only_what_is_missing(world, first, tmp_path, m
     """Cut after five answers, inside the sixth."""
     whole = (first[0] / "llava" / "predictions.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "llava").mkdir()
+    shutil.copy(first[0] / "llava" / "run.json", tmp_path / "llava")
     (tmp_path / "llava" / "predictions.jsonl").write_text("".join(whole[:5]) + whole[5][:9])
     asked = []
     ask = answer.Answerer.ask
@@ -205,7 +207,9 @@ def test_the_question_that_is_looked_at_may_be_another_than_in_training(world):
         evaluate.evaluate(config(world, query="second_turn"), str(world / "nowhere"))
 
 
-def test_hidden_gold_is_answered_and_uploaded_and_the_rest_is_scored(world, tmp_path, capsys):
+def test_hidden_gold_is_answered_and_uploaded_and_the_rest_is_scored(
+    world, tmp_path, capsys, caplog
+):
     """VQAv2's test split beside GQA, both in their native files: one row in errors.csv, two files to upload."""
     data, pictures = tmp_path / "data", sorted((world / "images").iterdir())
     for i, picture in enumerate(pictures[:3]):
@@ -221,6 +225,7 @@ def test_hidden_gold_is_answered_and_uploaded_and_the_rest_is_scored(world, tmp_
     (data / "testdev_balanced_questions.json").write_text(json.dumps(gqa))
     cfg = config(world, benchmarks=("vqav2", "gqa"), annotations=(str(data), str(data)))
     workdir = tmp_path / "run"
+    caplog.set_level("INFO")
     (scored,) = evaluate.evaluate(cfg, str(workdir))
     texts = answers(workdir, "gqa")
     right = sum(text.lower().rstrip(".") == "red" for text in texts.values())
@@ -231,6 +236,14 @@ def test_hidden_gold_is_answered_and_uploaded_and_the_rest_is_scored(world, tmp_
     uploaded = {str(one["question_id"]): one["answer"] for one in json.loads(upload.read_text())}
     assert uploaded == {i: vqa.normalise(text) for i, text in answers(workdir, "vqav2").items()}
     assert set(uploaded) == {"10", "11", "12"}
+    caplog.clear()
+    alone = config(world, benchmarks=("vqav2",), annotations=(str(data),))
+    assert evaluate.evaluate(alone, str(tmp_path / "alone")) == []
+    assert (tmp_path / "alone" / "vqav2" / upload.name).read_bytes() == upload.read_bytes()
+    assert not (tmp_path / "alone" / "errors.csv").exists()
+    assert caplog.messages[-1] == (
+        "no row for errors.csv: all gold answers are hidden; send in the uploads"
+    )
     words = ["--score", "--benchmark=vqav2", f"--annotations={data}"]
     words += [f"--predictions={workdir / 'vqav2' / 'predictions.jsonl'}"]
     assert evaluate.main(words) == 2

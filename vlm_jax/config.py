@@ -57,6 +57,8 @@ def check_positive(owner: str, **values: float) -> None:
     for name, value in values.items():
         if not value > 0:
             raise ConfigError(f"{owner}: {name} must be positive, got {value!r}.")
+        if value == math.inf:
+            raise ConfigError(f"{owner}: {name} must be finite, got {value!r}.")
 
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -6,13 +6,13 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from vlm_jax import presets
+from vlm_jax import files, presets
 from vlm_jax.config import (
     LM_LINEARS,
     SCORED,
@@ -50,6 +50,7 @@ MOVABLE = ("data.annotations", "data.image_roots")
 def resolve(cfg: ConfigDict) -> Experiment:
     """The frozen settings of an experiment config; presets are filled in. Raises ConfigError for a wrong value."""
     config = cfg.to_dict()
+    files.check_settings(config)
     return Experiment(
         model=presets.vlm(config["model"]),
         data=build(DataConfig, config["data"]),
@@ -71,14 +72,8 @@ def check_inputs(experiment: Experiment) -> None:
         _must_exist(
             "data: annotations", path, "give the path of a .json or .jsonl file or a tfds directory"
         )
-    for path in filter(None, data.image_roots):
-        if data.max_images and not data.features_dir:
-            _must_exist(
-                "data: image_roots",
-                path,
-                "give the folder that the records' image paths start from",
-                folder=True,
-            )
+    if data.max_images and not data.features_dir:
+        check_image_roots("data", data.image_roots)
     if not data.tokenizer:
         raise ConfigError(
             "data: tokenizer is not set; give --config.data.tokenizer=DIR with a Hugging Face tokenizer."
@@ -102,6 +97,13 @@ def check_inputs(experiment: Experiment) -> None:
             )
         elif source and part == "lm":
             has_adapters(source, experiment.model.lm)
+
+
+def check_image_roots(owner: str, roots: Sequence[str]) -> None:
+    """Raises ConfigError for the first folder that does not exist; "" names none."""
+    for path in filter(None, roots):
+        fix = "give the folder that the records' image paths start from"
+        _must_exist(f"{owner}: image_roots", path, fix, folder=True)
 
 
 def has_adapters(workdir: str, lm: LMConfig) -> bool:
@@ -133,6 +135,7 @@ def _must_exist(owner: str, path: str, fix: str, folder: bool = False) -> None:
 
 def open_workdir(workdir: str) -> Path:
     """The absolute path of `workdir`, made if it is missing. Raises ConfigError when nothing can be written there."""
+    files.check_local("--workdir", workdir)
     path = Path(workdir).absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -167,12 +170,19 @@ def finish(workdir: Path, metrics: Mapping[str, float]) -> None:
 
 
 def finished(workdir: Path) -> dict[str, float] | None:
-    """The final metrics of a finished run whose last checkpoint is still there; None otherwise."""
+    """The final metrics of a finished run whose last checkpoint is still there; None otherwise.
+
+    Raises ConfigError when `final.json` is damaged.
+    """
     path = workdir / "final.json"
-    metrics = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"step": None}
-    return (
-        metrics if metrics["step"] is not None and metrics["step"] == last_step(workdir) else None
-    )
+    if not path.is_file():
+        return None
+    metrics = files.read_json(path)
+    if not {"step", "loss"} <= metrics.keys():
+        raise ConfigError(
+            f"{path}: lacks the step and the loss of a finished run; delete it, and the same command writes it again."
+        )
+    return metrics if metrics["step"] == last_step(workdir) else None
 
 
 def _write_json(content: Mapping[str, Any], path: Path) -> None:
@@ -183,15 +193,29 @@ def _write_json(content: Mapping[str, Any], path: Path) -> None:
 
 
 def read(workdir: str | Path) -> Experiment:
-    """The settings of a run, from its `config.json`. Raises ConfigError when there is none."""
+    """The settings of a run, from its `config.json`. Raises ConfigError when there is none or it is damaged."""
+    files.check_local("workdir of a run", str(workdir))
     path = Path(workdir) / "config.json"
     if not path.is_file():
         raise ConfigError(f"{str(path)!r} does not exist; give the workdir of a training run.")
-    if is_model(workdir):
+    saved = files.read_json(path)
+    if "model_type" in saved:
         raise ConfigError(
             f"{str(workdir)!r} is a Hugging Face directory, not a run; convert it first: scripts/convert_hf.py {workdir} OUT."
         )
-    saved = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return _restored(saved)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ConfigError(
+            f"{path}: is no config of a run ({reason}); take it from a copy of the run, or train again."
+        ) from error
+
+
+def _restored(saved: Mapping[str, Any]) -> Experiment:
+    """What `write` saved."""
     model = dict(saved["model"])
     lm = dict(model["lm"], rope_scaling=build(RopeScaling, model["lm"]["rope_scaling"]))
     parts = {

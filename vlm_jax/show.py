@@ -27,7 +27,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 from ml_collections import ConfigDict
 
-from vlm_jax import cli, experiment
+from vlm_jax import cli, experiment, files
 from vlm_jax.config import ConfigError, build, check_choice
 from vlm_jax.data import images
 from vlm_jax.data.queries import QUERIES
@@ -70,6 +70,7 @@ def show(cfg: ConfigDict, image: str, question: str, out: str) -> Path:
 
     Raises ConfigError for a run without a checkpoint, an image that cannot be read, or a path that cannot be written.
     """
+    files.check_settings(cfg.to_dict())
     checkpoint = cfg.eval.checkpoint
     if not checkpoint:
         raise ConfigError(

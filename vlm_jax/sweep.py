@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from vlm_jax import benchmarks, cli, experiment, presets
+from vlm_jax import benchmarks, cli, experiment, files, presets
 from vlm_jax.config import ConfigError, check_choice, stride_for
 from vlm_jax.evaluate import evaluate
 from vlm_jax.laws import fit, law, report, table
@@ -319,7 +319,7 @@ class Clock:
         self.seconds: dict[str, float] = {}
         for known in (*others, path):
             if known.is_file():
-                self.seconds |= json.loads(known.read_text())
+                self.seconds |= files.read_json(known)
 
     @contextlib.contextmanager
     def part(self, name: str) -> Generator[None, None, None]:

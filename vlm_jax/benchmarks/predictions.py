@@ -1,10 +1,13 @@
-"""predictions.jsonl: one {"id", "text"} per line, appended while a model answers, paired with rows when scored."""
+"""predictions.jsonl: one {"id", "text"} per line, appended while a model answers, paired with rows when scored.
+
+An evaluation adds "asked", the fingerprint of the question, and on request "question" and "gold"; scoring reads none of them.
+"""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +46,18 @@ def resume(path: Path) -> list[Answer]:
     return read(path)
 
 
-def append(path: Path, answers: Iterable[Answer]) -> None:
-    """Adds the answers in one write that ends with a newline, so that a kill tears at most the last line."""
-    lines = [json.dumps({"id": i, "text": text}, ensure_ascii=False) + "\n" for i, text in answers]
-    with path.open("a", encoding="utf-8") as file:
+def append(
+    path: Path, answers: Iterable[Answer], beside: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+    """Adds the answers in one write that ends with a newline, so that a kill tears at most the last line.
+
+    beside: other fields of a line, by id.
+    """
+    more = beside or {}
+    records = [{"id": i, "text": text, **more.get(i, {})} for i, text in answers]
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    # A lone surrogate, which a JSON file may hold and UTF-8 may not, becomes its JSON escape.
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write("".join(lines))
 
 

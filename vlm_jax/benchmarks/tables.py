@@ -16,13 +16,12 @@ import argparse
 import csv
 import dataclasses
 import io
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_jax import cli
+from vlm_jax import cli, files
 from vlm_jax.benchmarks import BENCHMARKS
 from vlm_jax.benchmarks.records import shown
 from vlm_jax.config import ConfigError
@@ -56,10 +55,7 @@ def read(argument: str) -> Run:
     file = path / "scores.json" if path.is_dir() else path
     if not file.is_file():
         raise ConfigError(f"tables: no file {file}; give a directory with scores.json, or a file.")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"tables: {file} is not valid JSON: {error}.") from error
+    content = files.parse_json(files.read_text(file), f"tables: {file}")
     results = content if isinstance(content, list) else [content]
     scores: dict[str, Mapping[str, Any]] = {}
     for result in results:
@@ -89,12 +85,11 @@ def _model(errors: Path) -> tuple[str, str]:
     """Compressor and visual tokens of an errors.csv; several, if it has rows of several models, joined by "/"."""
     if not errors.is_file():
         return "", ""
+    lines = [line for line in files.read_text(errors).splitlines() if line[:1] != "#"]
     try:
-        text = errors.read_text(encoding="utf-8-sig")
-        lines = [line for line in text.splitlines(keepends=True) if line[:1] != "#"]
         rows = list(csv.DictReader(lines))
-    except (OSError, ValueError, csv.Error) as error:
-        raise ConfigError(f"tables: {errors} is not a valid CSV: {error}.") from error
+    except csv.Error as error:
+        raise ConfigError(f"tables: {errors} is not valid CSV: {error}.") from error
     found = []
     for column in ("compressor", "visual_tokens"):
         values = dict.fromkeys(row[column] for row in rows if row.get(column))
