@@ -35,7 +35,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vlm_jax import benchmarks, cli, experiment, presets
 from vlm_jax.benchmarks import predictions
 from vlm_jax.config import ConfigError, LMConfig, build, check_choice, check_positive, with_tokens
-from vlm_jax.data import tokenizer
+from vlm_jax.data import feature_cache, tokenizer
 from vlm_jax.data.queries import QUERIES
 from vlm_jax.laws import table
 from vlm_jax.run_config import Experiment, MeshConfig
@@ -138,10 +138,7 @@ def evaluate(cfg: ConfigDict, workdir: str) -> list[Score]:
         with_tokens(run.model.compressor, run.model.vit.grid, settings.visual_tokens)
     if settings.features_dir:
         experiment.check_cacheable(run.model)
-    if settings.features_dir and not (Path(settings.features_dir) / "index.json").is_file():
-        raise ConfigError(
-            f"eval: features_dir {settings.features_dir!r} holds no index.json; cache the features first."
-        )
+        feature_cache.check(settings.features_dir, run.model, run.data)
     folder = experiment.open_workdir(workdir)
     tasks = [
         open_task(name, annotations, settings, folder)

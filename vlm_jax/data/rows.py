@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import ml_dtypes
 import numpy as np
 from jaxtyping import UInt8
 
@@ -52,15 +53,15 @@ def make_chat(cfg: DataConfig, visual_tokens: int) -> Chat:
 
 
 class Features:
-    """A cache of encoder features: last.npy [N P C], taps.npy [N P Z] (absent if equal), index.json {path: row}."""
+    """A cache of encoder features (see data/feature_cache.py): last.npy [N P C], taps.npy [N P Z] (absent if equal), index.json."""
 
     def __init__(self, directory: str):
         self.directory = directory
         with open(os.path.join(directory, "index.json"), encoding="utf-8") as file:
             self.rows: dict[str, int] = json.load(file)
-        self.last = np.load(os.path.join(directory, "last.npy"), mmap_mode="r")
+        self.last = _open(os.path.join(directory, "last.npy"))
         taps = os.path.join(directory, "taps.npy")
-        self.taps = np.load(taps, mmap_mode="r") if os.path.isfile(taps) else None
+        self.taps = _open(taps) if os.path.isfile(taps) else None
         if self.rows and max(self.rows.values()) >= len(self.last):
             raise ConfigError(
                 f"data: {directory}: index.json points past the {len(self.last)} rows of last.npy."
@@ -71,6 +72,12 @@ class Features:
         last = _take(self.last, rows)
         taps = last if self.taps is None else _take(self.taps, rows)
         return {"feature_last": last, "feature_taps": taps}
+
+
+def _open(path: str) -> np.ndarray:
+    """A memory-mapped table; bits of bfloat16, which NumPy cannot store by name, become numbers again."""
+    table = np.load(path, mmap_mode="r")
+    return table.view(ml_dtypes.bfloat16) if table.dtype == np.uint16 else table
 
 
 def _take(table: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -392,5 +392,6 @@ def check_paths(cfg: DataConfig) -> None:
         for name in ("index.json", "last.npy"):
             if not os.path.isfile(os.path.join(cfg.features_dir, name)):
                 raise ConfigError(
-                    f"data: features_dir {cfg.features_dir!r} holds no {name}; write the cache first."
+                    f"data: features_dir {cfg.features_dir!r} holds no {name}; write the cache first (python -m "
+                    "vlm_jax.features)."
                 )
