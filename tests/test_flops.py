@@ -303,7 +303,6 @@ def step_of(case: dict, folder):
 @pytest.mark.parametrize("case", STEPS.values(), ids=STEPS)
 def test_a_training_step_is_within_two_percent_of_xla(case, tmp_path):
     count, measured = step_of(case, tmp_path)
-    print(count, count.total / measured)
     assert count.total == pytest.approx(measured, rel=0.02)
 
 

@@ -541,11 +541,17 @@ def test_what_no_format_describes_fails_by_name(tmp_path):
             run()
 
 
-@pytest.mark.parametrize("name", ["llava_mlp", "quecc", "tokenpacker"])
+@pytest.mark.parametrize("name", ["llava_mlp", "quecc", "tokenpacker", "m3", "mqt"])
 def test_end_to_end_files_start_from_pixels(tmp_path, name):
-    settings = {"llava_mlp": {}, "quecc": QUECC, "tokenpacker": {"scale_factor": 2, "num_heads": 4}}
+    settings = {
+        "llava_mlp": {}, "quecc": QUECC, "tokenpacker": {"scale_factor": 2, "num_heads": 4}, "m3": {"scales": [4]},
+        "mqt": {"num_heads": 4, "query_grid": 2, "token_counts": [3]},
+    }  # fmt: skip
+    maps = {"0.weight": (20, 8), "0.bias": (20,), "2.weight": (20, 20), "2.bias": (20,)}
     shapes = {
-        "llava_mlp": {"0.weight": (20, 8), "0.bias": (20,), "2.weight": (20, 20), "2.bias": (20,)},
+        "llava_mlp": maps,
+        "m3": maps,
+        "mqt": elastic_numpy.shapes_mqt(8, 2, 20),
         "quecc": twin.shapes_quecc(8, 32, 12, 20, 2),
         "tokenpacker": twin.shapes_tokenpacker(8, 32, 20),
     }
@@ -561,6 +567,8 @@ def test_end_to_end_files_start_from_pixels(tmp_path, name):
     )
     tokens = {
         "llava_mlp": lambda: twin.mlp(state, "0", "2", last),
+        "m3": lambda: elastic_numpy.pooled(twin.mlp(state, "0", "2", last), 2),
+        "mqt": lambda: elastic_numpy.mqt(state, last, 4, 3),
         "quecc": lambda: twin.quecc(state, last, multi, given["text"], 4, 2)[1],
         "tokenpacker": lambda: twin.tokenpacker(state, last, multi, 4, 2)[1],
     }[name]()

@@ -86,5 +86,6 @@ def test_a_bar_leaves_compiling_behind_with_the_first_step(monkeypatch, capsys):
     display.first({"step": 1, "loss": 2.5})
     assert display.speed(1, None) == {}
     display.close()
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert "1/100" in last and "loss 2.5000" in last and "compiling" not in last
+    shown = [line for line in capsys.readouterr().out.splitlines() if "/100" in line]
+    assert "0/100" in shown[0] and "compiling" in shown[0]
+    assert "1/100" in shown[-1] and "loss 2.5000" in shown[-1] and "compiling" not in shown[-1]

@@ -49,6 +49,11 @@ def run(exp: Experiment, workdir: Path) -> dict[str, float]:
         int(exp.train.num_epochs * pipeline.steps_per_epoch(exp.data, visual_tokens)), 1
     )
     p = plan(exp, sharding.mesh_of(exp), num_steps)
+    if exp.data.features_dir and "vit" in p.state.trainable:
+        raise ConfigError(
+            f"optim: trainable {exp.optim.trainable!r} takes parameters of the encoder, whose features come from a cache; "
+            "freeze it, or set data.features_dir to ''."
+        )
     with contextlib.ExitStack() as stack:
         if first:
             stack.enter_context(disk.lock(workdir))
@@ -84,16 +89,10 @@ def run(exp: Experiment, workdir: Path) -> dict[str, float]:
 
 
 def check_features(p: Plan, state: TrainState) -> None:
-    """Raises ConfigError when the run reads cached features that are not those of its own, frozen encoder."""
+    """Raises ConfigError when the run reads cached features that are not those of its own encoder."""
     data = p.experiment.data
-    if not (data.features_dir and data.max_images):
-        return
-    if "vit" in state.trainable:
-        raise ConfigError(
-            f"optim: trainable {p.experiment.optim.trainable!r} takes parameters of the encoder, whose features come from "
-            f"a cache; freeze it, or set data.features_dir to ''."
-        )
-    weights.check_cached(data.features_dir, p.experiment.model, state.frozen["vit"])
+    if data.features_dir and data.max_images:
+        weights.check_cached(data.features_dir, p.experiment.model, state.frozen["vit"])
 
 
 def begin(p: Plan) -> TrainState:
