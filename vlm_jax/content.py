@@ -16,7 +16,7 @@ from typing import Any
 
 from vlm_jax import experiment, files
 from vlm_jax.config import ConfigError
-from vlm_jax.data import sources
+from vlm_jax.data import records
 from vlm_jax.data.rows import Features
 
 WHOLE = 16 * 2**20  # bytes up to which a file is read to its end: every picture, small weights
@@ -62,13 +62,13 @@ def of_question(
 
     Raises BadRecord for a row that cannot be asked.
     """
-    record = sources.parse(dict(row), "questions", image_root, row["id"], generate=True)
+    record = records.parse(dict(row), "questions", image_root, row["id"], generate=True)
     words = dataclasses.replace(record, file="", root="", images=())
     shown = (_picture(image, record.root, features) for image in record.images)
     return _digest([repr(words), repr(replies and tuple(replies)), *shown])
 
 
-def _picture(image: sources.Image, root: str, features: Features | None) -> str:
+def _picture(image: records.Image, root: str, features: Features | None) -> str:
     if features is not None:
         row = features.rows.get(image) if isinstance(image, str) else None
         return "absent" if row is None else _features(features, row)

@@ -26,7 +26,6 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -37,7 +36,7 @@ from vlm_jax import benchmarks, cli, experiment, files, presets
 from vlm_jax.benchmarks import answers as saved
 from vlm_jax.benchmarks import predictions
 from vlm_jax.config import ConfigError, LMConfig, build, with_tokens
-from vlm_jax.data import tokenizer
+from vlm_jax.data import feature_cache, tokenizer
 from vlm_jax.laws import table
 from vlm_jax.run_config import Experiment, MeshConfig
 from vlm_jax.tasks import MODES, EvalConfig, Task, open_tasks
@@ -64,10 +63,7 @@ def evaluate(cfg: ConfigDict, workdir: str) -> list[Score]:
         with_tokens(run.model.compressor, run.model.vit.grid, settings.visual_tokens)
     if settings.features_dir:
         experiment.check_cacheable(run.model)
-    if settings.features_dir and not (Path(settings.features_dir) / "index.json").is_file():
-        raise ConfigError(
-            f"eval: features_dir {settings.features_dir!r} holds no index.json; cache the features first."
-        )
+        feature_cache.check(settings.features_dir, run.model, run.data)
     folder = experiment.open_workdir(workdir)
     tasks = open_tasks(settings, folder)
     from vlm_jax.answer import Answerer  # here, not above: jax and orbax take seconds

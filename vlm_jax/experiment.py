@@ -24,7 +24,7 @@ from vlm_jax.config import (
     VLMConfig,
     build,
 )
-from vlm_jax.data import fingerprint, tokenizer
+from vlm_jax.data import feature_cache, fingerprint, tokenizer
 from vlm_jax.hf.describe import check_agrees
 from vlm_jax.hf.directory import is_model
 from vlm_jax.run_config import (
@@ -64,6 +64,22 @@ def resolve(cfg: ConfigDict) -> Experiment:
 def check_inputs(experiment: Experiment) -> None:
     """Raises ConfigError for the first file or directory that the run needs and that is not there."""
     data = experiment.data
+    check_sources(data)
+    if not data.tokenizer:
+        raise ConfigError(
+            "data: tokenizer is not set; give --config.data.tokenizer=DIR with a Hugging Face tokenizer."
+        )
+    tokenizer.check_directory(data.tokenizer)
+    if data.features_dir:
+        check_cacheable(experiment.model)
+        feature_cache.check(data.features_dir, experiment.model, data)
+    for part, source in dataclasses.asdict(experiment.init).items():
+        if source:
+            check_part(part, source, experiment.model)
+
+
+def check_sources(data: DataConfig) -> None:
+    """Raises ConfigError for the first annotation file or image folder that is not there."""
     if not data.annotations:
         raise ConfigError(
             "data: annotations is empty; give at least one .json, .jsonl or tfds directory."
@@ -74,29 +90,19 @@ def check_inputs(experiment: Experiment) -> None:
         )
     if data.max_images and not data.features_dir:
         check_image_roots("data", data.image_roots)
-    if not data.tokenizer:
+
+
+def check_part(part: str, source: str, model: VLMConfig) -> None:
+    """Raises ConfigError when `source` cannot supply the part of the model."""
+    if is_model(source):
+        check_agrees(source, part, model)
+    elif last_step(source) is None:
         raise ConfigError(
-            "data: tokenizer is not set; give --config.data.tokenizer=DIR with a Hugging Face tokenizer."
+            f"init: {part} {source!r} has no finished checkpoint and is no model directory; give the workdir of a "
+            "training run or a directory with a Hugging Face config.json and *.safetensors."
         )
-    tokenizer.check_directory(data.tokenizer)
-    if data.features_dir:
-        check_cacheable(experiment.model)
-        _must_exist(
-            "data: features_dir",
-            data.features_dir,
-            "cache the encoder's features first",
-            folder=True,
-        )
-    for part, source in dataclasses.asdict(experiment.init).items():
-        if source and is_model(source):
-            check_agrees(source, part, experiment.model)
-        elif source and last_step(source) is None:
-            raise ConfigError(
-                f"init: {part} {source!r} has no finished checkpoint and is no model directory; give the workdir of a "
-                "training run or a directory with a Hugging Face config.json and *.safetensors."
-            )
-        elif source and part == "lm":
-            has_adapters(source, experiment.model.lm)
+    elif part == "lm":
+        has_adapters(source, model.lm)
 
 
 def check_image_roots(owner: str, roots: Sequence[str]) -> None:

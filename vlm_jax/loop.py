@@ -12,10 +12,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 from vlm_jax import (
-    adapters,
     chips,
     compressors,
     disk,
@@ -28,9 +28,9 @@ from vlm_jax import (
 )
 from vlm_jax.checkpoint import Checkpoints
 from vlm_jax.config import ConfigError, RunEnded
+from vlm_jax.costs.flops import batch_flops
 from vlm_jax.data import fingerprint, pipeline, tokenizer
 from vlm_jax.interrupt import Interrupt
-from vlm_jax.laws.flops import step_flops
 from vlm_jax.run_config import Experiment
 from vlm_jax.step import Plan, TrainState, fresh_state, from_saved, make_step, plan, to_saved
 
@@ -51,7 +51,12 @@ def run(exp: Experiment, workdir: Path) -> dict[str, float]:
     num_steps = exp.train.num_steps or max(
         int(exp.train.num_epochs * pipeline.steps_per_epoch(exp.data, visual_tokens)), 1
     )
-    p = plan(exp, sharding.make_mesh(exp.mesh), num_steps)
+    p = plan(exp, sharding.mesh_of(exp), num_steps)
+    if exp.data.features_dir and "vit" in p.state.trainable:
+        raise ConfigError(
+            f"optim: trainable {exp.optim.trainable!r} takes parameters of the encoder, whose features come from a cache; "
+            "freeze it, or set data.features_dir to ''."
+        )
     with contextlib.ExitStack() as stack:
         if first:
             stack.enter_context(disk.lock(workdir))
@@ -69,6 +74,7 @@ def run(exp: Experiment, workdir: Path) -> dict[str, float]:
                 experiment.write(exp, workdir)
                 fingerprint.write(exp.data, workdir)
             state = begin(p)
+        check_features(p, state)
         watch = guard.Guard(exp.train, workdir).notice
         metrics = stack.enter_context(_closing(telemetry.Metrics(workdir, done, first, watch)))
         display = stack.enter_context(_closing(telemetry.Display(num_steps, done, shows=first)))
@@ -98,6 +104,13 @@ def check_agreement(exp: Experiment) -> None:
             f"data: annotations {', '.join(exp.data.annotations)}: process {others[0]} reads other content than process 0; "
             "give every machine the same files."
         )
+
+
+def check_features(p: Plan, state: TrainState) -> None:
+    """Raises ConfigError when the run reads cached features that are not those of its own encoder."""
+    data = p.experiment.data
+    if data.features_dir and data.max_images:
+        weights.check_cached(data.features_dir, p.experiment.model, state.frozen["vit"])
 
 
 def begin(p: Plan) -> TrainState:
@@ -158,7 +171,9 @@ def _loop(
             state, scalars = step_function(state, batch)
             told = {"bad_records": iterator.bad_records, "fill": iterator.fill}
             metrics.append(step, scalars | told, host["ids"])
-            display.add(step, *work(host["tokens"].shape[1], "images" in host))
+            display.add(
+                step, *work(host["tokens"].shape[1], bool({"images", "feature_last"} & host.keys()))
+            )
             if interrupt.reached(step):
                 last = step
             if step % exp.train.save_every == 0 or step == last:
@@ -168,14 +183,14 @@ def _loop(
                 checkpoints.save(step, to_saved(state), iterator)
             if step == done + 1:
                 metrics.flush(step)  # waits for the compilation, which the speed leaves out
-                display.speed(step, None)
+                display.first(metrics.last)
             elif step % exp.train.log_every == 0 or step == last:
                 # The step just sent keeps the device busy; only the ones before it are waited for.
                 computed = step if step == last else step - 1
                 metrics.flush(computed)
-                speed = display.speed(computed, peak)
-                metrics.board(computed, speed)
-                display.report(metrics.last, speed)
+                if speed := display.speed(computed, peak):
+                    metrics.board(computed, speed)
+                    display.report(metrics.last, speed)
             # After the save, whose iterator must have handed out exactly `step` batches.
             if step < last:
                 host = next(iterator)
@@ -186,15 +201,13 @@ def _loop(
 
 
 def _work(p: Plan) -> Callable[[int, bool], tuple[int, float]]:
-    """(slots per row, are images encoded) -> tokens and FLOPs of a step of all processes together."""
-    exp, rows = p.experiment, p.experiment.data.batch_size
-    decoded = rows * compressors.decoder_passes(exp.model)
-    learning = set(adapters.without(p.state.trainable))  # adapters cost next to nothing
+    """(slots per row, does the batch have images) -> tokens and FLOPs of a step of all processes together."""
+    exp, learning = p.experiment, flatten_dict(p.state.trainable, sep="/").keys()
 
     @functools.cache
     def of(length: int, has_images: bool) -> tuple[int, float]:
-        encoded = rows * exp.data.image_slots if has_images else 0
-        return rows * length, step_flops(exp.model, decoded, length, encoded, learning)
+        spent = batch_flops(exp, learning, length, has_images).total
+        return exp.data.batch_size * length, spent
 
     return of
 
