@@ -357,6 +357,7 @@ def command(argv: Sequence[str]) -> None:
             "allow-missing": "with --score: score the questions that are answered",
         },
         required=SCORE_FLAGS if scoring else ("config", "workdir"),
+        about=__doc__ or "",
     )
     if not scoring:
         result: Any = evaluate(flags.config, flags.workdir)

@@ -41,7 +41,7 @@ def train(cfg: ConfigDict, workdir: str) -> dict[str, float]:
 
 
 def command(argv: Sequence[str]) -> None:
-    flags = cli.parse(argv, {"workdir": "directory of the run"})
+    flags = cli.parse(argv, {"workdir": "directory of the run"}, about=__doc__ or "")
     train(flags.config, flags.workdir)
 
 
