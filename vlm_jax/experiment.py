@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from vlm_jax.config import (
 from vlm_jax.data import tokenizer
 from vlm_jax.hf.describe import check_agrees
 from vlm_jax.hf.directory import is_model
+from vlm_jax.hub import hub_hint
+from vlm_jax.inherit import changed, check_part, inherit
 from vlm_jax.run_config import (
     DataConfig,
     Experiment,
@@ -39,14 +41,23 @@ from vlm_jax.run_config import (
 # Fields that a run may change between two starts: none of them changes a loss by more than the order of a sum.
 MUTABLE = (
     "mesh.", "train.log_every", "train.save_every", "train.keep", "train.micro_batches", "train.loss_chunk",
-    "train.on_nonfinite", "train.max_skipped", "train.peer_timeout", "data.num_workers", "model.vit.remat",
+    "train.on_nonfinite", "train.max_skipped", "train.peer_timeout", "train.random_frozen", "data.num_workers", "model.vit.remat",
     "model.vit.sharded", "model.lm.remat", "model.lm.attention",
 )  # fmt: skip
 
 
-def resolve(cfg: ConfigDict) -> Experiment:
-    """The frozen settings of an experiment config; presets are filled in. Raises ConfigError for a wrong value."""
+def resolve(cfg: ConfigDict, given: Sequence[str] = ()) -> Experiment:
+    """The frozen settings of an experiment config; presets are filled in, and with init.from the run's model.
+
+    given: the fields that the command line sets. With init.from they, and those that differ from configs/default.py, must
+    agree with the run's. Raises ConfigError for a wrong value.
+    """
     config = cfg.to_dict()
+    source = config["init"].pop("from")
+    config["init"]["run"] = source
+    if source:
+        _must_have_checkpoint("from", source)
+        config = inherit(config, source, read(source), {*given, *changed(config)})
     return Experiment(
         model=presets.vlm(config["model"]),
         data=build(DataConfig, config["data"]),
@@ -89,16 +100,23 @@ def check_inputs(experiment: Experiment) -> None:
             "cache the encoder's features first",
             folder=True,
         )
-    for part, source in dataclasses.asdict(experiment.init).items():
+    for part, source in experiment.init.sources.items():
         if source and is_model(source):
             check_agrees(source, part, experiment.model)
-        elif source and last_step(source) is None:
-            raise ConfigError(
-                f"init: {part} {source!r} has no finished checkpoint and is no model directory; give the workdir of a "
-                "training run or a directory with a Hugging Face config.json and *.safetensors."
-            )
-        elif source and part == "lm":
-            has_adapters(source, experiment.model.lm)
+        elif source:
+            _must_have_checkpoint(part, source)
+            check_part(part, source, read(source), experiment)
+            if part == "lm":
+                has_adapters(source, experiment.model.lm)
+
+
+def _must_have_checkpoint(part: str, source: str) -> None:
+    if last_step(source) is None:
+        raise ConfigError(
+            f"init: {part} {source!r} has no finished checkpoint and is no model directory; give the workdir of a "
+            "training run or a directory with a Hugging Face config.json and *.safetensors."
+            f"{hub_hint(source)}"
+        )
 
 
 def has_adapters(workdir: str, lm: LMConfig) -> bool:

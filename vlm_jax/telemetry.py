@@ -178,6 +178,14 @@ class Display:
         self._last_time, self._last_step = now, step
         return found | ({"mfu": sum(flops for *_, flops in done) / seconds / peak} if peak else {})
 
+    def first(self, scalars: Mapping[str, float], seconds: float) -> None:
+        """The first step of this start is computed; most of its `seconds` went into the compilation."""
+        text = f"loss {scalars['loss']:.4f}  ({seconds:.0f} s with the compilation)"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=int(scalars["step"]), text=text)
+        elif self._shows:
+            log.info("step %d/%d  %s", int(scalars["step"]), self._total, text)
+
     def report(self, scalars: Mapping[str, float], speed: Mapping[str, float]) -> None:
         """scalars: a line of metrics.jsonl; speed: what `speed` returned."""
         step = int(scalars["step"])

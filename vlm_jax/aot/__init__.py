@@ -42,7 +42,7 @@ def command(argv: Sequence[str]) -> int:
         "train_only": "leave out prefill and decode",
     }
     flags = cli.parse(argv, texts, switches, required=("config", "topology"), about=__doc__ or "")
-    exp = resolve(flags.config)
+    exp = resolve(flags.config, cli.given_fields(argv))
     quiet_environment(flags.topology)
     from vlm_jax.aot import footprint, programs, search  # jax takes seconds: mistakes come first
 

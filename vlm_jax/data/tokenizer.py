@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vlm_jax.config import ConfigError
+from vlm_jax.hub import hub_hint
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -48,7 +49,7 @@ def check_directory(directory: str) -> None:
     """Raises ConfigError unless the directory looks like a saved tokenizer. Needs only os: fast."""
     if not os.path.isdir(directory):
         raise ConfigError(
-            f"data: tokenizer directory {directory!r} does not exist; save one there with save_pretrained."
+            f"data: tokenizer directory {directory!r} does not exist; save one there with save_pretrained.{hub_hint(directory)}"
         )
     if not any(os.path.isfile(os.path.join(directory, name)) for name in FILES):
         raise ConfigError(
