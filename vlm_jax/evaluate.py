@@ -32,7 +32,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vlm_jax import benchmarks, cli, experiment, presets
+from vlm_jax import benchmarks, cli, experiment, outline, presets
 from vlm_jax.benchmarks import predictions
 from vlm_jax.config import ConfigError, LMConfig, build, check_choice, check_positive, with_tokens
 from vlm_jax.data import tokenizer
@@ -122,8 +122,10 @@ class Task:
         return self.mode == "likelihood" and "replies" in row
 
 
-def evaluate(cfg: ConfigDict, workdir: str) -> list[Score]:
+def evaluate(cfg: ConfigDict, workdir: str, say: outline.Say = outline.silent) -> list[Score]:
     """Asks what is not yet answered, scores what has gold answers, and writes uploads, scores.json and errors.csv.
+
+    say: is given the lines that tell what is about to be asked and what was written.
 
     Raises ConfigError, before anything heavy is imported, for wrong settings, missing inputs or predictions of another run.
     """
@@ -147,6 +149,10 @@ def evaluate(cfg: ConfigDict, workdir: str) -> list[Score]:
         open_task(name, annotations, settings, folder)
         for name, annotations in zip(settings.benchmarks, settings.annotations, strict=True)
     ]
+    left = {task.label: (len(task.rows), len(task.unanswered)) for task in tasks}
+    step = experiment.last_step(settings.checkpoint) or 0
+    for line in outline.asking(run, settings.checkpoint, step, folder, left):
+        say(line)
     from vlm_jax.answer import Answerer  # here, not above: jax and orbax take seconds
 
     answerer = Answerer(
@@ -179,6 +185,8 @@ def evaluate(cfg: ConfigDict, workdir: str) -> list[Score]:
     if answerer.writes:
         (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
         table.append(folder / "errors.csv", measured)
+        for line in outline.asked(folder, len(measured)):
+            say(line)
     return scores
 
 
@@ -360,7 +368,7 @@ def command(argv: Sequence[str]) -> None:
         about=__doc__ or "",
     )
     if not scoring:
-        result: Any = evaluate(flags.config, flags.workdir)
+        result: Any = evaluate(flags.config, flags.workdir, log.info)
     else:
         allow_missing = bool(flags["allow-missing"].value)
         result = score(flags.benchmark, flags.predictions, flags.annotations, allow_missing)

@@ -153,6 +153,35 @@ def end(exp: Experiment, workdir: Path, metrics: Mapping[str, float]) -> list[st
     ]
 
 
+def asking(
+    run: Experiment, checkpoint: str, step: int, workdir: Path, left: Mapping[str, tuple[int, int]]
+) -> list[str]:
+    """What an evaluation is about to do. left: name of a benchmark -> its questions, and those without an answer yet."""
+    lm, vit = run.model.lm, run.model.vit
+    asked = ", ".join(
+        f"{name} ({total:,} questions{f', {total - missing:,} answered already' if missing < total else ''})"
+        for name, (total, missing) in left.items()
+    )
+    return [
+        f"  model    {shown(checkpoint)}, step {step}: images of {vit.image_px} px -> {run.model.compressor.name} -> decoder of "
+        f"{lm.num_layers} layers, width {lm.width}",
+        f"  asked    {asked}",
+        f"  written  {shown(workdir)}/<benchmark>/predictions.jsonl, then scores.json and errors.csv; loading jax ...",
+    ]
+
+
+def asked(workdir: Path, scored: int) -> list[str]:
+    """What an evaluation wrote, and the command that comes next."""
+    folder = shown(workdir)
+    if not scored:
+        return [f"{folder}: answers are in <benchmark>/predictions.jsonl; nothing could be scored"]
+    return [
+        f"  wrote    {folder}/scores.json and errors.csv ({scored} rows of this run)",
+        f"  next     python -m vlm_jax.laws.fit {folder}/errors.csv --out law.json, once it holds several LM sizes and "
+        "numbers of visual tokens",
+    ]
+
+
 def short(count: float) -> str:
     """A number of parameters in three figures: 82.2k, 303M, 7.06B."""
     for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
