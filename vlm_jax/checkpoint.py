@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     @contextlib.contextmanager
-    def _saving(self) -> Iterator[None]:
+    def _saving(self) -> Generator[None, None, None]:
         try:
             yield
         except jax.errors.JaxRuntimeError:

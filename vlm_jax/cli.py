@@ -20,6 +20,7 @@ from ml_collections import ConfigDict, config_flags
 
 from vlm_jax.config import ConfigError, RunEnded
 
+PACKAGE = Path(__file__).resolve().parent
 CONFIG_FLAG = re.compile(r"--?(?:no)?config(?:\.(?P<field>[^=]*))?(?:=(?P<value>.*))?$", re.DOTALL)
 HELP_FLAG = re.compile(r"(--?help(full|short)?|-h)(=true)?$")
 
@@ -80,6 +81,7 @@ def parse(
         sys.stdout.write(help_text(argv, meanings, required, positional, about))
         raise SystemExit(0)
     values = flags.FlagValues()
+    argv = _with_config_found(argv)
     for name, meaning in texts.items():
         flags.DEFINE_string(name, "", meaning, flag_values=values)
     for name, meaning in (switches or {}).items():
@@ -240,11 +242,41 @@ def _nearest(field: str, config: ConfigDict | None) -> list[str]:
     return [f"--config.{name}" for name in same[:2]]
 
 
+def find_config(path: str) -> str:
+    """`path` where that file exists, else the path of the package's own config of that name, else `path`.
+
+    The own configs stand in configs/ beside the package in a checkout, and inside the package after `pip install`.
+    """
+    name, colon, text = path.partition(":")
+    file = Path(name)
+    if file.is_file() or file.parent not in (Path("."), Path("configs")):
+        return path
+    for folder in (PACKAGE.parent / "configs", PACKAGE / "bundled" / "configs"):
+        own = folder / file.with_suffix(".py").name
+        if own.is_file():
+            return f"{own}{colon}{text}"
+    return path
+
+
+def _with_config_found(argv: Sequence[str]) -> list[str]:
+    words = list(argv)
+    for i, word in enumerate(words):
+        match = CONFIG_FLAG.match(word)
+        if match is None or match["field"]:
+            continue
+        if match["value"] is not None:
+            words[i] = f"--config={find_config(match['value'])}"
+        elif i + 1 < len(words):
+            words[i + 1] = find_config(words[i + 1])
+    return words
+
+
 def load_config(path: str) -> ConfigDict:
     """The locked ConfigDict that `get_config()` of the file at `path` returns ("file.py:text" hands it the text).
 
     Raises ConfigError when the file is missing or broken.
     """
+    path = find_config(path)
     file = Path(path.split(":", 1)[0])
     if not file.is_file():
         found = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []

@@ -11,7 +11,7 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from vlm_jax.config import ConfigError
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def lock(workdir: Path) -> Iterator[None]:
+def lock(workdir: Path) -> Generator[None, None, None]:
     """Holds `workdir` for this process. The lock dies with the process, also by kill -9, so none is ever stale.
 
     Raises ConfigError when another process holds it. A file system without locks is told in the log and not locked.
@@ -46,7 +46,7 @@ def lock(workdir: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Generator[None, None, None]:
     """Turns an OSError inside into a ConfigError about `path`."""
     try:
         yield

@@ -24,7 +24,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -288,7 +288,7 @@ def _report(
 
 
 @contextlib.contextmanager
-def _progress(name: str, total: int, shows: bool) -> Iterator[Callable[[int], None]]:
+def _progress(name: str, total: int, shows: bool) -> Generator[Callable[[int], None], None, None]:
     """A bar on a terminal; calling what it yields moves it on."""
     console = Console(stderr=True)
     if not (shows and console.is_terminal):

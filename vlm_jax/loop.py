@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ def _lost(error: jax.errors.JaxRuntimeError, workdir: Path) -> Exception:
 
 
 @contextlib.contextmanager
-def _closing(thing: Any) -> Iterator[Any]:
+def _closing(thing: Any) -> Generator[Any, None, None]:
     """Closes `thing` at the end. When an error is under way, what closing adds to it is told, but does not take its place."""
     try:
         yield thing

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -87,7 +87,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 @contextlib.contextmanager
-def use(mesh: Mesh) -> Iterator[None]:
+def use(mesh: Mesh) -> Generator[None, None, None]:
     """Inside, `layers.constrain` pins activations to `mesh` by RULES. Initialise parameters outside of it."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield

@@ -207,15 +207,18 @@ def _draw_windows(figure: Figure, picture: Picture, grid: int, shown: Shown) -> 
     large, small = _panels(figure, picture, grid, min(len(heads), MAX_PANELS))
     drawn = _overlay(large, picture, grid, shown.weights.sum(axis=0) / even)
     norm = Normalize(0, heads.max())
-    for n, (axes, values) in enumerate(zip(small, heads, strict=False)):
-        of_heads = _overlay(axes, picture, grid, values, norm)
+    of_heads = [
+        _overlay(axes, picture, grid, values, norm)
+        for axes, values in zip(small, heads, strict=False)
+    ]
+    for n, axes in enumerate(small):
         axes.set_title(f"head {n + 1}", fontsize=8)
     for axes in (large, *small):
         _lines(axes, grid, math.isqrt(tokens))
     title = "where in its window each token looks, mean of the heads"
     large.set_title(title if tokens > 1 else "where the token looks, mean of the heads", fontsize=9)
     _colour_bar(figure, large, drawn, "weight in its window's token (1 = even share)")
-    _colour_bar(figure, small, of_heads, "the same of single heads")
+    _colour_bar(figure, small, of_heads[0], "the same of single heads")
 
 
 def _draw_queries(figure: Figure, picture: Picture, grid: int, shown: Shown) -> None:
@@ -226,11 +229,13 @@ def _draw_queries(figure: Figure, picture: Picture, grid: int, shown: Shown) -> 
     drawn = _overlay(large, picture, grid, values.mean(axis=0))
     large.set_title(f"mean of all {tokens} tokens", fontsize=9)
     norm = Normalize(0, values[: len(small)].max())
-    for m, (axes, row) in enumerate(zip(small, values, strict=False)):
-        of_tokens = _overlay(axes, picture, grid, row, norm)
+    of_tokens = [
+        _overlay(axes, picture, grid, row, norm) for axes, row in zip(small, values, strict=False)
+    ]
+    for m, axes in enumerate(small):
         axes.set_title(f"token {m + 1}", fontsize=8)
     _colour_bar(figure, large, drawn, "weight, mean of the heads (1 = even share)")
-    _colour_bar(figure, small, of_tokens, "the same of single tokens")
+    _colour_bar(figure, small, of_tokens[0], "the same of single tokens")
 
 
 def _draw_merged(figure: Figure, picture: Picture, grid: int, shown: Shown) -> None:
@@ -244,12 +249,15 @@ def _draw_merged(figure: Figure, picture: Picture, grid: int, shown: Shown) -> N
     norm = Normalize(0, max(merged.max(), 1e-9))
     titles = [f"token {m + 1}" for m in range(first)] + ["extra token"]
     chosen = [*range(first), len(merged) - 1]
+    drawn = [
+        _overlay(axes, picture, grid, merged[m], norm)
+        for axes, m in zip(small, chosen, strict=True)
+    ]
     for axes, m, title in zip(small, chosen, titles, strict=True):
-        drawn = _overlay(axes, picture, grid, merged[m], norm)
         if m < len(shown.kept):
             _frame(axes, grid, int(shown.kept[m]), 1.3)
         axes.set_title(title, fontsize=8)
-    _colour_bar(figure, small, drawn, "weight of each merged patch (of the framed one: 1)")
+    _colour_bar(figure, small, drawn[0], "weight of each merged patch (of the framed one: 1)")
 
 
 def _fates(axes: Axes, picture: Picture, grid: int, shown: Shown) -> None:

@@ -19,7 +19,7 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -265,6 +265,7 @@ def cache_features(cfg: ConfigDict, shared: Shared) -> None:
 
 def run_cell(cfg: ConfigDict, cell: Cell, shared: Shared) -> list[table.Row]:
     """Trains and evaluates; while an error is at chance, again with other seeds; then the rows are flagged."""
+    rows: list[table.Row] = []
     for attempt in range(cfg.sweep.max_reruns + 1):
         seed = cell.seed + attempt * RETRY_SEED
         folder = shared.root / "cells" / (cell.name + (f"-rerun{attempt}" if attempt else ""))
@@ -321,7 +322,7 @@ class Clock:
                 self.seconds |= json.loads(known.read_text())
 
     @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
+    def part(self, name: str) -> Generator[None, None, None]:
         log.info("%s ...", name)
         start = time.monotonic()
         yield

@@ -16,7 +16,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,7 +82,7 @@ def standalone(
 
 
 @contextlib.contextmanager
-def _whole(out: Path) -> Iterator[Path]:
+def _whole(out: Path) -> Generator[Path, None, None]:
     """A directory to fill, which becomes `out` if all goes well and vanishes otherwise."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{str(out)!r} exists and is not empty; choose another directory.")

@@ -86,10 +86,10 @@ class Asker:
     def chain(self, colour: int, steps: list[int]) -> Turn:
         row, words = colour, ["shape"]
         for step in steps:
-            entity = int(self.world.relation[step, row])
-            row = len(COLOURS) + entity
+            row = len(COLOURS) + int(self.world.relation[step, row])
             words.append(RELATIONS[step])
-        return " ".join([w + "'s" for w in words[:-1]] + words[-1:]), ENTITIES[entity]
+        answer = ENTITIES[row - len(COLOURS)]
+        return " ".join([w + "'s" for w in words[:-1]] + words[-1:]), answer
 
     def fact(self, colour: int, floor: int, first: int, second: int, about_floor: int) -> Turn:
         attribute = len(COLOURS) + floor if about_floor else colour
