@@ -36,7 +36,7 @@ def started(exp, trainable=LEARNING, frozen=STILL, done=0):
 
 def test_a_run_says_what_it_starts_from_in_five_lines(exp, tmp_path):
     exp = dataclasses.replace(exp, init=InitConfig(str(tmp_path / "clip"), "", "", "", "run"))
-    assert outline.opening(exp, tmp_path / "runs" / "a", None) == (
+    assert outline.opening(1, tmp_path / "runs" / "a", None) == (
         "runs/a: a new run; loading jax and opening 1 annotation file ..."
     )
     assert started(exp) == [

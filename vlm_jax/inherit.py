@@ -61,7 +61,7 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 def _model(
     now: Mapping[str, Any], source: str, run: Experiment, given: Collection[str]
 ) -> dict[str, Any]:
-    model = dataclasses.asdict(run.model)
+    model: dict[str, Any] = dataclasses.asdict(run.model)
     for block, fields in HOW.items():
         theirs = getattr(run.model, block)
         preset = now[block].get("preset", "") if f"model.{block}.preset" in given else ""
@@ -76,7 +76,8 @@ def _model(
                 model[block][name] = value
             else:
                 _check(source, f"model.{block}.{name}", getattr(theirs, name), value)
-        model[block] |= {"preset": ""} if block != "compressor" else {}
+        if block != "compressor":
+            model[block]["preset"] = ""  # every field is set
     for name in PROJECTOR:
         if f"model.{name}" in given:
             _check(source, f"model.{name}", getattr(run.model, name), now[name])

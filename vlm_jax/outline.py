@@ -33,11 +33,11 @@ def parts(exp: Experiment, trainable: Tree, frozen: Tree) -> list[Part]:
     """The parts that have parameters, in the order in which an image passes them."""
     found = []
     for name, source in exp.init.sources.items():
-        counts = [
+        learns, stays = (
             sum(size for _, size in _sizes(tree.get(name, {}))) for tree in (trainable, frozen)
-        ]
-        if any(counts):
-            found.append(Part(name, *counts, source))
+        )
+        if learns or stays:
+            found.append(Part(name, learns, stays, source))
     return found
 
 
@@ -74,10 +74,9 @@ def _sizes(tree: Tree, prefix: str = "") -> Iterator[tuple[str, int]]:
             yield prefix + name, math.prod(node.shape)
 
 
-def opening(exp: Experiment, workdir: Path, done: int | None) -> str:
-    """The first line, before anything slow."""
+def opening(files: int, workdir: str | Path, done: int | None) -> str:
+    """The first line, before anything slow. files: how many annotation files there are."""
     state = f"goes on after step {done}" if done else "a new run"
-    files = len(exp.data.annotations)
     return f"{shown(workdir)}: {state}; loading jax and opening {files} annotation file{'s' * (files > 1)} ..."
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -33,6 +34,11 @@ def train(
     Raises ConfigError, before any compilation, for a wrong setting, a missing input, a directory that cannot be written,
     or a workdir that belongs to a run with other settings.
     """
+    first = outline.opening(len(cfg.data.annotations), workdir, experiment.last_step(workdir))
+    named = (cfg.model.vit.preset, cfg.model.lm.preset, *cfg.init.values())
+    slow = any(name and Path(name).is_dir() for name in named)  # transformers reads directories
+    if slow:
+        say(first)
     exp = resolve(cfg, given)
     check_inputs(exp)
     folder = open_workdir(workdir)
@@ -42,7 +48,8 @@ def train(
         for line in outline.end(exp, folder, finished):
             say(line)
         return finished
-    say(outline.opening(exp, folder, experiment.last_step(folder)))
+    if not slow:
+        say(first)
     from vlm_jax import (
         loop,
     )  # here, not above: jax, orbax and grain take seconds, mistakes are answered before
