@@ -157,6 +157,13 @@ def test_a_flag_that_is_given_twice_has_its_last_value(config, flag):
     assert flags.workdir == "d"
 
 
+def test_a_field_named_by_a_python_keyword_can_be_set():
+    for words in (["--config.init.from=a"], ["--config.init.from", "a"]):
+        values = cli.parse(["--config=stage2", *words, "--config.init.lm=b"], {}, required=())
+        assert (values.config.init["from"], values.config.init.lm) == ("a", "b")
+        assert values.config.is_locked and cli.given_fields(words) == ("init.from",)
+
+
 def test_the_last_config_file_counts_wherever_it_stands(config, tmp_path):
     other = tmp_path / "other.py"
     other.write_text(CONFIG.replace('"size": 1', '"size": 8'))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import keyword
 import logging
 import os
 import re
@@ -88,7 +89,8 @@ def parse(
         flags.DEFINE_boolean(name, False, meaning, flag_values=values)
     flags.DEFINE_boolean("help", False, "show the flags", short_name="h", flag_values=values)
     config = check_overrides(argv)
-    words = ["command", *last_of_each(argv, config)]
+    kept, late = _keyword_fields(last_of_each(argv, config))
+    words = ["command", *kept]
     config_flags.DEFINE_config_file("config", None, config_help, flag_values=values, sys_argv=words)
     try:
         rest = values(words)[1:]
@@ -98,6 +100,8 @@ def parse(
         raise ConfigError(f"command line: {error}{hint}; --help lists every flag.") from error
     except (flags.Error, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"command line: {error}") from error
+    for field, value in late.items():
+        values.config.update_from_flattened_dict({field: value})
     if rest and positional and not values[positional].value:
         values[positional].value = rest.pop(0)
     if rest:
@@ -205,6 +209,24 @@ def last_of_each(argv: Sequence[str], config: ConfigDict | None) -> list[str]:
         kept[key] = group
     first = kept.pop("config.", [])
     return [*first, *(word for group in kept.values() for word in group)]
+
+
+def _keyword_fields(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The words without those that set a text field named by a Python keyword (init.from), and these fields' values.
+
+    ml_collections reads a field's path as Python and refuses them.
+    """
+    kept: list[str] = []
+    late: dict[str, str] = {}
+    rest = iter(words)
+    for word in rest:
+        match = CONFIG_FLAG.match(word)
+        field = match["field"] if match else None
+        if match and field and any(keyword.iskeyword(name) for name in field.split(".")):
+            late[field] = next(rest, "") if match["value"] is None else match["value"]
+        else:
+            kept.append(word)
+    return kept, late
 
 
 def _config_path(argv: Sequence[str]) -> str:
