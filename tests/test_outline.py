@@ -126,7 +126,7 @@ def test_a_training_says_its_lines_and_refuses_a_frozen_random_encoder(tmp_path,
     monkeypatch.chdir(tmp_path)
     config, lines = tiny.config(tiny.write(tmp_path / "data"), random_frozen=False), []
     with pytest.raises(
-        ConfigError, match=r"^train: vit \(1.33k parameters\) would be FROZEN and RANDOM"
+        ConfigError, match=r"^train: vit \(2.79k parameters\) would be FROZEN and RANDOM"
     ):
         train.train(config, "runs/a", say=lines.append)
     assert lines == ["runs/a: a new run; loading jax and opening 1 annotation file ..."]
@@ -138,7 +138,7 @@ def test_a_training_says_its_lines_and_refuses_a_frozen_random_encoder(tmp_path,
     assert [line.split()[0] for line in lines[2:]] == [
         "data", "model", "trained", "frozen", "steps", "runs/a", "wrote", "next",
     ]  # fmt: skip
-    assert "vit 1.33k (RANDOM)" in lines[5]
+    assert "vit 2.79k (RANDOM)" in lines[5]
     assert lines[7] == f"runs/a is finished: step 1, loss {metrics['loss']:.4f}"
     assert train.train(config, "runs/a", say=lines.append) == metrics
     assert lines[10:] == lines[7:10]  # a finished run says it again
