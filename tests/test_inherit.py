@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from configs import default, stage2, stage2_lora
-from vlm_jax import experiment, presets
+from vlm_jax import experiment, presets, train
 from vlm_jax.config import ConfigError
 
 
@@ -184,3 +184,14 @@ def test_a_hub_name_is_answered_with_the_command_that_fetches_it(kind, data):
     with pytest.raises(ConfigError) as caught:
         experiment.check_inputs(experiment.resolve(config))
     assert "hf download" not in str(caught.value)
+
+
+def test_the_command_tells_a_contradiction_in_one_line(run, data, tmp_path, capsys):
+    """Also where the flag repeats what configs/default.py says: the command line is known."""
+    words = ["--config=stage2", f"--workdir={tmp_path}/next", f"--config.init.from={run}"]
+    words += [f"--config.data.annotations={data}/data.json", f"--config.data.image_roots={data}"]
+    assert train.main([*words, "--config.data.template=vicuna_v1"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: init.from: ") and said.count("\n") == 1
+    assert "data.template = 'plain', now 'vicuna_v1'" in said
+    assert not (tmp_path / "next").exists()
