@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from vlm_jax import cli, experiment, outline
 from vlm_jax.experiment import check_inputs, check_same, open_workdir, resolve
+from vlm_jax.hf.directory import is_model
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def train(
     """
     first = outline.opening(len(cfg.data.annotations), workdir, experiment.last_step(workdir))
     named = (cfg.model.vit.preset, cfg.model.lm.preset, *cfg.init.values())
-    slow = any(name and Path(name).is_dir() for name in named)  # transformers reads directories
+    slow = any(name and is_model(name) for name in named)  # transformers reads them
     if slow:
         say(first)
     exp = resolve(cfg, given)
