@@ -1,7 +1,22 @@
 #!/usr/bin/env bash
-# Format, lint, types, tests, in the active environment. --fast: no tests; --quick: tests without the slow ones.
+# Format, lint, types, tests, in the active environment.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+
+usage() {
+  cat <<'TEXT'
+usage: scripts/check.sh [--fast | --quick]
+Format, lint, types and all tests, in the active environment (scripts/test.sh makes one).
+  --fast   no tests
+  --quick  tests without the slow ones
+TEXT
+}
+
+case "${1:-}" in
+  "" | --fast | --quick) ;;
+  --help | -h) usage; exit 0 ;;
+  *) echo "check.sh: unknown argument '$1'." >&2; usage >&2; exit 2 ;;
+esac
 
 ruff format --check .
 ruff check .
@@ -13,5 +28,4 @@ case "${1:-}" in
   --fast) ;;
   --quick) python -m pytest "${workers[@]}" -m "not slow" ;;
   "") python -m pytest "${workers[@]}" ;;
-  *) echo "check.sh: unknown argument '$1'; use --fast, --quick or nothing." >&2; exit 2 ;;
 esac

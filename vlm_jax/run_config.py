@@ -124,12 +124,19 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
-    """Per part: a workdir, whose last checkpoint supplies it, or a Hugging Face model directory; "" = random."""
+    """Per part: a workdir, whose last checkpoint supplies it, or a Hugging Face model directory; "" = `run`'s, or random."""
 
     vit: str
     compressor: str
     projector: str
     lm: str
+    run: str = ""  # init.from: the workdir that supplies the other parts, and the model's settings
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Part -> where it comes from; "" = random."""
+        parts = ("vit", "compressor", "projector", "lm")
+        return {part: getattr(self, part) or self.run for part in parts}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +152,7 @@ class TrainConfig:
     on_nonfinite: str = "stop"  # stop | skip: a step whose loss or gradient is NaN or infinite
     max_skipped: int = 10  # with skip: stop after this many
     peer_timeout: int = 100  # seconds without a sign of another process after which the run ends
+    random_frozen: bool = False  # may a part that does not learn keep random parameters
     micro_batches: int = 1  # parts of a batch whose gradients are computed in turn and added
     loss_chunk: int = 0  # positions per row whose logits exist at once; 0 = all
 

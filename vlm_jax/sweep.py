@@ -338,7 +338,7 @@ def command(argv: Sequence[str]) -> None:
         "workdir": "directory of the sweep",
         "part": "shared, or I/N: every N-th cell from the I-th; not given: everything that is missing, and the report",
     }
-    flags = cli.parse(argv, texts)
+    flags = cli.parse(argv, texts, about=__doc__ or "")
     if flags.part:
         sweep_part(flags.config, flags.workdir, flags.part)
         return
