@@ -1,7 +1,6 @@
 """Frozen, validated settings: what each module is given, and nothing more. Imports no jax.
 
-`configs/default.py` lists every field once with its unit and source; `presets.py` holds named sizes. A wrong value is a
-`ConfigError` with one line: what was given, what is allowed. Entry points print it and exit with code 2.
+`configs/default.py` lists every field once with its unit and source. A wrong value is a `ConfigError` with one line.
 """
 
 from __future__ import annotations
