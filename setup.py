@@ -11,6 +11,7 @@ COMMANDS = {
     "evaluate": "vlm_jax.evaluate",
     "sweep": "vlm_jax.sweep",
     "show": "vlm_jax.show",
+    "features": "vlm_jax.features",
     "aot": "vlm_jax.aot",
     "fit": "vlm_jax.laws.fit",
     "plan": "vlm_jax.laws.plan_command",

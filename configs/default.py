@@ -20,11 +20,14 @@ def get_config() -> ml_collections.ConfigDict:
     c.mesh = ml_collections.ConfigDict()  # their product = number of devices
     c.mesh.data = -1  # replicas of the batch; -1 = the devices that are left
     c.mesh.fsdp = 1  # shards of parameters and optimiser state
-    c.mesh.tensor = 1  # shards of heads, MLP widths and vocabulary
+    c.mesh.tensor = 1  # shards of heads, MLP widths and vocabulary; 0 = as few as the batch allows
     c.mesh.sequence = 1  # shards of the positions of a row, for very long ones
 
-    # Per part: a workdir, whose last checkpoint supplies it, or a model directory of the Hugging Face hub; "" = random.
+    # Per part: a workdir, whose last checkpoint supplies it, or a model directory of the Hugging Face hub; "" = init.from's,
+    # else random.
     c.init = ml_collections.ConfigDict()
+    # A workdir that supplies the other parts and, where they are not set, model.*, data.tokenizer, template, system and query.
+    c.init["from"] = ""
     c.init.vit = ""
     c.init.compressor = ""
     c.init.projector = ""
@@ -42,6 +45,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.train.on_nonfinite = "stop"  # stop | skip: a step whose loss or gradient is NaN or infinite
     c.train.max_skipped = 10  # with skip: stop after this many
     c.train.peer_timeout = 100  # seconds without a sign of another process, then the run ends
+    c.train.random_frozen = False  # True: a part that does not learn may keep random parameters
 
     c.eval = ml_collections.ConfigDict()
     c.eval.checkpoint = ""  # workdir of the training run to evaluate

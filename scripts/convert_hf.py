@@ -27,6 +27,7 @@ from vlm_jax.data import templates, tokenizer  # noqa: E402
 from vlm_jax.hf import directory, naming  # noqa: E402
 from vlm_jax.hf.describe import describe  # noqa: E402
 from vlm_jax.hf.settings import feature_layer, preprocessing  # noqa: E402
+from vlm_jax.hub import hub_hint  # noqa: E402
 
 log = logging.getLogger("vlm_jax.convert_hf")
 
@@ -49,11 +50,12 @@ def main(argv: list[str]) -> None:
     else:
         raise ConfigError(
             f"{args.given!r} is neither a model directory (config.json with a model_type) nor a workdir (checkpoints/)."
+            f"{hub_hint(args.given)}"
         )
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("given", metavar="IN")

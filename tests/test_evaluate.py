@@ -1,5 +1,6 @@
 """The harness: answers on disk, restarts, batch sizes, scores, the command line. One tiny model, trained once."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -14,11 +15,12 @@ import pytest
 import tiny
 
 from configs import eval as eval_config
-from vlm_jax import answer, benchmarks, evaluate, experiment, features, presets, train
+from vlm_jax import answer, benchmarks, evaluate, experiment, presets, train
 from vlm_jax.benchmarks import vqa
 from vlm_jax.config import ConfigError
+from vlm_jax.inference import features
 from vlm_jax.laws import table
-from vlm_jax.run_config import MeshConfig
+from vlm_jax.run_config import InitConfig, MeshConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -171,7 +173,8 @@ def test_the_likeliest_of_the_replies_is_what_the_model_says_by_itself(world, fi
 
 def test_cached_features_give_the_answers_of_the_images(world, first, tmp_path):
     run = experiment.read(world.parent / "run")
-    features.cache(run, world.parent / "run", tmp_path / "features")
+    run = dataclasses.replace(run, init=InitConfig(str(world.parent / "run"), "", "", ""))
+    features.cache(run, tmp_path / "features")
     cfg = config(world, features_dir=str(tmp_path / "features"))
     assert evaluate.evaluate(cfg, str(tmp_path / "out")) == first[1]
     assert answers(tmp_path / "out") == answers(first[0])

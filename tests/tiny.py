@@ -117,5 +117,5 @@ def config(directory: Path, **train: int) -> ConfigDict:
         }
     )  # fmt: skip
     c.optim.update({"learning_rate": 1e-2, "trainable": "^(compressor|projector|lm)/"})
-    c.train.update({"num_steps": 6, "log_every": 2, "save_every": 3} | train)
+    c.train.update({"num_steps": 6, "log_every": 2, "save_every": 3, "random_frozen": True} | train)
     return c

@@ -26,18 +26,17 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vlm_jax import benchmarks, cli, experiment, files, presets
+from vlm_jax import benchmarks, cli, experiment, files, outline, presets
 from vlm_jax.benchmarks import answers as saved
 from vlm_jax.benchmarks import predictions
 from vlm_jax.config import ConfigError, LMConfig, build, with_tokens
-from vlm_jax.data import tokenizer
+from vlm_jax.data import feature_cache, tokenizer
 from vlm_jax.laws import table
 from vlm_jax.run_config import Experiment, MeshConfig
 from vlm_jax.tasks import MODES, EvalConfig, Task, open_tasks
@@ -47,8 +46,10 @@ log = logging.getLogger("vlm_jax.evaluate")  # run as a module, __name__ is "__m
 Score = dict[str, Any]  # {"benchmark", "score", "error", "n", "details"}
 
 
-def evaluate(cfg: ConfigDict, workdir: str) -> list[Score]:
+def evaluate(cfg: ConfigDict, workdir: str, say: outline.Say = outline.silent) -> list[Score]:
     """Asks what is not yet answered, scores what has gold answers, and writes uploads, scores.json and errors.csv.
+
+    say: is given the lines that tell what is about to be asked and what was written.
 
     Raises ConfigError, before anything heavy is imported, for wrong settings, missing inputs or predictions of another run.
     """
@@ -64,12 +65,13 @@ def evaluate(cfg: ConfigDict, workdir: str) -> list[Score]:
         with_tokens(run.model.compressor, run.model.vit.grid, settings.visual_tokens)
     if settings.features_dir:
         experiment.check_cacheable(run.model)
-    if settings.features_dir and not (Path(settings.features_dir) / "index.json").is_file():
-        raise ConfigError(
-            f"eval: features_dir {settings.features_dir!r} holds no index.json; cache the features first."
-        )
+        feature_cache.check(settings.features_dir, run.model, run.data)
     folder = experiment.open_workdir(workdir)
     tasks = open_tasks(settings, folder)
+    left = {task.label: (len(task.rows), len(task.unanswered)) for task in tasks}
+    step = experiment.last_step(settings.checkpoint) or 0
+    for line in outline.asking(run, settings.checkpoint, step, folder, left):
+        say(line)
     from vlm_jax.answer import Answerer  # here, not above: jax and orbax take seconds
 
     answerer = Answerer(
@@ -105,6 +107,8 @@ def evaluate(cfg: ConfigDict, workdir: str) -> list[Score]:
             table.append(folder / "errors.csv", measured)
         else:
             log.info("no row for errors.csv: all gold answers are hidden; send in the uploads")
+        for line in outline.asked(folder, len(measured)):
+            say(line)
     return scores
 
 
@@ -247,9 +251,10 @@ def command(argv: Sequence[str]) -> None:
             "allow-missing": "with --score: score the questions that are answered",
         },
         required=SCORE_FLAGS if scoring else ("config", "workdir"),
+        about=__doc__ or "",
     )
     if not scoring:
-        result: Any = evaluate(flags.config, flags.workdir)
+        result: Any = evaluate(flags.config, flags.workdir, log.info)
     else:
         allow_missing = bool(flags["allow-missing"].value)
         place = (flags.predictions, flags.annotations)

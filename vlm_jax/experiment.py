@@ -24,9 +24,11 @@ from vlm_jax.config import (
     VLMConfig,
     build,
 )
-from vlm_jax.data import fingerprint, tokenizer
+from vlm_jax.data import feature_cache, fingerprint, tokenizer
 from vlm_jax.hf.describe import check_agrees
 from vlm_jax.hf.directory import is_model
+from vlm_jax.hub import hub_hint
+from vlm_jax.inherit import changed, check_part, inherit
 from vlm_jax.run_config import (
     DataConfig,
     Experiment,
@@ -39,7 +41,7 @@ from vlm_jax.run_config import (
 # Fields that a run may change between two starts: none of them changes a loss by more than the order of a sum.
 MUTABLE = (
     "mesh.", "train.log_every", "train.save_every", "train.keep", "train.micro_batches", "train.loss_chunk",
-    "train.on_nonfinite", "train.max_skipped", "train.peer_timeout", "data.num_workers", "model.vit.remat",
+    "train.on_nonfinite", "train.max_skipped", "train.peer_timeout", "train.random_frozen", "data.num_workers", "model.vit.remat",
     "model.vit.sharded", "model.lm.remat", "model.lm.attention",
 )  # fmt: skip
 
@@ -47,10 +49,19 @@ MUTABLE = (
 MOVABLE = ("data.annotations", "data.image_roots")
 
 
-def resolve(cfg: ConfigDict) -> Experiment:
-    """The frozen settings of an experiment config; presets are filled in. Raises ConfigError for a wrong value."""
+def resolve(cfg: ConfigDict, given: Sequence[str] = ()) -> Experiment:
+    """The frozen settings of an experiment config; presets are filled in, and with init.from the run's model.
+
+    given: the fields that the command line sets. With init.from they, and those that differ from configs/default.py, must
+    agree with the run's. Raises ConfigError for a wrong value.
+    """
     config = cfg.to_dict()
     files.check_settings(config)
+    source = config["init"].pop("from")
+    config["init"]["run"] = source
+    if source:
+        _must_have_checkpoint("from", source)
+        config = inherit(config, source, read(source), {*given, *changed(config)})
     return Experiment(
         model=presets.vlm(config["model"]),
         data=build(DataConfig, config["data"]),
@@ -64,6 +75,24 @@ def resolve(cfg: ConfigDict) -> Experiment:
 def check_inputs(experiment: Experiment) -> None:
     """Raises ConfigError for the first file or directory that the run needs and that is not there."""
     data = experiment.data
+    check_sources(data)
+    if not data.tokenizer:
+        raise ConfigError(
+            "data: tokenizer is not set; give --config.data.tokenizer=DIR with a Hugging Face tokenizer."
+        )
+    tokenizer.check_directory(data.tokenizer)
+    if data.features_dir:
+        check_cacheable(experiment.model)
+        feature_cache.check(data.features_dir, experiment.model, data)
+    for part, source in experiment.init.sources.items():
+        if source:
+            check_source(part, source, experiment.model)
+            if not is_model(source):
+                check_part(part, source, read(source), experiment)
+
+
+def check_sources(data: DataConfig) -> None:
+    """Raises ConfigError for the first annotation file or image folder that is not there."""
     if not data.annotations:
         raise ConfigError(
             "data: annotations is empty; give at least one .json, .jsonl or tfds directory."
@@ -74,29 +103,16 @@ def check_inputs(experiment: Experiment) -> None:
         )
     if data.max_images and not data.features_dir:
         check_image_roots("data", data.image_roots)
-    if not data.tokenizer:
-        raise ConfigError(
-            "data: tokenizer is not set; give --config.data.tokenizer=DIR with a Hugging Face tokenizer."
-        )
-    tokenizer.check_directory(data.tokenizer)
-    if data.features_dir:
-        check_cacheable(experiment.model)
-        _must_exist(
-            "data: features_dir",
-            data.features_dir,
-            "cache the encoder's features first",
-            folder=True,
-        )
-    for part, source in dataclasses.asdict(experiment.init).items():
-        if source and is_model(source):
-            check_agrees(source, part, experiment.model)
-        elif source and last_step(source) is None:
-            raise ConfigError(
-                f"init: {part} {source!r} has no finished checkpoint and is no model directory; give the workdir of a "
-                "training run or a directory with a Hugging Face config.json and *.safetensors."
-            )
-        elif source and part == "lm":
-            has_adapters(source, experiment.model.lm)
+
+
+def check_source(part: str, source: str, model: VLMConfig) -> None:
+    """Raises ConfigError when `source`, a run or a model directory, cannot supply the part of the model."""
+    if is_model(source):
+        check_agrees(source, part, model)
+        return
+    _must_have_checkpoint(part, source)
+    if part == "lm":
+        has_adapters(source, model.lm)
 
 
 def check_image_roots(owner: str, roots: Sequence[str]) -> None:
@@ -104,6 +120,15 @@ def check_image_roots(owner: str, roots: Sequence[str]) -> None:
     for path in filter(None, roots):
         fix = "give the folder that the records' image paths start from"
         _must_exist(f"{owner}: image_roots", path, fix, folder=True)
+
+
+def _must_have_checkpoint(part: str, source: str) -> None:
+    if last_step(source) is None:
+        raise ConfigError(
+            f"init: {part} {source!r} has no finished checkpoint and is no model directory; give the workdir of a "
+            "training run or a directory with a Hugging Face config.json and *.safetensors."
+            f"{hub_hint(source)}"
+        )
 
 
 def has_adapters(workdir: str, lm: LMConfig) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Generator
@@ -12,33 +11,37 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 from vlm_jax import (
-    adapters,
     chips,
     compressors,
     disk,
     experiment,
     guard,
     optim,
+    outline,
     sharding,
     telemetry,
     weights,
 )
 from vlm_jax.checkpoint import Checkpoints
 from vlm_jax.config import ConfigError, RunEnded
+from vlm_jax.costs.flops import batch_flops
 from vlm_jax.data import fingerprint, pipeline, tokenizer
+from vlm_jax.hf.directory import is_model
 from vlm_jax.interrupt import Interrupt
-from vlm_jax.laws.flops import step_flops
 from vlm_jax.run_config import Experiment
 from vlm_jax.step import Plan, TrainState, fresh_state, from_saved, make_step, plan, to_saved
 
 log = logging.getLogger(__name__)
 
 
-def run(exp: Experiment, workdir: Path) -> dict[str, float]:
+def run(exp: Experiment, workdir: Path, say: outline.Say = outline.silent) -> dict[str, float]:
     """Trains to the last step, from the newest checkpoint of `workdir` if there is one; the last step's metrics.
+
+    say: is given the lines of the start and of the end, in the first process.
 
     Raises RunEnded when it was asked to stop (after saving a checkpoint), ConfigError for what the user must mend: another
     run in `workdir`, a full disk, a loss that is not finite.
@@ -51,7 +54,12 @@ def run(exp: Experiment, workdir: Path) -> dict[str, float]:
     num_steps = exp.train.num_steps or max(
         int(exp.train.num_epochs * pipeline.steps_per_epoch(exp.data, visual_tokens)), 1
     )
-    p = plan(exp, sharding.make_mesh(exp.mesh), num_steps)
+    p = plan(exp, sharding.mesh_of(exp), num_steps)
+    if exp.data.features_dir and "vit" in p.state.trainable:
+        raise ConfigError(
+            f"optim: trainable {exp.optim.trainable!r} takes parameters of the encoder, whose features come from a cache; "
+            "freeze it, or set data.features_dir to ''."
+        )
     with contextlib.ExitStack() as stack:
         if first:
             stack.enter_context(disk.lock(workdir))
@@ -60,6 +68,10 @@ def run(exp: Experiment, workdir: Path) -> dict[str, float]:
         iterator = stack.enter_context(_closing(data))
         checkpoints = stack.enter_context(_closing(Checkpoints(workdir, exp.train.keep)))
         done = checkpoints.latest() or 0
+        if not done:
+            outline.check_frozen(exp, p.state.trainable, p.state.frozen)
+        for line in _start_lines(p, visual_tokens, data.num_records, done) if first else ():
+            say(line)
         if done:
             saved = checkpoints.restore(done, to_saved(p.state), iterator)
             state = from_saved(saved, exp.optim.trainable)
@@ -71,6 +83,7 @@ def run(exp: Experiment, workdir: Path) -> dict[str, float]:
                 experiment.write(exp, workdir)
                 fingerprint.write(exp.data, workdir)
             state = begin(p)
+        check_features(p, state)
         watch = guard.Guard(exp.train, workdir).notice
         metrics = stack.enter_context(_closing(telemetry.Metrics(workdir, done, first, watch)))
         display = stack.enter_context(_closing(telemetry.Display(num_steps, done, shows=first)))
@@ -85,6 +98,8 @@ def run(exp: Experiment, workdir: Path) -> dict[str, float]:
         )
     if first:
         experiment.finish(workdir, metrics.last)
+        for line in outline.end(exp, workdir, metrics.last):
+            say(line)
     return dict(metrics.last)
 
 
@@ -102,11 +117,31 @@ def check_agreement(exp: Experiment) -> None:
         )
 
 
+def check_features(p: Plan, state: TrainState) -> None:
+    """Raises ConfigError when the run reads cached features that are not those of its own encoder."""
+    data = p.experiment.data
+    if data.features_dir and data.max_images:
+        weights.check_cached(data.features_dir, p.experiment.model, state.frozen["vit"])
+
+
+def _start_lines(p: Plan, visual_tokens: int, num_records: int, done: int) -> list[str]:
+    device = p.mesh.devices.flat[0]
+    return outline.start(
+        p.experiment, p.state.trainable, p.state.frozen, visual_tokens=visual_tokens, num_records=num_records,
+        num_steps=p.num_steps, done=done, devices=f"{p.mesh.size} x {device.device_kind}",
+    )  # fmt: skip
+
+
 def begin(p: Plan) -> TrainState:
     """The state before step 1: the parts of `init` from where they are, random parameters for what is not there."""
     everything = optim.merge(p.state.trainable, p.state.frozen)
-    init = dataclasses.asdict(p.experiment.init)
-    return fresh_state(p, weights.load_by_part(init, p.experiment.model, everything))
+    init = p.experiment.init
+    named = {
+        part: source
+        for part, source in init.sources.items()
+        if getattr(init, part) or part in everything  # init.from supplies the parts that there are
+    }
+    return fresh_state(p, weights.load_by_part(named, p.experiment.model, everything))
 
 
 def _lost(error: jax.errors.JaxRuntimeError, workdir: Path) -> Exception:
@@ -160,7 +195,9 @@ def _loop(
             state, scalars = step_function(state, batch)
             told = {"bad_records": iterator.bad_records, "fill": iterator.fill}
             metrics.append(step, scalars | told, host["ids"])
-            display.add(step, *work(host["tokens"].shape[1], "images" in host))
+            display.add(
+                step, *work(host["tokens"].shape[1], bool({"images", "feature_last"} & host.keys()))
+            )
             if interrupt.reached(step):
                 last = step
             if step % exp.train.save_every == 0 or step == last:
@@ -170,14 +207,14 @@ def _loop(
                 checkpoints.save(step, to_saved(state), iterator)
             if step == done + 1:
                 metrics.flush(step)  # waits for the compilation, which the speed leaves out
-                display.speed(step, None)
+                display.first(metrics.last)
             elif step % exp.train.log_every == 0 or step == last:
                 # The step just sent keeps the device busy; only the ones before it are waited for.
                 computed = step if step == last else step - 1
                 metrics.flush(computed)
-                speed = display.speed(computed, peak)
-                metrics.board(computed, speed)
-                display.report(metrics.last, speed)
+                if speed := display.speed(computed, peak):
+                    metrics.board(computed, speed)
+                    display.report(metrics.last, speed)
             # After the save, whose iterator must have handed out exactly `step` batches.
             if step < last:
                 host = next(iterator)
@@ -188,15 +225,13 @@ def _loop(
 
 
 def _work(p: Plan) -> Callable[[int, bool], tuple[int, float]]:
-    """(slots per row, are images encoded) -> tokens and FLOPs of a step of all processes together."""
-    exp, rows = p.experiment, p.experiment.data.batch_size
-    decoded = rows * compressors.decoder_passes(exp.model)
-    learning = set(adapters.without(p.state.trainable))  # adapters cost next to nothing
+    """(slots per row, does the batch have images) -> tokens and FLOPs of a step of all processes together."""
+    exp, learning = p.experiment, flatten_dict(p.state.trainable, sep="/").keys()
 
     @functools.cache
     def of(length: int, has_images: bool) -> tuple[int, float]:
-        encoded = rows * exp.data.image_slots if has_images else 0
-        return rows * length, step_flops(exp.model, decoded, length, encoded, learning)
+        spent = batch_flops(exp, learning, length, has_images).total
+        return exp.data.batch_size * length, spent
 
     return of
 
@@ -211,7 +246,9 @@ def check_fit(exp: Experiment, visual_tokens: int) -> None:
         )
     known = tokenizer.load(exp.data.tokenizer).vocab_size
     if known > exp.model.lm.vocab_size:
+        its_own = exp.data.tokenizer if is_model(exp.data.tokenizer) else "DIR"
         raise ConfigError(
-            f"model: lm vocab_size {exp.model.lm.vocab_size} is smaller than the tokenizer's {known}; "
-            f"set --config.model.lm.vocab_size={known}."
+            f"model: lm vocab_size {exp.model.lm.vocab_size} is smaller than the tokenizer's {known}: the decoder does not "
+            f"belong to the tokenizer {exp.data.tokenizer!r}. Name the one that does, --config.model.lm.preset={its_own} "
+            f"--config.init.lm={its_own}; for a decoder that begins RANDOM and learns, set --config.model.lm.vocab_size={known}."
         )

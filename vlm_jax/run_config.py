@@ -101,7 +101,11 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the device mesh; -1 (at most once) takes the devices that are left."""
+    """Sizes of the device mesh; -1 (at most once) takes the devices that are left.
+
+    A tensor of 0 is as small as the batch allows: 1 while data * fsdp divides its rows, more where there are more devices
+    than rows (see sharding.make_mesh).
+    """
 
     data: int = -1
     fsdp: int = 1
@@ -110,18 +114,29 @@ class MeshConfig:
 
     def __post_init__(self):
         sizes = (self.data, self.fsdp, self.tensor, self.sequence)
-        if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
-            raise ConfigError(f"mesh: sizes must be positive, with -1 at most once; got {sizes}.")
+        explicit = sizes if self.tensor else (self.data, self.fsdp, self.sequence)
+        if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in explicit):
+            raise ConfigError(
+                f"mesh: data, fsdp, tensor, sequence must be positive, with -1 at most once (tensor may be 0: as small as "
+                f"the batch allows); got {sizes}."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
-    """Per part: a workdir, whose last checkpoint supplies it, or a Hugging Face model directory; "" = random."""
+    """Per part: a workdir, whose last checkpoint supplies it, or a Hugging Face model directory; "" = `run`'s, or random."""
 
     vit: str
     compressor: str
     projector: str
     lm: str
+    run: str = ""  # init.from: the workdir that supplies the other parts, and the model's settings
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Part -> where it comes from; "" = random."""
+        parts = ("vit", "compressor", "projector", "lm")
+        return {part: getattr(self, part) or self.run for part in parts}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +152,7 @@ class TrainConfig:
     on_nonfinite: str = "stop"  # stop | skip: a step whose loss or gradient is NaN or infinite
     max_skipped: int = 10  # with skip: stop after this many
     peer_timeout: int = 100  # seconds without a sign of another process after which the run ends
+    random_frozen: bool = False  # may a part that does not learn keep random parameters
     micro_batches: int = 1  # parts of a batch whose gradients are computed in turn and added
     loss_chunk: int = 0  # positions per row whose logits exist at once; 0 = all
 

@@ -376,6 +376,7 @@ def command(argv: Sequence[str]) -> None:
         },
         required=("config", "image", "question"),
         positional="image",
+        about=__doc__ or "",
     )
     path = show(flags.config, flags.image, flags.question, flags.out)
     sys.stdout.write(f"{path}\n")

@@ -247,7 +247,9 @@ def cache_features(cfg: ConfigDict, shared: Shared) -> None:
     """The frozen encoder's features of every image of the seed, training and test, written once."""
     if shared.features.is_dir():
         return
-    from vlm_jax import features  # here, not above: jax takes seconds, mistakes are answered before
+    from vlm_jax.inference import (
+        features,
+    )  # here, not above: jax takes seconds, mistakes are answered before
 
     annotations = [
         cfg.sweep.vlm.annotations,
@@ -257,7 +259,8 @@ def cache_features(cfg: ConfigDict, shared: Shared) -> None:
     c.data.annotations = tuple(str(shared.data / name) for name in annotations)
     c.data.image_roots = (str(shared.data),) * len(annotations)
     c.model.compressor.name = cfg.model.compressor.name
-    features.cache(experiment.resolve(c), shared.encoder, shared.features)
+    c.init.vit = str(shared.encoder)
+    features.cache(experiment.resolve(c), shared.features)
 
 
 # --- one cell ---------------------------------------------------------------------------------------------------------
@@ -335,7 +338,7 @@ def command(argv: Sequence[str]) -> None:
         "workdir": "directory of the sweep",
         "part": "shared, or I/N: every N-th cell from the I-th; not given: everything that is missing, and the report",
     }
-    flags = cli.parse(argv, texts)
+    flags = cli.parse(argv, texts, about=__doc__ or "")
     if flags.part:
         sweep_part(flags.config, flags.workdir, flags.part)
         return

@@ -164,10 +164,19 @@ class Display:
         """What a step that was just sent off has to work through."""
         self._work.append((step, tokens, flops))
 
+    def first(self, scalars: Mapping[str, float]) -> None:
+        """After the first step, whose time is mostly that of the compilation: its loss, without a speed."""
+        seconds = time.perf_counter() - self._last_time
+        step = int(scalars["step"])
+        self.speed(step, None)  # the next speed starts here
+        self._tell(step, f"loss {scalars['loss']:.4f}", f"first step after {_duration(seconds)}")
+
     def speed(self, step: int, peak: float | None) -> dict[str, float]:
         """Of the steps since the last call up to `step`, now computed: steps/s, tokens/s and, where `peak` (FLOP/s of all
-        chips) is known, MFU in [0, 1].
+        chips) is known, MFU in [0, 1]. Empty when no step was computed since.
         """
+        if step == self._last_step:
+            return {}
         now = time.perf_counter()
         seconds = max(now - self._last_time, 1e-9)
         done = [entry for entry in self._work if entry[0] <= step]
@@ -189,11 +198,15 @@ class Display:
             text += f"  {scalars['bad_records']} bad records"
         if scalars["skipped"]:
             text += f"  {scalars['skipped']} steps left out"
+        left = (self._total - step) / speed["steps_per_second"]
+        self._tell(step, text, f"{_duration(left)} left")
+
+    def _tell(self, step: int, text: str, time_text: str) -> None:
+        """time_text: for the plain line; a bar shows the time itself."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)
         elif self._shows:
-            left = (self._total - step) / max(speed["steps_per_second"], 1e-9)
-            log.info("step %d/%d  %s  %s left", step, self._total, text, _duration(left))
+            log.info("step %d/%d  %s  %s", step, self._total, text, time_text)
 
     def close(self) -> None:
         if self._bar is not None:

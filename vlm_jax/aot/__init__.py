@@ -32,6 +32,12 @@ def quiet_environment(topology: str) -> None:
             os.environ.setdefault(name, value)
 
 
+def _say(text: str) -> None:
+    """At once, into a pipe too: a search takes minutes."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
 def command(argv: Sequence[str]) -> int:
     texts = {
         "topology": "chips: v5e:16x16, v5p:4x4x4, v6e:4x4, ... or local",
@@ -41,14 +47,14 @@ def command(argv: Sequence[str]) -> int:
         "search": "try meshes, remat policies and micro-batches; show the best that fits",
         "train_only": "leave out prefill and decode",
     }
-    flags = cli.parse(argv, texts, switches, required=("config", "topology"))
-    exp = resolve(flags.config)
+    flags = cli.parse(argv, texts, switches, required=("config", "topology"), about=__doc__ or "")
+    exp = resolve(flags.config, cli.given_fields(argv))
     quiet_environment(flags.topology)
     from vlm_jax.aot import footprint, programs, search  # jax takes seconds: mistakes come first
 
     devices = programs.devices(flags.topology)
     if flags.search:
-        found = search.search(exp, devices, sys.stdout.write)
+        found = search.search(exp, devices, _say)
         if found is None:
             sys.stdout.write(f"{search.NOTHING}\n")
             return 1

@@ -12,7 +12,6 @@ with OCR tokens in the prompt, as there, and the one without is named so.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import dataclasses
 import io
@@ -185,9 +184,7 @@ FORMATS: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], str]] = {
 
 
 def command(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="vlm_jax.benchmarks.tables", description="Runs side by side, in Table 1's layout."
-    )
+    parser = cli.OneLineParser(description="Runs side by side, in Table 1's layout.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a workdir, a score file, NAME=RUN")
     parser.add_argument("--format", default="md", choices=FORMATS)
     chosen = parser.parse_args(argv)

@@ -59,9 +59,11 @@ class TrainIterator(grain.DatasetIterator):
         encode: EncodeChunk,
         rows: int,
         begin: Callable[[int], Assembly],
+        num_records: int,
     ):
-        """begin: how many samples were consumed -> the next batch, still empty."""
+        """begin: how many samples were consumed -> the next batch, still empty. num_records: of all files together."""
         super().__init__()
+        self.num_records = num_records
         self._cfg, self._stream, self._encode = cfg, stream, encode
         self._rows, self._begin = rows, begin
         self._consumed = self.bad_records = 0
@@ -203,7 +205,9 @@ def train_iterator(
         def begin_grouped(consumed: int) -> Assembly:
             return sampling.Grouped(cfg, rows, order.has_images(consumed // rows), features)
 
-        return TrainIterator(cfg, grain.MapDataset.range(2**40), grouped, rows, begin_grouped)
+        return TrainIterator(
+            cfg, grain.MapDataset.range(2**40), grouped, rows, begin_grouped, len(source)
+        )
     stream = (
         grain.MapDataset.range(len(source))
         .seed(cfg.seed)
@@ -216,7 +220,7 @@ def train_iterator(
             return packing.Packed(cfg, rows, encoder, features)
         return Stacked(rows, features)
 
-    return TrainIterator(cfg, stream, EncodeChunk(source, encoder), rows, begin)
+    return TrainIterator(cfg, stream, EncodeChunk(source, encoder), rows, begin, len(source))
 
 
 def _order(cfg: DataConfig, visual_tokens: int) -> sampling.Order:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import ml_dtypes
 import numpy as np
 from jaxtyping import UInt8
 
@@ -53,7 +54,7 @@ def make_chat(cfg: DataConfig, visual_tokens: int) -> Chat:
 
 
 class Features:
-    """A cache of encoder features: last.npy [N P C], taps.npy [N P Z] (absent if equal), index.json {path: row}."""
+    """A cache of encoder features (see data/feature_cache.py): last.npy [N P C], taps.npy [N P Z] (absent if equal), index.json."""
 
     def __init__(self, directory: str):
         self.directory = directory
@@ -61,8 +62,8 @@ class Features:
         try:
             with open(os.path.join(directory, "index.json"), encoding="utf-8") as file:
                 self.rows: dict[str, int] = json.load(file)
-            self.last = np.load(os.path.join(directory, "last.npy"), mmap_mode="r")
-            self.taps = np.load(taps, mmap_mode="r") if os.path.isfile(taps) else None
+            self.last = _open(os.path.join(directory, "last.npy"))
+            self.taps = _open(taps) if os.path.isfile(taps) else None
             whole = all(isinstance(row, int) for row in self.rows.values())
         except (OSError, ValueError, EOFError, RecursionError, AttributeError) as error:
             raise ConfigError(
@@ -80,6 +81,12 @@ class Features:
         last = _take(self.last, rows)
         taps = last if self.taps is None else _take(self.taps, rows)
         return {"feature_last": last, "feature_taps": taps}
+
+
+def _open(path: str) -> np.ndarray:
+    """A memory-mapped table; bits of bfloat16, which NumPy cannot store by name, become numbers again."""
+    table = np.load(path, mmap_mode="r")
+    return table.view(ml_dtypes.bfloat16) if table.dtype == np.uint16 else table
 
 
 def _take(table: np.ndarray, rows: np.ndarray) -> np.ndarray:

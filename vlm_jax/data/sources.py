@@ -312,10 +312,12 @@ def check_paths(cfg: DataConfig) -> None:
             raise ConfigError(
                 f"data: image_roots {root!r} (of {path!r}) does not exist; give the images' folder."
             )
-    tokenizer.check_directory(cfg.tokenizer)
+    if cfg.tokenizer:  # a cache of features is made without one; make_chat says when it is missed
+        tokenizer.check_directory(cfg.tokenizer)
     if cfg.features_dir:
         for name in ("index.json", "last.npy"):
             if not os.path.isfile(os.path.join(cfg.features_dir, name)):
                 raise ConfigError(
-                    f"data: features_dir {cfg.features_dir!r} holds no {name}; write the cache first."
+                    f"data: features_dir {cfg.features_dir!r} holds no {name}; write the cache first (python -m "
+                    "vlm_jax.features)."
                 )

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
 from vlm_jax.config import ConfigError
+from vlm_jax.hub import hub_hint
 
 # One of these sets of files holds the vocabulary; tokenizer_config.json alone does not.
 VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
@@ -71,7 +72,7 @@ def check_directory(directory: str) -> None:
     """Raises ConfigError unless the directory looks like a saved tokenizer whose settings can be read. Fast."""
     if not os.path.isdir(directory):
         raise ConfigError(
-            f"data: tokenizer directory {directory!r} does not exist; save one there with save_pretrained."
+            f"data: tokenizer directory {directory!r} does not exist; save one there with save_pretrained.{hub_hint(directory)}"
         )
     if not is_there(directory):
         known = ", ".join(" with ".join(names) for names in VOCABULARIES)

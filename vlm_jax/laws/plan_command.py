@@ -22,7 +22,6 @@ from vlm_jax.laws import law as law_file
 from vlm_jax.laws import table
 from vlm_jax.laws.budget import UNITS, Budget, find_chip
 from vlm_jax.laws.cost import Workload, allowed_tokens, exact_price
-from vlm_jax.laws.fit import OneLineParser
 from vlm_jax.laws.law import Fit
 from vlm_jax.laws.plan import PAPER, Candidate, Method, Plan, choose
 from vlm_jax.laws.table import Number
@@ -31,10 +30,8 @@ WIDE = 110  # columns of a terminal from which on every known amount is shown
 HEADS = {"gflops": "GFLOPs", "ms": "ms", "gib": "GiB", "dollars": "$ / 1M"}
 
 
-def _parser() -> OneLineParser:
-    parser = OneLineParser(
-        prog="vlm_jax.laws.plan", description="The best (LM, visual tokens) for a budget."
-    )
+def _parser() -> cli.OneLineParser:
+    parser = cli.OneLineParser(description="The best (LM, visual tokens) for a budget.")
     add = parser.add_argument
     add("--law", help="law.json made by vlm_jax.laws.fit")
     add("--table", help="errors.csv, instead of --law: fitted here")

@@ -22,7 +22,6 @@ from vlm_jax.laws.figures import (
     extrapolation_figure,
     text_tokens_figure,
 )
-from vlm_jax.laws.fit import OneLineParser
 from vlm_jax.laws.law import Fit
 from vlm_jax.laws.table import Row
 
@@ -48,10 +47,8 @@ def _positive(text: str) -> float:
     return value
 
 
-def _parser() -> OneLineParser:
-    parser = OneLineParser(
-        prog="vlm_jax.laws.plot", description="Draws what a table of errors supports."
-    )
+def _parser() -> cli.OneLineParser:
+    parser = cli.OneLineParser(description="Draws what a table of errors supports.")
     add = parser.add_argument
     # fmt: off
     add("tables", nargs="+", metavar="errors.csv", help="one table, or several that make one")
