@@ -97,6 +97,7 @@ class Task:
     unanswered: list[dict[str, Any]]
     features: Features | None  # read instead of the images
     with_questions: bool
+    ignored: tuple[str, ...] = ()  # fields of records that are taken for absent
 
     @property
     def predictions(self) -> Path:
@@ -114,7 +115,7 @@ class Task:
     def mark(self, row: dict[str, Any]) -> str:
         """The fingerprint of a question."""
         replies = row["replies"] if self.is_chosen(row) else None
-        return content.of_question(row, self.image_root, self.features, replies)
+        return content.of_question(row, self.image_root, self.features, replies, self.ignored)
 
     @functools.cached_property
     def _by_id(self) -> dict[str, dict[str, Any]]:
@@ -173,6 +174,7 @@ def _open(
     task = Task(
         name, settings.mode, settings.image_root(number), folder, chosen,
         frozenset(row["id"] for row in rows[len(chosen) :]), [], features, settings.with_questions,
+        experiment.read(settings.checkpoint).data.ignored_fields,
     )  # fmt: skip
     answered = {i for i, _ in predictions.resume(task.predictions)}
     if answered:
