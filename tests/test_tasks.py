@@ -149,6 +149,23 @@ def test_only_new_questions_are_asked_and_a_changed_gold_answer_asks_nothing(wor
     assert next(row["answer"] for row in task.rows if row["id"] == "red/0") == "crimson"
 
 
+def test_fields_that_the_run_ignores_are_no_part_of_a_question(world):
+    def more(note):
+        def change(records):
+            for record in records:
+                record["weight"] = note
+
+        edit(world, change)
+
+    cfg = tiny.config(world / "data")
+    cfg.data.ignored_fields = ("weight",)
+    experiment.write(experiment.resolve(cfg), world / "run")
+    more(0.5)
+    assert len(answered(world).unanswered) == 14
+    more(0.25)
+    assert opened(world).unanswered == []
+
+
 def test_replies_to_choose_from_are_part_of_a_question(world):
     row = {**opened(world).rows[0], "replies": ("A", "B")}
     given = (row, str(world / "data"), None)
