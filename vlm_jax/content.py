@@ -10,20 +10,18 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm_jax import experiment, files
 from vlm_jax.config import ConfigError
-from vlm_jax.data.records import Image, parse
+from vlm_jax.data.records import Image
 from vlm_jax.data.rows import Features
 
 WHOLE = 16 * 2**20  # bytes up to which a file is read to its end: every picture, small weights
-SAMPLES, BLOCK = (
-    16,
-    2**16,
-)  # of a larger file: evenly spaced blocks, the first and the last among them
+# Of a larger file: evenly spaced blocks, the first and the last among them.
+SAMPLES, BLOCK = 16, 2**16
 PATHS = ("annotations", "image_roots", "tokenizer", "features_dir")  # of data: names, not contents
 PARTS = {"weights", "prompts"}  # what `of_run` gives
 TOKENIZER = ("tokenizer*", "special_tokens*", "added_tokens*", "vocab.json", "merges.txt")
@@ -57,13 +55,13 @@ def of_question(
     image_root: str,
     features: Features | None,
     replies: Sequence[str] | None,
-    ignored: Sequence[str] = (),
+    ignored: Collection[str] = (),
 ) -> str:
     """Of what a model sees of a row: words, pictures (or their cached features), replies to choose from. Gold is no part.
 
-    ignored: fields of records that are taken for absent. Raises BadRecord for a row that cannot be asked.
+    ignored: fields of the row that count as absent. Raises BadRecord for a row that cannot be asked.
     """
-    record = parse(dict(row), "questions", image_root, row["id"], True, ignored)
+    record = records.parse(dict(row), "questions", image_root, row["id"], True, ignored)
     words = dataclasses.replace(record, file="", root="", images=())
     shown = (_picture(image, record.root, features) for image in record.images)
     return _digest([repr(words), repr(replies and tuple(replies)), *shown])

@@ -96,8 +96,8 @@ class Task:
     beyond: frozenset[str]  # ids left out by the limit
     unanswered: list[dict[str, Any]]
     features: Features | None  # read instead of the images
+    ignored: tuple[str, ...]  # fields of rows that count as absent
     with_questions: bool
-    ignored: tuple[str, ...] = ()  # fields of records that are taken for absent
 
     @property
     def predictions(self) -> Path:
@@ -138,7 +138,8 @@ def open_tasks(settings: EvalConfig, workdir: Path) -> list[Task]:
 
     Raises ConfigError when those are answers of another run or to other questions.
     """
-    experiment.check_image_roots("eval", settings.image_roots)
+    if not settings.features_dir:
+        experiment.check_image_roots("eval", settings.image_roots)
     made_with = {
         **content.of_run(settings.checkpoint),
         "max_new_tokens": settings.max_new_tokens,
@@ -173,8 +174,8 @@ def _open(
     folder.mkdir(exist_ok=True)
     task = Task(
         name, settings.mode, settings.image_root(number), folder, chosen,
-        frozenset(row["id"] for row in rows[len(chosen) :]), [], features, settings.with_questions,
-        experiment.read(settings.checkpoint).data.ignored_fields,
+        frozenset(row["id"] for row in rows[len(chosen) :]), [], features,
+        experiment.read(settings.checkpoint).data.ignored_fields, settings.with_questions,
     )  # fmt: skip
     answered = {i for i, _ in predictions.resume(task.predictions)}
     if answered:
