@@ -23,8 +23,11 @@ def get_config() -> ml_collections.ConfigDict:
     c.mesh.tensor = 1  # shards of heads, MLP widths and vocabulary; 0 = as few as the batch allows
     c.mesh.sequence = 1  # shards of the positions of a row, for very long ones
 
-    # Per part: a workdir, whose last checkpoint supplies it, or a model directory of the Hugging Face hub; "" = random.
+    # Per part: a workdir, whose last checkpoint supplies it, or a model directory of the Hugging Face hub; "" = init.from's,
+    # else random.
     c.init = ml_collections.ConfigDict()
+    # A workdir that supplies the other parts and, where they are not set, model.*, data.tokenizer, template, system and query.
+    c.init["from"] = ""
     c.init.vit = ""
     c.init.compressor = ""
     c.init.projector = ""
@@ -42,11 +45,13 @@ def get_config() -> ml_collections.ConfigDict:
     c.train.on_nonfinite = "stop"  # stop | skip: a step whose loss or gradient is NaN or infinite
     c.train.max_skipped = 10  # with skip: stop after this many
     c.train.peer_timeout = 100  # seconds without a sign of another process, then the run ends
+    c.train.random_frozen = False  # True: a part that does not learn may keep random parameters
 
     c.eval = ml_collections.ConfigDict()
     c.eval.checkpoint = ""  # workdir of the training run to evaluate
     c.eval.benchmarks = ()  # names in benchmarks.BENCHMARKS
     c.eval.annotations = ()  # one directory per benchmark, with its native files
+    c.eval.image_roots = ()  # one folder per benchmark, "" = its annotations'; () = all ""
     c.eval.batch_size = 16  # prompts per step, all devices together
     c.eval.mode = "generation"  # generation | likelihood (of the replies to closed questions)
     c.eval.max_new_tokens = 128  # per answer (LLaVA-1.5's evaluation)
@@ -58,6 +63,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.eval.visual_tokens = (
         0  # per image; 0 = as the model's config says (M3 and MQT can show others)
     )
+    c.eval.with_questions = False  # predictions.jsonl with each question and its gold answer
     c.eval.query = ""  # first_turn | last_turn | none; "" = as in training
     return c.lock()
 
@@ -130,6 +136,8 @@ def model() -> ml_collections.ConfigDict:
     m.lm.norm_eps = placeholder(float)
     m.lm.qkv_bias = placeholder(bool)
     m.lm.qk_norm = placeholder(bool)
+    m.lm.o_bias = placeholder(bool)  # of attention's output map
+    m.lm.mlp_bias = placeholder(bool)
     m.lm.tied_embeddings = placeholder(bool)
     m.lm.sliding_window = placeholder(int)  # keys a query may look back on; 0 = all
     m.lm.nominal_params = placeholder(float)  # the size in the model's name, parameters
@@ -163,6 +171,8 @@ def data() -> ml_collections.ConfigDict:
     d.max_images = 1  # images per sample; 0 = text only
     d.image_mode = "pad"  # pad (square, mean colour) | crop (shortest side, centre) | stretch
     d.max_image_pixels = 50_000_000  # larger images are bad records
+    d.exif_rotation = False  # True: images are turned as their EXIF orientation says (LLaVA: never)
+    d.ignored_fields = ()  # fields of records taken for absent, such as ("video",): see data.fields
     d.batch_size = 128  # samples per step, all devices together
     d.seed = 0  # of the shuffle
     d.sampling = (

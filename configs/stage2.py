@@ -1,6 +1,6 @@
 """Stage 2, instruction tuning: all but the encoder learns (LLaVA-1.5: 665k samples, lr 2e-5, batch 128).
 
-Set init.* to the workdir of stage 1.
+Set init.from to the workdir of stage 1: model, tokenizer and template are then that run's.
 """
 
 from configs import default

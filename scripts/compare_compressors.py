@@ -104,7 +104,7 @@ def ratio_for(c: Any, grid: int, count: int) -> float:
 
 
 def main(argv: Sequence[str]) -> None:
-    flags = cli.parse(argv, {"workdir": "directory of the comparison, or of a finished miniature sweep"})  # fmt: skip
+    flags = cli.parse(argv, {"workdir": "directory of the comparison, or of a finished miniature sweep"}, about=__doc__ or "")  # fmt: skip
     cfg, rows = flags.config, []
     root = experiment.open_workdir(flags.workdir)
     for seed in cfg.sweep.seeds:

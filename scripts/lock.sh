@@ -1,12 +1,19 @@
 #!/usr/bin/env bash
-# Moves requirements.lock to the newest releases that setup.py allows, for every Python from 3.11 on, and runs all tests with them.
-#   scripts/lock.sh                        with python3
-#   scripts/lock.sh python3.11 python3.12  with each of these, one after another
-# Commit the new lock when the tests pass; `git checkout requirements.lock` takes it back.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+
+usage() {
+  cat <<'TEXT'
+usage: scripts/lock.sh [PYTHON ..]
+Moves requirements.lock to the newest releases that setup.py allows, for every Python from 3.11 on, and runs all tests with them,
+with each PYTHON, one after another (default: python3), such as: scripts/lock.sh python3.11 python3.12
+Commit the new lock when the tests pass; `git checkout requirements.lock` takes it back.
+TEXT
+}
+
 case "${1:-}" in
-  -*) sed -n '2,5s/^# //p' "$0"; exit 2 ;;
+  --help | -h) usage; exit 0 ;;
+  -*) echo "lock.sh: unknown argument '$1'." >&2; usage >&2; exit 2 ;;
 esac
 [ $# -gt 0 ] || set -- python3
 

@@ -20,7 +20,8 @@ for word in "$@"; do
     --dry-run) dry=1 ;;
     --help | -h) usage; exit 0 ;;
     --workdir=*) workdir="${word#*=}"; arguments+=("$word") ;;
-    *) arguments+=("$word") ;;
+    --config=* | --config.?*=*) arguments+=("$word") ;;
+    *) echo "sweep_array.sh: unknown argument '$word'; flags of the sweep are --NAME=VALUE." >&2; usage >&2; exit 2 ;;
   esac
 done
 if ! [[ "$machines" =~ ^[1-9][0-9]*$ ]] || [ -z "$workdir" ]; then

@@ -1,9 +1,16 @@
 """Flags, overrides, and one line per mistake."""
 
+import importlib
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 
 from vlm_jax import cli
 from vlm_jax.config import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
 
 CONFIG = """
 from ml_collections import ConfigDict
@@ -77,15 +84,23 @@ def test_two_commands_in_one_process_do_not_share_flags(config):
         ),
         (
             ["--config=CONFIG", "--workdir=d", "--config.a.sise=2"],
-            "config.a has no field 'sise'; it has: names, rate, size.",
+            "config.a has no field 'sise'; it has: names, rate, size. Did you mean --config.a.size ?",
         ),
         (
             ["--config=CONFIG", "--workdir=d", "--config.a.size.x=2"],
             "config.a.size has no field 'x'; it has: no fields.",
         ),
+        (["--config=CONFIG", "--workdir=d", "--config.rate=2"], "Did you mean --config.a.rate ?"),
+        (["--config=CONFIG", "--workdir=d", "--rate=2"], "Did you mean: --config.a.rate ?"),
+        (["--config=CONFIG", "--workdir=d", "--a.size=2"], "Did you mean: --config.a.size ?"),
+        (["--config=CONFIG", "--workdir=d", "--config.a=2"], "config.a is a block, not a field"),
         (["--config=CONFIG", "--workdir=d", "--config.a.size=big"], "invalid literal for int"),
         (["--config=CONFIG.nope", "--workdir=d"], "no file"),
         (["--config.a.size=2", "--workdir=d"], "needs --config=FILE before it"),
+        (
+            [],
+            "command line: --config and --workdir are missing (a file of configs/, such as configs/stage1.py; where); usage: ",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(config, capsys, argv, message):
@@ -121,10 +136,80 @@ def test_other_errors_are_not_swallowed():
     assert cli.run(lambda argv: None, []) == 0
 
 
-def test_help_lists_the_flags(capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse("--help")
-    assert stop.value.code == 0 and "--score: whether" in capsys.readouterr().out
+def test_help_lists_the_flags_and_the_fields_of_the_config_file(config, capsys):
+    for words in (["--help"], ["-h", "--nothing"], ["--workdir=d", "--help"]):
+        with pytest.raises(SystemExit) as stop:
+            parse(*words)
+        out = capsys.readouterr().out
+        assert stop.value.code == 0 and "--score:   whether" in out
+        assert out.startswith("usage: ") and "--config.FIELD=VALUE" not in out.splitlines()[-1]
+    with pytest.raises(SystemExit):
+        parse(f"--config={config}", "--help")
+    assert "  --config.a.names=('p', 'q')\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--config.a.names=('z',)", "--config.a.names ('z',)"])
+def test_a_flag_that_is_given_twice_has_its_last_value(config, flag):
+    first = ["--config.a.names=('w','y')", "--config.a.size=2", "--workdir=c"]
+    flags = parse(f"--config={config}", *first, "--config.on=false", *flag.split(" "),
+                  "--config.on", "--config.a.size", "3", "--workdir=d")  # fmt: skip
+    assert flags.config.to_dict() == {"a": {"size": 3, "names": ("z",), "rate": 0.5}, "on": True}
+    assert flags.workdir == "d"
+
+
+def test_a_field_named_by_a_python_keyword_can_be_set():
+    for words in (["--config.init.from=a"], ["--config.init.from", "a"]):
+        values = cli.parse(["--config=stage2", *words, "--config.init.lm=b"], {}, required=())
+        assert (values.config.init["from"], values.config.init.lm) == ("a", "b")
+        assert values.config.is_locked and cli.given_fields(words) == ("init.from",)
+
+
+def test_the_last_config_file_counts_wherever_it_stands(config, tmp_path):
+    other = tmp_path / "other.py"
+    other.write_text(CONFIG.replace('"size": 1', '"size": 8'))
+    flags = parse(f"--config={config}", "--config.a.rate=2", "--workdir=d", f"--config={other}")
+    assert flags.config.a.to_dict() == {"size": 8, "names": ("p", "q"), "rate": 2.0}
+
+
+@pytest.mark.parametrize(
+    "module", ["train", "evaluate", "sweep", "aot", "show", "laws.fit", "laws.plan", "laws.plot"]
+)
+def test_every_command_without_flags_says_in_one_line_what_it_needs(module, capsys, monkeypatch):
+    source = {"laws.plan": "laws.plan_command", "laws.plot": "laws.plot_command"}
+    main = importlib.import_module(f"vlm_jax.{source.get(module, module)}").main
+    path = "aot/__main__" if module == "aot" else module.replace(".", "/")
+    for called, name in (
+        (f"/x/vlm_jax/{path}.py", f"python -m vlm_jax.{module}"),
+        (f"/usr/bin/vlm-jax-{module}", f"vlm-jax-{module}"),
+    ):
+        monkeypatch.setattr("sys.argv", [called])
+        assert main([]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and err.startswith("error: command line: ")
+        assert "missing" in err or "required" in err
+        assert f"usage: {name} " in err and "--help" in err
+        with pytest.raises(SystemExit) as stop:
+            main(["--help"])
+        assert stop.value.code == 0 and f"usage: {name} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "script", sorted((ROOT / "scripts").glob("*.s[hb]*")), ids=lambda p: p.name
+)
+def test_scripts_answer_help_and_unknown_options_before_they_do_anything(script, tmp_path):
+    """Copied to an empty folder, a script cannot make an environment, and must not try."""
+    if script.name == "environment.sh":
+        pytest.skip("is sourced by the others")
+    copied = tmp_path / "scripts" / script.name
+    copied.parent.mkdir()
+    shutil.copy(script, copied)
+    for words, code in ((["--help"], 0), (["--helo"], 2), (["--helo=1"], 2)):
+        done = subprocess.run(["bash", copied, *words], capture_output=True, text=True, timeout=20)
+        assert done.returncode == code, done.stderr
+        assert "usage: " in (done.stdout if code == 0 else done.stderr)
+        if code and script.name != "tpu_run.sh":  # which hands its words to tpu_create.sh
+            assert f"unknown argument '{words[0]}'" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["scripts"]
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage1.py", "configs/stage1.py"])

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -88,7 +89,7 @@ def test_the_errors_row_says_what_was_measured(world, first):
     )
     assert (row.lm_params, row.visual_tokens, row.seed) == (lm.non_embedding_params, 1, 0)
     assert row.error == pytest.approx(scores[0]["error"])
-    assert row.lm == table.size_name(lm.non_embedding_params)
+    assert row.lm == table.size_name(lm.total_params)
     assert 0 < row.seconds < 60
     assert 2 * lm.non_embedding_params * 5 < row.flops < 2 * lm.non_embedding_params * 100
 
@@ -114,6 +115,7 @@ def test_a_killed_evaluation_asks_only_what_is_missing(world, first, tmp_path, m
     """Cut after five answers, inside the sixth."""
     whole = (first[0] / "llava" / "predictions.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "llava").mkdir()
+    shutil.copy(first[0] / "llava" / "run.json", tmp_path / "llava")
     (tmp_path / "llava" / "predictions.jsonl").write_text("".join(whole[:5]) + whole[5][:9])
     asked = []
     ask = answer.Answerer.ask
@@ -208,7 +210,9 @@ def test_the_question_that_is_looked_at_may_be_another_than_in_training(world):
         evaluate.evaluate(config(world, query="second_turn"), str(world / "nowhere"))
 
 
-def test_hidden_gold_is_answered_and_uploaded_and_the_rest_is_scored(world, tmp_path, capsys):
+def test_hidden_gold_is_answered_and_uploaded_and_the_rest_is_scored(
+    world, tmp_path, capsys, caplog
+):
     """VQAv2's test split beside GQA, both in their native files: one row in errors.csv, two files to upload."""
     data, pictures = tmp_path / "data", sorted((world / "images").iterdir())
     for i, picture in enumerate(pictures[:3]):
@@ -224,6 +228,7 @@ def test_hidden_gold_is_answered_and_uploaded_and_the_rest_is_scored(world, tmp_
     (data / "testdev_balanced_questions.json").write_text(json.dumps(gqa))
     cfg = config(world, benchmarks=("vqav2", "gqa"), annotations=(str(data), str(data)))
     workdir = tmp_path / "run"
+    caplog.set_level("INFO")
     (scored,) = evaluate.evaluate(cfg, str(workdir))
     texts = answers(workdir, "gqa")
     right = sum(text.lower().rstrip(".") == "red" for text in texts.values())
@@ -234,6 +239,14 @@ def test_hidden_gold_is_answered_and_uploaded_and_the_rest_is_scored(world, tmp_
     uploaded = {str(one["question_id"]): one["answer"] for one in json.loads(upload.read_text())}
     assert uploaded == {i: vqa.normalise(text) for i, text in answers(workdir, "vqav2").items()}
     assert set(uploaded) == {"10", "11", "12"}
+    caplog.clear()
+    alone = config(world, benchmarks=("vqav2",), annotations=(str(data),))
+    assert evaluate.evaluate(alone, str(tmp_path / "alone")) == []
+    assert (tmp_path / "alone" / "vqav2" / upload.name).read_bytes() == upload.read_bytes()
+    assert not (tmp_path / "alone" / "errors.csv").exists()
+    assert caplog.messages[-1] == (
+        "no row for errors.csv: all gold answers are hidden; send in the uploads"
+    )
     words = ["--score", "--benchmark=vqav2", f"--annotations={data}"]
     words += [f"--predictions={workdir / 'vqav2' / 'predictions.jsonl'}"]
     assert evaluate.main(words) == 2
@@ -330,6 +343,10 @@ def test_a_model_is_named_after_its_preset_whatever_its_vocabulary(name):
 
 
 def test_a_model_without_preset_is_named_after_its_size():
-    assert evaluate.lm_name(presets.lm("mini-45k", mlp_width=49)) == table.size_name(
-        presets.lm("mini-45k", mlp_width=49).non_embedding_params
-    )
+    """As the hub counts it, with embeddings: SmolLM2-135M has 134,515,008 parameters, 106 million without its table."""
+    smollm = presets.lm(
+        "llama3.2-1b", vocab_size=49152, width=576, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64,
+        mlp_width=1536, nominal_params=0.0,
+    )  # fmt: skip
+    assert (smollm.total_params, smollm.non_embedding_params) == (134515008, 106203456)
+    assert evaluate.lm_name(smollm) == "135M"

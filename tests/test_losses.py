@@ -115,9 +115,15 @@ def gradients(folder, trainable="^(compressor|projector|lm)/", **train):
     return loss, scalars, grads
 
 
+@pytest.fixture(scope="module")
+def at_once(folder):
+    """Loss, scalars and gradients without chunks and micro-batches."""
+    return gradients(folder)
+
+
 @pytest.mark.parametrize("train", [dict(loss_chunk=5), dict(micro_batches=2), dict(micro_batches=4, loss_chunk=8)])  # fmt: skip
-def test_chunks_and_micro_batches_change_no_gradient(folder, train):
-    loss, scalars, grads = gradients(folder)
+def test_chunks_and_micro_batches_change_no_gradient(folder, at_once, train):
+    loss, scalars, grads = at_once
     mine, told, made = gradients(folder, **train)
     np.testing.assert_allclose(mine, loss, rtol=1e-6)
     assert told["tokens"] == scalars["tokens"]

@@ -51,12 +51,13 @@ def test_two_stages_overfit_real_photographs_and_evaluate_answers_every_question
     common |= {"data.image_roots": f"('{data}',)", "data.tokenizer": data / "tokenizer"}
 
     stage1 = {"data.annotations": f"('{data}/captions.json',)", "train.num_steps": 30}
+    stage1 |= {"train.random_frozen": True}  # nothing is pretrained here
     call("train", "stage1", tmp_path / "stage1", common | stage1)
-    stage2 = {
-        f"init.{part}": tmp_path / "stage1" for part in ("vit", "compressor", "projector", "lm")
-    }
+    # Model, tokenizer, template and system prompt are stage 1's.
+    stage2 = {"init.from": tmp_path / "stage1", "data.image_roots": f"('{data}',)"}
+    stage2 |= {f"data.{name}": DATA[name] for name in ("max_tokens", "max_images", "batch_size")}
     stage2 |= {"data.annotations": f"('{data}/dialogues.json',)", "optim.learning_rate": 3e-3}
-    call("train", "stage2", tmp_path / "stage2", common | stage2 | {"train.num_steps": 200})
+    call("train", "stage2", tmp_path / "stage2", stage2 | {"train.num_steps": 200})
     assert losses(tmp_path / "stage1")[0] > losses(tmp_path / "stage1")[-1]
     assert losses(tmp_path / "stage2")[-1] < 0.05
 

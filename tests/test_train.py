@@ -285,7 +285,8 @@ def test_what_needs_the_registry_or_the_tokenizer_is_refused_before_compiling(
     config.model.lm.vocab_size = 20
     with pytest.raises(
         ConfigError,
-        match=r"vocab_size 20 is smaller than the tokenizer's 30; set --config.model.lm.vocab_size=30",
+        match=r"vocab_size 20 is smaller than the tokenizer's 30: the decoder does not belong to the tokenizer .*tokenizer'. "
+        r"Name the one that does, --config.model.lm.preset=DIR --config.init.lm=DIR; .* set --config.model.lm.vocab_size=30.$",
     ):
         train.train(config, str(tmp_path))
     config = tiny.config(folder)

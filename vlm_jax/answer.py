@@ -15,7 +15,8 @@ from vlm_jax import compressors, experiment, sharding, weights
 from vlm_jax.benchmarks.predictions import Answer
 from vlm_jax.config import with_tokens
 from vlm_jax.costs import flops
-from vlm_jax.data import prompts, sources
+from vlm_jax.data import prompts
+from vlm_jax.data.records import parse
 from vlm_jax.data.rows import make_chat
 from vlm_jax.generate import Decoding, make_generate
 from vlm_jax.models.lm import Cache
@@ -203,7 +204,7 @@ class Answerer:
         """
         asked, queries, images, outputs = [], [], [], []
         for row in rows:
-            record = sources.parse(row, "questions", image_root, row["id"], generate=True)
+            record = parse(row, "questions", image_root, row["id"], True, self.data.ignored_fields)
             images.append(len(record.images))
             length = self.chat.length(self.chat.prompt(record))
             asked.append(length - images[-1] * self.visual_tokens)

@@ -6,13 +6,13 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from vlm_jax import presets
+from vlm_jax import files, presets
 from vlm_jax.config import (
     LM_LINEARS,
     SCORED,
@@ -24,9 +24,11 @@ from vlm_jax.config import (
     VLMConfig,
     build,
 )
-from vlm_jax.data import feature_cache, tokenizer
+from vlm_jax.data import feature_cache, fingerprint, tokenizer
 from vlm_jax.hf.describe import check_agrees
 from vlm_jax.hf.directory import is_model
+from vlm_jax.hub import hub_hint
+from vlm_jax.inherit import changed, check_part, inherit
 from vlm_jax.run_config import (
     DataConfig,
     Experiment,
@@ -39,14 +41,27 @@ from vlm_jax.run_config import (
 # Fields that a run may change between two starts: none of them changes a loss by more than the order of a sum.
 MUTABLE = (
     "mesh.", "train.log_every", "train.save_every", "train.keep", "train.micro_batches", "train.loss_chunk",
-    "train.on_nonfinite", "train.max_skipped", "train.peer_timeout", "data.num_workers", "model.vit.remat",
+    "train.on_nonfinite", "train.max_skipped", "train.peer_timeout", "train.random_frozen", "data.num_workers", "model.vit.remat",
     "model.vit.sharded", "model.lm.remat", "model.lm.attention",
 )  # fmt: skip
 
+# Where the data lie may change, too, if `data.fingerprint` can tell that they are the same.
+MOVABLE = ("data.annotations", "data.image_roots")
 
-def resolve(cfg: ConfigDict) -> Experiment:
-    """The frozen settings of an experiment config; presets are filled in. Raises ConfigError for a wrong value."""
+
+def resolve(cfg: ConfigDict, given: Sequence[str] = ()) -> Experiment:
+    """The frozen settings of an experiment config; presets are filled in, and with init.from the run's model.
+
+    given: the fields that the command line sets. With init.from they, and those that differ from configs/default.py, must
+    agree with the run's. Raises ConfigError for a wrong value.
+    """
     config = cfg.to_dict()
+    files.check_settings(config)
+    source = config["init"].pop("from")
+    config["init"]["run"] = source
+    if source:
+        _must_have_checkpoint("from", source)
+        config = inherit(config, source, read(source), {*given, *changed(config)})
     return Experiment(
         model=presets.vlm(config["model"]),
         data=build(DataConfig, config["data"]),
@@ -69,9 +84,11 @@ def check_inputs(experiment: Experiment) -> None:
     if data.features_dir:
         check_cacheable(experiment.model)
         feature_cache.check(data.features_dir, experiment.model, data)
-    for part, source in dataclasses.asdict(experiment.init).items():
+    for part, source in experiment.init.sources.items():
         if source:
-            check_part(part, source, experiment.model)
+            check_source(part, source, experiment.model)
+            if not is_model(source):
+                check_part(part, source, read(source), experiment)
 
 
 def check_sources(data: DataConfig) -> None:
@@ -84,27 +101,34 @@ def check_sources(data: DataConfig) -> None:
         _must_exist(
             "data: annotations", path, "give the path of a .json or .jsonl file or a tfds directory"
         )
-    for path in filter(None, data.image_roots):
-        if data.max_images and not data.features_dir:
-            _must_exist(
-                "data: image_roots",
-                path,
-                "give the folder that the records' image paths start from",
-                folder=True,
-            )
+    if data.max_images and not data.features_dir:
+        check_image_roots("data", data.image_roots)
 
 
-def check_part(part: str, source: str, model: VLMConfig) -> None:
-    """Raises ConfigError when `source` cannot supply the part of the model."""
+def check_source(part: str, source: str, model: VLMConfig) -> None:
+    """Raises ConfigError when `source`, a run or a model directory, cannot supply the part of the model."""
     if is_model(source):
         check_agrees(source, part, model)
-    elif last_step(source) is None:
+        return
+    _must_have_checkpoint(part, source)
+    if part == "lm":
+        has_adapters(source, model.lm)
+
+
+def check_image_roots(owner: str, roots: Sequence[str]) -> None:
+    """Raises ConfigError for the first folder that does not exist; "" names none."""
+    for path in filter(None, roots):
+        fix = "give the folder that the records' image paths start from"
+        _must_exist(f"{owner}: image_roots", path, fix, folder=True)
+
+
+def _must_have_checkpoint(part: str, source: str) -> None:
+    if last_step(source) is None:
         raise ConfigError(
             f"init: {part} {source!r} has no finished checkpoint and is no model directory; give the workdir of a "
             "training run or a directory with a Hugging Face config.json and *.safetensors."
+            f"{hub_hint(source)}"
         )
-    elif part == "lm":
-        has_adapters(source, model.lm)
 
 
 def has_adapters(workdir: str, lm: LMConfig) -> bool:
@@ -136,6 +160,7 @@ def _must_exist(owner: str, path: str, fix: str, folder: bool = False) -> None:
 
 def open_workdir(workdir: str) -> Path:
     """The absolute path of `workdir`, made if it is missing. Raises ConfigError when nothing can be written there."""
+    files.check_local("--workdir", workdir)
     path = Path(workdir).absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -170,12 +195,19 @@ def finish(workdir: Path, metrics: Mapping[str, float]) -> None:
 
 
 def finished(workdir: Path) -> dict[str, float] | None:
-    """The final metrics of a finished run whose last checkpoint is still there; None otherwise."""
+    """The final metrics of a finished run whose last checkpoint is still there; None otherwise.
+
+    Raises ConfigError when `final.json` is damaged.
+    """
     path = workdir / "final.json"
-    metrics = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"step": None}
-    return (
-        metrics if metrics["step"] is not None and metrics["step"] == last_step(workdir) else None
-    )
+    if not path.is_file():
+        return None
+    metrics = files.read_json(path)
+    if not {"step", "loss"} <= metrics.keys():
+        raise ConfigError(
+            f"{path}: lacks the step and the loss of a finished run; delete it, and the same command writes it again."
+        )
+    return metrics if metrics["step"] == last_step(workdir) else None
 
 
 def _write_json(content: Mapping[str, Any], path: Path) -> None:
@@ -186,15 +218,29 @@ def _write_json(content: Mapping[str, Any], path: Path) -> None:
 
 
 def read(workdir: str | Path) -> Experiment:
-    """The settings of a run, from its `config.json`. Raises ConfigError when there is none."""
+    """The settings of a run, from its `config.json`. Raises ConfigError when there is none or it is damaged."""
+    files.check_local("workdir of a run", str(workdir))
     path = Path(workdir) / "config.json"
     if not path.is_file():
         raise ConfigError(f"{str(path)!r} does not exist; give the workdir of a training run.")
-    if is_model(workdir):
+    saved = files.read_json(path)
+    if "model_type" in saved:
         raise ConfigError(
             f"{str(workdir)!r} is a Hugging Face directory, not a run; convert it first: scripts/convert_hf.py {workdir} OUT."
         )
-    saved = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return _restored(saved)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ConfigError(
+            f"{path}: is no config of a run ({reason}); take it from a copy of the run, or train again."
+        ) from error
+
+
+def _restored(saved: Mapping[str, Any]) -> Experiment:
+    """What `write` saved."""
     model = dict(saved["model"])
     lm = dict(model["lm"], rope_scaling=build(RopeScaling, model["lm"]["rope_scaling"]))
     parts = {
@@ -221,8 +267,9 @@ def check_same(experiment: Experiment, workdir: Path) -> None:
             f"--workdir: {str(workdir)!r} holds an imported model, not a run; set init.* to it and give another workdir."
         )
     before, now = dict(_fields(read(workdir))), dict(_fields(experiment))
+    free = (*MUTABLE, *(MOVABLE if fingerprint.is_known(workdir) else ()))
     for name in now:
-        if before[name] != now[name] and not name.startswith(MUTABLE):
+        if before[name] != now[name] and not name.startswith(free):
             raise ConfigError(
                 f"--workdir: {str(workdir)!r} holds a run with {name} = {before[name]!r}, now {now[name]!r}; "
                 "give the old value to resume it, or another workdir."

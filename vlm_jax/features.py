@@ -32,7 +32,7 @@ def write_features(cfg: ConfigDict, folder: str) -> None:
         raise ConfigError(
             "features: init.vit is empty; give the training run or the model directory whose encoder computes the features."
         )
-    experiment.check_part("vit", exp.init.vit, exp.model)
+    experiment.check_source("vit", exp.init.vit, exp.model)
     out = Path(folder).absolute()
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         feature_cache.check(folder, exp.model, exp.data)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Generator
@@ -11,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
 
 from vlm_jax import (
     chips,
@@ -20,6 +21,7 @@ from vlm_jax import (
     experiment,
     guard,
     optim,
+    outline,
     sharding,
     telemetry,
     weights,
@@ -27,7 +29,8 @@ from vlm_jax import (
 from vlm_jax.checkpoint import Checkpoints
 from vlm_jax.config import ConfigError, RunEnded
 from vlm_jax.costs.flops import batch_flops
-from vlm_jax.data import pipeline, tokenizer
+from vlm_jax.data import fingerprint, pipeline, tokenizer
+from vlm_jax.hf.directory import is_model
 from vlm_jax.interrupt import Interrupt
 from vlm_jax.run_config import Experiment
 from vlm_jax.step import Plan, TrainState, fresh_state, from_saved, make_step, plan, to_saved
@@ -35,14 +38,17 @@ from vlm_jax.step import Plan, TrainState, fresh_state, from_saved, make_step, p
 log = logging.getLogger(__name__)
 
 
-def run(exp: Experiment, workdir: Path) -> dict[str, float]:
+def run(exp: Experiment, workdir: Path, say: outline.Say = outline.silent) -> dict[str, float]:
     """Trains to the last step, from the newest checkpoint of `workdir` if there is one; the last step's metrics.
+
+    say: is given the lines of the start and of the end, in the first process.
 
     Raises RunEnded when it was asked to stop (after saving a checkpoint), ConfigError for what the user must mend: another
     run in `workdir`, a full disk, a loss that is not finite.
     """
     sharding.start_processes(exp.train.peer_timeout)
     first = jax.process_index() == 0
+    check_agreement(exp)
     visual_tokens = compressors.train_tokens(exp.model.compressor, exp.model.vit.grid)[0]
     check_fit(exp, visual_tokens)
     num_steps = exp.train.num_steps or max(
@@ -62,6 +68,10 @@ def run(exp: Experiment, workdir: Path) -> dict[str, float]:
         iterator = stack.enter_context(_closing(data))
         checkpoints = stack.enter_context(_closing(Checkpoints(workdir, exp.train.keep)))
         done = checkpoints.latest() or 0
+        if not done:
+            outline.check_frozen(exp, p.state.trainable, p.state.frozen)
+        for line in _start_lines(p, visual_tokens, data.num_records, done) if first else ():
+            say(line)
         if done:
             saved = checkpoints.restore(done, to_saved(p.state), iterator)
             state = from_saved(saved, exp.optim.trainable)
@@ -69,6 +79,7 @@ def run(exp: Experiment, workdir: Path) -> dict[str, float]:
         else:
             if first:
                 experiment.write(exp, workdir)
+                fingerprint.write(exp.data, workdir)
             state = begin(p)
         check_features(p, state)
         watch = guard.Guard(exp.train, workdir).notice
@@ -85,7 +96,23 @@ def run(exp: Experiment, workdir: Path) -> dict[str, float]:
         )
     if first:
         experiment.finish(workdir, metrics.last)
+        for line in outline.end(exp, workdir, metrics.last):
+            say(line)
     return dict(metrics.last)
+
+
+def check_agreement(exp: Experiment) -> None:
+    """Raises ConfigError, in every process, when one of them reads other annotations than the first."""
+    if jax.process_count() == 1:
+        return
+    own = np.frombuffer(fingerprint.digest(fingerprint.of(exp.data)), np.uint8)
+    digests = multihost_utils.process_allgather(own)
+    others = np.flatnonzero((digests != digests[0]).any(axis=1)).tolist()
+    if others:
+        raise ConfigError(
+            f"data: annotations {', '.join(exp.data.annotations)}: process {others[0]} reads other content than process 0; "
+            "give every machine the same files."
+        )
 
 
 def check_features(p: Plan, state: TrainState) -> None:
@@ -95,11 +122,24 @@ def check_features(p: Plan, state: TrainState) -> None:
         weights.check_cached(data.features_dir, p.experiment.model, state.frozen["vit"])
 
 
+def _start_lines(p: Plan, visual_tokens: int, num_records: int, done: int) -> list[str]:
+    device = p.mesh.devices.flat[0]
+    return outline.start(
+        p.experiment, p.state.trainable, p.state.frozen, visual_tokens=visual_tokens, num_records=num_records,
+        num_steps=p.num_steps, done=done, devices=f"{p.mesh.size} x {device.device_kind}",
+    )  # fmt: skip
+
+
 def begin(p: Plan) -> TrainState:
     """The state before step 1: the parts of `init` from where they are, random parameters for what is not there."""
     everything = optim.merge(p.state.trainable, p.state.frozen)
-    init = dataclasses.asdict(p.experiment.init)
-    return fresh_state(p, weights.load_by_part(init, p.experiment.model, everything))
+    init = p.experiment.init
+    named = {
+        part: source
+        for part, source in init.sources.items()
+        if getattr(init, part) or part in everything  # init.from supplies the parts that there are
+    }
+    return fresh_state(p, weights.load_by_part(named, p.experiment.model, everything))
 
 
 def _lost(error: jax.errors.JaxRuntimeError, workdir: Path) -> Exception:
@@ -204,7 +244,9 @@ def check_fit(exp: Experiment, visual_tokens: int) -> None:
         )
     known = tokenizer.load(exp.data.tokenizer).vocab_size
     if known > exp.model.lm.vocab_size:
+        its_own = exp.data.tokenizer if is_model(exp.data.tokenizer) else "DIR"
         raise ConfigError(
-            f"model: lm vocab_size {exp.model.lm.vocab_size} is smaller than the tokenizer's {known}; "
-            f"set --config.model.lm.vocab_size={known}."
+            f"model: lm vocab_size {exp.model.lm.vocab_size} is smaller than the tokenizer's {known}: the decoder does not "
+            f"belong to the tokenizer {exp.data.tokenizer!r}. Name the one that does, --config.model.lm.preset={its_own} "
+            f"--config.init.lm={its_own}; for a decoder that begins RANDOM and learns, set --config.model.lm.vocab_size={known}."
         )

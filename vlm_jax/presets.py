@@ -22,6 +22,7 @@ from vlm_jax.config import (
 )
 from vlm_jax.hf.describe import describe
 from vlm_jax.hf.settings import feature_layer
+from vlm_jax.hub import hub_hint
 
 _SIGLIP: dict[str, Any] = dict(
     activation="gelu_tanh", norm_eps=1e-6, cls_token=False, pre_norm=False, post_norm=True, patch_bias=True,
@@ -146,6 +147,7 @@ def _resolve(
     if preset and not Path(preset).is_dir():
         raise ConfigError(
             f"unknown {kind} preset {preset!r}; use one of {', '.join(table)}, a model directory, or '' and set every field."
+            f"{hub_hint(preset)}"
         )
     return build(cls, {**(_described(cls, kind, preset) if preset else {}), **overrides})
 
@@ -161,6 +163,12 @@ def _described(cls: type, kind: str, directory: str) -> dict[str, Any]:
     if config is None:
         raise ConfigError(f"{directory!r} describes no {kind}; give a directory that holds one.")
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(cls)}
+
+
+def fields(block: str, preset: str) -> dict[str, Any]:
+    """The fields that the preset, or model directory, of a config's block "vit" or "lm" gives."""
+    config = {"vit": vit, "lm": lm}[block](preset)
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
 def vlm(model: Mapping[str, Any]) -> VLMConfig:

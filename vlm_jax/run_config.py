@@ -37,6 +37,8 @@ class DataConfig:
     length_buckets: tuple[int, ...] = ()  # widths a batch may be cut to; () = max_tokens alone
     packing: bool = False  # several samples per row: see data.packing
     packed_images: int = 8  # image slots of a packed row
+    exif_rotation: bool = False  # True: images are turned as their EXIF orientation says
+    ignored_fields: tuple[str, ...] = ()  # fields of records that are taken for absent
 
     def __post_init__(self):
         check_choice("data", "sampling", self.sampling, ("shuffle", "modality_length"))
@@ -122,12 +124,19 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
-    """Per part: a workdir, whose last checkpoint supplies it, or a Hugging Face model directory; "" = random."""
+    """Per part: a workdir, whose last checkpoint supplies it, or a Hugging Face model directory; "" = `run`'s, or random."""
 
     vit: str
     compressor: str
     projector: str
     lm: str
+    run: str = ""  # init.from: the workdir that supplies the other parts, and the model's settings
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Part -> where it comes from; "" = random."""
+        parts = ("vit", "compressor", "projector", "lm")
+        return {part: getattr(self, part) or self.run for part in parts}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +152,7 @@ class TrainConfig:
     on_nonfinite: str = "stop"  # stop | skip: a step whose loss or gradient is NaN or infinite
     max_skipped: int = 10  # with skip: stop after this many
     peer_timeout: int = 100  # seconds without a sign of another process after which the run ends
+    random_frozen: bool = False  # may a part that does not learn keep random parameters
     micro_batches: int = 1  # parts of a batch whose gradients are computed in turn and added
     loss_chunk: int = 0  # positions per row whose logits exist at once; 0 = all
 

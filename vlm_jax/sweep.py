@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from vlm_jax import benchmarks, cli, experiment, presets
+from vlm_jax import benchmarks, cli, experiment, files, presets
 from vlm_jax.config import ConfigError, check_choice, stride_for
 from vlm_jax.evaluate import evaluate
 from vlm_jax.laws import fit, law, report, table
@@ -322,7 +322,7 @@ class Clock:
         self.seconds: dict[str, float] = {}
         for known in (*others, path):
             if known.is_file():
-                self.seconds |= json.loads(known.read_text())
+                self.seconds |= files.read_json(known)
 
     @contextlib.contextmanager
     def part(self, name: str) -> Generator[None, None, None]:
@@ -338,7 +338,7 @@ def command(argv: Sequence[str]) -> None:
         "workdir": "directory of the sweep",
         "part": "shared, or I/N: every N-th cell from the I-th; not given: everything that is missing, and the report",
     }
-    flags = cli.parse(argv, texts)
+    flags = cli.parse(argv, texts, about=__doc__ or "")
     if flags.part:
         sweep_part(flags.config, flags.workdir, flags.part)
         return

@@ -19,7 +19,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2  # the types in it are made when it is imported
 from tensorboardX.summary import scalar
 
-from vlm_jax import disk
+from vlm_jax import disk, files
 
 log = logging.getLogger(__name__)
 
@@ -137,8 +137,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a metrics.jsonl; a last line cut short by a crash is left out."""
     if not path.is_file():
         return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    text = files.read_text(path)
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    return [files.parse_json(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
 
 
 class Display:

@@ -13,36 +13,56 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from vlm_jax import cli, experiment
-from vlm_jax.experiment import check_inputs, check_same, open_workdir, resolve
+from vlm_jax import cli, experiment, outline
+from vlm_jax.data import fingerprint
+from vlm_jax.experiment import check_inputs, check_same, last_step, open_workdir, resolve
+from vlm_jax.hf.directory import is_model
 
 log = logging.getLogger(__name__)
 
 
-def train(cfg: ConfigDict, workdir: str) -> dict[str, float]:
+def train(
+    cfg: ConfigDict,
+    workdir: str,
+    given: Sequence[str] = (),
+    say: outline.Say = outline.silent,
+) -> dict[str, float]:
     """Runs the stage that `cfg` describes and returns the metrics of its last step.
 
+    given: the fields that a command line set (see `experiment.resolve`). say: is given the lines that tell what the run
+    is about to do and what it wrote.
+
     Raises ConfigError, before any compilation, for a wrong setting, a missing input, a directory that cannot be written,
-    or a workdir that belongs to a run with other settings.
+    or a workdir that belongs to a run with other settings or on other annotations.
     """
-    exp = resolve(cfg)
+    first = outline.opening(len(cfg.data.annotations), workdir, experiment.last_step(workdir))
+    named = (cfg.model.vit.preset, cfg.model.lm.preset, *cfg.init.values())
+    slow = any(name and is_model(name) for name in named)  # transformers reads them
+    if slow:
+        say(first)
+    exp = resolve(cfg, given)
     check_inputs(exp)
     folder = open_workdir(workdir)
     check_same(exp, folder)
     finished = experiment.finished(folder)
     if finished is not None:
-        log.info("%s is finished (step %d, loss %.4f)", folder, finished["step"], finished["loss"])
+        for line in outline.end(exp, folder, finished):
+            say(line)
         return finished
+    if last_step(folder):
+        fingerprint.check(exp.data, folder)
+    if not slow:
+        say(first)
     from vlm_jax import (
         loop,
     )  # here, not above: jax, orbax and grain take seconds, mistakes are answered before
 
-    return loop.run(exp, folder)
+    return loop.run(exp, folder, say)
 
 
 def command(argv: Sequence[str]) -> None:
-    flags = cli.parse(argv, {"workdir": "directory of the run"})
-    train(flags.config, flags.workdir)
+    flags = cli.parse(argv, {"workdir": "directory of the run"}, about=__doc__ or "")
+    train(flags.config, flags.workdir, cli.given_fields(argv), log.info)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -47,8 +47,8 @@ def command(argv: Sequence[str]) -> int:
         "search": "try meshes, remat policies and micro-batches; show the best that fits",
         "train_only": "leave out prefill and decode",
     }
-    flags = cli.parse(argv, texts, switches, required=("config", "topology"))
-    exp = resolve(flags.config)
+    flags = cli.parse(argv, texts, switches, required=("config", "topology"), about=__doc__ or "")
+    exp = resolve(flags.config, cli.given_fields(argv))
     quiet_environment(flags.topology)
     from vlm_jax.aot import footprint, programs, search  # jax takes seconds: mistakes come first
 

@@ -21,6 +21,7 @@ from absl import flags, logging
 
 from vlm_jax.config import ConfigError, ViTConfig
 from vlm_jax.data import packing, sampling, sources
+from vlm_jax.data.records import BadRecord
 from vlm_jax.data.rows import (
     Assembly,
     Batch,
@@ -29,7 +30,6 @@ from vlm_jax.data.rows import (
     make_encoder,
     open_features,
 )
-from vlm_jax.data.sources import BadRecord
 from vlm_jax.run_config import DataConfig
 
 TEXT_CHUNK = (
@@ -59,9 +59,11 @@ class TrainIterator(grain.DatasetIterator):
         encode: EncodeChunk,
         rows: int,
         begin: Callable[[int], Assembly],
+        num_records: int,
     ):
-        """begin: how many samples were consumed -> the next batch, still empty."""
+        """begin: how many samples were consumed -> the next batch, still empty. num_records: of all files together."""
         super().__init__()
+        self.num_records = num_records
         self._cfg, self._stream, self._encode = cfg, stream, encode
         self._rows, self._begin = rows, begin
         self._consumed = self.bad_records = 0
@@ -193,6 +195,7 @@ def train_iterator(
             f"data: batch_size {cfg.batch_size} is not divisible by the {num_shards} processes that load data."
         )
     source, features = sources.open_source(cfg), open_features(cfg)
+    sources.tell_unread(source)
     encoder, rows = make_encoder(cfg, visual_tokens, vit, features), cfg.batch_size // num_shards
     if cfg.sampling == "modality_length":
         order = _order(cfg, visual_tokens)
@@ -202,7 +205,9 @@ def train_iterator(
         def begin_grouped(consumed: int) -> Assembly:
             return sampling.Grouped(cfg, rows, order.has_images(consumed // rows), features)
 
-        return TrainIterator(cfg, grain.MapDataset.range(2**40), grouped, rows, begin_grouped)
+        return TrainIterator(
+            cfg, grain.MapDataset.range(2**40), grouped, rows, begin_grouped, len(source)
+        )
     stream = (
         grain.MapDataset.range(len(source))
         .seed(cfg.seed)
@@ -215,7 +220,7 @@ def train_iterator(
             return packing.Packed(cfg, rows, encoder, features)
         return Stacked(rows, features)
 
-    return TrainIterator(cfg, stream, EncodeChunk(source, encoder), rows, begin)
+    return TrainIterator(cfg, stream, EncodeChunk(source, encoder), rows, begin, len(source))
 
 
 def _order(cfg: DataConfig, visual_tokens: int) -> sampling.Order:

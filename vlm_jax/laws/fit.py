@@ -210,17 +210,8 @@ def _profile_d(profiles: Profiles, level: float) -> dict[str, tuple[float, float
     return {name: None if v is None else _pair((v.min(), v.max())) for name, v in spans.items()}
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """argparse with the house's errors: one line on stderr, exit code 2."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = OneLineParser(
-        prog="vlm_jax.laws.fit", description="Fits error = A / (N^alpha V^beta) + D per family."
-    )
+    parser = cli.OneLineParser(description="Fits error = A / (N^alpha V^beta) + D per family.")
     # fmt: off
     add = parser.add_argument
     add("table", help="errors.csv; lm_params, visual_tokens and error are enough")

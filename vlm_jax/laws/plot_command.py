@@ -22,7 +22,6 @@ from vlm_jax.laws.figures import (
     extrapolation_figure,
     text_tokens_figure,
 )
-from vlm_jax.laws.fit import OneLineParser
 from vlm_jax.laws.law import Fit
 from vlm_jax.laws.table import Row
 
@@ -48,10 +47,8 @@ def _positive(text: str) -> float:
     return value
 
 
-def _parser() -> OneLineParser:
-    parser = OneLineParser(
-        prog="vlm_jax.laws.plot", description="Draws what a table of errors supports."
-    )
+def _parser() -> cli.OneLineParser:
+    parser = cli.OneLineParser(description="Draws what a table of errors supports.")
     add = parser.add_argument
     # fmt: off
     add("tables", nargs="+", metavar="errors.csv", help="one table, or several that make one")
@@ -132,7 +129,10 @@ def run(argv: Sequence[str]) -> None:
     folder = Path(args.out)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"plot: --out {args.out} is a file; give a folder.")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"plot: --out {args.out} cannot be made: {error.strerror}.") from error
     for name, draw in _figures(args, rows, fits):
         try:
             figure = draw()

@@ -145,8 +145,8 @@ class Attention(nn.Module):
             cache = cache.write(k, v, layer, slot)
             k, v = cache.of(layer)
         out = Linear(
-            (cfg.width,), ("heads", None, "embed"), in_axes=2, use_bias=False, kernel_init=init, dtype=cfg.dtype,
-            adapter=cfg.adapter("layers/attn/o"), name="o",
+            (cfg.width,), ("heads", None, "embed"), in_axes=2, use_bias=cfg.o_bias, kernel_init=init,
+            bias_init=nn.initializers.zeros, dtype=cfg.dtype, adapter=cfg.adapter("layers/attn/o"), name="o",
         )(attend(q, k, v, seen, cfg.attention))  # fmt: skip
         return out, cache
 
@@ -161,7 +161,7 @@ class Block(nn.Module):
         attended, cache = Attention(cfg, name="attn")(normed, positions, seen, cache, slot, layer)
         x = x + attended
         gate, up, down = (cfg.adapter(f"layers/mlp/{name}") for name in ("gate", "up", "down"))
-        x = x + GatedMLP(cfg.mlp_width, cfg.dtype, (gate, up, down), name="mlp")(
+        x = x + GatedMLP(cfg.mlp_width, cfg.dtype, (gate, up, down), cfg.mlp_bias, name="mlp")(
             RMSNorm(cfg.norm_eps, cfg.dtype, name="mlp_norm")(x)
         )
         return (constrain(x, "batch", "length", "embed_activation"), cache), None
