@@ -176,7 +176,7 @@ def asked(workdir: Path, scored: int) -> list[str]:
     if not scored:
         return [f"{folder}: answers are in <benchmark>/predictions.jsonl; nothing could be scored"]
     return [
-        f"  wrote    {folder}/scores.json and errors.csv ({scored} rows of this run)",
+        f"  wrote    {folder}/scores.json and errors.csv ({scored} row{'s' * (scored > 1)} of this run)",
         f"  next     python -m vlm_jax.laws.fit {folder}/errors.csv --out law.json, once it holds several LM sizes and "
         "numbers of visual tokens",
     ]
