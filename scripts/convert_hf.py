@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the package and its configs, from a checkout
 
-from vlm_jax import cli, experiment, presets  # noqa: E402
+from vlm_jax import cli, experiment, files, presets  # noqa: E402
 from vlm_jax.config import DTYPES, ConfigError  # noqa: E402
 from vlm_jax.data import templates, tokenizer  # noqa: E402
 from vlm_jax.hf import directory, naming  # noqa: E402
@@ -40,6 +40,8 @@ def main(argv: list[str]) -> None:
     args = arguments().parse_args(argv)
     given = Path(args.given)
     if args.from_bin:
+        from vlm_jax.hf.pickled import unpickle
+
         unpickle(given, Path(args.out))
     elif directory.is_model(given):
         import_model(given, Path(args.out), args)
@@ -140,11 +142,11 @@ def settings_of(given: Path, folder: Path, found: Any, sources: dict[str, str], 
         c.model.compressor.taps = ()
     c.model.projector_layers = found.projector_layers or c.model.projector_layers
     if "vit" in sources:
-        px = presets.vit(presets_of["vit"]).image_px
-        c.data.image_mode = preprocessing(Path(presets_of["vit"]), px)["image_mode"]
-    if found.encoder:
-        c.data.image_mode = "pad"  # what the layout's recipes do (image_aspect_ratio)
-    if any((given / name).is_file() for name in tokenizer.FILES):
+        vit = presets.vit(presets_of["vit"])
+        family = "clip_vision_model" if vit.cls_token else "siglip_vision_model"
+        pixels = preprocessing(Path(presets_of["vit"]), vit.image_px, family)
+        c.data.image_mode = "pad" if found.padded else pixels["image_mode"]
+    if tokenizer.is_there(str(given)):
         c.data.tokenizer = str(copy_tokenizer(given, folder / "tokenizer"))
         known = tokenizer.load(c.data.tokenizer)
         marked = [name for token, name in FORMATS.items() if known.token_id(token) is not None]
@@ -207,41 +209,13 @@ def recorded_base(workdir: Path) -> str | None:
     """The directory that an imported model came from."""
     if not (workdir / SOURCE).is_file():
         return None
-    base = json.loads((workdir / SOURCE).read_text())["base"]
+    base = str(files.read_json(workdir / SOURCE).get("base"))
     if not directory.is_model(base):
         raise ConfigError(
             f"{str(workdir)!r} was imported from {base!r}, which is gone; give --base=DIR, or --standalone to write "
             "without it."
         )
     return base
-
-
-def unpickle(given: Path, out: Path) -> None:
-    """pytorch_model*.bin to safetensors files of the same names; everything else is copied."""
-    import torch
-    from safetensors.torch import save_file
-
-    files = sorted(path for pattern in directory.PICKLES for path in given.glob(pattern))
-    if not files:
-        raise ConfigError(f"{str(given)!r} has no {', '.join(directory.PICKLES)} file.")
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{str(out)!r} exists and is not empty; choose another directory.")
-    out.mkdir(parents=True, exist_ok=True)
-    for path in files:
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # torch raises what the pickle makes it raise
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"{str(path)!r} cannot be read as plain weights: {reason}") from None
-        if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-            raise ConfigError(f"{str(path)!r} holds more than tensors; it is no model's weights.")
-        # Tied weights are one storage in a pickle; safetensors wants each tensor to have its own.
-        own = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-        save_file(own, out / f"{path.stem}.safetensors", metadata={"format": "pt"})
-    for path in given.iterdir():
-        if path.is_file() and path not in files and not path.name.endswith(".bin.index.json"):
-            shutil.copy(path, out / path.name)
-    log.info("%s: %d files", out, len(files))
 
 
 if __name__ == "__main__":

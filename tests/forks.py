@@ -16,16 +16,12 @@ HERE = Path(__file__).parent
 
 
 class Forks:
-    """The process that forks, one at a time. Compiled code is shared in a folder beside `data`."""
+    """The process that forks, one at a time."""
 
     def __init__(self, data, name="log"):
         environment = os.environ | {
             "PYTHONPATH": f"{HERE}:{HERE.parent}",
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-            "JAX_COMPILATION_CACHE_DIR": str(data.parent / "cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
         self._server = subprocess.Popen(
             [sys.executable, str(HERE / "forks.py"), str(data)], env=environment, text=True,

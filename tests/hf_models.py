@@ -56,13 +56,14 @@ MODELS: dict[str, tuple[Callable, dict]] = {
         lambda: text("Llama", rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=4.0)), {}
     ),
     "llama 3 rope scaling": (lambda: text("Llama", rope_parameters=LLAMA3), {}),
-    "llama, wide heads": (lambda: text("Llama", head_dim=12), {}),
+    "llama, wide heads, all biases": (lambda: text("Llama", head_dim=12, attention_bias=True, mlp_bias=True), {}),
     "llama, many shards": (lambda: text("Llama"), dict(max_shard_size="8KB")),
     "mistral, sliding window": (lambda: text("Mistral", sliding_window=5), {}),
     "mistral, no window": (lambda: text("Mistral", sliding_window=None), {}),
     "qwen2, biases": (lambda: text("Qwen2"), {}),
     "qwen2, tied, bf16 file": (lambda: text("Qwen2", tie_word_embeddings=True).bfloat16(), {}),
     "qwen3, normed heads": (lambda: text("Qwen3", head_dim=10), {}),
+    "qwen3, attention biases": (lambda: text("Qwen3", head_dim=10, attention_bias=True), {}),
     "phi3, fused weights": (lambda: text("Phi3"), {}),
     "phi3, sliding window": (lambda: text("Phi3", sliding_window=7), {}),
     "clip tower": (lambda: vision("CLIP"), {}),
@@ -76,7 +77,7 @@ MODELS: dict[str, tuple[Callable, dict]] = {
     "siglip pair": (lambda: pair("Siglip"), {}),
     "llava 1.5": (lambda: llava(), {}),
     "llava, last layer, grouped": (lambda: llava(layer=-1), {}),
-    "llava, siglip and qwen2": (lambda: llava("Siglip", "Qwen2", layer=-1), {}),
+    "llava, siglip and qwen2, tied": (lambda: llava("Siglip", "Qwen2", layer=-1, tie_word_embeddings=True), {}),
     "llava, counted from the front": (lambda: llava(layer=2), dict(max_shard_size="16KB")),
 }  # fmt: skip
 

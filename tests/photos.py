@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 # name -> wheel, path inside it, caption
 PHOTOS = {
@@ -89,6 +89,8 @@ def write_tokenizer(directory: Path, texts: list[str]) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    bos = ("<s>", SPECIALS.index("<s>"))
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[bos])
     directory.mkdir()
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {

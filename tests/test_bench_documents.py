@@ -104,6 +104,11 @@ def test_a_missing_split_and_a_bad_record_are_named(charts):
         ("été", ["ete"], 0.0),  # 2 of 3 differ
         ("漢字", ["漢字"], 1.0),
         ("yes.", ["yes"], 0.75),
+        ("pariz  ", ["Paris"], pytest.approx(6 / 7)),  # one edit of the seven characters written
+        ("ab  cd x", ["ab cd y"], 0.875),
+        ("  New   York ", ["new yorx"], pytest.approx(12 / 13)),
+        ("strasze", ["straße"], pytest.approx(5 / 7)),  # in upper case the gold answer has seven
+        ("ab", ["", "a       b"], pytest.approx(8 / 9)),
     ],
 )
 def test_anls_is_the_similarity_with_the_nearest_gold_answer_or_nothing(text, golds, expected):

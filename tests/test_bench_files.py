@@ -20,7 +20,9 @@ def test_the_first_pattern_with_a_match_decides_and_a_file_stands_for_itself(tmp
         write_text(tmp_path / name, "")
     found = files.find("x", tmp_path, "*.jsonl", "*.json", "*.tsv")
     assert [file.name for file in found] == ["a.json", "b.json"]
-    assert files.find("x", tmp_path / "c.tsv", "*.json") == [tmp_path / "c.tsv"]
+    assert files.find("x", tmp_path / "c.tsv", "*.json", "?.tsv") == [tmp_path / "c.tsv"]
+    with pytest.raises(ConfigError, match=r"x: .*c\.tsv is not read here; give \*\.json or b\.p\*"):
+        files.find("x", tmp_path / "c.tsv", "*.json", "b.p*")
     assert files.find_one("x", tmp_path, "c.*") == tmp_path / "c.tsv"
     with pytest.raises(ConfigError, match=r"holds a\.json, c\.tsv; name the file that is meant"):
         files.find_one("x", tmp_path, "a.*", "c.*")

@@ -46,6 +46,12 @@ def english(tmp_path):
         ("It is ：C", None),  # a full-width colon is no colon
         ("C) a tree", "C"),
         (":D", "D"),
+        ("B. A small grey cat", "B"),  # after a lone article the next notation is tried
+        ("A small bird: (D)", "D"),
+        ("A small bird, A. or B.", None),
+        ("A. A small bird", "A"),
+        ("A dog here", "A"),  # three words: no article
+        ("Answer: **C**", None),  # VLMEvalKit takes the stars for blanks
     ],
 )
 def test_a_letter_is_read_as_the_official_rules_do_without_their_judge(text, expected):
@@ -134,11 +140,32 @@ def test_the_test_split_has_no_gold_and_its_upload_holds_the_predictions(tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("cells", "options"),
+    [
+        (["None", "One", "Two", "Three"], "ABCD"),
+        (["One", "None", "NA", "null"], "ABCD"),
+        (["One", "Two", "nan", ""], "AB"),
+        (["One", "Two", " ", "NaN"], "AB"),
+    ],
+)
+def test_only_an_empty_cell_or_nan_is_no_option(tmp_path, cells, options):
+    path = tmp_path / "mmbench_dev_20230712.tsv"
+    write_tsv(path, COLUMNS, [native_files.mmbench_line(7, "How many?", cells, "A")])
+    (row,) = benchmarks.get("mmbench").rows(tmp_path)
+    assert row["options"] == dict(zip(options, cells, strict=False))
+    assert row["replies"] == tuple(options) and f"\nA. {cells[0]}\n" in asked(row)
+
+
+@pytest.mark.parametrize(
     ("column", "value", "match"),
     [
         ("index", "7.5", r"dev_20230712.tsv row 1: 'index' must be a whole number, got '7.5'"),
+        ("index", "7" * 5000, "row 1: 'index' must be a whole number, got '777"),
         ("answer", "C", "row 1: answer 'C' is none of A, B"),
         ("image", "?" * 80, "row 1: 'image' is not base64"),
+        ("image", "é" * 80, "row 1: 'image' is not base64"),
+        ("image", "1234", "row 1: 'image' names row 1234, which is not in the file"),
+        ("image", "", "row 1: 'image' must be an image or its path, got ''"),
         ("index", "7", "two questions with id '7'"),
     ],
 )

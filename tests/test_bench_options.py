@@ -16,7 +16,8 @@ LETTER = "Answer with the option's letter from the given choices directly."
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("B", 1), ("b", 1), ("B.", 1), ("b. a leaf", 1), ("B.a leaf", 1), (" B\n", 1), ("(B)", 1), ("B)", 1),
+        ("B", 1), ("b", 1), ("B.", 1), ("b.", 1), ("b. a leaf", 0), ("B.a leaf", 1), ("B .", 0), ("( B )", 0), ("B.C.", 1),
+        ("A.B", 0), (" B\n", 1), ("(B)", 1), ("B)", 1),
         ("'B'", 1), ("A", 0), ("B a leaf", 0), ("a leaf", 0), ("A. B", 0), ("", 0), (".", 0), ("The answer is B", 0),
         ("Ｂ", 0),
     ],
@@ -40,7 +41,7 @@ def test_ai2d_reads_all_shards_in_order_and_counts_rows(tmp_path):
     fuzz("ai2d", rows)
 
 
-@pytest.mark.parametrize("answer", ["4", "-1", "B", "²"])
+@pytest.mark.parametrize("answer", ["4", "-1", "B", "²", "1" * 5000])
 def test_ai2d_refuses_an_answer_that_is_no_index_of_an_option(tmp_path, answer):
     write_json(tmp_path / "ai2d_test.json", [diagram(image="1.png", answer=answer)])
     with pytest.raises(ConfigError, match=r"ai2d_test.json row 0: 'answer' must be an index 0..3"):
@@ -50,8 +51,8 @@ def test_ai2d_refuses_an_answer_that_is_no_index_of_an_option(tmp_path, answer):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("C", 1), ("C.", 1), ("C. a cat", 1), (" C", 1), ("\nC\n", 1), ("CD", 1), ("c", 0), ("(C)", 0), ("D", 0),
-        ("", 0), ("The C", 0), ("A or C", 0), ("Ç", 0),
+        ("C", 1), ("C.", 1), ("C. a cat", 1), (" C", 1), ("\nC\n", 1), ("CD", 1), ("c", 1), ("(C)", 0), ("D", 0),
+        ("", 0), ("The C", 0), ("A or C", 0), ("Ç", 0), ("cat", 1), (" c.", 1),
     ],
 )  # fmt: skip
 def test_seed_reads_the_first_character(text, expected):
@@ -83,6 +84,7 @@ CHOICE = {"options": {"A": "3/11", "B": "8/11", "C": "8 cm"}, "answer_type": "te
 INTEGER = {"options": {}, "answer_type": "integer", "precision": 0}
 FLOAT = {"options": {}, "answer_type": "float", "precision": 2}
 SWAPPED = {"options": {"A": "B", "B": "A"}, "answer_type": "text", "precision": 0}
+MARKED = {"options": {"A": "(B)", "B": "(A)", "C": "x (b)"}, "answer_type": "text", "precision": 0}
 LIST = {"options": {}, "answer_type": "list", "precision": 0}
 
 
@@ -94,6 +96,9 @@ LIST = {"options": {}, "answer_type": "list", "precision": 0}
         (CHOICE, "C", "8 cm"),
         (SWAPPED, "A", "B"),  # a letter is the option's, not its text
         (SWAPPED, "(b)", "A"),
+        (MARKED, "(A)", "(B)"),  # also where its text is another option's, in brackets
+        (MARKED, "x (b)", "(A)"),
+        (CHOICE, "A or (C)", "8 cm"),
         (CHOICE, "c", "8 cm"),  # no letter: the nearest option, 3 edits
         (CHOICE, "9 cm", "8 cm"),
         (
@@ -158,6 +163,16 @@ def test_a_problem_without_a_query_is_asked_as_mathvista_builds_it(tmp_path, cha
     assert asked(row) == expected
 
 
+@pytest.mark.parametrize("query", [None, " Q? \n"])
+def test_no_prompt_of_mathvista_ends_in_a_blank(tmp_path, query):
+    kind = {"question_type": "multi_choice", "answer_type": "text", "choices": ["rise", "stay "]}
+    write_json(tmp_path / "testmini.json", {"5": problem("5", "stay ", query=query, **kind)})
+    (row,) = benchmarks.get("mathvista").rows(tmp_path)
+    assert asked(row) == row["conversations"][0]["value"].removeprefix("<image>\n")
+    assert asked(row).endswith("(B) stay" if query is None else "Q?")
+    assert score("mathvista", [row], ["B"])["score"] == 1.0
+
+
 def test_mathvista_reads_the_hubs_parquet_and_knows_hidden_answers(tmp_path):
     image = embedded(5)
     record = problem("9", "", decoded_image=image, choices=["a"])
@@ -179,6 +194,10 @@ def test_a_problem_without_a_pid_has_its_name_in_the_file(tmp_path):
         ({"question_type": "multi_choice", "choices": []}, "row 5: 'choices' is empty"),
         ({"answer_type": "float", "precision": "two"}, "'precision' must be a number, got 'two'"),
         ({"answer_type": "float"}, "row 5: has no 'precision'"),
+        (
+            {"answer_type": "float", "precision": float("inf")},
+            "'precision' must be a number, got inf",
+        ),
         (
             {"query": None, "answer_type": "text"},
             "no 'query', and there is no hint for answer_type 'text'",

@@ -307,7 +307,8 @@ def test_textvqa_of_the_hub_is_the_same_questions(textvqa_dir, tmp_path, name):
     rows = benchmarks.get(name).rows(textvqa_dir)
     tokens = [["DAKOTA", "DIGITAL"], ["DAKOTA", "DIGITAL"], []]
     records = [
-        {"question_id": int(row["id"]), "question": "what brand is it?", "answers": row["answer"], "ocr_tokens": seen}
+        {"question_id": int(row["id"]), "image_id": row["llava_id"], "question": "what brand is it?",
+         "answers": row["answer"], "ocr_tokens": seen}
         for row, seen in zip(rows, tokens, strict=True)
     ]  # fmt: skip
     hub = tmp_path / "hub"

@@ -10,7 +10,7 @@ from refs import llava_labels, tokenizers
 from vlm_jax.config import ConfigError
 from vlm_jax.data import queries, rendering, sources, tokenizer
 from vlm_jax.data.chat import TEMPLATES, Chat
-from vlm_jax.data.sources import BadRecord, Record, Turn
+from vlm_jax.data.records import BadRecord, Record, Turn
 
 KIND = {
     "vicuna_v1": "llama",
@@ -76,7 +76,7 @@ DIALOGUES = [
 def test_vicuna_equals_the_published_rule(tokens, kind, dialogue):
     t = tokens[kind]
     row = make(tokens, kind=kind, visual_tokens=1).encode(record(*dialogue))
-    expected = llava_labels.vicuna(lambda s: t.encode(s)[0], t.bos_id, dialogue)
+    expected = llava_labels.vicuna(lambda s: t.encode(s)[0], t.bos_ids[0], dialogue)
     assert reference_form(row) == expected
     assert sum(label != -100 for label in expected[1]) >= 2 * len(dialogue)
 
@@ -140,7 +140,7 @@ def test_plain_supervises_caption_and_newline_and_discards_the_question(tokens):
     row = c.encode(record(("<image>Describe.", "A red cat.")))
     caption, _ = c.tokenizer.encode("A red cat.\n")
     n = 3 + len(caption)
-    assert row.tokens[:n].tolist() == [c.tokenizer.bos_id, 0, 0, *caption]
+    assert row.tokens[:n].tolist() == [*c.tokenizer.bos_ids, 0, 0, *caption]
     assert row.visual_index[:n].tolist() == [-1, 0, 1] + [-1] * len(caption)
     assert row.loss_mask.tolist() == [False] * 3 + [True] * len(caption) + [False] * (400 - n)
 
@@ -371,9 +371,9 @@ def test_without_a_query_its_arrays_have_no_length(tokens):
 def test_queries_are_right_padded_truncated_and_complete(tokens):
     c = make(tokens, "vicuna_v1", max_query_tokens=4, max_images=2)
     ids, mask = c.query_arrays(record(("<image>What colour is the big shape?", "Red")))
-    whole = [c.tokenizer.bos_id, *c.tokenizer.encode("What colour is the big shape?")[0]]
+    whole = [*c.tokenizer.bos_ids, *c.tokenizer.encode("What colour is the big shape?")[0]]
     assert ids[0].tolist() == whole[:4] and mask[0].all()
-    default = [c.tokenizer.bos_id, *c.tokenizer.encode("image")[0]]
+    default = [*c.tokenizer.bos_ids, *c.tokenizer.encode("image")[0]]
     assert ids[1, mask[1]].tolist() == default[:4]
     no_bos = make(tokens, "chatml", max_query_tokens=12)
     ids, mask = no_bos.query_arrays(record(("<image>Why?", "Red")))
@@ -384,6 +384,8 @@ def test_queries_are_right_padded_truncated_and_complete(tokens):
 def test_a_template_the_tokenizer_cannot_write_is_an_error(tokens):
     with pytest.raises(ConfigError, match=r"'chatml' needs the token '<\|im_start\|>'"):
         make(tokens, "chatml", kind="word")
+    with pytest.raises(ConfigError, match=r"lacks; use one that it can write \(chatml, chatml_llava_next\) or add the token\."):  # fmt: skip
+        make(tokens, "vicuna_v1", kind="byte_chatml")
     with pytest.raises(ConfigError, match="template 'alpaca' is not one of"):
         Chat(tokens["word"], "alpaca", None, "dialogue", 1, 8, 4, 1)
 

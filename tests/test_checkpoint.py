@@ -1,6 +1,7 @@
 """Saving, restoring, and taking parts of another run's parameters."""
 
 import json
+import shutil
 
 import grain
 import jax
@@ -10,7 +11,7 @@ import optax
 import pytest
 import tiny
 
-from vlm_jax import experiment, presets, weights
+from vlm_jax import checksums, experiment, presets, weights
 from vlm_jax.checkpoint import Checkpoints, load_params
 from vlm_jax.config import CompressorConfig, ConfigError, VLMConfig
 from vlm_jax.data import pipeline
@@ -171,3 +172,125 @@ def test_a_position_kept_by_a_process_that_now_loads_other_rows_is_not_taken_as_
     assert half.get_state()["consumed"] == 2
     assert checkpoints._position(1, whole)["consumed"] == 4
     checkpoints.close()
+
+
+def hurt_arrays(folder):
+    for path in (folder / "state").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:3])
+
+
+def hurt_files(name):
+    def hurt(folder):
+        (path,) = folder.glob(name)
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+
+    return hurt
+
+
+def hurt_text(name):
+    def hurt(folder):
+        (path,) = folder.glob(name)
+        path.write_bytes(path.read_bytes()[:5] + b"\xff")
+
+    return hurt
+
+
+HURT = {
+    "array files cut short": hurt_arrays,
+    "no array files": lambda folder: [path.unlink() for path in (folder / "state").rglob("d/*")],
+    "no state/_METADATA": hurt_files("state/_METADATA"),
+    "state/_METADATA cut short": hurt_text("state/_METADATA"),
+    "no state/manifest": hurt_files("state/manifest.ocdbt"),
+    "manifest cut short": hurt_text("state/manifest.ocdbt"),
+    "no state": hurt_files("state"),
+    "no iterator": hurt_files("iterator"),
+    "iterator cut short": hurt_text("iterator/process_0-of-1.json"),
+    "sums cut short": hurt_text("sums/metadata"),
+    "empty": lambda folder: [shutil.rmtree(path) for path in folder.iterdir() if path.is_dir()],
+}
+
+
+@pytest.fixture(scope="module")
+def two_saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    for step in (4, 6):
+        save(folder, step, state(), numbers())
+    return folder
+
+
+@pytest.mark.parametrize("kind", HURT)
+def test_a_damaged_newest_checkpoint_names_the_step_to_go_on_from(two_saved, tmp_path, kind):
+    shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
+    newest = tmp_path / "checkpoints" / "6"
+    HURT[kind](newest)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    assert checkpoints.latest() == 6
+    said = f"the checkpoint of step 6 is damaged; delete {newest} to go on from step 4. It says: "
+    with pytest.raises(ConfigError) as caught:
+        checkpoints.restore(6, abstract(state()), numbers())
+    checkpoints.close()
+    assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
+    if "iterator" not in kind:
+        with pytest.raises(ConfigError) as caught:
+            load_params(tmp_path, abstract(state()["params"]))
+        assert str(caught.value).startswith(said.replace("go on from", "use"))
+    shutil.rmtree(newest)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    restored = checkpoints.restore(checkpoints.latest(), abstract(state()), numbers())
+    checkpoints.close()
+    jax.tree.map(np.testing.assert_array_equal, restored, state())
+
+
+def test_a_damaged_only_checkpoint_says_that_the_run_starts_anew(tmp_path):
+    save(tmp_path, 6, state(), numbers())
+    hurt_arrays(tmp_path / "checkpoints" / "6")
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    with pytest.raises(ConfigError, match="to start anew: there is no older one"):
+        checkpoints.restore(6, abstract(state()), numbers())
+    checkpoints.close()
+
+
+def test_bytes_that_changed_inside_an_array_file_are_noticed(tmp_path):
+    """Random values, which the file stores as they are: nothing else would fail."""
+    values = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    tree = {"params": {"lm": {"embed": jnp.asarray(values)}}}
+    for step in (4, 6):
+        save(tmp_path, step, tree, numbers())
+    newest = tmp_path / "checkpoints" / "6"
+    largest = max((newest / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = largest.read_bytes()
+    (said,) = {
+        damaged
+        for at in range(len(content) // 2, len(content) // 2 + 16)
+        if (damaged := flipped(tmp_path, largest, content, at, tree)) is not None
+        and "checksum" in damaged
+    }
+    assert said == (
+        f"the checkpoint of step 6 is damaged; delete {newest} to go on from step 4. "
+        "It says: ValueError: params/lm/embed is not what was saved: its checksum is another"
+    )
+
+
+def flipped(workdir, path, content, at, tree):
+    """What reading says with one bit of a file turned; None if it restores the values that were saved all the same."""
+    path.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
+    checkpoints = Checkpoints(workdir, keep=2)
+    try:
+        restored = checkpoints.restore(6, abstract(tree), numbers())
+        jax.tree.map(np.testing.assert_array_equal, restored, tree)
+    except ConfigError as error:
+        return str(error)
+    finally:
+        checkpoints.close()
+    return None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "bool"])
+def test_a_checksum_is_the_sum_of_an_array_s_words_on_the_host_and_on_devices(dtype):
+    values = np.random.default_rng(0).integers(0, 2**31, (8, 6)).astype(jnp.dtype(dtype))
+    words = values.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[values.itemsize])
+    total = int(words.astype(object).sum() % 2**32)
+    x = jnp.asarray(values)
+    for _ in range(2):  # it leaves the array as it is
+        assert checksums.of({"a": x}) == {"a": [dtype, total]}
+        assert int(checksums._on_devices([x])[0]) == total

@@ -5,7 +5,8 @@ import pytest
 
 from vlm_jax import chips, presets
 from vlm_jax.config import CompressorConfig, ConfigError, VLMConfig, with_tokens
-from vlm_jax.laws import cost, flops, memory
+from vlm_jax.costs import flops
+from vlm_jax.laws import cost, memory
 from vlm_jax.laws.budget import Budget, find_chip
 from vlm_jax.laws.cost import Phase, Price, Workload
 from vlm_jax.models.lm import empty_cache

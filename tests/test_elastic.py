@@ -14,7 +14,7 @@ from refs import elastic_numpy as twin
 from vlm_jax import compressors, presets
 from vlm_jax.compressors import COMPRESSORS, m3, mqt, pool
 from vlm_jax.config import CompressorConfig, ConfigError, VLMConfig, with_tokens
-from vlm_jax.laws import flops
+from vlm_jax.costs import flops
 from vlm_jax.models.projector import Projector
 
 WIDTH, HIDDEN, HEADS = 8, 12, 2

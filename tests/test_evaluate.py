@@ -1,8 +1,10 @@
 """The harness: answers on disk, restarts, batch sizes, scores, the command line. One tiny model, trained once."""
 
+import dataclasses
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,11 +15,12 @@ import pytest
 import tiny
 
 from configs import eval as eval_config
-from vlm_jax import answer, benchmarks, evaluate, experiment, features, presets, train
+from vlm_jax import answer, benchmarks, evaluate, experiment, presets, train
 from vlm_jax.benchmarks import vqa
 from vlm_jax.config import ConfigError
+from vlm_jax.inference import features
 from vlm_jax.laws import table
-from vlm_jax.run_config import MeshConfig
+from vlm_jax.run_config import InitConfig, MeshConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -86,7 +89,7 @@ def test_the_errors_row_says_what_was_measured(world, first):
     )
     assert (row.lm_params, row.visual_tokens, row.seed) == (lm.non_embedding_params, 1, 0)
     assert row.error == pytest.approx(scores[0]["error"])
-    assert row.lm == table.size_name(lm.non_embedding_params)
+    assert row.lm == table.size_name(lm.total_params)
     assert 0 < row.seconds < 60
     assert 2 * lm.non_embedding_params * 5 < row.flops < 2 * lm.non_embedding_params * 100
 
@@ -112,6 +115,7 @@ def test_a_killed_evaluation_asks_only_what_is_missing(world, first, tmp_path, m
     """Cut after five answers, inside the sixth."""
     whole = (first[0] / "llava" / "predictions.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "llava").mkdir()
+    shutil.copy(first[0] / "llava" / "run.json", tmp_path / "llava")
     (tmp_path / "llava" / "predictions.jsonl").write_text("".join(whole[:5]) + whole[5][:9])
     asked = []
     ask = answer.Answerer.ask
@@ -169,7 +173,8 @@ def test_the_likeliest_of_the_replies_is_what_the_model_says_by_itself(world, fi
 
 def test_cached_features_give_the_answers_of_the_images(world, first, tmp_path):
     run = experiment.read(world.parent / "run")
-    features.cache(run, world.parent / "run", tmp_path / "features")
+    run = dataclasses.replace(run, init=InitConfig(str(world.parent / "run"), "", "", ""))
+    features.cache(run, tmp_path / "features")
     cfg = config(world, features_dir=str(tmp_path / "features"))
     assert evaluate.evaluate(cfg, str(tmp_path / "out")) == first[1]
     assert answers(tmp_path / "out") == answers(first[0])
@@ -205,7 +210,9 @@ def test_the_question_that_is_looked_at_may_be_another_than_in_training(world):
         evaluate.evaluate(config(world, query="second_turn"), str(world / "nowhere"))
 
 
-def test_hidden_gold_is_answered_and_uploaded_and_the_rest_is_scored(world, tmp_path, capsys):
+def test_hidden_gold_is_answered_and_uploaded_and_the_rest_is_scored(
+    world, tmp_path, capsys, caplog
+):
     """VQAv2's test split beside GQA, both in their native files: one row in errors.csv, two files to upload."""
     data, pictures = tmp_path / "data", sorted((world / "images").iterdir())
     for i, picture in enumerate(pictures[:3]):
@@ -221,6 +228,7 @@ def test_hidden_gold_is_answered_and_uploaded_and_the_rest_is_scored(world, tmp_
     (data / "testdev_balanced_questions.json").write_text(json.dumps(gqa))
     cfg = config(world, benchmarks=("vqav2", "gqa"), annotations=(str(data), str(data)))
     workdir = tmp_path / "run"
+    caplog.set_level("INFO")
     (scored,) = evaluate.evaluate(cfg, str(workdir))
     texts = answers(workdir, "gqa")
     right = sum(text.lower().rstrip(".") == "red" for text in texts.values())
@@ -231,6 +239,14 @@ def test_hidden_gold_is_answered_and_uploaded_and_the_rest_is_scored(world, tmp_
     uploaded = {str(one["question_id"]): one["answer"] for one in json.loads(upload.read_text())}
     assert uploaded == {i: vqa.normalise(text) for i, text in answers(workdir, "vqav2").items()}
     assert set(uploaded) == {"10", "11", "12"}
+    caplog.clear()
+    alone = config(world, benchmarks=("vqav2",), annotations=(str(data),))
+    assert evaluate.evaluate(alone, str(tmp_path / "alone")) == []
+    assert (tmp_path / "alone" / "vqav2" / upload.name).read_bytes() == upload.read_bytes()
+    assert not (tmp_path / "alone" / "errors.csv").exists()
+    assert caplog.messages[-1] == (
+        "no row for errors.csv: all gold answers are hidden; send in the uploads"
+    )
     words = ["--score", "--benchmark=vqav2", f"--annotations={data}"]
     words += [f"--predictions={workdir / 'vqav2' / 'predictions.jsonl'}"]
     assert evaluate.main(words) == 2
@@ -327,6 +343,10 @@ def test_a_model_is_named_after_its_preset_whatever_its_vocabulary(name):
 
 
 def test_a_model_without_preset_is_named_after_its_size():
-    assert evaluate.lm_name(presets.lm("mini-45k", mlp_width=49)) == table.size_name(
-        presets.lm("mini-45k", mlp_width=49).non_embedding_params
-    )
+    """As the hub counts it, with embeddings: SmolLM2-135M has 134,515,008 parameters, 106 million without its table."""
+    smollm = presets.lm(
+        "llama3.2-1b", vocab_size=49152, width=576, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64,
+        mlp_width=1536, nominal_params=0.0,
+    )  # fmt: skip
+    assert (smollm.total_params, smollm.non_embedding_params) == (134515008, 106203456)
+    assert evaluate.lm_name(smollm) == "135M"

@@ -91,6 +91,67 @@ def test_the_same_table_gives_the_same_law_to_the_last_bit_in_any_row_order(tmp_
     )  # the seed moves the intervals only
 
 
+def _without(field):
+    def change(content):
+        del content["laws"]["f"][field]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c.update(format=1), "not a law.json of format 2; make it again"),
+        (lambda c: c.update(laws={}), "holds no law; make it again"),
+        (lambda c: c.update(laws=[]), "is damaged (AttributeError"),
+        (lambda c: c["laws"].update(f=None), "is damaged ("),
+        (_without("law"), "is damaged (KeyError: 'law')"),
+        (_without("tails"), "is damaged ("),
+        (lambda c: c["laws"]["f"].update(resamples=[]), "is damaged ("),
+        (lambda c: c["laws"]["f"].update(lms={}), "is damaged (the law of family 'f' has no"),
+        (
+            lambda c: c["laws"]["f"]["law"].update(A=float("nan")),
+            "is damaged (the law of family 'f' has no",
+        ),
+        (lambda c: c["laws"]["f"]["law"].update(B=1), "is damaged (TypeError"),
+    ],
+)
+def test_a_damaged_law_json_is_one_line(tmp_path, written_law, change, words):
+    content = json.loads(written_law)
+    change(content)
+    path = tmp_path / "law.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError) as caught:
+        law.load(path)
+    text = str(caught.value)
+    assert words in text and text.startswith(str(path)) and "\n" not in text
+
+
+@pytest.fixture(scope="module")
+def written_law(tmp_path_factory):
+    path = tmp_path_factory.mktemp("law") / "law.json"
+    law.save(path, {"f": fit.fit_family(rows_of(TRUE), "f", draws=100)}, {})
+    return path.read_text()
+
+
+def test_a_law_cut_short_or_written_in_another_encoding_is_one_line(tmp_path, written_law):
+    path = tmp_path / "law.json"
+    path.write_text(written_law[:500])
+    with pytest.raises(ConfigError, match=r"law\.json is not valid JSON"):
+        law.load(path)
+    path.write_bytes(written_law.encode("utf-16"))
+    assert law.load(path).keys() == {"f"}
+    with pytest.raises(ConfigError, match=r"cannot be written: Is a directory; give another path"):
+        law.save(tmp_path, {}, {})
+
+
+def test_a_table_with_an_error_of_zero_is_fitted_and_saved(tmp_path):
+    rows = [dataclasses.replace(r, error=0.0) if i == 3 else r for i, r in enumerate(rows_of(TRUE))]
+    found = fit.fit_family(rows, "f", draws=100)
+    law.save(tmp_path / "law.json", {"f": found}, {})
+    assert law.load(tmp_path / "law.json")["f"].law == found.law
+
+
 def test_law_json_gives_back_the_fit(tmp_path):
     found = fit.fit_family(rows_of(TRUE, seeds=(0, 1), run_noise=0.01), "f", draws=100)
     law.save(tmp_path / "law.json", {"f": found}, {"table": "errors.csv"})

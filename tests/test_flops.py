@@ -5,11 +5,17 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
+import tiny
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 
-from vlm_jax import compressors, presets
+from vlm_jax import compressors, experiment, presets, sharding, step
+from vlm_jax.aot import programs
 from vlm_jax.config import CompressorConfig, ConfigError, LMConfig, ViTConfig, VLMConfig, stride_for
-from vlm_jax.laws import flops, memory
+from vlm_jax.costs import flops
+from vlm_jax.laws import memory
+from vlm_jax.laws.table import paper_flops
+from vlm_jax.models import attention
 from vlm_jax.models.attention import Visible
 from vlm_jax.models.lm import LM, empty_cache
 from vlm_jax.models.vit import ViT
@@ -239,7 +245,7 @@ def test_the_papers_count_is_close_for_a_large_model_and_short_prompt():
     head = (
         lm.vocab_size * lm.width
     )  # the paper's N counts the embedding table too, which multiplies nothing
-    assert flops.paper_flops(lm.total_params - head, 50, 16) == pytest.approx(exact, rel=0.01)
+    assert paper_flops(lm.total_params - head, 50, 16) == pytest.approx(exact, rel=0.01)
 
 
 def test_more_layers_multiply_only_the_layers():
@@ -248,3 +254,71 @@ def test_more_layers_multiply_only_the_layers():
     assert flops.decoder_flops(two, 8, 8, 1) - head == 2 * (
         flops.decoder_flops(one, 8, 8, 1) - head
     )
+
+
+# What learns, and what each case differs in. Two layers, unrolled.
+FROZEN_ENCODER = r"^(compressor|projector|lm)/"
+STEPS: dict[str, dict] = {
+    "siglip, everything learns": dict(compressor=dict(name="tokenpacker", stride=2), learns="."),
+    "clip, frozen": dict(
+        compressor=dict(name="tokenpacker", stride=2, taps=(0, 1)),
+        vit=CLIP,
+        lm=GROUPED,
+        learns=FROZEN_ENCODER,
+    ),
+    "alignment: frozen decoder": dict(
+        compressor=dict(name="identity"), learns=r"^(compressor|projector)/"
+    ),
+    "quecc": dict(compressor=dict(name="quecc", stride=2, taps=(0, 1)), learns=FROZEN_ENCODER),
+    "lora": dict(
+        compressor=dict(name="quecc", stride=4),
+        lm=dict(lora_rank=16),
+        learns=r"lora_|^(compressor|projector)/",
+    ),
+    "text alone": dict(compressor=dict(name="identity"), learns=r"^lm/", text_only=True),
+    "attention in blocks, cached features": dict(
+        compressor=dict(name="identity"), learns=FROZEN_ENCODER, tokens=300, cached=True
+    ),
+}
+
+
+def step_of(case: dict, folder):
+    """(count, what XLA counts in the gradients before it optimises them) of a case of STEPS."""
+    config = whole(**{k: case[k] for k in ("compressor", "vit", "lm") if k in case})
+    tokens, has_images = case.get("tokens", 128), "text_only" not in case
+    c = tiny.config(folder)
+    c.optim.trainable, c.data.batch_size = case["learns"], 2
+    c.data.update({"max_tokens": tokens, "max_query_tokens": 16})
+    c.data.features_dir = "cached" if "cached" in case else ""
+    exp = dataclasses.replace(experiment.resolve(c), model=config)
+    plan = step.plan(exp, sharding.make_mesh(exp.mesh, jax.devices()[:1]), 3)
+    batch = programs.batch(exp, plan.mesh, 2, training=True)
+    if not has_images:
+        batch = {k: x for k, x in batch.items() if "image" not in k and "query" not in k}
+    lowered = jax.jit(step.make_gradients(plan)).lower(plan.state, batch)
+    learning = flatten_dict(plan.state.trainable, sep="/").keys()
+    return flops.batch_flops(exp, learning, tokens, has_images), lowered.cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize("case", STEPS.values(), ids=STEPS)
+def test_a_training_step_is_within_two_percent_of_xla(case, tmp_path):
+    count, measured = step_of(case, tmp_path)
+    assert count.total == pytest.approx(measured, rel=0.02)
+
+
+def test_an_elastic_step_runs_the_decoder_once_per_number_of_tokens_and_the_rest_once():
+    def count(scales: tuple[int, ...]) -> flops.StepFlops:
+        config = whole(dict(name="m3", train_tokens=scales))
+        sizes = dict(rows=2, tokens=96, images=2, query_tokens=0, trainable=["projector/dense_0/kernel"])  # fmt: skip
+        return flops.step_flops(config, **sizes)
+
+    one, three = count((64,)), count((64, 16, 4))
+    assert three.decoder == 3 * one.decoder
+    assert (three.encoder, three.projector) == (one.encoder, one.projector)
+
+
+def test_queries_are_cut_into_the_blocks_that_attention_cuts():
+    assert (flops.QUERIES, flops.BLOCKS) == (attention.QUERIES, attention.BLOCKS)
+    assert flops.score_pairs(100, 100) == 100**2
+    assert flops.score_pairs(300, 310) == 128 * 138 + 128 * 266 + 44 * 310
+    assert flops.score_pairs(1, 77) == 77

@@ -76,21 +76,35 @@ def answer(inputs, decoding=GREEDY, seeds=None):
     return np.asarray(make_generate(config, decoding)(params, inputs, jnp.asarray(seeds)))
 
 
-def recomputed(inputs, room=24):
-    """The greedy answer of one unpadded prompt by a whole forward pass per token, without any cache.
+ROOM = 24
 
-    The prompt is padded on the right to `room`, so that one compilation serves every length.
-    """
+
+@functools.cache
+def compiled():
     config, params = model()
-    forward = jax.jit(lambda inputs: VLM(config).apply({"params": params}, inputs))
+    apply = jax.jit(VLM(config).apply)
+    return lambda inputs: apply({"params": params}, inputs)
+
+
+def forward(tokens, index, segments, images):
+    """Logits of one row by a plain forward pass, padded on the right to ROOM: one compilation serves every length."""
+    gap = ((0, 0), (0, ROOM - tokens.shape[1]))
+    tokens, segments = np.pad(tokens, gap), np.pad(segments, gap, constant_values=-1)
+    index = np.pad(index, gap, constant_values=-1)
+    return compiled()(
+        Inputs(tokens, index, np.arange(ROOM, dtype=np.int32)[None], segments, images)
+    )
+
+
+def recomputed(inputs):
+    """The greedy answer of one unpadded prompt by a whole forward pass per token, without any cache."""
     first = inputs.tokens.shape[1]
-    gap = ((0, 0), (0, room - first))
+    gap = ((0, 0), (0, NEW))
     tokens, segments = np.pad(inputs.tokens, gap), np.pad(inputs.segments, gap, constant_values=-1)
     index = np.pad(inputs.visual_index, gap, constant_values=-1)
-    positions = np.arange(room, dtype=np.int32)[None]
     answer = []
     for end in range(first, first + NEW):
-        logits = forward(Inputs(tokens, index, positions, segments, inputs.images))
+        logits = forward(tokens, index, segments, inputs.images)
         answer.append(int(np.argmax(logits[0, end - 1])))
         if answer[-1] == EOS:
             break
@@ -181,12 +195,9 @@ def with_replies(inputs, replies, slots):
 
 def likelihood(inputs, reply):
     """Log-probability of a reply to one unpadded prompt, by a plain forward pass over both."""
-    config, params = model()
-    told = with_replies(inputs, [reply], len(reply))._replace(
-        segments=np.zeros((1, inputs.tokens.shape[1] + len(reply)), np.int32)
-    )
-    told = jax.tree.map(jnp.asarray, told)
-    logits = jax.nn.log_softmax(VLM(config).apply({"params": params}, told))[0]
+    told = with_replies(inputs, [reply], len(reply))
+    logits = forward(told.tokens, told.visual_index, told.segments * 0, told.images)[0]
+    logits = np.asarray(jax.nn.log_softmax(logits))
     first = inputs.tokens.shape[1] - 1
     return sum(float(logits[first + i, token]) for i, token in enumerate(reply))
 

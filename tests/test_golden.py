@@ -1,8 +1,9 @@
 """Every file of a folder of golden vectors: outputs of the public reference implementations, to be matched to 2e-5.
 
-The folder is VLM_JAX_GOLDEN (default ../shared/golden beside the repository); its README is the format. A compressor that
-is not registered is skipped by name. The formats that the folder lacks (weights from a recipe, end to end from pixels,
-kernel != stride, quirks) are written here from NumPy twins, so that each branch of the runner is seen to work.
+The folder is VLM_JAX_GOLDEN (default ../shared/golden beside the repository); its README is the format. What the runner
+does not know fails by name. The formats that the folder lacks (weights from a recipe, end to end from pixels, projectors
+of other depths, kernel != stride, quirks) are written here from NumPy twins, so that each branch of the runner is seen to
+work.
 """
 
 import dataclasses
@@ -34,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path(os.environ.get("VLM_JAX_GOLDEN", ROOT.parent / "shared" / "golden"))
 FILES = sorted(FOLDER.glob("*.npz"))
 INPUTS = {"features", "multi", "text", "images", "input_ids", "attention_mask", "projected_features", "hidden_states_m2", "q", "k"}  # fmt: skip
+PREFIXES = re.compile(r"^(model\.)?(mm_projector|query_abstractor|vision_tower)\.")
 REDUCED = ("tokens_first64", "token_sum", "channel_mean", "abs_mean")
 
 
@@ -49,18 +51,25 @@ class Case:
 
 
 def load(path: Path) -> Case:
+    """Raises AssertionError naming what no description of the format has."""
     with np.load(path) as file:
         config = json.loads(str(file["config_json"]))
         group = {
             kind: {k.removeprefix(kind): file[k] for k in file.files if k.startswith(kind)}
             for kind in ("param/", "in/", "out/", "mid/")
         }
+        known = ("config_json", *(kind + name for kind, g in group.items() for name in g))
+        unknown = set(file.files) - set(known)
+        assert not unknown, f"unknown entries {unknown}"
+    group["param/"] = {PREFIXES.sub("", name): x for name, x in group["param/"].items()}
     if config.get("weights_from_recipe"):
         for name, entry in recipe_entries(config):
             bare = name.removeprefix("param/").removeprefix("in/")
             kind = "in/" if name.startswith("in/") or bare in INPUTS else "param/"
             fields = {k: entry[k] for k in ("index", "shape", "scale", "offset")}
             group[kind][bare] = twin.draw(config["seed"], **fields)
+    unknown = group["in/"].keys() - INPUTS
+    assert not unknown, f"unknown inputs {sorted(unknown)}; known: {sorted(INPUTS)}"
     return Case(config, *group.values())
 
 
@@ -78,14 +87,14 @@ def recipe_entries(node, name=""):
 
 def encode(case: Case, scores: bool = False) -> Features:
     """The case's own CLIP on its pixels [B 3 H W]; already normalised unless they are bytes."""
-    clip, state = case.config.get("clip", case.config), hf_layout.sub(case.params, "vision_model.")
+    state = hf_layout.sub(case.params, "vision_model.")
     width, _, patch, _ = state["embeddings.patch_embedding.weight"].shape
     images = jnp.asarray(case.inputs["images"]).transpose(0, 2, 3, 1)
     layers = {int(k.split(".")[2]) for k in state if k.startswith("encoder.layers.")}
     vit = presets.vit(
-        "clip-l-336", image_px=images.shape[1], patch_px=patch, width=width, num_layers=len(layers),
-        num_heads=clip["heads" if "heads" in clip else "num_heads"], mlp_width=state["encoder.layers.0.mlp.fc1.weight"].shape[0],
-        feature_layer=case.config.get("select_layer", -2),
+        "clip-l-336", image_px=images.shape[1], patch_px=patch, width=width,
+        num_layers=case.config.get("clip", {}).get("layers", len(layers)), num_heads=clip_heads(case),
+        mlp_width=state["encoder.layers.0.mlp.fc1.weight"].shape[0], feature_layer=case.config.get("select_layer", -2),
     )  # fmt: skip
     if images.dtype == jnp.uint8:
         images = (images / 255.0 - jnp.array(vit.mean)) / jnp.array(vit.std)
@@ -94,6 +103,17 @@ def encode(case: Case, scores: bool = False) -> Features:
         params["next_layer"] = hf_layout.asking_layer(state, vit.feature_state, vit.num_heads)
     taps = tuple(case.config.get("multi_layers", () if scores else (12, 16, 22, 23)))
     return encoder(vit, taps, scores)({"params": params}, images)
+
+
+def clip_heads(case: Case) -> int:
+    """Of the case's CLIP: in a "clip" of the settings, or beside the compressor's (whose own are called num_heads)."""
+    clip = case.config.get("clip", {})
+    found = [clip[n] for n in ("heads", "num_heads", "num_attention_heads") if n in clip]
+    names = ("clip_heads", "vision_heads", "vit_heads", "heads")
+    found += [case.config[n] for n in names if n in case.config]
+    found += [case.config[n] for n in ("num_heads",) if n in case.config]
+    assert found, f"no number of heads of the CLIP: give clip.heads, or one of {names}"
+    return found[0]
 
 
 @functools.cache
@@ -153,16 +173,27 @@ def compressed(
     apply = jax.jit(entry.module(config, grid).apply)
     mid = apply({"params": compressor}, last, taps, query).tokens
     assert mid.shape[1] == entry.num_tokens(config, grid)
-    width = projector["dense_1"]["kernel"].shape[1]
-    tokens = jax.jit(Projector(width, 2, "none", "none", "float32").apply)(
-        {"params": projector}, mid
-    )
+    tokens = projected(case, projector, mid)
     made = {"tokens": tokens, "compressed": mid, "features": last, "multi": taps}
     return made | ({} if query is None else {"text": query[:, None]})
 
 
+def projected(case: Case, projector: dict, x: jax.Array) -> jax.Array:
+    """Through as many linear maps as the file holds; their number must be the one that its type names."""
+    named = case.config.get("mm_projector_type", f"mlp{len(projector)}x_gelu")
+    match = re.fullmatch(r"mlp(\d+)x_gelu", named)
+    assert match or named in ("linear", "identity"), f"unknown mm_projector_type {named!r}"
+    count = int(match[1]) if match else int(named == "linear")
+    assert len(projector) == count, f"{named} with {len(projector)} linear maps"
+    if not count:
+        return x
+    width = projector[f"dense_{count - 1}"]["kernel"].shape[1]
+    apply = jax.jit(Projector(width, count, "none", "none", "float32").apply)
+    return apply({"params": projector}, x)
+
+
 def run_llava_mlp(case: Case) -> dict:
-    return compressed(case, "identity", {}, reference_layout.projector(case.params, ("0", "2")))
+    return compressed(case, "identity", {}, reference_layout.projector(case.params))
 
 
 def run_quecc(case: Case) -> dict:
@@ -199,14 +230,12 @@ def run_prumerge(case: Case) -> dict:
     if valid is not None:
         assert tokens.shape[1] == COMPRESSORS[name].num_tokens(config, grid)
         tokens = tokens[:, np.asarray(valid)[0]]
-    if "0.weight" in case.params:
-        projector = reference_layout.projector(case.params, ("0", "2"))
-        width = projector["dense_1"]["kernel"].shape[1]
-        apply = jax.jit(Projector(width, 2, "none", "none", "float32").apply)
-        tokens = apply({"params": projector}, tokens)
+    merged, projector = tokens, reference_layout.projector(case.params)
+    if projector:
+        tokens = projected(case, projector, tokens)
     a = prumerge.attention(scores)
     return {
-        "tokens": tokens, "features": last, "cls_attn": a, "kept_idx": np.asarray(chosen.kept)[:, filled],
+        "tokens": tokens, "compressed": merged, "features": last, "cls_attn": a, "kept_idx": np.asarray(chosen.kept)[:, filled],
         "complement_idx": np.stack([np.flatnonzero(rest) for rest in chosen.rest]),
         "outlier_ratio": prumerge.outliers(a.reshape(-1)) / (patches * len(a)),
     }  # fmt: skip
@@ -255,10 +284,10 @@ def run_m3(case: Case) -> dict:
         VLMConfig(tiny_vit(grid, 8), config, presets.lm("mini-45k"))
         module = COMPRESSORS["m3"].module(config, grid)
         if given is None:
-            tree = reference_layout.projector(case.params, ("0", "2"))
-            tree = jax.tree.map(jnp.asarray, tree)
-            width = tree["dense_1"]["kernel"].shape[1]
-            project = Projector(width, 2, "none", "none", "float32").bind({"params": tree})
+            tree = jax.tree.map(jnp.asarray, reference_layout.projector(case.params))
+            width = tree[f"dense_{len(tree) - 1}"]["kernel"].shape[1]
+            project = Projector(width, len(tree), "none", "none", "float32")
+            project = project.bind({"params": tree})
             tokens = project.late(module.apply({}, project.early(last), last).tokens)
         else:
             tokens = jax.jit(module.apply)({}, last, last).tokens
@@ -271,7 +300,7 @@ def run_tower(case: Case) -> dict:
     return {"features": last, "multi": taps, "text": text_of(case)[:, None]}
 
 
-# golden name -> (our compressor, runner); a name without a registered compressor is skipped
+# golden name -> (our compressor, runner)
 RUNNERS: dict[str, tuple[str, Callable[[Case], dict]]] = {
     "llava_mlp": ("identity", run_llava_mlp),
     "quecc": ("quecc", run_quecc),
@@ -286,7 +315,9 @@ RUNNERS: dict[str, tuple[str, Callable[[Case], dict]]] = {
 
 def check(case: Case) -> list[str]:
     """Compares every output (and those intermediates that have a name here); the names that were compared."""
-    _, run = RUNNERS[case.config["compressor"]]
+    name = case.config["compressor"]
+    assert name in RUNNERS, f"unknown compressor {name!r}; known: {', '.join(RUNNERS)}"
+    _, run = RUNNERS[name]
     wrong = [name for name in case.outputs if name.startswith("quirk_")]
     right = {name: out for name, out in case.outputs.items() if name not in wrong}
     stride = case.config.get("stride")
@@ -312,6 +343,7 @@ def tokens_of(name: str, made: dict) -> np.ndarray:
     if name in made:
         return np.asarray(made[name])
     count = re.search(r"(?:m|scale)\d+", name)
+    assert any(part.removeprefix("tokens_") in name for part in REDUCED), f"unknown output {name!r}"
     return np.asarray(made[f"tokens_{count[0]}" if count else "tokens"])
 
 
@@ -423,11 +455,103 @@ def test_weights_and_inputs_come_from_the_recipe_and_reduced_outputs_are_compare
         check(case)
 
 
-@pytest.mark.parametrize("name", ["llava_mlp", "quecc", "tokenpacker"])
+# How a projector of 0 to 3 linear maps is called, and what its maps are called.
+DEPTHS = {
+    "identity": [], "linear": [""], "mlp1x_gelu": ["0"], "mlp2x_gelu": ["0", "2"], "mlp3x_gelu": ["0", "2", "4"],
+}  # fmt: skip
+
+
+def projector_state(names: list[str], width: int = 8, hidden: int = 20) -> dict[str, np.ndarray]:
+    """Random maps width -> hidden -> hidden .."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in names:
+        dot = f"{name}." if name else ""
+        shapes |= {f"{dot}weight": (hidden, width), f"{dot}bias": (hidden,)}
+        width = hidden
+    return twin.random_state(shapes, 8)
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("kind", DEPTHS)
+def test_a_projector_has_as_many_maps_as_its_file_holds(tmp_path, kind, named):
+    state = projector_state(DEPTHS[kind])
+    x = np.float32(np.random.default_rng(0).standard_normal((2, 16, 8)))
+    out = {"tokens": np.float32(twin.projector(state, DEPTHS[kind], np.float64(x)))}
+    config = {"compressor": "llava_mlp"} | ({"mm_projector_type": kind} if named else {})
+    # The prefixes of a whole checkpoint may be there or not.
+    state = {f"model.mm_projector.{name}" if named else name: w for name, w in state.items()}
+    case = write(tmp_path / "mlp.npz", config, param=state, **{"in": {"features": x}}, out=out)
+    assert check(case) == ["tokens"]
+    case.config["mm_projector_type"] = "mlp2x_gelu" if kind != "mlp2x_gelu" else "mlp3x_gelu"
+    with pytest.raises(AssertionError, match=r"with \d linear maps"):
+        check(case)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("name", ["quecc", "tokenpacker", "m3"])
+def test_behind_a_compressor_too_the_projector_has_as_many_maps_as_the_file_holds(
+    tmp_path, name, depth
+):
+    prefix, first = {"quecc": ("", 1), "tokenpacker": ("mlp.", 0), "m3": ("", 0)}[name]
+    names = [f"{prefix}{first + 2 * i}" for i in range(depth)]
+    state, given = quecc_state()
+    if name == "tokenpacker":
+        state = twin.random_state(twin.shapes_tokenpacker(8, 32, 20), 5)
+    own = re.compile(r"^(mlp\.\d|[13])\.")
+    state = {k: w for k, w in state.items() if not own.match(k) and name != "m3"}
+    state |= projector_state(names)
+    x = np.float64(given["features"])
+    if name == "m3":
+        tokens = elastic_numpy.pooled(twin.projector(state, names, x), 2)
+        config, out = {"compressor": "m3", "grid": 4}, {"tokens_scale4": np.float32(tokens)}
+    else:
+        both = state | projector_state(["1", "3"]) | projector_state(["mlp.0", "mlp.2"])
+        compressed = {
+            "quecc": lambda: twin.quecc(both, x, given["multi"], given["text"], 4, 2)[0],
+            "tokenpacker": lambda: twin.tokenpacker(both, x, given["multi"], 4, 2)[0],
+        }[name]()
+        out = {"tokens": np.float32(twin.projector(state, names, compressed))}
+        config = {"quecc": QUECC, "tokenpacker": {"compressor": name, "scale_factor": 2, "num_heads": 4}}[name]  # fmt: skip
+    case = write(tmp_path / "deep.npz", config, param=state, **{"in": given}, out=out)
+    assert check(case) == list(out)
+
+
+def test_what_no_format_describes_fails_by_name(tmp_path):
+    x = np.float32(np.random.default_rng(0).standard_normal((2, 16, 8)))
+
+    def file(config: dict | None = None, **groups: dict) -> Case:
+        settings = {"compressor": "llava_mlp", "mm_projector_type": "identity"} | (config or {})
+        given = {"in": {"features": x}, "out": {"tokens": x}} | groups
+        return write(tmp_path / "file.npz", settings, **given)
+
+    assert check(file()) == ["tokens"]
+    wrong = {
+        "unknown compressor 'resampler'": lambda: check(file({"compressor": "resampler"})),
+        "unknown mm_projector_type 'mlp2x_silu'": lambda: check(file({"mm_projector_type": "mlp2x_silu"})),
+        "unknown inputs \\['video'\\]": lambda: file(**{"in": {"features": x, "video": x}}),
+        "unknown output 'logits'": lambda: check(file(out={"logits": x})),
+        "unknown entries {'grad/x'}": lambda: file(grad={"x": x}),
+        "maps and activations do not alternate": lambda: check(file(param=projector_state(["0", "3"]))),
+        "no number of heads of the CLIP": lambda: check(
+            file(param=twin.random_state(twin.shapes_clip(8, 12, 2, 3, 4), 1), **{"in": {"images": np.zeros((1, 3, 12, 12))}})
+        ),
+    }  # fmt: skip
+    for message, run in wrong.items():
+        with pytest.raises(AssertionError, match=message):
+            run()
+
+
+@pytest.mark.parametrize("name", ["llava_mlp", "quecc", "tokenpacker", "m3", "mqt"])
 def test_end_to_end_files_start_from_pixels(tmp_path, name):
-    settings = {"llava_mlp": {}, "quecc": QUECC, "tokenpacker": {"scale_factor": 2, "num_heads": 4}}
+    settings = {
+        "llava_mlp": {}, "quecc": QUECC, "tokenpacker": {"scale_factor": 2, "num_heads": 4}, "m3": {"scales": [4]},
+        "mqt": {"num_heads": 4, "query_grid": 2, "token_counts": [3]},
+    }  # fmt: skip
+    maps = {"0.weight": (20, 8), "0.bias": (20,), "2.weight": (20, 20), "2.bias": (20,)}
     shapes = {
-        "llava_mlp": {"0.weight": (20, 8), "0.bias": (20,), "2.weight": (20, 20), "2.bias": (20,)},
+        "llava_mlp": maps,
+        "m3": maps,
+        "mqt": elastic_numpy.shapes_mqt(8, 2, 20),
         "quecc": twin.shapes_quecc(8, 32, 12, 20, 2),
         "tokenpacker": twin.shapes_tokenpacker(8, 32, 20),
     }
@@ -443,6 +567,8 @@ def test_end_to_end_files_start_from_pixels(tmp_path, name):
     )
     tokens = {
         "llava_mlp": lambda: twin.mlp(state, "0", "2", last),
+        "m3": lambda: elastic_numpy.pooled(twin.mlp(state, "0", "2", last), 2),
+        "mqt": lambda: elastic_numpy.mqt(state, last, 4, 3),
         "quecc": lambda: twin.quecc(state, last, multi, given["text"], 4, 2)[1],
         "tokenpacker": lambda: twin.tokenpacker(state, last, multi, 4, 2)[1],
     }[name]()
@@ -454,11 +580,13 @@ def test_end_to_end_files_start_from_pixels(tmp_path, name):
         check(case)
 
 
-@pytest.mark.parametrize("projected", [False, True])
-@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize(
+    ("adaptive", "kind"),
+    [(True, "identity"), (False, "mlp2x_gelu"), (True, "linear"), (False, "mlp1x_gelu"), (True, "mlp3x_gelu")],
+)  # fmt: skip
 @pytest.mark.parametrize("name", ["prumerge", "prumerge_plus"])
 def test_end_to_end_files_of_prumerge_read_the_last_layers_queries_and_keys(
-    tmp_path, name, adaptive, projected
+    tmp_path, name, adaptive, kind
 ):
     state = twin.random_state(twin.shapes_clip(8, 12, 24, 6, 3), 7)
     given = {"images": np.float32(np.random.default_rng(1).standard_normal((1, 3, 18, 18)))}
@@ -471,14 +599,14 @@ def test_end_to_end_files_of_prumerge_read_the_last_layers_queries_and_keys(
         states[23], q, k, plus=plus, ratio=ratio, neighbours=4, bound=35
     )
     tokens = image["tokens"][None]
-    if projected:
-        state |= twin.random_state({"0.weight": (20, 8), "0.bias": (20,), "2.weight": (20, 20), "2.bias": (20,)}, 8)  # fmt: skip
-        tokens = twin.mlp(state, "0", "2", tokens)
+    state |= projector_state(DEPTHS[kind])
+    tokens = twin.projector(state, DEPTHS[kind], tokens)
     mid = {
         "kept_idx": np.array([image["kept"]]), "complement_idx": np.array([image["complement"]]),
         "cls_attn": image["attention"][None],
     }  # fmt: skip
-    config = {"compressor": name, "end_to_end": True, "clip": {"heads": 2}, "k_neighbours": 4}
+    heads = {"clip": {"heads": 2, "layers": 24}} if adaptive else {"num_heads": 2}
+    config = {"compressor": name, "end_to_end": True, "k_neighbours": 4} | heads
     config |= {"adaptive": adaptive, "fixed_ratio": None if adaptive else 0.125}
     case = write(tmp_path / "e2e.npz", config, param=state, **{"in": given}, out={"tokens": tokens}, mid=mid)  # fmt: skip
     assert sorted(check(case)) == ["cls_attn", "complement_idx", "kept_idx", "tokens"]

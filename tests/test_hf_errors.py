@@ -64,9 +64,7 @@ FIELDS = {
         dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)), "partial_rotary_factor must be 1"
     ),
     "gelu": (dict(hidden_act="gelu"), "hidden_act 'gelu' is not computed here; allowed: 'silu'"),
-    "output biases": (dict(attention_bias=True), "attention_bias and mlp_bias must be false"),
     "dropout": (dict(attention_dropout=0.1), "attention_dropout 0.1 is not computed here"),
-    "a field of tomorrow": (dict(logit_scale=8.0), "field 'logit_scale' = 8.0 is not known here"),
     "another architecture": (dict(model_type="gpt2"), "model_type 'gpt2' is not known here; use one of llama, mistral"),
     "linear without a factor": (dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4)), "Missing required keys.*'factor'"),
     "not a config": (dict(num_attention_heads="four"), "not a valid llama config"),

@@ -23,8 +23,8 @@ from configs import eval as eval_config
 from vlm_jax import cli, evaluate, presets, sharding, train, weights
 from vlm_jax.config import CompressorConfig, ConfigError, RopeScaling, VLMConfig
 from vlm_jax.data import rendering, templates, tokenizer
-from vlm_jax.data.sources import IMAGE, Turn
-from vlm_jax.hf import directory, export
+from vlm_jax.data.records import IMAGE, Turn
+from vlm_jax.hf import directory, export, written
 from vlm_jax.hf.describe import describe
 from vlm_jax.models.vlm import VLM, Inputs, init_params
 from vlm_jax.run_config import MeshConfig
@@ -121,11 +121,13 @@ def test_a_changed_model_keeps_the_names_of_its_base_and_carries_its_own_numbers
 DECODERS = {
     "llama": ({}, "llama"),
     "llama 3": ({"rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 16)}, "llama"),
-    "linear": ({"rope_scaling": RopeScaling("linear", 2.0), "tied_embeddings": True}, "llama"),
+    "linear, all biases": (
+        {"rope_scaling": RopeScaling("linear", 2.0), "tied_embeddings": True, "qkv_bias": True, "o_bias": True, "mlp_bias": True}, "llama",
+    ),
     "mistral": ({"sliding_window": 5}, "mistral"),
     "qwen2": ({"qkv_bias": True, "tied_embeddings": True}, "qwen2"),
     "qwen3": ({"qk_norm": True, "head_dim": 6, "sliding_window": 6}, "qwen3"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -283,6 +285,16 @@ def test_what_a_layout_cannot_hold_is_refused_and_leaves_nothing(model, what, me
             export.Companions(tmp_path / "tokenizer", None, None),
         )
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"o_bias": True}, {"mlp_bias": True, "qkv_bias": True}, {"qkv_bias": True, "o_bias": True, "sliding_window": 4}, {"qk_norm": True, "mlp_bias": True}],
+)  # fmt: skip
+def test_features_that_no_architecture_has_together_are_listed(fields):
+    with pytest.raises(ConfigError, match=r"export: no known architecture has .* together; llama") as error:  # fmt: skip
+        written.decoder(presets.lm("", **LM | fields))
+    assert all(f"{name} {value}" in str(error.value) for name, value in fields.items())
 
 
 def test_a_base_that_joins_its_parts_otherwise_is_refused(tmp_path):

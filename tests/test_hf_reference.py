@@ -1,13 +1,16 @@
 """The original LLaVA layout and the compressors' releases: the same numbers as the same weights elsewhere."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
 
+import flax.linen as nn
 import hf_models
 import jax
 import numpy as np
 import pytest
+import torch
 from refs import reference_layout
 from safetensors.numpy import load_file, save_file
 from test_hf_export import convert  # noqa: F401 (a fixture)
@@ -15,7 +18,9 @@ from test_hf_parity import compare, load
 
 from vlm_jax import experiment, presets, sharding, weights
 from vlm_jax.config import CompressorConfig, ConfigError, VLMConfig
+from vlm_jax.hf import export, settings
 from vlm_jax.hf.describe import describe
+from vlm_jax.models.vlm import init_params
 from vlm_jax.run_config import MeshConfig
 
 GOLDEN = Path(os.environ.get("VLM_JAX_GOLDEN", Path(__file__).parents[1] / "../shared/golden"))
@@ -103,6 +108,11 @@ REFUSED = {
     "tiles": ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio 'anyres'"),
     "an older compressor": ({"mm_vision_token_compression_type": "local-conv-self-attn-deep"}, "mm_vision_token_compression_type"),
     "another decoder": ({"model_type": "llava_mpt"}, "model_type 'llava_mpt' with mm_ fields"),
+    "a compressor without its weights": ({"mm_projector_type": "tokenpacker"}, "mm_projector_type 'tokenpacker' is not computed here.*beside their weights"),
+    "several layers at once": ({"mm_vision_select_layer": [12, 16, -2]}, r"mm_vision_select_layer \[12, 16, -2\] is not computed here; it must be one int"),
+    "a scale in words": ({"scale_factor": "2x"}, "scale_factor '2x' is not computed here; it must be one int"),
+    "a resampler behind the encoder": ({"mm_resampler_type": "spatial_pool"}, "mm_resampler_type 'spatial_pool' is not computed here"),
+    "a quantised decoder": ({"quantization_config": {"bits": 4}}, "field 'quantization_config'.*quantised"),
     "a field of tomorrow": ({"mm_spatial_pool": 2}, "field 'mm_spatial_pool' = 2 is not known here"),
 }  # fmt: skip
 
@@ -116,6 +126,75 @@ def test_a_variant_that_is_not_computed_is_named(name, folders, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=message):
         describe(folder)
+
+
+DECODERS = {
+    "llava": "llama", "llava_llama": "llama", "llama": "llama", "llava_mistral": "mistral", "mistral": "mistral",
+    "llava_qwen": "qwen2", "llava_qwen2": "qwen2", "llava-qwen2": "qwen2", "qwen2": "qwen2", "llava_qwen3": "qwen3", "qwen3": "qwen3",
+    "llava_phi3": "phi3", "llava_phi": "phi3", "phi3": "phi3",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_decoder_is_known_by_every_name_that_training_code_leaves(name, folders, tmp_path, caplog):  # fmt: skip
+    llava, _, encoder = folders
+    folder = original(llava, tmp_path / "named", encoder, tower=False)
+    path = folder / "config.json"
+    own = {"model_type": name, "sliding_window": None, "pretraining_tp": None, "vision_tower_pretrained": "x", "mm_tunable_parts": "mm_mlp_adapter"}  # fmt: skip
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    with caplog.at_level("INFO"):
+        found = describe(folder).lm
+    plain = settings.decoder(hf_models.TEXT, "here", DECODERS[name])
+    assert (found.qkv_bias, found.qk_norm) == (plain.qkv_bias, plain.qk_norm)
+    assert [r.message.split(": ")[-1] for r in caplog.records if "ignored" in r.message] == ["vision_tower_pretrained."]  # fmt: skip
+
+
+@pytest.mark.parametrize(("ratio", "mode"), [("pad", "pad"), ("square", "crop"), (None, "crop")])
+def test_images_are_padded_only_where_the_layout_says_so(ratio, mode, folders, tmp_path, convert):  # noqa: F811
+    """Else LLaVA's code hands them to CLIP's processor as they are."""
+    llava, _, encoder = folders
+    folder = original(llava, tmp_path / "squared", encoder, tower=False)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_aspect_ratio": ratio}))
+    assert convert(folder, tmp_path / "ours", "--vit", encoder) == 0
+    assert experiment.read(tmp_path / "ours").data.image_mode == mode
+
+
+def test_a_tokenpacker_as_its_scripts_save_it_is_imported(tmp_path, convert):  # noqa: F811
+    """Pickled, with its own name as mm_projector_type, a projector file beside the model and the model_type of its decoder."""
+    lm = dict(vocab_size=40, width=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8, mlp_width=24, rope_theta=1e4, norm_eps=1e-5, qkv_bias=False, qk_norm=False, tied_embeddings=False)  # fmt: skip
+    vit = dict(width=16, num_layers=24, num_heads=2, mlp_width=24, image_px=32, patch_px=8)
+    compressor = CompressorConfig("tokenpacker", stride=2, num_heads=1, taps=(12, 16, 22, 23))
+    config = VLMConfig(presets.vit("clip-l-336", **vit), compressor, presets.lm("", **lm))
+    shapes, rng = nn.unbox(jax.eval_shape(lambda: init_params(config, jax.random.key(0)))), np.random.default_rng(0)  # fmt: skip
+    params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(leaf.dtype), shapes)
+    bare = export.Companions(None, None, None)
+    export.standalone(tmp_path / "clip", "vit", {"vit": params["vit"]}, dataclasses.replace(config, vit=dataclasses.replace(config.vit, feature_layer=-1)), bare)  # fmt: skip
+    own = {part: params[part] for part in ("compressor", "projector")}
+    export.standalone(tmp_path / "packer", "reference", own, config, bare, encoder_name="./clip")
+    export.standalone(tmp_path / "lm", "lm", {"lm": params["lm"]}, config, bare)
+    given = tmp_path / "given"
+    given.mkdir()
+    weights_of = {
+        file: load_file(tmp_path / file / "model.safetensors") for file in ("lm", "packer")
+    }
+    for file, tensors in weights_of.items():
+        torch.save({name: torch.tensor(value) for name, value in tensors.items()}, given / f"{file}.bin")  # fmt: skip
+    weight_map = {name: f"{file}.bin" for file, tensors in weights_of.items() for name in tensors}
+    (given / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    torch.save({"model.mm_projector.mlp.0.bias": torch.zeros(16)}, given / "mm_projector.bin")
+    saved = json.loads((tmp_path / "packer" / "config.json").read_text())
+    saved |= {"mm_projector_type": "tokenpacker", "image_grid_pinpoints": None, "tune_mm_mlp_adapter": True}  # fmt: skip
+    (given / "config.json").write_text(json.dumps(saved))
+
+    assert convert("--from-bin", given, tmp_path / "safe") == 0
+    assert convert(tmp_path / "safe", tmp_path / "ours", "--vit", tmp_path / "clip") == 0
+    model = experiment.read(tmp_path / "ours").model
+    assert model.compressor == dataclasses.replace(compressor, dtype=model.compressor.dtype)
+    assert model.projector_layers == 2 and model.vit.feature_layer == -2
+    wanted = weights.abstract(model, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+    back = weights.load(str(tmp_path / "ours"), model, wanted)
+    jax.tree.map(np.testing.assert_array_equal, back, {part: params[part] for part in back})
 
 
 RELEASES = {

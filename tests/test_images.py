@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -144,8 +144,38 @@ def test_missing_and_empty_files_and_folders_say_why(tmp_path):
     (tmp_path / "empty.png").touch()
     with pytest.raises(images.ImageError, match="empty"):
         load(str(tmp_path / "empty.png"))
-    with pytest.raises(images.ImageError, match="cannot be decoded: IsADirectoryError"):
+    with pytest.raises(images.ImageError, match=r"^is a folder, not an image file$"):
         load(str(tmp_path))
+    with pytest.raises(images.ImageError) as caught:
+        load(str(tmp_path / "no" / "a.png"))
+    assert str(caught.value) == (
+        f"the image file does not exist; looked for 'a.png' in '{tmp_path}/no', which does not exist itself"
+    )
+    with pytest.raises(images.ImageError, match="is no regular file"):
+        load("/dev/null")
+    for name in ("a\0b.png", "x" * 300, "\ud800.png"):  # what a record may hold
+        with pytest.raises(images.ImageError, match=r"cannot be (decoded|read)"):
+            load(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_exif_rotation_turns_an_image_as_pillow_does_and_is_off_by_default(orientation, kind):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.fromarray(np.arange(24 * 16 * 3, dtype=np.uint8).reshape(16, 24, 3))
+    stream = io.BytesIO()
+    image.save(stream, kind, exif=exif, **({"quality": 95} if kind == "JPEG" else {}))
+    data = stream.getvalue()
+    stored = Image.open(io.BytesIO(data))
+    turned = ImageOps.exif_transpose(stored)
+    assert turned.size == ((24, 16) if orientation < 5 else (16, 24))
+    for mode in images.MODES:
+        plain = images.load(data, 32, mode, CLIP_MEAN, LIMIT)
+        np.testing.assert_array_equal(plain, images.fit(stored, 32, mode, CLIP_MEAN, LIMIT))
+        found = images.load(data, 32, mode, CLIP_MEAN, LIMIT, exif_rotation=True)
+        np.testing.assert_array_equal(found, images.fit(turned, 32, mode, CLIP_MEAN, LIMIT))
+        assert np.array_equal(found, plain) == (orientation == 1)
 
 
 def png_header(width, height):

@@ -6,7 +6,7 @@ import types
 import pytest
 import tiny
 
-from vlm_jax import experiment, outline, telemetry, train
+from vlm_jax import experiment, outline, train
 from vlm_jax.config import ConfigError
 from vlm_jax.run_config import InitConfig
 
@@ -145,11 +145,3 @@ def test_a_training_says_its_lines_and_refuses_a_frozen_random_encoder(tmp_path,
     assert lines[7] == f"runs/a is finished: step 1, loss {metrics['loss']:.4f}"
     assert train.train(config, "runs/a", say=lines.append) == metrics
     assert lines[10:] == lines[7:10]  # a finished run says it again
-
-
-def test_the_first_step_says_how_long_the_compilation_took(caplog):
-    with caplog.at_level("INFO", logger="vlm_jax"):
-        display = telemetry.Display(6, 0, shows=True)
-        display.first({"step": 1, "loss": 0.5}, 41.7)
-        display.close()
-    assert caplog.messages == ["step 1/6  loss 0.5000  (42 s with the compilation)"]

@@ -10,7 +10,7 @@ from packed import VIT, M
 
 from vlm_jax.config import ConfigError
 from vlm_jax.data import packing, pipeline
-from vlm_jax.data.sources import BadRecord
+from vlm_jax.data.records import BadRecord
 
 TEXT = ("tokens", "positions", "segments", "loss_mask")
 

@@ -14,7 +14,7 @@ from refs import tokenizers
 from vlm_jax import presets
 from vlm_jax.config import ConfigError
 from vlm_jax.data import feature_images, pipeline
-from vlm_jax.data.sources import BadRecord
+from vlm_jax.data.records import BadRecord
 from vlm_jax.run_config import DataConfig
 
 M = 4  # visual tokens per image

@@ -245,6 +245,46 @@ def test_a_size_outside_the_table_is_called_an_extrapolation(fits):
     assert found.best.extrapolated and "extrapolation" in found.statements[-1]
 
 
+def test_an_interval_ends_at_the_largest_error_there_is_and_says_so(fits, paper):
+    """Far below the measured sizes the law's errors pass 1."""
+    smallest = min(fits["reasoning"].lms.values())
+    near, far = (
+        plan.choose(fits["reasoning"], 1e12, 10, lms={"tiny": smallest / by}, visual_tokens=[1])
+        for by in (10, 1000)
+    )
+    assert near.best.error == pytest.approx(0.767, abs=1e-3) and near.best.interval[1] == 1
+    cut = (
+        "reasoning: the interval is cut off at 1, the largest error there is: the measured cells do not bound the error "
+        "there."
+    )
+    assert cut in near.statements and cut not in far.statements
+    assert far.best.error > 1
+    assert (
+        "reasoning: the law predicts an error above 1 there, which no error can be: do not use it."
+        in far.statements
+    )
+    assert cut not in plan.choose(paper, 1e12, 50).statements
+
+
+@pytest.mark.parametrize("asking", ["--exact", "--visual-tokens=all"])
+def test_what_needs_the_compressor_of_a_table_without_one_names_its_flag(tmp_path, capsys, asking):
+    rows = [
+        dataclasses.replace(r, compressor="")
+        for r in tables.rows()
+        if r.compressor == "tokenpacker"
+    ]
+    path = tmp_path / "errors.csv"
+    table.write(path, rows)
+    words = [f"--table={path}", "--family=ocr", "--budget-gflops=5", "--text-tokens=10"]
+    assert plan_command.main([*words, asking]) == 2
+    flag = asking.replace("=", " ")
+    assert capsys.readouterr().err == (
+        f"error: plan: {flag} needs to know the compressor, which the law's table does not name; add --compressor=NAME, "
+        "one of quecc, tokenpacker, pool, m3, mqt.\n"
+    )
+    assert plan_command.main(words) == 0
+
+
 @pytest.fixture(scope="module")
 def law_json(fits, tmp_path_factory):
     path = tmp_path_factory.mktemp("law") / "law.json"
@@ -311,6 +351,13 @@ def test_a_table_of_errors_plans_as_its_law_does(fits, tmp_path, capsys):
         (["--budget-dollars=1", "--chip=v4"], "needs chip_hour_dollars"),
         (["--budget-gflops=1", "--free-sizes=9,3"], "from the smaller to the larger, not 9 to 3"),
         (["--budget-gflops=1", "--free-sizes", "--exact"], "goes with neither --lms nor --exact"),
+        (["--budget-gflops=inf"], "the budget in GFLOPs must be finite, got inf"),
+        (["--budget-gflops=nan"], "the budget in GFLOPs must be positive, got nan"),
+        (["--budget-gflops=0"], "the budget in GFLOPs must be positive, got 0.0"),
+        (["--budget-gflops=1", "--budget-gib=inf"], "the budget in GiB must be finite, got inf"),
+        (["--budget-dollars=1", "--chip=v4", "--chip-hour-dollars=inf"], "chip_hour_dollars must be finite, got inf"),
+        (["--budget-gflops=1", "--lms=a=inf"], "an LM's size must be finite, got inf"),
+        (["--budget-gflops=1", "--free-sizes=1e9,inf"], "an LM's size must be finite, got inf"),
         (["--budget-gflops=1", "--exact"], "unknown language model preset 'small'"),
         (["--budget-gflops=1", "--exact", "--lms=mini-38k", "--visual-tokens=5"], "visual_tokens 5 cannot be cut from a 24x24 grid"),
         (["--budget-gflops=1", "--visual-tokens=all", "--compressor=prumerge"], "prumerge: its visual tokens cannot be chosen"),

@@ -1,5 +1,7 @@
 """Figures: exactly the table's points and the fit's curves, the same bytes each time."""
 
+import itertools
+
 import numpy as np
 import pytest
 import tables
@@ -59,3 +61,31 @@ def test_a_picture_of_another_kind_is_refused(fits, tmp_path):
         plot.save(figure, tmp_path / "a.gif")
     with pytest.raises(ConfigError, match="does not exist"):
         plot.save(figure, tmp_path / "nowhere" / "a.png")
+
+
+@pytest.mark.parametrize("ratio", [1.3, 2, 4, 9, 30, 90, 110, 5000, 1e7])
+@pytest.mark.parametrize("low", [8.6e8, 1.1e10, 4e12])
+def test_the_labels_of_costs_never_touch(low, ratio):
+    figure, axes = plot.canvas()
+    axes.plot([low, low * ratio], [0.5, 0.4])
+    plot.finish(axes, "cost", "error")
+    labels = label_boxes(figure, axes)
+    assert 2 <= len(labels) <= 9
+    assert all(b.x0 - a.x1 > 4 for a, b in itertools.pairwise(labels))
+
+
+def label_boxes(figure, axes):
+    """Where the labels of the x axis are drawn, in pixels, from left to right."""
+    figure.draw_without_rendering()
+    renderer = figure.canvas.get_renderer()
+    low, high = axes.get_xlim()
+    ticks = [*axes.xaxis.get_major_ticks(), *axes.xaxis.get_minor_ticks()]
+    shown = [t.label1 for t in ticks if t.label1.get_text() and low <= t.get_loc() <= high]
+    return sorted((text.get_window_extent(renderer) for text in shown), key=lambda box: box.x0)
+
+
+def test_sizes_that_lie_close_together_share_a_label():
+    _, axes = plot.canvas()
+    axes.plot([1.06e8, 7e9], [0.5, 0.4])
+    axes.set_xscale("log")
+    assert plot.apart([1.06e8, 1.34e8, 3.6e8, 6.9e9, 7e9], axes) == [1.34e8, 3.6e8, 7e9]

@@ -110,3 +110,19 @@ def test_a_tensor_axis_across_processes_sees_every_row_of_the_batch(pair, want, 
     statuses, logs = end(pair)
     assert statuses == [0, 0], logs
     check_equal(tmp_path / "two", want)
+
+
+def test_processes_that_read_other_annotations_end_before_they_train(pair, data, tmp_path):
+    other = tmp_path / "other.json"
+    other.write_text((data / "data.json").read_text().replace("hello", "one"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    for i, (server, path) in enumerate(zip(pair, (data / "data.json", other), strict=True)):
+        fields = FIELDS | {"data__annotations": [str(path)]}
+        server.start(tmp_path / "run", address=address, process=i, processes=2, **fields)
+    statuses, logs = end(pair)
+    assert statuses == [2, 2], logs
+    for log in logs:
+        assert "process 1 reads other content than process 0; give every machine the same" in log
+    assert last_step(tmp_path / "run") is None

@@ -9,7 +9,7 @@ import tiny
 
 from vlm_jax import experiment
 from vlm_jax.data import prompts, rows
-from vlm_jax.data.sources import BadRecord
+from vlm_jax.data.records import BadRecord
 
 M = 4  # visual tokens per image
 SYSTEM = "Say hello . What colour is this image ? Say one ."  # 12 tokens

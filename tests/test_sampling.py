@@ -11,7 +11,7 @@ from packed import VIT, M
 from vlm_jax import experiment, loop, step, telemetry
 from vlm_jax.config import ConfigError
 from vlm_jax.data import pipeline, sampling
-from vlm_jax.data.sources import BadRecord
+from vlm_jax.data.records import BadRecord
 
 IMAGE_KEYS = {"images", "query_tokens", "query_mask"}
 

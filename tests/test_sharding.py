@@ -74,6 +74,33 @@ def test_a_mesh_must_use_every_device():
         sharding.make_mesh(MeshConfig(-1, 2, 1), jax.devices()[:1])
 
 
+@pytest.mark.parametrize(
+    ("config", "count", "rows", "sizes"),
+    [
+        (MeshConfig(1, -1, 0), 1, 128, (1, 1, 1, 1)),
+        (MeshConfig(1, -1, 0), 8, 128, (1, 8, 1, 1)),
+        (MeshConfig(1, -1, 0), 256, 128, (1, 128, 2, 1)),
+        (MeshConfig(1, -1, 0), 1024, 128, (1, 128, 8, 1)),
+        (MeshConfig(1, -1, 0), 256, 96, (1, 32, 8, 1)),
+        (MeshConfig(8, -1, 0), 256, 128, (8, 16, 2, 1)),
+        (MeshConfig(-1, 4, 0), 64, 32, (8, 4, 2, 1)),
+        (MeshConfig(-1, 1, 0, 2), 64, 16, (16, 1, 2, 2)),
+        (MeshConfig(2, 4, 0), 8, 5, (2, 4, 1, 1)),  # nothing is left for tensor: check_batch says why
+        (MeshConfig(1, -1, 0), 256, 0, (1, 256, 1, 1)),
+        (MeshConfig(1, -1, 1), 256, 128, (1, 256, 1, 1)),
+    ],
+)  # fmt: skip
+def test_a_tensor_of_0_is_as_small_as_the_batch_allows(config, count, rows, sizes):
+    assert sharding.mesh_sizes(config, count, rows) == sizes
+
+
+def test_only_tensor_may_be_0():
+    with pytest.raises(
+        ConfigError, match=r"must be positive, .* \(tensor may be 0.*got \(0, 1, 1, 1\)"
+    ):
+        MeshConfig(data=0)
+
+
 def test_a_batch_must_deal_out_evenly_over_data_and_fsdp():
     sharding.check_batch(12, abstract_mesh(2, 3, 5))
     with pytest.raises(ConfigError, match=r"batch_size 8 is not divisible by mesh data\*fsdp = 6"):

@@ -1,5 +1,8 @@
 """The picture of what visual tokens look at: drawn from the trained model's own weights, or refused in one line."""
 
+import logging
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -90,6 +93,27 @@ def drawn(world, checkpoint: str, out, monkeypatch, *more: str):
 def array(axes) -> np.ndarray:
     """The numbers over the picture."""
     return np.asarray(axes.images[-1].get_array())
+
+
+@pytest.mark.parametrize("kernel", ["splash", "cudnn"])
+def test_a_run_that_names_another_machines_kernel_answers_as_it_does_here(
+    world, trained, tmp_path, caplog, kernel
+):
+    """QueCC reads the question with the decoder, whose kernel the run's config names."""
+    shutil.copytree(trained("quecc"), tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    path.write_text(path.read_text().replace('"attention": "auto"', f'"attention": "{kernel}"'))
+    row = {"id": "a", "image": "parts.jpg", "conversations": [{"from": "human", "value": f"<image>\n{QUESTION}"}]}  # fmt: skip
+    told = []
+    with caplog.at_level(logging.INFO, logger="vlm_jax"):
+        for checkpoint in (trained("quecc"), str(tmp_path / "run")):
+            answerer = answer.Answerer(checkpoint, MeshConfig(), "", 2, 0.0, 1.0, 0)
+            (answers,) = answerer.ask([row], str(world), 1)
+            told.append((answers, show.look(answerer, row, str(world)).weights.tolist()))
+    assert told[0] == told[1]
+    assert caplog.messages == [
+        f"the run was trained with model.lm.attention={kernel}, which this machine (cpu) does not have: here it is auto"
+    ]
 
 
 @pytest.mark.slow

@@ -3,14 +3,17 @@
 import json
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import pytest
 import tfds_builder
 from refs import tokenizers
 
 from vlm_jax.config import ConfigError
 from vlm_jax.data import sources
-from vlm_jax.data.sources import BadRecord, JsonSource, TfdsSource, Turn, parse
+from vlm_jax.data.records import BadRecord, Turn, parse
+from vlm_jax.data.sources import JsonSource, TfdsSource
 from vlm_jax.run_config import DataConfig
 
 
@@ -30,7 +33,7 @@ def record(raw, **options):
     return parse(raw, "a.json", "/images", "#3", **options)
 
 
-def test_placeholders_move_to_the_front_of_their_turn():
+def test_several_images_stand_where_their_placeholders_stand():
     raw = talk(
         human("Look <image>\nand <image> here"),
         gpt("ok"),
@@ -39,7 +42,10 @@ def test_placeholders_move_to_the_front_of_their_turn():
         image=["a.png", "b.png"],
     )
     r = record(raw)
-    assert r.turns == (Turn(2, "Look \nand  here", "ok"), Turn(0, " Why? ", "yes "))
+    assert r.turns == (
+        Turn(2, "Look \nand  here", "ok", places=(5, 10)),
+        Turn(0, " Why? ", "yes "),
+    )
     assert (r.id, r.images, r.system) == ("r1", ("a.png", "b.png"), None)
 
 
@@ -230,6 +236,46 @@ def test_tfds_questions_are_records(tmp_path):
 def test_tfds_without_questions_is_named(tmp_path):
     path = tfds_builder.build(tmp_path, lambda f: {"text": f.Text()}, [{"text": "x"}])
     with pytest.raises(ConfigError, match=r"features \['text'\] are neither"):
+        TfdsSource(str(path), "")
+
+
+def test_tfds_datasets_of_several_images_and_of_messages_are_records(tmp_path):
+    def features(f):
+        turn = {"role": f.Text(), "content": f.Text(), "weight": np.float32}
+        return {"images": f.Sequence(f.Image()), "system": f.Text(), "messages": f.Sequence(turn)}
+
+    said = [
+        {"role": "user", "content": "<image> or <image>?", "weight": 0.0},
+        {"role": "assistant", "content": "this", "weight": 1.0},
+    ]
+    row = {"images": [png(), png()], "system": "be kind", "messages": said}
+    r = TfdsSource(str(tfds_builder.build(tmp_path, features, [row])), "")[0]
+    assert (r.images, r.system) == ((png(), png()), "be kind")
+    assert r.turns == (Turn(2, " or ?", "this", places=(0, 4)),)
+
+
+def test_a_damaged_tfds_directory_is_named(tmp_path):
+    rows = [{"question": question, "answer": "yes"} for question in (b"\xff", "Why?")]
+    path = tfds_builder.build(tmp_path, lambda f: {"question": f.Text(), "answer": f.Text()}, rows)
+    source, reasons = TfdsSource(str(path), ""), []
+    for i in range(2):
+        try:
+            assert source[i].turns == (Turn(0, "Why?", "yes"),)
+        except BadRecord as error:
+            reasons.append(error.reason)
+    assert [r[:34] for r in reasons] == ["cannot be read: UnicodeDecodeError"]
+    (shard,) = Path(path).glob("*array_record*")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(
+        BadRecord, match=r"#0: (cannot be read|message 0: 'value' must be a string)"
+    ):
+        TfdsSource(str(path), "")[0]
+    shard.unlink()
+    with pytest.raises(BadRecord, match=r"#0: cannot be read: .*No such file"):
+        TfdsSource(str(path), "")[0]
+    (Path(path) / "features.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"cannot be read as a tfds dataset: .*; build it again"):
         TfdsSource(str(path), "")
 
 

@@ -77,8 +77,38 @@ def test_three_columns_are_enough_and_comments_are_skipped(tmp_path):
         ),
         (
             "lm,lm_params,visual_tokens,error\na,7e9,1,.5\na,8e9,4,.6",
-            "lm 'a' has two sizes, 7e+09 and 8e+09",
+            "lm 'a' has two sizes, 7000000000 and 8000000000; give one language model one size",
         ),
+        (
+            "lm_params,visual_tokens,error\n6738415616,1,.5\n6738423808,4,.4",
+            ":3: lm '6.74B' has two sizes, 6738415616 and 6738423808; give one language model one size, and two different "
+            "names in the column lm.",
+        ),
+        ("lm_params,visual_tokens,error,error\n7e9,1,.5,.6", ":1: column 'error' is there twice"),
+        (
+            "lm_params,visual_tokens,error\n7_000_000_000,1,.5",
+            ":2: lm_params '7_000_000_000' is not",
+        ),
+        (
+            "lm_params;visual_tokens;error\n7e9;1;0,5",
+            ":2: error '0,5' is not a number; write a decimal point, and no commas.",
+        ),
+        (
+            'lm_params,visual_tokens,error\n"7,000,000,000",1,.5',
+            ":2: lm_params '7,000,000,000' is not a number; write a decimal point, and no commas.",
+        ),
+        ("lm_params,visual_tokens,error,n\n7e9,1,.5,-3", ":2: n -3 is negative; leave it empty."),
+        ('lm_params,visual_tokens,error,lm\n7e9,1,.5,"a\n7e9,2,.4,b', ":2: is not valid CSV"),
+        (
+            "lm_params,visual_tokens,error\n7e9,1,.5\n\n7e9,1,.6",
+            ":4: duplicate cell (all/all, lm 7B",
+        ),
+        ("lm_params,visual_tokens,error\n7e9,1,.5\n\n7e9,1,.6", "also in line 2; keep one row"),
+        ("lm_params,visual_tokens,error,\n7e9,1,.5,", ":1: unknown column ''"),
+        ("", "the table is empty"),
+        ("lm_params,visual_tokens,error\n1e300,1,.5", ":2: lm_params 1e+300 is above 1e+15."),
+        ("lm_params,visual_tokens,error\n7e9,1e300,.5", ":2: visual_tokens 1e+300 must be at most"),
+        ("lm_params,visual_tokens,error\n7e9,\0,.5", ":2: byte 0x00 is in no text; save the file"),
         ("# nothing\n", "the table is empty"),
         ("lm_params,visual_tokens,error\n", "the table has no rows"),
     ],
@@ -89,6 +119,59 @@ def test_a_bad_table_is_refused_with_one_line_that_names_the_fault(tmp_path, bod
         table.read(path)
     text = str(caught.value)
     assert words in text and str(path) in text and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("divider", "encoding"),
+    [
+        ("\t", "utf-16"),  # "Unicode text" of spreadsheets
+        (",", "utf-16-le"),
+        (";", "utf-8-sig"),
+        (",", "utf-8"),
+    ],
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_tables_of_spreadsheets_are_read_whatever_divides_cells_and_lines(
+    tmp_path, divider, encoding, end
+):
+    lines = [
+        "# mine, all",
+        "lm_params,visual_tokens,error,lm,benchmark",
+        "7e9,1,.5,Größe,a",
+        ",,,,",
+        "7e9,16,.4,Größe,a",
+    ]
+    text = end.join(lines).replace(",", divider) + end
+    mark = b"\xff\xfe" if encoding == "utf-16-le" else b""
+    path = tmp_path / "errors.csv"
+    path.write_bytes(mark + text.encode(encoding))
+    read = table.read(path)
+    assert [(r.lm_params, r.visual_tokens, r.error, r.lm) for r in read] == [
+        (7e9, 1, 0.5, "Größe"),
+        (7e9, 16, 0.4, "Größe"),
+    ]
+
+
+def test_a_quoted_cell_may_hold_dividers_comment_signs_and_line_breaks(tmp_path):
+    path = write_text(
+        tmp_path,
+        'lm_params,"visual\n_tokens",error,lm\n'.replace("visual\n_", "visual_")
+        + '7e9,1,.5,"a, ""b""\n# c"\n7e9,4,x,d\n',
+    )
+    with pytest.raises(ConfigError, match=r"errors\.csv:4: error 'x' is not a number"):
+        table.read(path)
+    path.write_text(path.read_text().replace(",x,d", ",.4,d"))
+    assert [r.lm for r in table.read(path)] == ['a, "b" # c', "d"]
+
+
+def test_a_table_in_another_encoding_is_refused_by_the_line_of_the_first_such_byte(tmp_path):
+    path = tmp_path / "errors.csv"
+    path.write_bytes("lm_params,visual_tokens,error,lm\n7e9,1,.5,Größe\n".encode("latin-1"))
+    with pytest.raises(ConfigError) as caught:
+        table.read(path)
+    assert str(caught.value) == (
+        f"{path}:2: byte 0xf6 is no character in UTF-8; save the file as UTF-8."
+    )
 
 
 def test_a_faulty_value_is_named_by_its_line(tmp_path):

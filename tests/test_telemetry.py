@@ -1,14 +1,18 @@
 """What a run tells about itself: FLOPs against the compiler's count, speed, plain lines."""
 
 import logging
+import re
+import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 import tiny
+from flax.traverse_util import flatten_dict
+from rich.console import Console
 
-from vlm_jax import chips, experiment, loop, sharding, telemetry
-from vlm_jax.laws import flops
+from vlm_jax import chips, experiment, loop, sharding, telemetry, train
+from vlm_jax.costs import flops
 
 
 @pytest.mark.parametrize(
@@ -29,9 +33,8 @@ def test_the_flops_of_a_step_are_a_lower_bound_near_the_compiler_s_count(tmp_pat
     counted = (
         loop.make_step(plan).lower(plan.state, batch).cost_analysis()["flops"]
     )  # element-wise work included
-    got = flops.step_flops(
-        exp.model, rows=4, tokens=128, images=4, trainable=set(plan.state.trainable)
-    )
+    learning = flatten_dict(plan.state.trainable, sep="/").keys()
+    got = flops.batch_flops(exp, learning, tokens=128, has_images=True).total
     assert 0.7 * counted < got < counted
 
 
@@ -60,3 +63,29 @@ def test_without_a_terminal_a_report_is_one_plain_line(caplog):
     assert caplog.messages == [
         "step 40/100  loss 1.2346  12,346 tokens/s  MFU 42.1%  2 bad records  1 steps left out  0:02:00 left"
     ]
+
+
+def test_a_report_that_has_no_new_step_to_tell_of_is_left_out(tmp_path, caplog):
+    """With log_every = 1 or 2 the second step is sent before a second one is computed: a speed of 0 would be told."""
+    config = tiny.config(tiny.write(tmp_path / "data"), num_steps=4, log_every=1, save_every=4)
+    with caplog.at_level(logging.INFO, logger="vlm_jax"):
+        train.train(config, str(tmp_path / "run"))
+    lines = [line for line in caplog.messages if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["1/4", "2/4", "4/4"]
+    assert re.fullmatch(r"step 1/4  loss \d\.\d{4}  first step after 0:\d\d:\d\d", lines[0])
+    for line in lines[1:]:
+        assert re.search(r"  [1-9][\d,]* tokens/s", line) and line.endswith("0:00:00 left")
+
+
+def test_a_bar_leaves_compiling_behind_with_the_first_step(monkeypatch, capsys):
+    monkeypatch.setattr(
+        telemetry, "Console", lambda **_: Console(file=sys.stdout, width=120, force_terminal=True)
+    )
+    display = telemetry.Display(total=100, done=0, shows=True)
+    display.add(1, 10, 1.0)
+    display.first({"step": 1, "loss": 2.5})
+    assert display.speed(1, None) == {}
+    display.close()
+    shown = [line for line in capsys.readouterr().out.splitlines() if "/100" in line]
+    assert "0/100" in shown[0] and "compiling" in shown[0]
+    assert "1/100" in shown[-1] and "loss 2.5000" in shown[-1] and "compiling" not in shown[-1]

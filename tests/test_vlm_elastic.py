@@ -14,9 +14,9 @@ from vlm_jax import compressors, experiment, losses, optim, presets, sharding, s
 from vlm_jax.compressors import m3
 from vlm_jax.compressors.visual import Visual
 from vlm_jax.config import CompressorConfig, ConfigError, VLMConfig, with_tokens
+from vlm_jax.costs import flops
 from vlm_jax.data import pipeline
 from vlm_jax.generate import Decoding, make_generate
-from vlm_jax.laws import flops
 from vlm_jax.models.lm import empty_cache
 from vlm_jax.models.vlm import VLM, Inputs, Layout, init_params
 

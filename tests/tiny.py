@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from configs import default
 
@@ -72,10 +72,12 @@ def write_tokenizer(directory: Path, words: Sequence[str] = ()) -> None:
     tokenizer.add_special_tokens(["<pad>", "<unk>", "<s>", "</s>"])
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.decoder = decoders.Fuse()
+    bos = ("<s>", vocabulary["<s>"])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[bos])
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>",
-        "unk_token": "<unk>", "add_bos_token": True,
+        "unk_token": "<unk>",
     }  # fmt: skip
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
 

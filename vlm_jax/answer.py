@@ -14,13 +14,15 @@ from jaxtyping import Float, Int
 from vlm_jax import compressors, experiment, sharding, weights
 from vlm_jax.benchmarks.predictions import Answer
 from vlm_jax.config import with_tokens
-from vlm_jax.data import prompts, sources
+from vlm_jax.costs import flops
+from vlm_jax.data import prompts
+from vlm_jax.data.records import parse
 from vlm_jax.data.rows import make_chat
 from vlm_jax.generate import Decoding, make_generate
-from vlm_jax.laws import flops
 from vlm_jax.models.lm import Cache
 from vlm_jax.models.vlm import Inputs
 from vlm_jax.run_config import MeshConfig
+from vlm_jax.step import for_inference
 
 Rows = Sequence[dict[str, Any]]
 Batch = Mapping[str, jax.Array]
@@ -51,14 +53,17 @@ class Answerer:
         compressor, grid = run.model.compressor, run.model.vit.grid
         if visual_tokens:
             compressor = with_tokens(compressor, grid, visual_tokens)
-        self.model, self.seed = dataclasses.replace(run.model, compressor=compressor), seed
+        self.mesh, self.seed = sharding.make_mesh(mesh), seed
+        model = dataclasses.replace(run.model, compressor=compressor)
+        self.model = for_inference(model, self.mesh.devices.flat[0])
         self.data = dataclasses.replace(
             run.data, features_dir=features_dir, query=query or run.data.query
         )
         self.visual_tokens = compressors.num_tokens(compressor, grid)
         self.chat = make_chat(self.data, self.visual_tokens)
-        self.mesh = sharding.make_mesh(mesh)
         self.params = weights.load(checkpoint, self.model, weights.abstract(self.model, self.mesh))
+        if features_dir:
+            weights.check_cached(features_dir, self.model, self.params["vit"])
         self.decoding = Decoding(
             max_new_tokens,
             self.chat.closing_ids,
@@ -199,7 +204,7 @@ class Answerer:
         """
         asked, queries, images, outputs = [], [], [], []
         for row in rows:
-            record = sources.parse(row, "questions", image_root, row["id"], generate=True)
+            record = parse(row, "questions", image_root, row["id"], True, self.data.ignored_fields)
             images.append(len(record.images))
             length = self.chat.length(self.chat.prompt(record))
             asked.append(length - images[-1] * self.visual_tokens)

@@ -1,13 +1,16 @@
 """Checkpoints: state, data iterator and step in one atomic, asynchronous orbax save; parts of another run's parameters.
 
-workdir/checkpoints/<step>/{state,iterator}      state = {"step", "params", "opt_state"}, params being the whole tree
+workdir/checkpoints/<step>/{state,iterator,sums}   state = {"step", "params", "opt_state"}, params being the whole tree
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import json
-from collections.abc import Generator
+import sys
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 
-from vlm_jax import disk
+from vlm_jax import checksums, disk
 from vlm_jax.config import ConfigError
 
 Tree = dict[str, Any]
@@ -36,7 +39,7 @@ class Checkpoints:
             self._folder.mkdir(exist_ok=True)
         self._manager = ocp.CheckpointManager(
             self._folder,
-            item_names=("state", "iterator"),
+            item_names=("state", "iterator", "sums"),
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
         )
 
@@ -51,7 +54,9 @@ class Checkpoints:
         """
         self._finish()
         arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), iterator=grain.checkpoint.CheckpointSave(iterator)
+            state=ocp.args.StandardSave(state),
+            iterator=grain.checkpoint.CheckpointSave(iterator),
+            sums=ocp.args.JsonSave(checksums.of(state)),
         )
         self._last = step
         with self._saving():
@@ -64,11 +69,14 @@ class Checkpoints:
         """The state of `step` in the shapes and shardings of `abstract`; `iterator` is set to where it was.
 
         Meshes, devices and processes may be others than those that saved. Raises ConfigError when the number of
-        processes differs and the position of the data cannot be said for it.
+        processes differs and the position of the data cannot be said for it, or when the checkpoint is damaged.
         """
-        iterator.set_state(self._position(step, iterator))
-        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        return self._manager.restore(step, args=arguments)["state"]
+        with _reading(self._manager, self._folder, step, "go on from"):
+            iterator.set_state(self._position(step, iterator))
+            arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            state = self._manager.restore(step, args=arguments)["state"]
+            checksums.check(_sums(self._folder, step), state)
+            return state
 
     def _position(self, step: int, iterator: Any) -> dict[str, Any]:
         """The state of this process's data iterator: the one it saved, if the data is sharded as it was then."""
@@ -76,9 +84,7 @@ class Checkpoints:
         paths = sorted(folder.glob("process_*-of-*.json"))
         states = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
         if not states:
-            raise ConfigError(
-                f"{str(folder)!r} holds no position in the data; the checkpoint is damaged."
-            )
+            raise FileNotFoundError(errno.ENOENT, "no position in the data", str(folder))
         name = f"process_{jax.process_index()}-of-{jax.process_count()}.json"
         now = iterator.get_state().get("num_shards")
         if name in states and states[name].get("num_shards") == now:
@@ -107,6 +113,40 @@ class Checkpoints:
                 f"the checkpoint of step {self._last} could not be written to {str(self._folder)!r}: "
                 f"{disk.reason(error)}; {kept}. Free or mend the disk, then give the same command again."
             ) from error
+
+
+@contextlib.contextmanager
+def _reading(
+    manager: ocp.CheckpointManager, folder: Path, step: int, purpose: str
+) -> Generator[None]:
+    """Turns what a damaged checkpoint makes orbax and tensorstore raise into a ConfigError that says what is left."""
+    hook = sys.unraisablehook
+    sys.unraisablehook = functools.partial(_unraisable, hook)
+    try:
+        yield
+        sys.unraisablehook = hook
+    except (ConfigError, jax.errors.JaxRuntimeError, MemoryError):
+        raise
+    except Exception as error:
+        older = [other for other in manager.all_steps() if other < step]
+        left = f"{purpose} step {max(older)}" if older else "start anew: there is no older one"
+        raise ConfigError(
+            f"the checkpoint of step {step} is damaged; delete {folder / str(step)} to {left}. It says: "
+            f"{disk.reason(error)[:200]}"
+        ) from error
+
+
+def _sums(folder: Path, step: int) -> dict[str, list]:
+    """The checksums that a checkpoint was saved with; {} for one of an older version, which is read unchecked."""
+    path = folder / str(step) / "sums" / "metadata"
+    return json.loads(path.read_text(encoding="utf-8")) if path.parent.is_dir() else {}
+
+
+def _unraisable(hook: Callable[[Any], Any], what: Any) -> None:
+    """Leaves out what tensorstore's threads print for the reads that fail after the first failure has ended the restore:
+    dozens of tracebacks that say "Event loop is closed". They may come late, so this hook stays after a failure."""
+    if not (isinstance(what.exc_value, RuntimeError) and "loop is closed" in str(what.exc_value)):
+        hook(what)
 
 
 def save_params(workdir: str | Path, params: Tree) -> None:
@@ -140,6 +180,7 @@ def load_params(workdir: str | Path, abstract: Tree) -> Tree:
     handlers: dict[str, Any] = {
         "state": ocp.PyTreeCheckpointHandler(),
         "iterator": grain.checkpoint.CheckpointHandler(),
+        "sums": ocp.JsonCheckpointHandler(),
     }
     with ocp.CheckpointManager(
         folder,
@@ -151,9 +192,12 @@ def load_params(workdir: str | Path, abstract: Tree) -> Tree:
             raise ConfigError(
                 f"{str(workdir)!r} has no finished checkpoint; give the workdir of a training run."
             )
-        saved = manager.item_metadata(step)["state"].tree["params"]
-        _check_shapes(workdir, flatten_dict(saved, sep="/"), flatten_dict(abstract, sep="/"))
-        params = manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]["params"]
+        with _reading(manager, folder, step, "use"):
+            saved = manager.item_metadata(step)["state"].tree["params"]
+            _check_shapes(workdir, flatten_dict(saved, sep="/"), flatten_dict(abstract, sep="/"))
+            restored = manager.restore(step, args=ocp.args.Composite(state=arguments))
+            params = restored["state"]["params"]
+            checksums.check(_sums(folder, step), {"params": params})
     for name, leaf in flatten_dict(
         params, sep="/"
     ).items():  # orbax leaves what it did not find as it was

@@ -19,6 +19,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from vlm_jax import files
 from vlm_jax.config import ConfigError, RunEnded
 
 PACKAGE = Path(__file__).resolve().parent
@@ -41,8 +42,10 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | No
     os.environ.setdefault(
         "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
     )  # that PyTorch is absent is no news
+    words = sys.argv[1:] if argv is None else argv
     try:
-        return command(sys.argv[1:] if argv is None else argv) or 0
+        files.check_words(words)
+        return command(words) or 0
     except ConfigError as error:
         return _tell(f"error: {error}", 2)
     except RunEnded as end:

@@ -57,6 +57,8 @@ def check_positive(owner: str, **values: float) -> None:
     for name, value in values.items():
         if not value > 0:
             raise ConfigError(f"{owner}: {name} must be positive, got {value!r}.")
+        if value == math.inf:
+            raise ConfigError(f"{owner}: {name} must be finite, got {value!r}.")
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -184,6 +186,8 @@ class LMConfig:
     qk_norm: bool  # Qwen3: RMSNorm over each query and key head
     tied_embeddings: bool
     rope_scaling: RopeScaling = RopeScaling()
+    o_bias: bool = False  # with qkv_bias: `attention_bias` of Llama and Qwen3
+    mlp_bias: bool = False  # of gate, up and down: Llama's
     sliding_window: int = 0  # keys a query may look back on, itself included (Mistral); 0 = all
     nominal_params: float = 0.0  # the size in the model's name, in parameters; 0 = count them
     dtype: str = "float32"
@@ -243,8 +247,11 @@ class LMConfig:
         """Parameters of the layers and the final norm, without embedding table and head (and without adapters)."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         attention = 2 * self.width * q + 2 * self.width * kv
-        attention += (q + 2 * kv) * self.qkv_bias + 2 * self.head_dim * self.qk_norm
-        layer = attention + 3 * self.width * self.mlp_width + 2 * self.width
+        attention += (q + 2 * kv) * self.qkv_bias + self.width * self.o_bias
+        attention += 2 * self.head_dim * self.qk_norm
+        mlp = 3 * self.width * self.mlp_width
+        mlp += (2 * self.mlp_width + self.width) * self.mlp_bias
+        layer = attention + mlp + 2 * self.width
         return self.num_layers * layer + self.width
 
     @property

@@ -1,18 +1,20 @@
 """python -m vlm_jax.evaluate --config=configs/eval.py --workdir=DIR: the errors of a trained model on benchmarks.
 
     DIR/<benchmark>/predictions.jsonl   {"id", "text"} per line, appended batch by batch; the same command continues it
-    DIR/<benchmark>/run.json            what the predictions were made with
+    DIR/<benchmark>/run.json            what the predictions were made with: fingerprints of weights and prompts, settings
     DIR/<benchmark>/speed.jsonl         one line per time something was asked: questions, seconds, tokens, compilations
     DIR/<benchmark>/<upload>            what the official server or judge takes, where there is one
     DIR/scores.json                     [{"benchmark", "score", "error", "n", "details"}, ...]
     DIR/errors.csv                      one row per benchmark (laws/table.py)
 
-A benchmark whose gold answers are hidden is answered and its upload is written; it has no score and no row.
+Answers of other weights, settings or questions are never continued: the workdir is refused by name. Changed gold answers
+alone are scored anew. A benchmark whose gold answers are hidden is answered and its upload is written; it has no score and no row.
 With eval.mode = likelihood the answer to a closed question is the likeliest of its replies, found in one forward pass;
 names and families then end in _likelihood, for these are not the official numbers.
 
-python -m vlm_jax.evaluate --score --benchmark=NAME --predictions=P --annotations=DIR [--out=F] [--allow-missing]
-scores saved predictions; it needs no model. With several processes, DIR is on a disk they share.
+python -m vlm_jax.evaluate --score --benchmark=NAME --predictions=P --annotations=DIR [--out=F] [--allow-missing] [--convert=DIR]
+scores saved predictions, ours or LLaVA's answers.jsonl; it needs no model. --convert writes them to DIR as predictions.jsonl
+with our ids, and the official upload where there is one. With several processes, DIR is on a disk they share.
 """
 
 from __future__ import annotations
@@ -21,105 +23,27 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vlm_jax import benchmarks, cli, experiment, outline, presets
+from vlm_jax import benchmarks, cli, experiment, files, outline, presets
+from vlm_jax.benchmarks import answers as saved
 from vlm_jax.benchmarks import predictions
-from vlm_jax.config import ConfigError, LMConfig, build, check_choice, check_positive, with_tokens
-from vlm_jax.data import tokenizer
-from vlm_jax.data.queries import QUERIES
+from vlm_jax.config import ConfigError, LMConfig, build, with_tokens
+from vlm_jax.data import feature_cache, tokenizer
 from vlm_jax.laws import table
 from vlm_jax.run_config import Experiment, MeshConfig
+from vlm_jax.tasks import MODES, EvalConfig, Task, open_tasks
 
 log = logging.getLogger("vlm_jax.evaluate")  # run as a module, __name__ is "__main__"
 
 Score = dict[str, Any]  # {"benchmark", "score", "error", "n", "details"}
-
-# How answers are found -> what the names of its results end in. likelihood generates only what has no "replies".
-MODES = {"generation": "", "likelihood": "_likelihood"}
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalConfig:
-    """What to ask, and how."""
-
-    checkpoint: str  # workdir of the training run
-    benchmarks: tuple[str, ...]  # keys of BENCHMARKS
-    annotations: tuple[str, ...]  # one directory per benchmark
-    batch_size: int
-    mode: str  # a key of MODES
-    max_new_tokens: int
-    temperature: float  # 0 = greedy
-    top_p: float
-    seed: int  # of sampling
-    limit: int  # first questions only; 0 = all
-    features_dir: str  # cached encoder features; "" = encode the images
-    visual_tokens: int  # per image; 0 = as the model's config says
-    query: str  # a key of data.queries.QUERIES; "" = as in training
-
-    def __post_init__(self):
-        check_positive("eval", batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
-        if not self.checkpoint:
-            raise ConfigError("eval: checkpoint is empty; give the workdir of a training run.")
-        if not self.benchmarks:
-            names = ", ".join(benchmarks.BENCHMARKS)
-            raise ConfigError(f"eval: benchmarks is empty; name one or more of {names}.")
-        if len(self.benchmarks) != len(self.annotations):
-            raise ConfigError(
-                f"eval: {len(self.benchmarks)} benchmarks but {len(self.annotations)} annotations; give one "
-                "directory per benchmark."
-            )
-        if len(set(self.benchmarks)) != len(self.benchmarks):
-            raise ConfigError(
-                f"eval: benchmarks {self.benchmarks} names one twice; name each once."
-            )
-        if self.temperature < 0:
-            raise ConfigError(
-                f"eval: temperature must be 0 (greedy) or more, got {self.temperature}."
-            )
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"eval: top_p must lie in (0, 1], got {self.top_p}.")
-        check_choice("eval", "query", self.query, ("", *QUERIES))
-        check_choice("eval", "mode", self.mode, MODES)
-        if self.limit < 0:
-            raise ConfigError(f"eval: limit must be 0 (all) or more, got {self.limit}.")
-        for name in self.benchmarks:
-            benchmarks.get(name)
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """One benchmark of a run: its questions and where its answers are kept."""
-
-    name: str
-    mode: str
-    image_root: str
-    folder: Path
-    rows: list[dict[str, Any]]  # those to be scored
-    beyond: frozenset[str]  # ids left out by the limit
-    unanswered: list[dict[str, Any]]
-
-    @property
-    def predictions(self) -> Path:
-        return self.folder / "predictions.jsonl"
-
-    @property
-    def label(self) -> str:
-        """The name of its results."""
-        return self.name + MODES[self.mode]
-
-    def is_chosen(self, row: dict[str, Any]) -> bool:
-        """Whether the answer is the likeliest of the row's replies."""
-        return self.mode == "likelihood" and "replies" in row
 
 
 def evaluate(cfg: ConfigDict, workdir: str, say: outline.Say = outline.silent) -> list[Score]:
@@ -129,6 +53,7 @@ def evaluate(cfg: ConfigDict, workdir: str, say: outline.Say = outline.silent) -
 
     Raises ConfigError, before anything heavy is imported, for wrong settings, missing inputs or predictions of another run.
     """
+    files.check_settings(cfg.to_dict())
     settings, mesh = build(EvalConfig, cfg.eval.to_dict()), build(MeshConfig, cfg.mesh.to_dict())
     run = experiment.read(settings.checkpoint)
     if experiment.last_step(settings.checkpoint) is None:
@@ -140,15 +65,9 @@ def evaluate(cfg: ConfigDict, workdir: str, say: outline.Say = outline.silent) -
         with_tokens(run.model.compressor, run.model.vit.grid, settings.visual_tokens)
     if settings.features_dir:
         experiment.check_cacheable(run.model)
-    if settings.features_dir and not (Path(settings.features_dir) / "index.json").is_file():
-        raise ConfigError(
-            f"eval: features_dir {settings.features_dir!r} holds no index.json; cache the features first."
-        )
+        feature_cache.check(settings.features_dir, run.model, run.data)
     folder = experiment.open_workdir(workdir)
-    tasks = [
-        open_task(name, annotations, settings, folder)
-        for name, annotations in zip(settings.benchmarks, settings.annotations, strict=True)
-    ]
+    tasks = open_tasks(settings, folder)
     left = {task.label: (len(task.rows), len(task.unanswered)) for task in tasks}
     step = experiment.last_step(settings.checkpoint) or 0
     for line in outline.asking(run, settings.checkpoint, step, folder, left):
@@ -184,39 +103,13 @@ def evaluate(cfg: ConfigDict, workdir: str, say: outline.Say = outline.silent) -
         log.info("%s: error %.4f (%d questions)", task.label, scores[-1]["error"], scores[-1]["n"])
     if answerer.writes:
         (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
-        table.append(folder / "errors.csv", measured)
+        if measured:
+            table.append(folder / "errors.csv", measured)
+        else:
+            log.info("no row for errors.csv: all gold answers are hidden; send in the uploads")
         for line in outline.asked(folder, len(measured)):
             say(line)
     return scores
-
-
-def open_task(name: str, annotations: str, settings: EvalConfig, workdir: Path) -> Task:
-    """Reads the questions and what `workdir` answers already. Raises ConfigError when those are another run's answers."""
-    rows = benchmarks.get(name).rows(annotations)
-    if settings.mode == "likelihood" and not any("replies" in row for row in rows):
-        raise ConfigError(f"eval: {name} has open questions only; use mode = 'generation'.")
-    folder = workdir / (name + MODES[settings.mode])
-    chosen = rows[: settings.limit] if settings.limit else rows
-    benchmarks.check_scorable(name, chosen)
-    made_with = {
-        "checkpoint": str(Path(settings.checkpoint).absolute()),
-        "step": experiment.last_step(settings.checkpoint),
-        "annotations": str(Path(annotations).absolute()),
-        "max_new_tokens": settings.max_new_tokens,
-        "temperature": settings.temperature,
-        "top_p": settings.top_p,
-        "seed": settings.seed,
-        "mode": None if settings.mode == "generation" else settings.mode,
-        "visual_tokens": settings.visual_tokens or None,
-        "query": settings.query or None,
-    }
-    folder.mkdir(exist_ok=True)
-    _check_same(folder / "run.json", made_with)
-    answered = {i for i, _ in predictions.resume(folder / "predictions.jsonl")}
-    root = annotations if Path(annotations).is_dir() else str(Path(annotations).parent)
-    unanswered = [row for row in chosen if row["id"] not in answered]
-    beyond = frozenset(row["id"] for row in rows[len(chosen) :])
-    return Task(name, settings.mode, root, folder, chosen, beyond, unanswered)
 
 
 def _write_uploads(task: Task, answers: Sequence[predictions.Answer]) -> None:
@@ -226,23 +119,6 @@ def _write_uploads(task: Task, answers: Sequence[predictions.Answer]) -> None:
         log.info(
             "%s: %s holds %d answers to upload", task.label, task.folder / name, len(task.rows)
         )
-
-
-def _check_same(path: Path, made_with: Mapping[str, Any]) -> None:
-    """Writes run.json, or compares with the one that is there."""
-    if not path.is_file():
-        part = path.with_suffix(f".part{os.getpid()}")  # another process may be reading
-        part.write_text(json.dumps(made_with, indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    for field, value in made_with.items():
-        old = before.get(field)  # files of version 0.1 lack the fields that are None unless set
-        if old != value:
-            raise ConfigError(
-                f"--workdir: {str(path.parent)!r} holds answers made with {field} = {old!r}, now {value!r}; "
-                "give another workdir, or delete it."
-            )
 
 
 def _ask(task: Task, answerer: Any, batch_size: int) -> float | None:
@@ -260,7 +136,7 @@ def _ask(task: Task, answerer: Any, batch_size: int) -> float | None:
             task.unanswered, task.image_root, batch_size, task.is_chosen
         ):
             if answerer.writes:
-                predictions.append(task.predictions, answers)
+                task.keep(answers)
             now = time.perf_counter()
             if answerer.compilations == compiled:
                 steady = [steady[0] + now - last, steady[1] + len(answers)]
@@ -325,7 +201,7 @@ def _row(
 
 
 def lm_name(lm: LMConfig) -> str:
-    """The preset with this shape (its vocabulary may be another), or the size where there is none."""
+    """The preset with this shape (its vocabulary may be another), or the size as the hub counts it: with embeddings."""
     free = (
         "vocab_size", "nominal_params", "dtype", "param_dtype", "remat", "attention", "lora_rank", "lora_alpha", "lora_targets",
     )  # fmt: skip
@@ -333,17 +209,26 @@ def lm_name(lm: LMConfig) -> str:
         preset = presets.lm(name, **{field: getattr(lm, field) for field in free})
         if preset == lm:
             return name
-    return table.size_name(float(lm.nominal_params or lm.non_embedding_params))
+    return table.size_name(float(lm.nominal_params or lm.total_params))
 
 
 def score(
-    benchmark: str, predictions_file: str, annotations: str, allow_missing: bool = False
+    benchmark: str, file: str, annotations: str, allow_missing: bool = False, convert: str = ""
 ) -> Score:
-    """Scores a saved predictions.jsonl. Raises ConfigError for missing files and ids that do not pair up."""
+    """Scores a saved predictions.jsonl, or LLaVA's answers.jsonl; convert: writes ours and the upload into that folder.
+
+    Where the gold is hidden and `convert` is given, score and error are None. Raises ConfigError for missing files and ids
+    that do not pair up.
+    """
     rows = benchmarks.get(benchmark).rows(annotations)
-    return benchmarks.score_answers(
-        benchmark, rows, predictions.read(predictions_file), allow_missing
-    )
+    found = saved.read(benchmark, rows, file)
+    if convert:
+        uploads = benchmarks.submission(benchmark, rows, found, allow_missing)
+        predictions.pair(rows, found, allow_missing)
+        log.info("%s: wrote %s", benchmark, ", ".join(saved.write(convert, found, uploads)))
+        if not benchmarks.has_gold(rows):
+            return {"benchmark": benchmark, "score": None, "error": None, "n": len(found)}
+    return benchmarks.score_answers(benchmark, rows, found, allow_missing)
 
 
 SCORE_FLAGS = ("benchmark", "predictions", "annotations")
@@ -359,6 +244,7 @@ def command(argv: Sequence[str]) -> None:
             "predictions": "with --score: a predictions.jsonl",
             "annotations": "with --score: the benchmark's files",
             "out": "with --score: also write the result to this file",
+            "convert": "with --score: also write predictions.jsonl and the upload into this folder",
         },
         {
             "score": "score saved predictions, without a model",
@@ -371,10 +257,11 @@ def command(argv: Sequence[str]) -> None:
         result: Any = evaluate(flags.config, flags.workdir, log.info)
     else:
         allow_missing = bool(flags["allow-missing"].value)
-        result = score(flags.benchmark, flags.predictions, flags.annotations, allow_missing)
+        place = (flags.predictions, flags.annotations)
+        result = score(flags.benchmark, *place, allow_missing, flags.convert)
     text = json.dumps(result) + "\n"
     if flags.out:
-        Path(flags.out).write_text(text, encoding="utf-8")
+        files.write_text(flags.out, text)
     sys.stdout.write(text)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vlm_jax import presets
+from vlm_jax import files, presets
 from vlm_jax.config import (
     LM_LINEARS,
     SCORED,
@@ -24,7 +24,7 @@ from vlm_jax.config import (
     VLMConfig,
     build,
 )
-from vlm_jax.data import tokenizer
+from vlm_jax.data import feature_cache, fingerprint, tokenizer
 from vlm_jax.hf.describe import check_agrees
 from vlm_jax.hf.directory import is_model
 from vlm_jax.hub import hub_hint
@@ -45,6 +45,9 @@ MUTABLE = (
     "model.vit.sharded", "model.lm.remat", "model.lm.attention",
 )  # fmt: skip
 
+# Where the data lie may change, too, if `data.fingerprint` can tell that they are the same.
+MOVABLE = ("data.annotations", "data.image_roots")
+
 
 def resolve(cfg: ConfigDict, given: Sequence[str] = ()) -> Experiment:
     """The frozen settings of an experiment config; presets are filled in, and with init.from the run's model.
@@ -53,6 +56,7 @@ def resolve(cfg: ConfigDict, given: Sequence[str] = ()) -> Experiment:
     agree with the run's. Raises ConfigError for a wrong value.
     """
     config = cfg.to_dict()
+    files.check_settings(config)
     source = config["init"].pop("from")
     config["init"]["run"] = source
     if source:
@@ -71,6 +75,24 @@ def resolve(cfg: ConfigDict, given: Sequence[str] = ()) -> Experiment:
 def check_inputs(experiment: Experiment) -> None:
     """Raises ConfigError for the first file or directory that the run needs and that is not there."""
     data = experiment.data
+    check_sources(data)
+    if not data.tokenizer:
+        raise ConfigError(
+            "data: tokenizer is not set; give --config.data.tokenizer=DIR with a Hugging Face tokenizer."
+        )
+    tokenizer.check_directory(data.tokenizer)
+    if data.features_dir:
+        check_cacheable(experiment.model)
+        feature_cache.check(data.features_dir, experiment.model, data)
+    for part, source in experiment.init.sources.items():
+        if source:
+            check_source(part, source, experiment.model)
+            if not is_model(source):
+                check_part(part, source, read(source), experiment)
+
+
+def check_sources(data: DataConfig) -> None:
+    """Raises ConfigError for the first annotation file or image folder that is not there."""
     if not data.annotations:
         raise ConfigError(
             "data: annotations is empty; give at least one .json, .jsonl or tfds directory."
@@ -79,35 +101,25 @@ def check_inputs(experiment: Experiment) -> None:
         _must_exist(
             "data: annotations", path, "give the path of a .json or .jsonl file or a tfds directory"
         )
-    for path in filter(None, data.image_roots):
-        if data.max_images and not data.features_dir:
-            _must_exist(
-                "data: image_roots",
-                path,
-                "give the folder that the records' image paths start from",
-                folder=True,
-            )
-    if not data.tokenizer:
-        raise ConfigError(
-            "data: tokenizer is not set; give --config.data.tokenizer=DIR with a Hugging Face tokenizer."
-        )
-    tokenizer.check_directory(data.tokenizer)
-    if data.features_dir:
-        check_cacheable(experiment.model)
-        _must_exist(
-            "data: features_dir",
-            data.features_dir,
-            "cache the encoder's features first",
-            folder=True,
-        )
-    for part, source in experiment.init.sources.items():
-        if source and is_model(source):
-            check_agrees(source, part, experiment.model)
-        elif source:
-            _must_have_checkpoint(part, source)
-            check_part(part, source, read(source), experiment)
-            if part == "lm":
-                has_adapters(source, experiment.model.lm)
+    if data.max_images and not data.features_dir:
+        check_image_roots("data", data.image_roots)
+
+
+def check_source(part: str, source: str, model: VLMConfig) -> None:
+    """Raises ConfigError when `source`, a run or a model directory, cannot supply the part of the model."""
+    if is_model(source):
+        check_agrees(source, part, model)
+        return
+    _must_have_checkpoint(part, source)
+    if part == "lm":
+        has_adapters(source, model.lm)
+
+
+def check_image_roots(owner: str, roots: Sequence[str]) -> None:
+    """Raises ConfigError for the first folder that does not exist; "" names none."""
+    for path in filter(None, roots):
+        fix = "give the folder that the records' image paths start from"
+        _must_exist(f"{owner}: image_roots", path, fix, folder=True)
 
 
 def _must_have_checkpoint(part: str, source: str) -> None:
@@ -148,6 +160,7 @@ def _must_exist(owner: str, path: str, fix: str, folder: bool = False) -> None:
 
 def open_workdir(workdir: str) -> Path:
     """The absolute path of `workdir`, made if it is missing. Raises ConfigError when nothing can be written there."""
+    files.check_local("--workdir", workdir)
     path = Path(workdir).absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -182,12 +195,19 @@ def finish(workdir: Path, metrics: Mapping[str, float]) -> None:
 
 
 def finished(workdir: Path) -> dict[str, float] | None:
-    """The final metrics of a finished run whose last checkpoint is still there; None otherwise."""
+    """The final metrics of a finished run whose last checkpoint is still there; None otherwise.
+
+    Raises ConfigError when `final.json` is damaged.
+    """
     path = workdir / "final.json"
-    metrics = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"step": None}
-    return (
-        metrics if metrics["step"] is not None and metrics["step"] == last_step(workdir) else None
-    )
+    if not path.is_file():
+        return None
+    metrics = files.read_json(path)
+    if not {"step", "loss"} <= metrics.keys():
+        raise ConfigError(
+            f"{path}: lacks the step and the loss of a finished run; delete it, and the same command writes it again."
+        )
+    return metrics if metrics["step"] == last_step(workdir) else None
 
 
 def _write_json(content: Mapping[str, Any], path: Path) -> None:
@@ -198,15 +218,29 @@ def _write_json(content: Mapping[str, Any], path: Path) -> None:
 
 
 def read(workdir: str | Path) -> Experiment:
-    """The settings of a run, from its `config.json`. Raises ConfigError when there is none."""
+    """The settings of a run, from its `config.json`. Raises ConfigError when there is none or it is damaged."""
+    files.check_local("workdir of a run", str(workdir))
     path = Path(workdir) / "config.json"
     if not path.is_file():
         raise ConfigError(f"{str(path)!r} does not exist; give the workdir of a training run.")
-    if is_model(workdir):
+    saved = files.read_json(path)
+    if "model_type" in saved:
         raise ConfigError(
             f"{str(workdir)!r} is a Hugging Face directory, not a run; convert it first: scripts/convert_hf.py {workdir} OUT."
         )
-    saved = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return _restored(saved)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ConfigError(
+            f"{path}: is no config of a run ({reason}); take it from a copy of the run, or train again."
+        ) from error
+
+
+def _restored(saved: Mapping[str, Any]) -> Experiment:
+    """What `write` saved."""
     model = dict(saved["model"])
     lm = dict(model["lm"], rope_scaling=build(RopeScaling, model["lm"]["rope_scaling"]))
     parts = {
@@ -233,8 +267,9 @@ def check_same(experiment: Experiment, workdir: Path) -> None:
             f"--workdir: {str(workdir)!r} holds an imported model, not a run; set init.* to it and give another workdir."
         )
     before, now = dict(_fields(read(workdir))), dict(_fields(experiment))
+    free = (*MUTABLE, *(MOVABLE if fingerprint.is_known(workdir) else ()))
     for name in now:
-        if before[name] != now[name] and not name.startswith(MUTABLE):
+        if before[name] != now[name] and not name.startswith(free):
             raise ConfigError(
                 f"--workdir: {str(workdir)!r} holds a run with {name} = {before[name]!r}, now {now[name]!r}; "
                 "give the old value to resume it, or another workdir."

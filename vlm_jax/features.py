@@ -1,62 +1,57 @@
-"""A frozen encoder's features of a data set, computed once and memory-mapped by every later run.
+"""python -m vlm_jax.features --config=configs/stage1.py --workdir=DIR [--config.x.y=..]: an encoder's features, computed once.
 
-FOLDER/last.npy [images P C]  taps.npy [images P Z] (only when a compressor taps)  index.json {relative image path: row}
+Encodes every image that data.annotations names with the encoder of init.vit (a training run or a model directory) and
+writes them to DIR; runs with the same encoder and --config.data.features_dir=DIR (evaluations: eval.features_dir) then read
+them in place of the images. DIR is filled at once, when all are encoded; the same command again finds it finished.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
+import logging
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import jax
-import numpy as np
-from numpy.lib.format import open_memmap
+from ml_collections import ConfigDict
 
-from vlm_jax import sharding, weights
-from vlm_jax.data import feature_images
-from vlm_jax.experiment import check_cacheable
-from vlm_jax.models.vlm import VLM
-from vlm_jax.run_config import Experiment, MeshConfig
+from vlm_jax import cli, experiment
+from vlm_jax.config import ConfigError
+from vlm_jax.data import feature_cache
 
-BATCH = 256  # images per encoder call
+log = logging.getLogger(__name__)
 
 
-def cache(exp: Experiment, encoder: Path, folder: Path) -> None:
-    """Encodes every image that `exp.data` names with the encoder of the training run `encoder`.
+def write_features(cfg: ConfigDict, folder: str) -> None:
+    """Raises ConfigError, before anything heavy is imported, for wrong settings, missing inputs, or another cache in `folder`."""
+    cfg = cfg.copy_and_resolve_references()
+    cfg.data.features_dir = ""
+    exp = experiment.resolve(cfg)
+    experiment.check_cacheable(exp.model)
+    experiment.check_sources(exp.data)
+    if not exp.init.vit:
+        raise ConfigError(
+            "features: init.vit is empty; give the training run or the model directory whose encoder computes the features."
+        )
+    experiment.check_source("vit", exp.init.vit, exp.model)
+    out = Path(folder).absolute()
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        feature_cache.check(folder, exp.model, exp.data)
+    experiment.open_workdir(folder)
+    from vlm_jax.inference import features  # here, not above: jax takes seconds
 
-    The folder appears only when it is complete. Raises ConfigError for a checkpoint that does not fit the model, and for a
-    compressor that needs more than features.
-    """
-    check_cacheable(exp.model)
-    model = VLM(exp.model)
-    one = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    vit = weights.abstract(exp.model, one)["vit"]
-    params = weights.load(str(encoder), exp.model, {"vit": vit})
-    encode = jax.jit(
-        lambda images: model.apply({"params": params}, images, method=VLM.encode_images)
-    )
+    features.cache(exp, out)
+    log.info("features: %s; use it with --config.data.features_dir=%s", out, folder)
 
-    paths = feature_images.list_images(exp.data)
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    arrays: dict[str, Any] = {}
-    rows: dict[str, int] = {}
-    batches = feature_images.image_batches(paths, exp.data, exp.model.vit, BATCH)
-    for names, images in batches:
-        found = encode(images)
-        levels = {"last": found.last} | ({"taps": found.taps} if exp.model.compressor.taps else {})
-        for level, values in levels.items():
-            values = np.asarray(values)
-            if level not in arrays:
-                shape = (len(paths), *values.shape[1:])
-                arrays[level] = open_memmap(partial / f"{level}.npy", "w+", values.dtype, shape)
-            arrays[level][len(rows) : len(rows) + len(names)] = values[: len(names)]
-        rows |= {name: len(rows) + i for i, name in enumerate(names)}
-    for array in arrays.values():
-        array.flush()
-    (partial / "index.json").write_text(json.dumps(rows))
-    partial.replace(folder)
+
+def command(argv: Sequence[str]) -> None:
+    flags = cli.parse(argv, {"workdir": "directory of the features"})
+    write_features(flags.config, flags.workdir)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0, or 2 for a mistake of the user's."""
+    return cli.run(command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -240,16 +240,19 @@ def sincos_positions(grid: int, width: int) -> np.ndarray:
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), without biases. adapters: of gate, up and down."""
+    """down(silu(gate(x)) * up(x)). adapters: of gate, up and down; use_bias: all three have one."""
 
     width: int
     dtype: str = "float32"
     adapters: tuple[Adapter | None, Adapter | None, Adapter | None] = (None, None, None)
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         init = nn.initializers.normal(0.02)
-        linear = functools.partial(Linear, use_bias=False, kernel_init=init, dtype=self.dtype)
+        linear = functools.partial(
+            Linear, use_bias=self.use_bias, kernel_init=init, bias_init=nn.initializers.zeros, dtype=self.dtype
+        )  # fmt: skip
         of_gate, of_up, of_down = self.adapters
         gate = linear((self.width,), ("embed", "mlp"), name="gate", adapter=of_gate)(x)
         up = linear((self.width,), ("embed", "mlp"), name="up", adapter=of_up)(x)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
 
 from vlm_jax import (
-    adapters,
     chips,
     compressors,
     disk,
@@ -27,10 +28,10 @@ from vlm_jax import (
 )
 from vlm_jax.checkpoint import Checkpoints
 from vlm_jax.config import ConfigError, RunEnded
-from vlm_jax.data import pipeline, tokenizer
+from vlm_jax.costs.flops import batch_flops
+from vlm_jax.data import fingerprint, pipeline, tokenizer
 from vlm_jax.hf.directory import is_model
 from vlm_jax.interrupt import Interrupt
-from vlm_jax.laws.flops import step_flops
 from vlm_jax.run_config import Experiment
 from vlm_jax.step import Plan, TrainState, fresh_state, from_saved, make_step, plan, to_saved
 
@@ -47,12 +48,18 @@ def run(exp: Experiment, workdir: Path, say: outline.Say = outline.silent) -> di
     """
     sharding.start_processes(exp.train.peer_timeout)
     first = jax.process_index() == 0
+    check_agreement(exp)
     visual_tokens = compressors.train_tokens(exp.model.compressor, exp.model.vit.grid)[0]
     check_fit(exp, visual_tokens)
     num_steps = exp.train.num_steps or max(
         int(exp.train.num_epochs * pipeline.steps_per_epoch(exp.data, visual_tokens)), 1
     )
-    p = plan(exp, sharding.make_mesh(exp.mesh), num_steps)
+    p = plan(exp, sharding.mesh_of(exp), num_steps)
+    if exp.data.features_dir and "vit" in p.state.trainable:
+        raise ConfigError(
+            f"optim: trainable {exp.optim.trainable!r} takes parameters of the encoder, whose features come from a cache; "
+            "freeze it, or set data.features_dir to ''."
+        )
     with contextlib.ExitStack() as stack:
         if first:
             stack.enter_context(disk.lock(workdir))
@@ -72,7 +79,9 @@ def run(exp: Experiment, workdir: Path, say: outline.Say = outline.silent) -> di
         else:
             if first:
                 experiment.write(exp, workdir)
+                fingerprint.write(exp.data, workdir)
             state = begin(p)
+        check_features(p, state)
         watch = guard.Guard(exp.train, workdir).notice
         metrics = stack.enter_context(_closing(telemetry.Metrics(workdir, done, first, watch)))
         display = stack.enter_context(_closing(telemetry.Display(num_steps, done, shows=first)))
@@ -90,6 +99,27 @@ def run(exp: Experiment, workdir: Path, say: outline.Say = outline.silent) -> di
         for line in outline.end(exp, workdir, metrics.last):
             say(line)
     return dict(metrics.last)
+
+
+def check_agreement(exp: Experiment) -> None:
+    """Raises ConfigError, in every process, when one of them reads other annotations than the first."""
+    if jax.process_count() == 1:
+        return
+    own = np.frombuffer(fingerprint.digest(fingerprint.of(exp.data)), np.uint8)
+    digests = multihost_utils.process_allgather(own)
+    others = np.flatnonzero((digests != digests[0]).any(axis=1)).tolist()
+    if others:
+        raise ConfigError(
+            f"data: annotations {', '.join(exp.data.annotations)}: process {others[0]} reads other content than process 0; "
+            "give every machine the same files."
+        )
+
+
+def check_features(p: Plan, state: TrainState) -> None:
+    """Raises ConfigError when the run reads cached features that are not those of its own encoder."""
+    data = p.experiment.data
+    if data.features_dir and data.max_images:
+        weights.check_cached(data.features_dir, p.experiment.model, state.frozen["vit"])
 
 
 def _start_lines(p: Plan, visual_tokens: int, num_records: int, done: int) -> list[str]:
@@ -154,7 +184,7 @@ def _loop(
     step_function = make_step(p)
     peak = chips.peak_flops(p.mesh.devices.flat[0].device_kind)
     peak = peak and peak * p.mesh.size
-    work, step, start = _work(p), done, time.perf_counter()
+    work, step = _work(p), done
     with sharding.use(p.mesh), Interrupt() as interrupt:
         host = next(iterator) if done < last else {}
         batch = sharding.put(host, p.mesh)
@@ -163,7 +193,9 @@ def _loop(
             state, scalars = step_function(state, batch)
             told = {"bad_records": iterator.bad_records, "fill": iterator.fill}
             metrics.append(step, scalars | told, host["ids"])
-            display.add(step, *work(host["tokens"].shape[1], "images" in host))
+            display.add(
+                step, *work(host["tokens"].shape[1], bool({"images", "feature_last"} & host.keys()))
+            )
             if interrupt.reached(step):
                 last = step
             if step % exp.train.save_every == 0 or step == last:
@@ -173,15 +205,14 @@ def _loop(
                 checkpoints.save(step, to_saved(state), iterator)
             if step == done + 1:
                 metrics.flush(step)  # waits for the compilation, which the speed leaves out
-                display.speed(step, None)
-                display.first(metrics.last, time.perf_counter() - start)
+                display.first(metrics.last)
             elif step % exp.train.log_every == 0 or step == last:
                 # The step just sent keeps the device busy; only the ones before it are waited for.
                 computed = step if step == last else step - 1
                 metrics.flush(computed)
-                speed = display.speed(computed, peak)
-                metrics.board(computed, speed)
-                display.report(metrics.last, speed)
+                if speed := display.speed(computed, peak):
+                    metrics.board(computed, speed)
+                    display.report(metrics.last, speed)
             # After the save, whose iterator must have handed out exactly `step` batches.
             if step < last:
                 host = next(iterator)
@@ -192,15 +223,13 @@ def _loop(
 
 
 def _work(p: Plan) -> Callable[[int, bool], tuple[int, float]]:
-    """(slots per row, are images encoded) -> tokens and FLOPs of a step of all processes together."""
-    exp, rows = p.experiment, p.experiment.data.batch_size
-    decoded = rows * compressors.decoder_passes(exp.model)
-    learning = set(adapters.without(p.state.trainable))  # adapters cost next to nothing
+    """(slots per row, does the batch have images) -> tokens and FLOPs of a step of all processes together."""
+    exp, learning = p.experiment, flatten_dict(p.state.trainable, sep="/").keys()
 
     @functools.cache
     def of(length: int, has_images: bool) -> tuple[int, float]:
-        encoded = rows * exp.data.image_slots if has_images else 0
-        return rows * length, step_flops(exp.model, decoded, length, encoded, learning)
+        spent = batch_flops(exp, learning, length, has_images).total
+        return exp.data.batch_size * length, spent
 
     return of
 

@@ -37,6 +37,8 @@ class DataConfig:
     length_buckets: tuple[int, ...] = ()  # widths a batch may be cut to; () = max_tokens alone
     packing: bool = False  # several samples per row: see data.packing
     packed_images: int = 8  # image slots of a packed row
+    exif_rotation: bool = False  # True: images are turned as their EXIF orientation says
+    ignored_fields: tuple[str, ...] = ()  # fields of records that are taken for absent
 
     def __post_init__(self):
         check_choice("data", "sampling", self.sampling, ("shuffle", "modality_length"))
@@ -99,7 +101,11 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the device mesh; -1 (at most once) takes the devices that are left."""
+    """Sizes of the device mesh; -1 (at most once) takes the devices that are left.
+
+    A tensor of 0 is as small as the batch allows: 1 while data * fsdp divides its rows, more where there are more devices
+    than rows (see sharding.make_mesh).
+    """
 
     data: int = -1
     fsdp: int = 1
@@ -108,8 +114,12 @@ class MeshConfig:
 
     def __post_init__(self):
         sizes = (self.data, self.fsdp, self.tensor, self.sequence)
-        if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
-            raise ConfigError(f"mesh: sizes must be positive, with -1 at most once; got {sizes}.")
+        explicit = sizes if self.tensor else (self.data, self.fsdp, self.sequence)
+        if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in explicit):
+            raise ConfigError(
+                f"mesh: data, fsdp, tensor, sequence must be positive, with -1 at most once (tensor may be 0: as small as "
+                f"the batch allows); got {sizes}."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vlm_jax.config import ConfigError
-from vlm_jax.run_config import MeshConfig
+from vlm_jax.run_config import Experiment, MeshConfig
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp")
@@ -65,25 +65,51 @@ def start_processes(timeout: int = 100) -> None:
         jax.distributed.initialize(**limits)
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A (data, fsdp, tensor, sequence) mesh over all `devices` (default: every device of every process).
+def mesh_sizes(config: MeshConfig, count: int, rows: int = 0) -> tuple[int, ...]:
+    """(data, fsdp, tensor, sequence) of a mesh of `count` devices.
 
-    Raises ConfigError when the sizes do not multiply to the number of devices.
+    rows: of the batch (of a micro-batch), from which a tensor of 0 follows: the least for which data * fsdp divides them; 1
+    without rows, or where no number helps. Raises ConfigError when the sizes do not multiply to `count`.
     """
-    devices = jax.devices() if devices is None else list(devices)
-    given = (config.data, config.fsdp, config.tensor, config.sequence)
-    known = math.prod(size for size in given if size != -1)
-    sizes = tuple(len(devices) // known if size == -1 else size for size in given)
-    if math.prod(sizes) != len(devices):
+    given = (config.data, config.fsdp, config.tensor or 1, config.sequence)
+    if not config.tensor:
+        every = (_filled((*given[:2], tensor, given[3]), count) for tensor in range(1, count + 1))
+        fit = (s for s in every if math.prod(s) == count and rows % (s[0] * s[1]) == 0)
+        given = next(fit, given)
+    sizes = _filled(given, count)
+    if math.prod(sizes) != count:
         text = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, given, strict=True))
         raise ConfigError(
-            f"mesh: {text} does not make {len(devices)} devices; choose sizes whose product is {len(devices)}, "
+            f"mesh: {text} does not make {count} devices; choose sizes whose product is {count}, "
             "or set one of them to -1."
         )
+    return sizes
+
+
+def _filled(sizes: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """The devices that are left in the place of -1."""
+    known = math.prod(size for size in sizes if size != -1)
+    return tuple(count // known if size == -1 else size for size in sizes)
+
+
+def make_mesh(
+    config: MeshConfig, devices: Sequence[jax.Device] | None = None, rows: int = 0
+) -> Mesh:
+    """A (data, fsdp, tensor, sequence) mesh over all `devices` (default: every device of every process).
+
+    rows: as in `mesh_sizes`, which says what is raised.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = mesh_sizes(config, len(devices), rows)
     # On a TPU the sizes need not be products of the torus's sides: one side may serve two axes.
     laid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     # Auto: the compiler completes the shardings; explicit ones reject a sharded-embedding gather.
     return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_of(exp: Experiment, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a training run; raises as `mesh_sizes`."""
+    return make_mesh(exp.mesh, devices, exp.data.batch_size // exp.train.micro_batches)
 
 
 @contextlib.contextmanager

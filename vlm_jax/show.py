@@ -27,7 +27,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 from ml_collections import ConfigDict
 
-from vlm_jax import cli, experiment
+from vlm_jax import cli, experiment, files
 from vlm_jax.config import ConfigError, build, check_choice
 from vlm_jax.data import images
 from vlm_jax.data.queries import QUERIES
@@ -70,6 +70,7 @@ def show(cfg: ConfigDict, image: str, question: str, out: str) -> Path:
 
     Raises ConfigError for a run without a checkpoint, an image that cannot be read, or a path that cannot be written.
     """
+    files.check_settings(cfg.to_dict())
     checkpoint = cfg.eval.checkpoint
     if not checkpoint:
         raise ConfigError(
@@ -87,7 +88,15 @@ def show(cfg: ConfigDict, image: str, question: str, out: str) -> Path:
     vit, data = run.model.vit, run.data
     side = vit.image_px * math.ceil(PICTURE_PX / vit.image_px)
     try:
-        picture = images.load(image, side, data.image_mode, vit.mean, data.max_image_pixels)
+        picture = images.load(
+            image,
+            side,
+            data.image_mode,
+            vit.mean,
+            data.max_image_pixels,
+            vit.resample,
+            data.exif_rotation,
+        )
     except images.ImageError as error:
         raise ConfigError(f"image {image!r}: {error}.") from error
     from vlm_jax.answer import Answerer  # here, not above: jax and orbax take seconds

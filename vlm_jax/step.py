@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,11 +16,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from vlm_jax import adapters, guard, optim, sharding
-from vlm_jax.config import ELASTIC, SCORED, ConfigError
+from vlm_jax.config import ELASTIC, SCORED, ConfigError, VLMConfig
 from vlm_jax.layers import constrain
 from vlm_jax.losses import Batch, Scored, Tree, make_loss
 from vlm_jax.models.vlm import init_params, shapes
 from vlm_jax.run_config import Experiment
+
+log = logging.getLogger(__name__)
 
 # For a function that runs once: on a CPU, optimising the initialisers takes three times as long as running them plain.
 QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -154,6 +158,22 @@ def attention_kernel(exp: Experiment, flash: str) -> str:
             f"model: lm attention {asked!r} cannot be used: {why}; use 'auto' or 'xla'."
         )
     return asked
+
+
+def for_inference(model: VLMConfig, device: Any) -> VLMConfig:
+    """The model of a saved run with an attention kernel that `device` has; a line in the log says when it is another one.
+
+    Which kernel computes attention is a matter of the machine, not of the model: the values are the same.
+    """
+    asked = model.lm.attention
+    if asked in ("auto", "xla", flash_kernel(device)):
+        return model
+    log.info(
+        "the run was trained with model.lm.attention=%s, which this machine (%s) does not have: here it is auto",
+        asked,
+        device.platform,
+    )
+    return dataclasses.replace(model, lm=dataclasses.replace(model.lm, attention="auto"))
 
 
 def make_gradients(p: Plan) -> Callable[[TrainState, Batch], tuple[Scored, Tree]]:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from vlm_jax import benchmarks, cli, experiment, presets
+from vlm_jax import benchmarks, cli, experiment, files, presets
 from vlm_jax.config import ConfigError, check_choice, stride_for
 from vlm_jax.evaluate import evaluate
 from vlm_jax.laws import fit, law, report, table
@@ -247,7 +247,9 @@ def cache_features(cfg: ConfigDict, shared: Shared) -> None:
     """The frozen encoder's features of every image of the seed, training and test, written once."""
     if shared.features.is_dir():
         return
-    from vlm_jax import features  # here, not above: jax takes seconds, mistakes are answered before
+    from vlm_jax.inference import (
+        features,
+    )  # here, not above: jax takes seconds, mistakes are answered before
 
     annotations = [
         cfg.sweep.vlm.annotations,
@@ -257,7 +259,8 @@ def cache_features(cfg: ConfigDict, shared: Shared) -> None:
     c.data.annotations = tuple(str(shared.data / name) for name in annotations)
     c.data.image_roots = (str(shared.data),) * len(annotations)
     c.model.compressor.name = cfg.model.compressor.name
-    features.cache(experiment.resolve(c), shared.encoder, shared.features)
+    c.init.vit = str(shared.encoder)
+    features.cache(experiment.resolve(c), shared.features)
 
 
 # --- one cell ---------------------------------------------------------------------------------------------------------
@@ -319,7 +322,7 @@ class Clock:
         self.seconds: dict[str, float] = {}
         for known in (*others, path):
             if known.is_file():
-                self.seconds |= json.loads(known.read_text())
+                self.seconds |= files.read_json(known)
 
     @contextlib.contextmanager
     def part(self, name: str) -> Generator[None, None, None]:

@@ -19,7 +19,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2  # the types in it are made when it is imported
 from tensorboardX.summary import scalar
 
-from vlm_jax import disk
+from vlm_jax import disk, files
 
 log = logging.getLogger(__name__)
 
@@ -137,8 +137,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a metrics.jsonl; a last line cut short by a crash is left out."""
     if not path.is_file():
         return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    text = files.read_text(path)
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    return [files.parse_json(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
 
 
 class Display:
@@ -163,10 +164,19 @@ class Display:
         """What a step that was just sent off has to work through."""
         self._work.append((step, tokens, flops))
 
+    def first(self, scalars: Mapping[str, float]) -> None:
+        """After the first step, whose time is mostly that of the compilation: its loss, without a speed."""
+        seconds = time.perf_counter() - self._last_time
+        step = int(scalars["step"])
+        self.speed(step, None)  # the next speed starts here
+        self._tell(step, f"loss {scalars['loss']:.4f}", f"first step after {_duration(seconds)}")
+
     def speed(self, step: int, peak: float | None) -> dict[str, float]:
         """Of the steps since the last call up to `step`, now computed: steps/s, tokens/s and, where `peak` (FLOP/s of all
-        chips) is known, MFU in [0, 1].
+        chips) is known, MFU in [0, 1]. Empty when no step was computed since.
         """
+        if step == self._last_step:
+            return {}
         now = time.perf_counter()
         seconds = max(now - self._last_time, 1e-9)
         done = [entry for entry in self._work if entry[0] <= step]
@@ -178,14 +188,6 @@ class Display:
         self._last_time, self._last_step = now, step
         return found | ({"mfu": sum(flops for *_, flops in done) / seconds / peak} if peak else {})
 
-    def first(self, scalars: Mapping[str, float], seconds: float) -> None:
-        """The first step of this start is computed; most of its `seconds` went into the compilation."""
-        text = f"loss {scalars['loss']:.4f}  ({seconds:.0f} s with the compilation)"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=int(scalars["step"]), text=text)
-        elif self._shows:
-            log.info("step %d/%d  %s", int(scalars["step"]), self._total, text)
-
     def report(self, scalars: Mapping[str, float], speed: Mapping[str, float]) -> None:
         """scalars: a line of metrics.jsonl; speed: what `speed` returned."""
         step = int(scalars["step"])
@@ -196,11 +198,15 @@ class Display:
             text += f"  {scalars['bad_records']} bad records"
         if scalars["skipped"]:
             text += f"  {scalars['skipped']} steps left out"
+        left = (self._total - step) / speed["steps_per_second"]
+        self._tell(step, text, f"{_duration(left)} left")
+
+    def _tell(self, step: int, text: str, time_text: str) -> None:
+        """time_text: for the plain line; a bar shows the time itself."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)
         elif self._shows:
-            left = (self._total - step) / max(speed["steps_per_second"], 1e-9)
-            log.info("step %d/%d  %s  %s left", step, self._total, text, _duration(left))
+            log.info("step %d/%d  %s  %s", step, self._total, text, time_text)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 from vlm_jax import cli, experiment, outline
-from vlm_jax.experiment import check_inputs, check_same, open_workdir, resolve
+from vlm_jax.data import fingerprint
+from vlm_jax.experiment import check_inputs, check_same, last_step, open_workdir, resolve
 from vlm_jax.hf.directory import is_model
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ def train(
     is about to do and what it wrote.
 
     Raises ConfigError, before any compilation, for a wrong setting, a missing input, a directory that cannot be written,
-    or a workdir that belongs to a run with other settings.
+    or a workdir that belongs to a run with other settings or on other annotations.
     """
     first = outline.opening(len(cfg.data.annotations), workdir, experiment.last_step(workdir))
     named = (cfg.model.vit.preset, cfg.model.lm.preset, *cfg.init.values())
@@ -48,6 +49,8 @@ def train(
         for line in outline.end(exp, folder, finished):
             say(line)
         return finished
+    if last_step(folder):
+        fingerprint.check(exp.data, folder)
     if not slow:
         say(first)
     from vlm_jax import (

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, UInt32
 
-from vlm_jax import adapters, experiment, sharding
+from vlm_jax import adapters, compressors, experiment, sharding
 from vlm_jax.checkpoint import load_params
 from vlm_jax.config import ConfigError, VLMConfig
+from vlm_jax.data import feature_cache
 from vlm_jax.hf import directory
 from vlm_jax.hf.parts import load_parts
 from vlm_jax.models.vlm import shapes
@@ -53,3 +60,60 @@ def load_by_part(sources: Mapping[str, str], config: VLMConfig, wanted: Tree) ->
             own["lm"] = adapters.without(own["lm"])
         loaded |= load(source, config, own)
     return loaded
+
+
+def check_cached(directory: str, model: VLMConfig, vit: Any) -> None:
+    """Raises ConfigError when the features of `directory` are not those that this model's encoder gives.
+
+    vit: the encoder's parameters. Their settings are compared by `feature_cache.check`.
+    """
+    made = feature_cache.read_made(directory)
+    if compressors.get(model.compressor.name).uses_taps and tuple(made["taps"]) != taps_of(model):
+        raise ConfigError(
+            f"features_dir: {directory!r} was made with model.compressor.taps = {tuple(made['taps'])}, this run has "
+            f"{taps_of(model)}; {feature_cache.AGAIN}."
+        )
+    now = fingerprint(vit)
+    if now != made["encoder"]:
+        raise ConfigError(
+            f"features_dir: {directory!r} holds the features of another encoder ({made['source']}, fingerprint "
+            f"{made['encoder'][:12]}; this run's is {now[:12]}); set init.vit to the same one, or {feature_cache.AGAIN}."
+        )
+
+
+def taps_of(model: VLMConfig) -> tuple[int, ...]:
+    """The hidden states that the compressor looks at beside the feature."""
+    return model.compressor.taps if compressors.get(model.compressor.name).uses_taps else ()
+
+
+def fingerprint(params: Any) -> str:
+    """A hash of parameters: of paths, shapes, dtypes and every bit; the same on every platform, mesh and number of processes."""
+    sums = jax.device_get(_checksums(params))
+    told = hashlib.sha256()
+    for (path, leaf), total in zip(
+        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(sums), strict=True
+    ):
+        name = f"{sharding.path_name(path)} {leaf.shape} {leaf.dtype} "
+        told.update(name.encode() + np.asarray(total, "<u4").tobytes())
+    return told.hexdigest()
+
+
+@jax.jit
+def _checksums(params: Any) -> Any:
+    """Four numbers per leaf, computed where it lives. Sums modulo 2^32 do not depend on their order."""
+    return jax.tree.map(_checksum, params)
+
+
+def _checksum(leaf: Array) -> UInt32[Array, "4"]:
+    width = 8 * leaf.dtype.itemsize
+    bits = jax.lax.bitcast_convert_type(leaf, f"uint{width}").astype(jnp.uint32)
+    sizes = [jnp.uint32(size) for size in leaf.shape]
+    places = [jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) for axis in range(leaf.ndim)]
+    place = functools.reduce(lambda at, x: at * x[0] + x[1], zip(sizes, places, strict=True), 0)
+
+    def mixed(odd: int) -> Array:
+        x = (bits ^ (place * jnp.uint32(odd))) * jnp.uint32(0x85EBCA6B)
+        x = (x ^ (x >> 15)) * jnp.uint32(0xC2B2AE35)
+        return (x ^ (x >> 13)).sum(dtype=jnp.uint32)
+
+    return jnp.stack([mixed(odd) for odd in (0x9E3779B1, 0x7FEB352D, 0x846CA68B, 0x2545F491)])

@@ -66,7 +66,7 @@ ENDING = "Answer the question using a single word or phrase."
 
 def write_data(folder: Path, count: int) -> list[dict[str, Any]]:
     """Pictures, a tokenizer and LLaVA records with questions of 5 to 40 words."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     rng = np.random.default_rng(0)
     (folder / "images").mkdir(parents=True)
@@ -111,11 +111,13 @@ def write_data(folder: Path, count: int) -> list[dict[str, Any]]:
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
     )
     tokenizer.decoder = decoders.WordPiece(prefix="##")  # words with spaces between them
+    bos = ("<s>", vocabulary["<s>"])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[bos])
     (folder / "tokenizer").mkdir()
     tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>",
-        "unk_token": "<unk>", "add_bos_token": True,
+        "unk_token": "<unk>",
     }  # fmt: skip
     (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
     return rows
@@ -194,8 +196,7 @@ def plain(
         words = row["conversations"][0]["value"].removeprefix("<image>\n")
         content = [{"type": "image"}, {"type": "text", "text": words}]
         said = [{"role": "user", "content": content}]
-        # The tokenizer's class in transformers writes no <s> by itself, ours does (add_bos_token).
-        texts[row["id"]] = "<s>" + processor.apply_chat_template(said, add_generation_prompt=True)
+        texts[row["id"]] = processor.apply_chat_template(said, add_generation_prompt=True)
 
     def go() -> dict[str, str]:
         found = {}

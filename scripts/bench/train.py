@@ -32,10 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from vlm_jax import chips, presets, sharding, step
 from vlm_jax.config import CompressorConfig, LMConfig, VLMConfig
-from vlm_jax.laws.flops import step_flops
+from vlm_jax.costs.flops import step_flops
 from vlm_jax.run_config import (
     DataConfig,
     Experiment,
@@ -248,8 +249,11 @@ def measure(name: str, case: Case, args: argparse.Namespace) -> list[str]:
             times[key].append(wall)
             spent[key].append(cores)
     exp = experiment_of(case, args.remat, args.loss_chunk)
-    learning = {part for part in ("lm", "projector") if part in case.trainable}
-    flops = step_flops(exp.model, case.rows, case.length, 0, learning)
+    plan = step.plan(exp, sharding.make_mesh(exp.mesh, jax.devices()[:1]), 1000)
+    learning = flatten_dict(plan.state.trainable, sep="/").keys()
+    flops = step_flops(
+        exp.model, rows=case.rows, tokens=case.length, images=case.rows, query_tokens=0, trainable=learning, encoded=False
+    ).total  # fmt: skip
     if on_cpu:
         peak = 2 * 2048**3 / min(min(times[key]) for key in beside)
     else:

@@ -33,6 +33,14 @@ def mlp(p: State, first: str, second: str, x):
     return linear(p, second, gelu(linear(p, first, x)))
 
 
+def projector(p: State, names, x):
+    """Linear maps with GELU between; a name of "" is a map whose tensors are called just weight and bias."""
+    for i, name in enumerate(names):
+        own = {f"x.{n}": p[f"{name}.{n}" if name else n] for n in ("weight", "bias")}
+        x = linear(own, "x", gelu(x) if i else x)
+    return x
+
+
 def one_query_attention(p: State, name: str, query, keys, values, heads: int):
     """query [C], keys and values [R C] -> [C]."""
     width = query.shape[-1]

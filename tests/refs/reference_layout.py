@@ -3,6 +3,8 @@
 Prefixes `model.mm_projector.` and `model.query_abstractor.` are already removed.
 """
 
+import re
+
 import numpy as np
 from einops import rearrange
 from refs.hf_layout import State, heads_in, heads_out, linear, norm
@@ -10,9 +12,22 @@ from refs.hf_layout import State, heads_in, heads_out, linear, norm
 from vlm_jax.config import ConfigError
 
 
-def projector(state: State, indices: tuple[str, ...]) -> dict:
-    """The linear maps of "mlp2x_gelu", wherever the checkpoint counts them."""
-    return {f"dense_{i}": linear(state, name) for i, name in enumerate(indices)}
+def maps(state: State, prefix: str = "", first: int = 0) -> list[str]:
+    """The names of a projector's linear maps: every second index from `first` on, or no index at all ("linear")."""
+    if prefix == "" and "weight" in state:
+        return [""]
+    found = [re.fullmatch(rf"{re.escape(prefix)}(\d+)\.weight", name) for name in state]
+    indices = sorted(int(match[1]) for match in found if match and int(match[1]) >= first)
+    assert indices == list(range(first, first + 2 * len(indices), 2)), (
+        f"maps and activations do not alternate: {indices}"
+    )
+    return [f"{prefix}{index}." for index in indices]
+
+
+def projector(state: State, prefix: str = "", first: int = 0) -> dict:
+    """The linear maps of "linear" or "mlp{k}x_gelu", wherever the checkpoint counts them."""
+    trees = [linear({"x." + k.removeprefix(name): v for k, v in state.items() if k.startswith(name)}, "x") for name in maps(state, prefix, first)]  # fmt: skip
+    return {f"dense_{i}": tree for i, tree in enumerate(trees)}
 
 
 def attention(state: State, name: str, heads: int) -> dict:
@@ -62,7 +77,7 @@ def quecc(state: State, heads: int, stride: int) -> tuple[dict, dict]:
         },
         "attention": attention(state, "0.clip_attn", heads),
     }
-    return compressor, projector(state, ("1", "3"))
+    return compressor, projector(state, first=1)
 
 
 def tokenpacker(state: State, heads: int) -> tuple[dict, dict]:
@@ -74,4 +89,4 @@ def tokenpacker(state: State, heads: int) -> tuple[dict, dict]:
         "value_mlp": normed_mlp(state, "v_proj_1.0", "v_proj_1.2", "ln_v_1"),
         "attention": attention(state, "clip_attn", heads),
     }
-    return compressor, projector(state, ("mlp.0", "mlp.2"))
+    return compressor, projector(state, "mlp.")

@@ -32,6 +32,12 @@ def quiet_environment(topology: str) -> None:
             os.environ.setdefault(name, value)
 
 
+def _say(text: str) -> None:
+    """At once, into a pipe too: a search takes minutes."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
 def command(argv: Sequence[str]) -> int:
     texts = {
         "topology": "chips: v5e:16x16, v5p:4x4x4, v6e:4x4, ... or local",
@@ -48,7 +54,7 @@ def command(argv: Sequence[str]) -> int:
 
     devices = programs.devices(flags.topology)
     if flags.search:
-        found = search.search(exp, devices, sys.stdout.write)
+        found = search.search(exp, devices, _say)
         if found is None:
             sys.stdout.write(f"{search.NOTHING}\n")
             return 1

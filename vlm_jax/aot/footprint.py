@@ -18,8 +18,8 @@ from vlm_jax.run_config import Experiment
 
 NOTES = """\
 arguments are parameters, optimiser state and batch; peak = arguments + outputs + temporaries - reused (donated) ones.
-FLOP: matrix products as compiled, recomputation and masked attention scores included; beside it their ratio to the analytic
-count without recomputation and, in training, without the masked half of the scores. Traffic is an estimate: what passes
+FLOP: matrix products as compiled, recomputation and whole blocks of flash kernels included; beside it their ratio to the
+analytic count (vlm_jax/costs/flops.py), which has no recomputation. Traffic is an estimate: what passes
 between fused operations and the main memory. Links: bytes a chip sends if each group works as a ring.
 The bound is the largest of FLOP / peak, traffic / bandwidth and links / bandwidth: no run is faster.
 """
@@ -90,7 +90,7 @@ def measure(
 
     Raises ConfigError when mesh, batch and parameters do not divide.
     """
-    mesh = sharding.make_mesh(exp.mesh, devices)
+    mesh = sharding.mesh_of(exp, devices)
     found = [roofline.train(exp, mesh)]
     if prompts:
         found += roofline.answer(exp, mesh, programs.rows_of(mesh, prompts), new_tokens)

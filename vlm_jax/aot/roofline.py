@@ -8,12 +8,13 @@ import time
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from vlm_jax import chips, compressors
 from vlm_jax.aot import hlo, programs
 from vlm_jax.chips import Chip
-from vlm_jax.laws.flops import decoder_flops, forward_flops, step_flops
+from vlm_jax.costs.flops import batch_flops, decoder_flops, forward_flops
 from vlm_jax.run_config import Experiment
 
 log = logging.getLogger(__name__)
@@ -93,11 +94,9 @@ def chip_of(devices: list[Any]) -> Chip | None:
 def train(exp: Experiment, mesh: Mesh) -> Need | TooBig:
     """The update of one batch."""
     data = exp.data
-    passes = compressors.decoder_passes(exp.model)
-    images = 0 if data.features_dir else data.batch_size * data.image_slots
     p = programs.train_plan(exp, mesh)
-    learns = set(p.state.trainable)
-    flops = step_flops(exp.model, data.batch_size * passes, data.max_tokens, images, learns)
+    learning = flatten_dict(p.state.trainable, sep="/").keys()
+    flops = batch_flops(exp, learning, data.max_tokens, data.image_slots > 0).total
     work = f"{data.batch_size} x {data.max_tokens}"
     return _need("train step", work, programs.train(p), mesh, flops)[0]
 
@@ -113,7 +112,7 @@ def answer(exp: Experiment, mesh: Mesh, rows: int, new_tokens: int) -> list[Need
     )  # fmt: skip
     encoder = 0 if data.features_dir else spent.encoder
     seen = encoder + spent.query + spent.compressor + spent.projector
-    flops = rows * (seen + decoder_flops(lm, data.max_tokens, slots, logits=1))
+    flops = rows * (seen + decoder_flops(lm, data.max_tokens, data.max_tokens, logits=1))
     lowered = programs.prefill(exp, mesh, rows, new_tokens)
     first, compiled = _need("prefill", f"{rows} x {data.max_tokens}", lowered, mesh, flops)
     if compiled is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -67,9 +68,17 @@ class Search:
             return self.trials[name]
         if not self.left:
             return None
+        before, start = self.left, time.monotonic()
         trial = self._run(exp)
         self.trials[name] = trial
-        self.say(f"{name}  {trial.text}\n")
+        seconds = time.monotonic() - start
+        left = (
+            f", {self.left} more at most: {self.left * seconds / 60:.0f} min" if self.left else ""
+        )
+        told = (
+            f"  ({seconds:.0f} s{left})" if self.left < before else ""
+        )  # else nothing was compiled
+        self.say(f"{name}  {trial.text}{told}\n")
         return trial
 
     def _run(self, exp: Experiment) -> Trial:
@@ -106,7 +115,10 @@ def search(
         for mesh in candidates(exp, len(devices) // exp.mesh.sequence)
         if _divides(exp, mesh, devices)
     ]
-    say(f"{len(meshes)} meshes divide the model and the batch; at most {limit} compilations\n")
+    say(
+        f"search: {len(meshes)} meshes divide the model and the batch; at most {limit} compilations of the training step, "
+        "then the table's; each takes one to a few minutes for a 7B decoder on two cores\n"
+    )
     for mesh in [mesh for mesh in meshes if mesh.data == meshes[0].data]:
         for micro in _micro_batches(exp, mesh):
             trial = run.try_(mesh, REMAT_BY_MEMORY[-1], micro)

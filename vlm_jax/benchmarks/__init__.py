@@ -7,13 +7,17 @@ annotations directory. To add one: a file with its functions, a line in BENCHMAR
 A row of a closed question also has "replies", a tuple of the texts to choose from as the model would write them ("A", "B",
 .. or "Yes", "No"): each is scored like any other answer, the gold one 1 and the others 0. An open question has no such key.
 
-Where the gold answers are hidden (a server scores), "answer" is None in every row and `submission` writes the upload.
+A row may have "llava_id", the question_id of LLaVA's question file where that is not the row's id (answers.py).
+
+Where a gold answer is hidden, "answer" is None: such rows are left out of the score, and where all are (a server scores),
+there is none. `submission` writes the upload.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +46,8 @@ from vlm_jax.benchmarks import (
     vqav2,
 )
 from vlm_jax.config import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +108,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "infovqa": Benchmark(
         "other", docvqa.rows_info, docvqa.score, metrics.mean, docvqa.submission_infovqa
     ),
-    "seed": Benchmark("other", seed.rows, seed.score, seed.reduce),
+    "seed": Benchmark("other", seed.rows, seed.score, seed.reduce, seed.submission),
     "ocrbench": Benchmark("other", ocrbench.rows, ocrbench.score, ocrbench.reduce),
     "mmvet": Benchmark(
         "other", judged.rows_mmvet, judged.score, judged.reduce, judged.submission_mmvet
@@ -127,7 +133,8 @@ def score_answers(
 ) -> dict[str, Any]:
     """{"benchmark", "score", "error", "n", "details"}; does not depend on the order of answers.
 
-    Raises ConfigError when the gold answers are hidden, naming the files to upload instead.
+    n and the score are those of the rows with a gold answer; a warning counts the others. Raises ConfigError when all are
+    hidden, naming the files to upload instead.
     """
     benchmark = get(name)
     paired = predictions.pair(rows, answers, allow_missing)
@@ -137,8 +144,19 @@ def score_answers(
             f"{name}: these annotations hold no gold answers, so nothing can be scored here; upload "
             f"{', '.join(uploads) or 'the predictions'}, which an evaluation writes beside its predictions.jsonl."
         )
-    scores = [benchmark.score(text, row) for row, text in paired]
-    return {"benchmark": name, **benchmark.reduce(scores, [row for row, _ in paired])}
+    known = [(row, text) for row, text in paired if row["answer"] is not None]
+    if len(known) < len(paired):
+        log.warning(
+            "%s: %d of %d questions have no gold answer: they are not scored (first %r)",
+            name, len(paired) - len(known), len(paired),
+            next(row["id"] for row, _ in paired if row["answer"] is None),
+        )  # fmt: skip
+    if not known:
+        raise ConfigError(
+            f"{name}: none of the {len(paired)} answered questions has a gold answer; answer others."
+        )
+    scores = [benchmark.score(text, row) for row, text in known]
+    return {"benchmark": name, **benchmark.reduce(scores, [row for row, _ in known])}
 
 
 def check_scorable(name: str, rows: Sequence[dict[str, Any]]) -> None:
@@ -148,8 +166,8 @@ def check_scorable(name: str, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def has_gold(rows: Sequence[dict[str, Any]]) -> bool:
-    """Whether every row can be scored here."""
-    return all(row["answer"] is not None for row in rows)
+    """Whether any row can be scored here."""
+    return any(row["answer"] is not None for row in rows)
 
 
 def submission(

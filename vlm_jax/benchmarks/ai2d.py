@@ -1,7 +1,7 @@
 """AI2D: science diagrams with four options.
 
 Native files: the hub's test-*.parquet, or ai2d_test.json(l), with "question", "options", "answer" (index of the right
-option, from 0), "image". Scored as lmms-eval does: the answer is the letter, whatever its case and punctuation.
+option, from 0), "image". Scored as lmms-eval does (tasks/ai2d: its filter, then exact match without case and punctuation).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from vlm_jax.benchmarks import files, prompts, records
 from vlm_jax.benchmarks.records import Record, Row
 
 FILES = (*files.shards("test"), "ai2d_test.json*")
-LEADING = re.compile(r"\s*([A-Za-z])\.")  # "B. a leaf"
+LEADING = re.compile(r"\s*([A-Z])\.")  # "B. a leaf"; a small letter leads nothing
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -26,7 +26,7 @@ def rows(path: str | Path) -> list[Row]:
 
 def _row(record: Record, number: int) -> Row:
     options, answer = record.texts("options"), record.text("answer")
-    if not answer.isascii() or not answer.isdigit() or int(answer) >= len(options):
+    if answer not in map(str, range(len(options))):
         raise record.fault(f"'answer' must be an index 0..{len(options) - 1}, got {answer!r:.60}")
     text = prompts.with_options(record.text("question"), options) + prompts.LETTER
     letters = tuple(prompts.lettered(options))
@@ -35,7 +35,12 @@ def _row(record: Record, number: int) -> Row:
 
 
 def score(text: str, row: Row) -> float:
-    """1.0 for the right letter, alone or leading ("b.", "B. a leaf"); a letter with more behind it is wrong."""
+    """1.0 for the right letter: a capital that leads with its period ("B. a leaf"), or alone but for case and marks ("(b)").
+
+    "b. a leaf" is wrong, and "A .", for the blank stays. White space around the text is taken off first, as our decoder
+    and most of lmms-eval's models do.
+    """
+    text = text.strip()
     leading = LEADING.match(text)
-    said = leading[1] if leading else text.translate(PUNCTUATION).strip()
-    return float(said.upper() == row["answer"])
+    said = leading[1] if leading else text.translate(PUNCTUATION)
+    return float(said.lower() == row["answer"].lower())

@@ -49,7 +49,8 @@ def _row(record: Record, split: str, number: int) -> Row:
 def score(text: str, row: Row) -> float:
     """Relaxed accuracy: 1.0 for a number within 5 % of the gold one, or for the same text but for its case.
 
-    A percentage is its hundredth. A gold number of 0, and anything beside a number ("5 cm", "1,000"), is text.
+    A percentage is its hundredth. A gold number of 0, and anything beside a number ("5 cm", "1,000"), is text. As lmms-eval
+    does (tasks/chartqa), once white space around both texts is taken off.
     """
     said, gold = text.strip(), row["answer"].strip()
     number, target = _number(said), _number(gold)

@@ -1,4 +1,4 @@
-"""DocVQA and InfographicVQA: average normalised Levenshtein similarity (ANLS).
+"""DocVQA and InfographicVQA: average normalised Levenshtein similarity (ANLS), as their server's script computes it.
 
 Native files: {"data": [{"questionId", "question", "image" or "image_local_name", "answers"}]}, validation before test;
 or the hub's parquet with the same fields. The test files have no answers: the server at rrc.cvc.uab.es scores them.
@@ -56,13 +56,19 @@ def _row(record: Record) -> Row:
 
 
 def anls(text: str, golds: Sequence[str]) -> float:
-    """The similarity with the nearest gold answer, 0 below 0.5; lower case, runs of white space as one blank.
+    """The similarity with the nearest gold answer, 0 below 0.5. Source: the evaluation script of rrc.cvc.uab.es.
 
-    Exactly 0.5 is kept, as the implementations do (the paper would drop it).
+    The edits are counted in lower case with runs of white space as one blank, and divided by the length of the longer
+    text as it was written (in upper case: "ß" counts twice). Exactly 0.5 is kept (the paper would drop it).
     """
-    said = _plain(text)
-    best = max(Levenshtein.normalized_similarity(said, _plain(gold)) for gold in golds)
+    best = 1.0 - min(_distance(text, gold) for gold in golds)
     return best if best >= THRESHOLD else 0.0
+
+
+def _distance(text: str, gold: str) -> float:
+    """Edits per character; 0 for two empty texts."""
+    length = max(len(text.upper()), len(gold.upper()))
+    return Levenshtein.distance(_plain(text), _plain(gold)) / length if length else 0.0
 
 
 def _plain(text: str) -> str:

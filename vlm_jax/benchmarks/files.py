@@ -1,7 +1,11 @@
-"""The native files of a benchmark as records: JSON, JSON lines, TSV, and parquet as the hub ships it."""
+"""The native files of a benchmark as records: JSON, JSON lines, TSV, and parquet as the hub ships it.
+
+Text is UTF-8, with or without a byte-order mark. Whatever is wrong in a file is a ConfigError of one line.
+"""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import dataclasses
 import functools
@@ -13,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.benchmarks.records import Record, fault
+from vlm_jax.benchmarks.records import Record, fault, shown
 from vlm_jax.config import ConfigError
 
 Keyed = Iterator[tuple[str | int, Any]]  # a record's name or number, and the record
@@ -53,7 +57,8 @@ def _check_shards(name: str, files: Sequence[Path]) -> None:
 
 
 def find(name: str, path: str | Path, *patterns: str) -> list[Path]:
-    """`matches`, of which there must be one at least."""
+    """`matches`, of which there must be one at least, of a kind that the patterns name."""
+    _check_kind(name, Path(path), patterns)
     found = matches(name, path, *patterns)
     if not found:
         raise ConfigError(
@@ -67,8 +72,16 @@ def find_one(name: str, path: str | Path, *patterns: str) -> Path:
 
     Raises ConfigError for several: which of them is meant, only the user knows.
     """
+    _check_kind(name, Path(path), patterns)
     every = [file for pattern in patterns for file in matches(name, path, pattern)]
     return only(name, path, every or find(name, path, *patterns))
+
+
+def _check_kind(name: str, path: Path, patterns: Sequence[str]) -> None:
+    """A file that is given by name must end as one of the patterns does (as .json* does, .jsonl too)."""
+    kinds = [Path(pattern.rstrip("*")).suffix for pattern in patterns]
+    if path.is_file() and not any(path.suffix.startswith(kind) for kind in kinds):
+        raise ConfigError(f"{name}: {path} is not read here; give {' or '.join(patterns)}.")
 
 
 def only(name: str, path: str | Path, found: Sequence[Path]) -> Path:
@@ -80,13 +93,27 @@ def only(name: str, path: str | Path, found: Sequence[Path]) -> Path:
 
 
 def text(name: str, file: Path) -> str:
-    """A UTF-8 file."""
+    """A UTF-8 file without its byte-order mark."""
+    data = _bytes(name, file)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise fault(f"{name}: {file}", f"is not UTF-8: {error.reason} in line {line}") from error
+
+
+def _bytes(name: str, file: Path, count: int = -1) -> bytes:
+    """The first `count` bytes of a file, all for -1. Raises ConfigError for UTF-16, which says so in the first two."""
     if not file.is_file():
         raise _absent(name, file)
     try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise fault(f"{name}: {file}", f"is not UTF-8: {error}") from error
+        with file.open("rb") as opened:
+            data = opened.read(count)
+    except OSError as error:
+        raise ConfigError(f"{name}: {file} cannot be read: {error.strerror}.") from error
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise fault(f"{name}: {file}", "is UTF-16", mend="save it as UTF-8")
+    return data
 
 
 def _absent(name: str, file: Path) -> ConfigError:
@@ -104,9 +131,18 @@ def head(name: str, file: Path) -> Record:
 
 def _parse(written: str, where: str) -> Any:
     try:
-        return json.loads(written)
+        return json.loads(written, object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
         raise fault(where, f"is not valid JSON: {error}") from error
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; json alone would keep the last of two values with one name."""
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+        raise ValueError(f"an object has two values named {twice!r:.60}")
+    return value
 
 
 def read(name: str, files: Sequence[Path], inside: str = "") -> Iterator[Record]:
@@ -123,14 +159,16 @@ def read(name: str, files: Sequence[Path], inside: str = "") -> Iterator[Record]
 
 
 def read_lines(name: str, file: Path) -> Iterator[Record]:
-    """The records of a file with one JSON object per line, whatever its suffix."""
-    yield from _records(f"{name}: {file}", _json_lines(name, file, ""))
+    """The records of a file with one JSON object per line, or a list of them, whatever its suffix."""
+    listed = text(name, file).lstrip().startswith("[")
+    reader = _json if listed else _json_lines
+    yield from _records(f"{name}: {file}", reader(name, file, ""))
 
 
 def _records(where: str, values: Keyed) -> Iterator[Record]:
     for key, value in values:
         if not isinstance(value, dict):
-            raise fault(f"{where} row {key}", f"must be an object, got {value!r:.60}")
+            raise fault(f"{where} row {key}", f"must be an object, got {shown(value)}")
         yield Record(f"{where} row {key}", key if isinstance(key, str) else "", value)
 
 
@@ -155,20 +193,43 @@ def _json_lines(name: str, file: Path, inside: str) -> Keyed:
 
 
 def _tsv(name: str, file: Path, inside: str) -> Keyed:
-    """Every value is a string."""
+    """Every value is a string; one in quotes may hold line breaks."""
     csv.field_size_limit(sys.maxsize)  # an image in base64 is above the default of 128 kB
-    with file.open(encoding="utf-8", newline="") as lines:
-        reader = csv.DictReader(lines, delimiter="\t")
+    where = f"{name}: {file}"
+    _bytes(name, file, 2)
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        seen: list[str] = []  # lines of the record that is read
+        reader = csv.DictReader((seen.append(line) or line for line in lines), delimiter="\t")
         try:
+            columns = list(reader.fieldnames or ())
+            for column, count in Counter(columns).items():
+                if count > 1:
+                    raise fault(where, f"has two columns named {column!r:.60}")
             for row, record in enumerate(reader):
                 if None in record or None in record.values():
-                    wanted = len(reader.fieldnames or ())
-                    raise fault(f"{name}: {file} row {row}", f"does not have {wanted} columns")
+                    raise fault(f"{where} row {row}", f"does not have {len(columns)} columns")
+                if _is_open(seen):
+                    raise fault(f"{where} row {row}", "has a quote that is not closed")
+                seen.clear()
                 yield row, record
         except UnicodeDecodeError as error:
-            raise fault(f"{name}: {file}", f"is not UTF-8: {error}") from error
+            near = f"near line {reader.line_num + 1}"
+            raise fault(where, f"is not UTF-8: {error.reason} {near}") from error
         except csv.Error as error:
-            raise fault(f"{name}: {file}", f"is not a valid TSV: {error}") from error
+            raise fault(
+                f"{where} line {reader.line_num}", f"is not a valid TSV: {error}"
+            ) from error
+
+
+def _is_open(lines: Sequence[str]) -> bool:
+    """Whether a record of several lines ends inside a quote: it would hold the rest of the file without a word."""
+    if len(lines) < 2:
+        return False
+    try:
+        list(csv.reader(lines, delimiter="\t", strict=True))
+    except csv.Error as error:
+        return "unexpected end of data" in str(error)
+    return False
 
 
 def _parquet(name: str, file: Path, inside: str) -> Keyed:
@@ -185,9 +246,10 @@ def _parquet(name: str, file: Path, inside: str) -> Keyed:
                     cell = functools.partial(Embedded, file, group, at)
                     yield row, {column: _seen(cell, column, v) for column, v in record.items()}
                     row, at = row + 1, at + 1
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise fault(f"{name}: {file}", f"is not valid parquet: {reason}") from error
+        place = f" after row {row - 1}" * (row > 0)
+        raise fault(f"{name}: {file}", f"is not valid parquet{place}: {reason}") from error
 
 
 def _seen(cell: functools.partial[Embedded], column: str, value: Any) -> Any:

@@ -1,6 +1,8 @@
 """GQA, the balanced testdev questions: exact equality of a word or phrase.
 
-Files: testdev_balanced_questions.json {id: {"imageId", "question", "answer"}}, images/<imageId>.jpg.
+Files: testdev_balanced_questions.json {id: {"imageId", "question", "answer"}}, images/<imageId>.jpg. Or the hub's
+testdev_balanced_instructions/testdev-*.parquet {"id", "imageId", "question", "answer"} with their pictures in
+testdev_balanced_images/testdev-*.parquet {"id", "image"}.
 """
 
 from __future__ import annotations
@@ -10,19 +12,33 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlm_jax.benchmarks import files, prompts, records
-from vlm_jax.benchmarks.records import Row
+from vlm_jax.benchmarks.records import Image, Row
+
+SHARDS = "testdev-*.parquet"
+HUB = (f"testdev_balanced_instructions/{SHARDS}", SHARDS)
+HUB_IMAGES = "testdev_balanced_images"
 
 
 def rows(annotations: str | Path) -> list[Row]:
     """Ids are the question ids. The answers of the test splits are hidden."""
-    path = files.find_one("gqa", annotations, "testdev_balanced_questions.json")
-    found = []
-    for record in files.read("gqa", [path]):
-        image = f"images/{record.text('imageId')}.jpg"
-        question = record.text("question") + prompts.SHORT
+    found = files.find("gqa", annotations, "testdev_balanced_questions.json", *HUB)
+    hub = found[0].suffix == ".parquet"
+    pictures = _hub_images(found[0].parent.parent / HUB_IMAGES) if hub else {}
+    made = []
+    for record in files.read("gqa", found):
+        name, image_id = record.text("id") if hub else record.name(), record.text("imageId")
+        if hub and image_id not in pictures:
+            raise record.fault(f"there is no image {image_id!r:.60} in {HUB_IMAGES}")
+        image = pictures[image_id] if hub else f"images/{image_id}.jpg"
         gold = record.text("answer") if record.has("answer") else None
-        found.append(records.row(record.name(), image, question, gold))
-    return records.distinct(found, f"gqa: {path}")
+        made.append(records.row(name, image, record.text("question") + prompts.SHORT, gold))
+    return records.distinct(made, f"gqa: {found[0]}")
+
+
+def _hub_images(folder: Path) -> dict[str, Image]:
+    """image id -> picture."""
+    found = files.read("gqa", files.find("gqa", folder, SHARDS))
+    return {record.text("id"): record.image("image") for record in found}
 
 
 def clean(text: str) -> str:

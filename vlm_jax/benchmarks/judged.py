@@ -3,7 +3,8 @@
 Here they are asked and written in the form that the official judging reads; there is no score.
 
 Native files: mm-vet.json {"v1_0": {"imagename", "question"}} and questions.jsonl {"question_id", "image", "text",
-"category"}; the images are in images/.
+"category"}; the images are in images/. Or the hub's parquet files {"question_id", "question", "image"}: test-* of MM-Vet,
+train-* of LLaVA-Bench.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from vlm_jax.benchmarks import files, records
-from vlm_jax.benchmarks.records import Record, Row
+from vlm_jax.benchmarks.records import Image, Record, Row
 from vlm_jax.config import ConfigError
 
 IMAGES = "images"
@@ -22,21 +23,38 @@ IMAGES = "images"
 
 def rows_mmvet(path: str | Path) -> list[Row]:
     """Ids "v1_<number>"; only the question is asked, as LLaVA does."""
-    found = files.read("mmvet", files.find("mmvet", path, "mm-vet.json"))
-    made = [_row(record, record.name(), "imagename", "question") for record in found]
+    found = files.find("mmvet", path, "mm-vet.json", *files.shards("test"))
+    hub = found[0].suffix == ".parquet"
+    made = [
+        _hub_row(record) if hub else _row(record, record.name(), "imagename", "question")
+        for record in files.read("mmvet", found)
+    ]
     return records.distinct(made, f"mmvet: {path}")
 
 
 def rows_llava_bench(path: str | Path) -> list[Row]:
     """Ids are question_id; only the question is asked."""
-    found = files.read("llava_bench", files.find("llava_bench", path, "questions.jsonl"))
-    made = [_row(record, record.text("question_id"), "image", "text") for record in found]
+    found = files.find("llava_bench", path, "questions.jsonl", *files.shards("train"))
+    hub = found[0].suffix == ".parquet"
+    made = [
+        _hub_row(record) if hub else _row(record, record.text("question_id"), "image", "text")
+        for record in files.read("llava_bench", found)
+    ]
     return records.distinct(made, f"llava_bench: {path}")
 
 
 def _row(record: Record, name: str, image: str, question: str) -> Row:
     text = record.text(question)
-    return records.row(name, record.image(image, folder=IMAGES), text, None, question=text)
+    return _made(name, record.image(image, folder=IMAGES), text)
+
+
+def _hub_row(record: Record) -> Row:
+    name, text = record.text("question_id"), record.text("question")
+    return _made(name, record.image("image"), text)
+
+
+def _made(name: str, image: Image, text: str) -> Row:
+    return records.row(name, image, text, None, question=text, llava_id=name.removeprefix("v1_"))
 
 
 def submission_mmvet(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, str | bytes]:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from vlm_jax.benchmarks import files, records
-from vlm_jax.benchmarks.records import Record, Row
+from vlm_jax.benchmarks.records import Record, Row, shown
 
 
 def rows(annotations: str | Path) -> list[Row]:
     """Rows with ids "<record id>/<turn>", turns counted from 0.
 
     annotations: a .json or .jsonl file, or a directory that holds exactly one; image paths are relative to the
-    directory. A record whose last question has no answer contributes the turns before it.
+    directory. A record whose last question has no answer contributes the turns before it. An answer that is null is hidden.
     """
     path = files.find_one("llava", annotations, "*.json", "*.jsonl")
     return [
@@ -40,12 +41,14 @@ def rows_asked_alone(directory: str | Path, file: str) -> list[Row]:
 
 
 def read_records(name: str, path: Path) -> list[Row]:
-    """LLaVA records {"id", "image"?, "conversations"}; ids are unique strings (a missing one is its index).
+    """LLaVA records {"id", "image"?, "conversations"}; ids are unique strings (a missing one is its index). "messages" with
+    "role" and "content" are renamed to LLaVA's words.
 
     Raises ConfigError for a missing or unparsable file and for a record without a dialogue.
     """
     found = []
     for number, record in enumerate(files.read(name, [path])):
+        record.values["conversations"] = _renamed(record.field("conversations", "messages"))
         _check(record)
         row_id = record.text("id") if record.has("id") else str(number)
         found.append({**record.values, "id": row_id})
@@ -58,17 +61,56 @@ def _check(record: Record) -> None:
         isinstance(message, dict) and {"from", "value"} <= set(message) for message in messages
     ):
         raise record.fault("'conversations' must be a list of messages with 'from' and 'value'")
+    for number, message in enumerate(messages):
+        value, hidden = message["value"], number == len(messages) - 1 and message["from"] == "gpt"
+        if not isinstance(value, str) and not (value is None and hidden):
+            reason = f"'value' must be a string, got {shown(value)}"
+            raise record.fault(f"message {number} of 'conversations': {reason}")
+        record.unicode("value", value or "")
     if not list(_answered(messages)):
         raise record.fault("has no human message followed by a gpt message")
 
 
-def _answered(messages: list[dict[str, str]]) -> Iterator[int]:
+def _answered(messages: list[dict[str, Any]]) -> Iterator[int]:
     """Indices of the human messages that a gpt message follows."""
     for i, (message, reply) in enumerate(itertools.pairwise(messages)):
         if message["from"] == "human" and reply["from"] == "gpt":
             yield i
 
 
-def _row(record: Row, turn: int, messages: list[dict[str, str]], answer: str) -> Row:
-    image = {"image": record["image"]} if "image" in record else {}
-    return {"id": f"{record['id']}/{turn}", **image, "conversations": messages, "answer": answer}
+def _renamed(messages: Any) -> Any:
+    """Messages in LLaVA's words."""
+    if not isinstance(messages, list):
+        return messages
+    names = {"user": "human", "assistant": "gpt"}
+    return [
+        {"from": names.get(message["role"], message["role"]), "value": message["content"]}
+        | {name: value for name, value in message.items() if name not in ("role", "content")}
+        if isinstance(message, dict) and {"role", "content"} <= set(message)
+        else message
+        for message in messages
+    ]
+
+
+def _row(record: Row, turn: int, messages: list[dict[str, Any]], answer: Any) -> Row:
+    """All fields go along: whoever lays the question out reads them, or says which one it cannot read."""
+    own = {name: record[name] for name in record if name not in ("messages", "answer", "replies")}
+    seen, every = _pictures(messages), _pictures(record["conversations"])
+    for name in {"image", "images"} & own.keys():  # of several pictures those seen so far
+        value = own[name]
+        if isinstance(value, list) and len(value) == every:
+            own[name] = value[:seen]
+        elif isinstance(value, str) and (seen, every) == (0, 1):
+            own[name] = None
+    if isinstance(answer, list):
+        answer = "".join(part.get("text") or "" for part in answer if isinstance(part, dict))
+    about = {"conversations": messages, "answer": answer, "llava_id": record["id"]}
+    return {**own, "id": f"{record['id']}/{turn}", **about}
+
+
+def _pictures(messages: list[dict[str, Any]]) -> int:
+    """How many pictures the messages show, as placeholders or as parts."""
+    values = [message["value"] for message in messages]
+    parts = [part for value in values if isinstance(value, list) for part in value]
+    shown = [part for part in parts if isinstance(part, dict) and part.get("type") == "image"]
+    return len(shown) + sum(v.count("<image>") for v in values if isinstance(v, str))

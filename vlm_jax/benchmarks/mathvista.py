@@ -8,6 +8,7 @@ and a lower bound for a model that answers in sentences.
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,9 +44,10 @@ def _row(record: Record) -> Row:
     if kind == CHOICE and not choices:
         raise record.fault("'choices' is empty")
     precision = record.field("precision") if answer_type == "float" else 0
-    if not isinstance(precision, (int, float)):
+    if not isinstance(precision, (int, float)) or math.isinf(precision):
         raise record.fault(f"'precision' must be a number, got {precision!r:.60}")
     query = record.optional("query") or _query(record, choices, answer_type, int(precision))
+    query = query.strip()  # as in MathVista's data/query.json: five of testmini's end in a blank
     answer = record.text("answer").strip() if record.has("answer") else ""  # none in the test split
     metadata, options = record.part("metadata"), prompts.lettered(choices)
     return records.row(
@@ -77,8 +79,10 @@ def _query(record: Record, choices: Sequence[str], answer_type: str, precision: 
 def normalise(text: str, row: Row) -> str | None:
     """The answer as MathVista compares it; None when it is no number where one is asked for.
 
-    Of options: the one named as "B", by its whole text or as "(B)", else the nearest in edit distance. An integer is
-    cut, not rounded; a float is rounded to the question's precision.
+    Of options: the one named as "(B)", wherever that stands first, or as "B"; else the nearest in edit distance, the first
+    of equals. So a letter is the option's, also where an option's text is another's letter, or "(A)". An integer is cut,
+    not rounded; a float is rounded to the question's precision. Source: lupantech/MathVista, evaluation/calculate_score.py.
+    # Differs from it: precision is 1.0 in its files, which its round() refuses, so that each float would be wrong.
     """
     text = text.strip()
     if row["options"]:
@@ -94,10 +98,6 @@ def normalise(text: str, row: Row) -> str | None:
 
 
 def _option(text: str, options: Mapping[str, str]) -> str:
-    if text in options:  # first: options may be letters in another order, ("B", "A")
-        return options[text]
-    if text in options.values():
-        return text
     letters = re.findall(r"\(([a-zA-Z])\)", text)
     letter = letters[0].upper() if letters else text
     if letter in options:

@@ -4,14 +4,14 @@ Native files: the hub's en/dev-*.parquet and cn/dev-*.parquet, or a TSV with the
 answer, category, image (base64, or the index of a row with the same image), l2-category, split. The copy of question i
 with its options rotated k times has index i + k * 1,000,000. The test files have no column "answer".
 
-Letters are read as opencompass/VLMEvalKit does without its ChatGPT judge, which gets what these rules leave open; here
-that is wrong.
+Letters are read as lmms-eval does (tasks/mmbench/mmbench_evals.py) before it asks its judge, a language model, which gets what
+these rules leave open; here that is wrong. (opencompass/VLMEvalKit, whose rules these were, now takes the marks .()[],:;!*#{}
+for blanks, so that "**C**" is C there and nothing here.)
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import re
 from collections import Counter, defaultdict
@@ -27,6 +27,8 @@ TSV = "[mM][mM][bB]ench*.tsv"
 ROTATION = 1_000_000  # index of a rotated copy minus that of its original
 OPTIONS = "ABCD"
 CHINESE = "\n请直接回答选项字母。"  # haotian-liu/LLaVA, model_vqa_mmbench.py --lang cn
+MOST_DIGITS = 18  # of an index
+NO_OPTION = ("", "nan")  # a cell without an option; "None" and "NA" are options
 INDEX_LENGTH = 64  # an image shorter than this is the index of the row that holds it
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 AROUND = (
@@ -80,24 +82,26 @@ def _images(found: Sequence[Record]) -> Iterator[Image]:
         if not isinstance(value, str):
             yield value
             continue
-        if len(value) < INDEX_LENGTH and value in by_index:
+        if len(value) < INDEX_LENGTH and value.isdecimal():
+            if value not in by_index:
+                raise record.fault(f"'image' names row {value}, which is not in the file")
             value = by_index[value].text("image")
         if value not in decoded:
             try:
                 decoded[value] = base64.b64decode(value, validate=True)
-            except binascii.Error as error:
+            except ValueError as error:  # also for letters beyond ASCII
                 raise record.fault(f"'image' is not base64: {error}") from error
         yield decoded[value]
 
 
 def _row(record: Record, image: Image, instruction: str) -> Row:
     index = record.text("index")
-    if not index.isascii() or not index.isdigit():
+    if not index.isascii() or not index.isdigit() or len(index) > MOST_DIGITS:
         raise record.fault(f"'index' must be a whole number, got {index!r:.60}")
     options: dict[str, str] = {}
     for letter in OPTIONS:
-        option = record.optional(letter)
-        if not option:
+        option = str(record.values[letter]) if record.has(letter) else ""
+        if option.strip().lower() in NO_OPTION:
             break  # a missing option ends the list
         options[letter] = option
     answer = record.optional("answer") or None
@@ -124,14 +128,15 @@ def letter(text: str, options: Mapping[str, str]) -> str | None:
     """The chosen letter A..E, or None.
 
     The first notation (A, then A. A, A: A) ...) in which exactly one letter is a word of the text; a lone A among more
-    than three words may be an article and decides nothing. Then the only option whose text is part of the answer.
+    than three words may be an article and decides nothing: the next notation is tried. Then the only option whose text is
+    part of the answer.
     """
     words = set(text.split())
     for before, after in AROUND:
         found = [c for c in "ABCDE" if before + c + after in words]
         if len(found) == 1:
             if not before + after and "A" in words and len(text.split()) > 3:
-                break
+                continue
             return found[0]
     named = [c for c, option in options.items() if option.lower() in text.lower()]
     return named[0] if len(named) == 1 else None

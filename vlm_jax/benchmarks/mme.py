@@ -2,7 +2,10 @@
 
 Files: <task>/<name>.txt, each with two lines "question<TAB>Yes|No", beside <task>/<name>.jpg or .png; or, where a task has
 these folders, <task>/questions_answers_YN/<name>.txt and <task>/images/<name>.jpg. Or the hub's parquet files
-test-*.parquet {"question_id" (task/image name), "question", "answer", "image"}.
+test-*.parquet {"question_id" (task/image name, or task/images/image name), "question", "answer", "image", and "category", the
+task}.
+
+Answers are read as the official tool does (eval_tool/calculation.py) once white space around them is taken off.
 """
 
 from __future__ import annotations
@@ -89,7 +92,8 @@ def _hub_rows(shards: Sequence[Path]) -> list[Row]:
     found, asked = [], collections.Counter()
     for record in files.read("mme", shards):
         name, question = record.text("question_id"), record.text("question")
-        task, _, picture = name.rpartition("/")
+        task, picture = name.split("/")[0], name.split("/")[-1]
+        name = f"{task}/{picture}"
         gold = record.text("answer").strip().lower()
         if task not in PERCEPTION + COGNITION or gold not in ("yes", "no") or asked[name] == 2:
             raise record.fault(f"{name!r}, {gold!r} is not one of a picture's two questions")
@@ -99,8 +103,12 @@ def _hub_rows(shards: Sequence[Path]) -> list[Row]:
 
 
 def _row(task: str, picture: str, number: int, image: Image, question: str, gold: str) -> Row:
-    asked = question.strip().replace(" Please answer yes or no.", "") + prompts.SHORT
-    more = {"replies": prompts.YES_NO, "task": task, "picture": picture}
+    # Seven questions have two blanks before that sentence: LLaVA's file has none of them.
+    asked = question.strip().replace(" Please answer yes or no.", "").rstrip() + prompts.SHORT
+    stem = Path(picture).stem
+    more = {
+        "replies": prompts.YES_NO, "task": task, "picture": picture, "llava_id": f"{task}/{stem}",
+    }  # fmt: skip
     return records.row(f"{task}/{picture}/{number}", image, asked, gold, **more)
 
 

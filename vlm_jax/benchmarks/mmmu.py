@@ -22,7 +22,10 @@ from vlm_jax.benchmarks.records import Record, Row
 FILES = ("**/validation-*.parquet", "validation.json*", "**/test-*.parquet", "test.json*")
 MOST_IMAGES = 7
 SEED = 42  # of the choice for an answer that names no option; the official script's seed
-TYPES = ("multiple-choice", "open")
+CHOICE, OPEN = (
+    "multiple-choice",
+    "open",
+)  # whatever is no choice is open, as "short-answer" in the official answers
 # What announces an answer, and what is no answer by itself.
 ANNOUNCE = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 PUNCTUATION = (":", ",", ".", "!", "?", ";", "'")
@@ -40,12 +43,11 @@ def rows(path: str | Path) -> list[Row]:
 
 
 def _row(record: Record) -> Row:
-    name, kind = record.text("id"), record.text("question_type")
-    if kind not in TYPES:
-        raise record.fault(f"'question_type' must be one of {', '.join(TYPES)}, got {kind!r}")
-    options = prompts.lettered(_strings(record, "options") if kind == TYPES[0] else [])
+    name = record.text("id")
+    kind = CHOICE if record.text("question_type") == CHOICE else OPEN
+    options = prompts.lettered(_strings(record, "options") if kind == CHOICE else [])
     golds, question = _strings(record, "answer"), record.text("question")
-    if kind == TYPES[0]:
+    if kind == CHOICE:
         if not options:
             raise record.fault("'options' is empty")
         if golds != ["?"] and not set(golds) <= set(options):
@@ -75,37 +77,32 @@ def _strings(record: Record, name: str) -> list[str]:
     if isinstance(value, str) and value.startswith("["):
         try:
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             raise record.fault(f"{name!r} is not a list: {value!r:.60}") from None
     return dataclasses.replace(record, values={name: value}).texts(name)
 
 
 def score(text: str, row: Row) -> float:
     """1.0 for the right letter, or for an open answer that holds a gold one."""
-    if row["type"] == TYPES[0]:
+    if row["type"] == CHOICE:
         return float(choice(text, row["options"], row["id"]) in row["answer"])
     return float(_is_right(open_answers(text), row["answer"]))
 
 
 def choice(text: str, options: Mapping[str, str], name: str) -> str:
-    """The letter that an answer names: "(B)", then "B ", then "B.", then, beyond five words, an option's own text.
+    """The letter that an answer names: "(B)", then " B ", then, beyond five words, an option's own text.
 
-    The one that stands last wins. An answer that names none gets a random option; seeded with the question's id, so
+    Marks around the answer go first, so that "B." is " B "; a "B." inside is no letter. The one that stands last wins. An answer that names none gets a random option; seeded with the question's id, so
     that the score depends on neither order nor run.
     # Differs from MMMU-Benchmark/MMMU: there one generator runs through all answers.
     """
     for mark in (",", ".", "!", "?", ";", ":", "'"):
         text = text.strip(mark)
     text = f" {text} "
-    notations = (
-        ("({})", "({})"),
-        ("{} ", " {} "),
-        ("{}.", " {} "),
-    )  # what is sought, what places it
-    for sought, placed in notations:
-        found = [letter for letter in options if sought.format(letter) in text]
+    for notation in ("({})", " {} "):
+        found = [letter for letter in options if notation.format(letter) in text]
         if found:
-            return _last(found, [text.rfind(placed.format(letter)) for letter in found])
+            return _last(found, [text.rfind(notation.format(letter)) for letter in found])
     if len(text.split()) > 5:
         lower = text.lower()
         found = [letter for letter, option in options.items() if option.lower() in lower]
@@ -167,7 +164,7 @@ reduce = functools.partial(metrics.mean_by_parts, lambda row: [row["subject"], r
 def submission(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, str | bytes]:
     """{id: letter or open answer}, which the server and the official main_eval_only.py take."""
     answers = {
-        row["id"]: choice(text, row["options"], row["id"]) if row["type"] == TYPES[0] else text
+        row["id"]: choice(text, row["options"], row["id"]) if row["type"] == CHOICE else text
         for row, text in zip(rows, texts, strict=True)
     }
     return {"mmmu_submission.json": json.dumps(answers, indent=1)}

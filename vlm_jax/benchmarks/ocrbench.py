@@ -1,5 +1,7 @@
 """OCRBench: 1,000 questions about text in images; right when a gold answer is part of the answer.
 
+Scored as Yuliang-Liu/MultimodalOCR does, OCRBench/example.py (lmms-eval's copy puts answers in lower case for formulas, too).
+
 Native files: OCRBench.json, a list of {"dataset_name", "type", "question", "answers", "image_path"}, with the images in
 OCRBench_Images/; or the hub's test-*.parquet with "dataset", "question_type", "question", "answer", "image".
 """

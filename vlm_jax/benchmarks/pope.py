@@ -1,8 +1,9 @@
 """POPE: is this object in the picture? Yes or no, in three splits; the score is the mean F1 of the splits.
 
-Files: coco_pope_{random,popular,adversarial}.json, one {"question_id", "image", "text", "label"} per line; the images of
-COCO in val2014/, in the same folder or in the one above. Or the hub's parquet files test-*.parquet {"question_id",
-"question", "answer", "category", "image"}.
+Files: coco_pope_{random,popular,adversarial}.json, or those that begin with aokvqa_pope_ or gqa_pope_ (also _pope_seem_), with
+{"question_id", "image", "text", "label"} one per line or in a list; the images of COCO (also for A-OKVQA) in val2014/, those
+of GQA in images/, in the same folder or in the one above. Or the hub's test-*.parquet, or its Full/{adversarial,popular,
+random}-*.parquet, {"question_id", "question", "answer", "category", "image"}.
 """
 
 from __future__ import annotations
@@ -17,33 +18,63 @@ from vlm_jax.benchmarks.records import Image, Record, Row
 from vlm_jax.config import ConfigError
 
 SPLITS = ("random", "popular", "adversarial")
-_FILE = re.compile(r"coco_pope_(random|popular|adversarial)\.json")
+IMAGES = {"coco": "val2014", "aokvqa": "val2014", "gqa": "images"}  # of the files that begin so
+_FILE = re.compile(r"(coco|aokvqa|gqa)_pope(?:_seem)?_(random|popular|adversarial)\.jsonl?")
+_JSON = "*_pope_*.json*"
+_FULL = [
+    pattern for split in SPLITS for pattern in (f"Full/{split}-*.parquet", f"{split}-*.parquet")
+]
 
 
 def rows(annotations: str | Path) -> list[Row]:
     """Ids "<split>/<question_id>". A directory must hold all three splits; a file alone is one split."""
     path = Path(annotations)
-    found = files.find("pope", path, "coco_pope_*.json", *files.shards("test"))
-    if found[0].suffix == ".parquet":
-        made = [_hub_row(record) for record in files.read("pope", found)]
-        return records.distinct(made, f"pope: {path}")
-    if path.is_dir():
-        found = [path / f"coco_pope_{split}.json" for split in SPLITS]
-    missing = [file.name for file in found if not file.is_file()]
-    if missing:
-        raise ConfigError(f"pope: {path} holds no {', '.join(missing)}; add it or name a file.")
-    return [row for file in found for row in _file_rows(file)]
+    named = [file for file in path.glob(_JSON) if _FILE.fullmatch(file.name)]
+    if named:
+        return [row for file in _splits(path, named) for row in _file_rows(file)]
+    found = files.find("pope", path, _JSON, *files.shards("test"), *_FULL)
+    if found[0].suffix != ".parquet":
+        return _file_rows(files.only("pope", path, found))
+    if path.is_dir() and found[0].name.split("-")[0] in SPLITS:
+        full = (files.find("pope", path, *_FULL[i : i + 2]) for i in range(0, len(_FULL), 2))
+        found = [file for files_of_a_split in full for file in files_of_a_split]
+    made = [_hub_row(record) for record in files.read("pope", found)]
+    return records.distinct(made, f"pope: {path}")
 
 
-def _file_rows(path: Path) -> list[Row]:
+def _splits(path: Path, named: Sequence[Path]) -> list[Path]:
+    """The three files of the directory, of one source of images."""
+    of = {file: _parts(file) for file in named}
+    (source, *others) = sorted({source for source, _ in of.values()})
+    if others:
+        several = ", ".join([source, *others])
+        raise ConfigError(f"pope: {path} holds files of {several}; keep those of one in a folder.")
+    found = []
+    for split in SPLITS:
+        fitting = [file for file, parts in of.items() if parts == (source, split)]
+        if not fitting:
+            name = f"{source}_pope_{split}.json"
+            raise ConfigError(f"pope: {path} holds no {name}; add it or name a file.")
+        found.append(files.only("pope", path, fitting))
+    return found
+
+
+def _parts(path: Path) -> tuple[str, str]:
+    """Source of the images, and split."""
     named = _FILE.fullmatch(path.name)
     if not named:
         names = ", ".join(f"coco_pope_{split}.json" for split in SPLITS)
         raise ConfigError(f"pope: {path} is not one of {names}; name one of them.")
-    above = not (path.parent / "val2014").is_dir() and (path.parent / "../val2014").is_dir()
-    folder = "../val2014" if above else "val2014"
+    return named[1], named[2]
+
+
+def _file_rows(path: Path) -> list[Row]:
+    source, split = _parts(path)
+    folder = IMAGES[source]
+    if not (path.parent / folder).is_dir() and (path.parent / ".." / folder).is_dir():
+        folder = f"../{folder}"
     made = [
-        _row(record, named[1], record.image("image", folder=folder), "text", "label")
+        _row(record, split, record.image("image", folder=folder), "text", "label")
         for record in files.read_lines("pope", path)
     ]
     return records.distinct(made, f"pope: {path}")
@@ -60,12 +91,16 @@ def _row(record: Record, split: str, image: Image, question: str, label: str) ->
     gold, text = record.text(label), record.text(question) + prompts.SHORT
     if gold not in ("yes", "no"):
         raise record.fault(f"{label!r} must be yes or no, got {gold!r:.60}")
-    row_id = f"{split}/{record.text('question_id')}"
-    return records.row(row_id, image, text, gold, replies=prompts.YES_NO, split=split)
+    number = record.text("question_id")
+    more = {"replies": prompts.YES_NO, "split": split, "llava_id": number}
+    return records.row(f"{split}/{number}", image, text, gold, **more)
 
 
 def parse(text: str) -> str:
-    """ "no" if the first sentence holds the word No, no or not, else "yes". Source: LLaVA's eval_pope.py."""
+    """ "no" if the first sentence holds the word No, no or not, else "yes". Source: LLaVA's eval_pope.py.
+
+    White space around the text is taken off first, as LLaVA does before it writes an answer.
+    """
     words = text.strip().split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 

@@ -1,10 +1,13 @@
-"""predictions.jsonl: one {"id", "text"} per line, appended while a model answers, paired with rows when scored."""
+"""predictions.jsonl: one {"id", "text"} per line, appended while a model answers, paired with rows when scored.
+
+An evaluation adds "asked", the fingerprint of the question, and on request "question" and "gold"; scoring reads none of them.
+"""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,20 @@ Answer = tuple[str, str]  # id, text
 
 def read(path: str | Path) -> list[Answer]:
     """Every line, in order. Raises ConfigError with file and line number for one that is not an answer."""
+    return [answer(where, line) for where, line in read_lines(path)]
+
+
+def read_lines(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
+    """(file and line number, object) of every line that is not blank. Raises ConfigError for one that is no JSON object."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"predictions: {path} does not exist; give a predictions.jsonl.")
-    lines = path.read_bytes().split(b"\n")
-    return [_parse(line, f"{path}:{i}") for i, line in enumerate(lines, start=1) if line.strip()]
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ConfigError(f"predictions: {path} cannot be read: {error.strerror}.") from error
+    places = [(f"{path}:{i}", line) for i, line in enumerate(lines, start=1) if line.strip()]
+    return [(where, _parse(line, where)) for where, line in places]
 
 
 def resume(path: Path) -> list[Answer]:
@@ -34,10 +46,18 @@ def resume(path: Path) -> list[Answer]:
     return read(path)
 
 
-def append(path: Path, answers: Iterable[Answer]) -> None:
-    """Adds the answers in one write that ends with a newline, so that a kill tears at most the last line."""
-    lines = [json.dumps({"id": i, "text": text}, ensure_ascii=False) + "\n" for i, text in answers]
-    with path.open("a", encoding="utf-8") as file:
+def append(
+    path: Path, answers: Iterable[Answer], beside: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+    """Adds the answers in one write that ends with a newline, so that a kill tears at most the last line.
+
+    beside: other fields of a line, by id.
+    """
+    more = beside or {}
+    records = [{"id": i, "text": text, **more.get(i, {})} for i, text in answers]
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    # A lone surrogate, which a JSON file may hold and UTF-8 may not, becomes its JSON escape.
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write("".join(lines))
 
 
@@ -72,16 +92,20 @@ def pair(
     return paired
 
 
-def _parse(line: bytes, where: str) -> Answer:
+def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
-        answer = json.loads(line)
-    except ValueError as error:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"predictions: {where} is not valid JSON: {error}.") from error
-    strings = isinstance(answer, dict) and all(
-        isinstance(answer.get(k), str) for k in ("id", "text")
-    )
-    if not strings:
+    if not isinstance(value, dict):
+        raise ConfigError(f"predictions: {where} must be an object, got {value!r:.80}.")
+    return value
+
+
+def answer(where: str, line: dict[str, Any]) -> Answer:
+    """Of one line. Raises ConfigError for one that is not {"id": str, "text": str}."""
+    if not all(isinstance(line.get(k), str) for k in ("id", "text")):
         raise ConfigError(
-            f'predictions: {where} must be {{"id": str, "text": str}}, got {answer!r:.80}.'
+            f'predictions: {where} must be {{"id": str, "text": str}}, got {line!r:.80}.'
         )
-    return answer["id"], answer["text"]
+    return line["id"], line["text"]

@@ -21,7 +21,7 @@ def rows(annotations: str | Path) -> list[Row]:
         name, text = record.text("question_id"), record.text("text")
         image = record.image("image") if record.has("image") else None
         count = times[name] = times.get(name, -1) + 1
-        more = {"question_id": record.values["question_id"], "prompt": text}
+        more = {"question_id": record.values["question_id"], "prompt": text, "llava_id": name}
         found.append(records.row(f"{name}#{count}" if count else name, image, text, None, **more))
     return records.distinct(found, f"llava_questions: {path}")
 

@@ -20,9 +20,20 @@ MISSING = {
 }  # fmt: skip
 
 
-def fault(where: str | Path, reason: str) -> ConfigError:
+MEND = "correct the file or download it again"
+
+
+def fault(where: str | Path, reason: str, mend: str = MEND) -> ConfigError:
     """The one wording for what is wrong in a file. where: benchmark and file, and the row or the line."""
-    return ConfigError(f"{where}: {reason}; correct the file or download it again.")
+    return ConfigError(f"{where}: {reason}; {mend}.")
+
+
+def shown(value: Any) -> str:
+    """The beginning of any value of a file, on one line."""
+    try:
+        return f"{value!r:.60}"
+    except RecursionError:
+        return f"a {type(value).__name__} with too many levels"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +54,9 @@ class Record:
         return self.key
 
     def has(self, name: str) -> bool:
-        """Whether the field is there with a value."""
-        return name in self.values and self.values[name] is not None
+        """Whether the field is there with a value: neither null nor, as pandas writes a missing one, a number NaN."""
+        value = self.values.get(name)
+        return value is not None and value == value
 
     def field(self, *names: str) -> Any:
         """The first field of `names` that has a value."""
@@ -57,8 +69,16 @@ class Record:
         """As a string; a number is written as Python does."""
         value = self.field(*names)
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-            raise self.fault(f"{names[0]!r} must be a string, got {value!r:.60}")
-        return str(value)
+            raise self.fault(f"{names[0]!r} must be a string, got {shown(value)}")
+        return self.unicode(names[0], str(value))
+
+    def unicode(self, name: str, value: str) -> str:
+        """The same, if it can be written: JSON's escapes can make half of a pair of surrogates."""
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise self.fault(f"{name!r} is no Unicode text: {shown(value)}") from None
+        return value
 
     def optional(self, name: str) -> str:
         """As a string, "" where it is absent, null, or what pandas calls missing ("nan", "None", ...)."""
@@ -69,22 +89,22 @@ class Record:
         """A whole number."""
         value = self.field(name)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise self.fault(f"{name!r} must be a whole number, got {value!r:.60}")
+            raise self.fault(f"{name!r} must be a whole number, got {shown(value)}")
         return value
 
     def texts(self, *names: str) -> list[str]:
         """A list of strings; a single string is a list of one."""
         value = self.field(*names)
         values = [value] if isinstance(value, str) else value
-        if isinstance(values, list) and all(isinstance(v, (str, int, float)) for v in values):
-            return [str(v) for v in values]
-        raise self.fault(f"{names[0]!r} must be a list of strings, got {value!r:.60}")
+        if isinstance(values, list) and all(_is_text(v) for v in values):
+            return [self.unicode(names[0], str(v)) for v in values]
+        raise self.fault(f"{names[0]!r} must be a list of strings, got {shown(value)}")
 
     def part(self, name: str) -> dict[str, Any]:
         """An object inside it, {} where there is none."""
         value = self.values[name] if self.has(name) else {}
         if not isinstance(value, dict):
-            raise self.fault(f"{name!r} must be an object, got {value!r:.60}")
+            raise self.fault(f"{name!r} must be an object, got {shown(value)}")
         return value
 
     def image(self, *names: str, folder: str = "") -> Image:
@@ -96,7 +116,12 @@ class Record:
             return f"{folder}/{value}" if folder else value
         if callable(value):
             return value
-        raise self.fault(f"{names[0]!r} must be an image or its path, got {value!r:.60}")
+        raise self.fault(f"{names[0]!r} must be an image or its path, got {shown(value)}")
+
+
+def _is_text(value: Any) -> bool:
+    """A string, or a number that is one when it is written."""
+    return isinstance(value, (str, int, float)) and not isinstance(value, bool) and value == value
 
 
 def row(row_id: str, image: Image | None, question: str, /, answer: Any, **more: Any) -> Row:

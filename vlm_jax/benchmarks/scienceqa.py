@@ -1,7 +1,8 @@
 """ScienceQA: school questions with two to five options, some with a picture; the score is that of those with one.
 
 Files: problems.json {id: {"question", "choices", "answer" (index), "hint", "image"}}, pid_splits.json {"test": [ids]};
-images/test/<id>/image.png.
+images/test/<id>/image.png. Or the hub's test-*.parquet {"question", "choices", "answer", "hint", "image"}, of all questions
+(ScienceQA-FULL, read first) or of those with a picture (ScienceQA-IMG).
 """
 
 from __future__ import annotations
@@ -12,34 +13,49 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.benchmarks import files, metrics, prompts, records
-from vlm_jax.benchmarks.records import Record, Row
+from vlm_jax.benchmarks.records import Image, Record, Row
 from vlm_jax.config import ConfigError
 
 LETTERS = "ABCDE"
+HUB = (
+    "ScienceQA-FULL/test-*.parquet", *files.shards("test"), "ScienceQA-IMG/test-*.parquet",
+)  # fmt: skip
 _SAID = re.compile(r"The answer is ([A-Z]).")  # the last dot is any character, as in LLaVA's code
 
 
-def rows(directory: str | Path) -> list[Row]:
-    """The test split in the order of pid_splits.json; ids are the problems' ids. Prompts as lmms-eval writes them."""
-    path, splits = Path(directory) / "problems.json", Path(directory) / "pid_splits.json"
+def rows(annotations: str | Path) -> list[Row]:
+    """The test split in the order of pid_splits.json; ids are the problems' ids. Prompts as lmms-eval writes them.
+
+    The hub's files have no ids: there they are the numbers of the rows, from 0.
+    """
+    (path, *shards) = files.find("scienceqa", annotations, "problems.json", *HUB)
+    if path.suffix == ".parquet":
+        made = [
+            _row(record, str(number), record.image("image") if record.has("image") else None)
+            for number, record in enumerate(files.read("scienceqa", [path, *shards]))
+        ]
+        return records.distinct(made, f"scienceqa: {path}")
+    splits = path.parent / "pid_splits.json"
     problems = {record.name(): record for record in files.read("scienceqa", [path])}
     split = files.head("scienceqa", splits)
     found = []
     for pid in split.texts("test"):
         if pid not in problems:
             raise split.fault(f"problem {pid} is not in {path.name}")
-        found.append(_row(problems[pid]))
+        record, folder = problems[pid], f"images/test/{pid}"
+        image = record.image("image", folder=folder) if record.optional("image") else None
+        found.append(_row(record, pid, image))
     return records.distinct(found, split.where)
 
 
-def _row(record: Record) -> Row:
-    pid, hint, choices = record.key, record.text("hint"), record.texts("choices")
+def _row(record: Record, pid: str, image: Image | None) -> Row:
+    hint = record.text("hint") if record.has("hint") else ""
+    choices = record.texts("choices")
     answer = record.whole("answer")
     if not 0 <= answer < len(choices) <= len(LETTERS):
         raise record.fault(f"answer {answer} of {len(choices)} choices; at most {len(LETTERS)}")
     letters = tuple(LETTERS[: len(choices)])
     context = f"Context: {hint}\n" if hint else ""
-    image = record.image("image", folder=f"images/test/{pid}") if record.optional("image") else None
     asked = context + prompts.with_options(record.text("question"), choices) + prompts.LETTER
     return records.row(pid, image, asked, letters[answer], replies=letters)
 

@@ -7,7 +7,9 @@ the hub's test-*.parquet with the same fields. Questions about videos are left o
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vlm_jax.benchmarks import files, metrics, prompts, records
@@ -19,7 +21,7 @@ OPTIONS = ("choice_a", "choice_b", "choice_c", "choice_d")
 
 
 def rows(path: str | Path) -> list[Row]:
-    """Ids are SEED-Bench's question_id."""
+    """Ids are SEED-Bench's question_id, and "<question_id>#1" where it comes again: version 1 gives one to two questions."""
     found = files.find("seed", path, *FILES)
     names = _dimensions(found[0]) if found[0].suffix == ".json" else {}
     made = [
@@ -27,6 +29,11 @@ def rows(path: str | Path) -> list[Row]:
         for record in files.read("seed", found, inside="questions")
         if record.text("data_type") == "image"
     ]
+    times: Counter[str] = Counter()
+    for row in made:
+        if times[row["llava_id"]]:
+            row["id"] = f"{row['llava_id']}#{times[row['llava_id']]}"
+        times[row["llava_id"]] += 1
     return records.distinct(made, f"seed: {path}")
 
 
@@ -45,16 +52,26 @@ def _row(record: Record, names: Mapping[str, str]) -> Row:
     text = prompts.with_options(record.text("question"), options) + prompts.LETTER
     hub = record.has("image")
     image = record.image("image") if hub else record.image("data_id", folder=IMAGES)
-    more = {"replies": letters, "dimension": names.get(dimension, dimension)}
-    return records.row(record.text("question_id"), image, text, answer, **more)
+    number = record.text("question_id")
+    more = {"replies": letters, "dimension": names.get(dimension, dimension), "llava_id": number}
+    return records.row(number, image, text, answer, **more)
 
 
 def score(text: str, row: Row) -> float:
-    """1.0 if the first character is the right letter, as lmms-eval reads it.
+    """1.0 if the first character is the right letter, in either case, as lmms-eval reads it.
 
     # Differs from haotian-liu/LLaVA: there the whole answer must be the letter ("A." is wrong).
     """
-    return float(text.strip()[:1] == row["answer"])
+    return float(text.strip()[:1].lower() == row["answer"].lower())
+
+
+def submission(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, str | bytes]:
+    """Lines {"question_id", "prediction"}, as LLaVA's convert_seed_for_submission.py writes; images alone."""
+    lines = [
+        json.dumps({"question_id": row["llava_id"], "prediction": text}) + "\n"
+        for row, text in zip(rows, texts, strict=True)
+    ]
+    return {"seed_submission.jsonl": "".join(lines)}
 
 
 reduce = functools.partial(metrics.mean_by, "dimension")

@@ -15,14 +15,14 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_jax import cli
+from vlm_jax import cli, files
 from vlm_jax.benchmarks import BENCHMARKS
+from vlm_jax.benchmarks.records import shown
 from vlm_jax.config import ConfigError
 
 # key of BENCHMARKS -> heading
@@ -54,15 +54,12 @@ def read(argument: str) -> Run:
     file = path / "scores.json" if path.is_dir() else path
     if not file.is_file():
         raise ConfigError(f"tables: no file {file}; give a directory with scores.json, or a file.")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"tables: {file} is not valid JSON: {error}.") from error
+    content = files.parse_json(files.read_text(file), f"tables: {file}")
     results = content if isinstance(content, list) else [content]
     scores: dict[str, Mapping[str, Any]] = {}
     for result in results:
-        if not isinstance(result, dict) or not {"benchmark", "score", "details"} <= set(result):
-            raise ConfigError(f"tables: {file} holds {result!r:.60}, which is no score.")
+        if not _is_score(result):
+            raise ConfigError(f"tables: {file} holds {shown(result)}, which is no score.")
         if result["benchmark"] in scores:
             raise ConfigError(f"tables: {file} holds two scores of {result['benchmark']}.")
         scores[result["benchmark"]] = result
@@ -70,12 +67,28 @@ def read(argument: str) -> Run:
     return Run(name, scores, *_model(file.parent / "errors.csv"))
 
 
+def _is_score(result: Any) -> bool:
+    """Whether it has what `cell` prints."""
+    if not isinstance(result, dict) or not isinstance(result.get("benchmark"), str):
+        return False
+    details = result.get("details")
+    shows = [result.get("score")]
+    if result["benchmark"] == "mme" and isinstance(details, dict):
+        shows.append(details.get("perception"))
+    return isinstance(details, dict) and all(
+        isinstance(value, (int, float)) and not isinstance(value, bool) for value in shows
+    )
+
+
 def _model(errors: Path) -> tuple[str, str]:
     """Compressor and visual tokens of an errors.csv; several, if it has rows of several models, joined by "/"."""
     if not errors.is_file():
         return "", ""
-    lines = [line for line in errors.read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
-    rows = list(csv.DictReader(lines))
+    lines = [line for line in files.read_text(errors).splitlines() if line[:1] != "#"]
+    try:
+        rows = list(csv.DictReader(lines))
+    except csv.Error as error:
+        raise ConfigError(f"tables: {errors} is not valid CSV: {error}.") from error
     found = []
     for column in ("compressor", "visual_tokens"):
         values = dict.fromkeys(row[column] for row in rows if row.get(column))

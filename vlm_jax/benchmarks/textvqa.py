@@ -75,6 +75,8 @@ def _row(record: Record, tokens: Mapping[str, str] | None) -> Row:
     golds = vqa.human_answers(record) if record.has("answers") else None
     question_id = record.text("question_id")
     more = {"question_id": record.values["question_id"]}
+    if record.has("image_id"):
+        more["llava_id"] = record.text("image_id")
     return records.row(question_id, _image(record), question, golds, **more)
 
 

@@ -1,7 +1,9 @@
 """VQAv2: the validation split is scored here, the test splits by their server.
 
 Files: v2_OpenEnded_mscoco_<split>_questions.json and, where the gold is public, v2_mscoco_<split>_annotations.json; images
-<folder>/COCO_<folder>_<image id, 12 digits>.jpg in val2014/, train2014/ or test2015/ (for test-dev2015, too).
+<folder>/COCO_<folder>_<image id, 12 digits>.jpg in val2014/, train2014/ or test2015/ (for test-dev2015, too). Or the hub's
+parquet files {"question_id", "question", "image", and, but for test, "answers" x 10, "answer_type"}: validation-* before
+testdev-* before test-*.
 """
 
 from __future__ import annotations
@@ -12,15 +14,35 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlm_jax.benchmarks import files, prompts, records, vqa
-from vlm_jax.benchmarks.records import Row
+from vlm_jax.benchmarks.records import Record, Row
 from vlm_jax.config import ConfigError
 
+# The hub's name of a split -> the challenge's.
+HUB = {"validation": "val2014", "testdev": "test-dev2015", "test": "test2015"}
 _FILE = re.compile(r"v2_OpenEnded_mscoco_([a-z]+(?:-dev)?\d{4})_questions\.json")
 
 
 def rows(annotations: str | Path) -> list[Row]:
     """Ids are the question_id. With several question files in the directory, name the one that is meant."""
-    path = files.find_one("vqav2", annotations, "v2_OpenEnded_mscoco_*_questions.json")
+    shards = [pattern for split in HUB for pattern in files.shards(split)]
+    found = files.find("vqav2", annotations, "v2_OpenEnded_mscoco_*_questions.json", *shards)
+    if found[0].suffix == ".parquet":
+        split = HUB.get(found[0].name.split("-")[0], "")
+        made = [_hub_row(record, split) for record in files.read("vqav2", found)]
+        return records.distinct(made, f"vqav2: {found[0]}")
+    return _file_rows(files.only("vqav2", annotations, found))
+
+
+def _hub_row(record: Record, split: str) -> Row:
+    gold: Row = {"answer": None}
+    if record.has("answers") and record.values["answers"] != []:
+        gold = {"answer": vqa.human_answers(record), "answer_type": record.text("answer_type")}
+    question_id, question = record.whole("question_id"), record.text("question") + prompts.SHORT
+    more = {"question_id": question_id, "split": split}
+    return records.row(str(question_id), record.image("image"), question, **gold, **more)
+
+
+def _file_rows(path: Path) -> list[Row]:
     named = _FILE.fullmatch(path.name)
     if not named:
         raise ConfigError(

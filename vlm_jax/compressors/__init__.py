@@ -16,7 +16,9 @@ A compressor is one file and one line of COMPRESSORS. Its file holds
   token stands is its slot, or `Visual.places`. It does not change with the number of tokens an elastic compressor shows;
 - elastic, for a compressor that is trained for several numbers of tokens and shows one of them later; else None;
 - flops(config, grid, width, text_width) -> FLOPs of one image, a multiply-add counted as 2, norms and activations as 0;
-  without the projector and without the language model's pass over the question.
+  without the projector and without the language model's pass over the question;
+- entry_flops, with the same arguments: the part of `flops` in linear maps that read features or the question themselves.
+  While the encoder is frozen nothing flows back through them, so a training step spends them once less (default: 0).
 
 Sizes that do not fit are refused by `config.VLMConfig`, before anything is built.
 """
@@ -53,6 +55,10 @@ class Elastic(NamedTuple):
     draws: bool
 
 
+def _no_entry(config: CompressorConfig, grid: int, width: int, text_width: int) -> int:
+    return 0
+
+
 class Compressor(NamedTuple):
     module: type[nn.Module]
     num_tokens: Callable[[CompressorConfig, int], int]
@@ -63,13 +69,14 @@ class Compressor(NamedTuple):
     uses_scores: bool = False
     place: str = "before"  # before | inside | instead: of the projector
     elastic: Elastic | None = None
+    entry_flops: Callable[[CompressorConfig, int, int, int], int] = _no_entry
 
 
 # fmt: off
 COMPRESSORS: dict[str, Compressor] = {
     "identity": Compressor(identity.Identity, identity.num_tokens, identity.flops, identity.num_tokens),
-    "quecc": Compressor(quecc.QueCC, windows.num_tokens, quecc.flops, windows.num_tokens, uses_query=True, uses_taps=True),
-    "tokenpacker": Compressor(tokenpacker.TokenPacker, windows.num_tokens, tokenpacker.flops, windows.num_tokens, uses_taps=True),
+    "quecc": Compressor(quecc.QueCC, windows.num_tokens, quecc.flops, windows.num_tokens, uses_query=True, uses_taps=True, entry_flops=quecc.entry_flops),
+    "tokenpacker": Compressor(tokenpacker.TokenPacker, windows.num_tokens, tokenpacker.flops, windows.num_tokens, uses_taps=True, entry_flops=tokenpacker.entry_flops),
     "pool": Compressor(pool.Pool, windows.num_tokens, pool.flops, windows.num_tokens),
     "m3": Compressor(m3.M3, m3.num_tokens, m3.flops, m3.num_places, place="inside", elastic=Elastic(m3.show, m3.train_tokens, draws=False)),
     "mqt": Compressor(mqt.MQT, mqt.num_tokens, mqt.flops, mqt.num_places, place="instead", elastic=Elastic(mqt.show, mqt.train_tokens, draws=True)),

@@ -79,3 +79,8 @@ def flops(config: CompressorConfig, grid: int, width: int, text_width: int) -> i
     query = windows.mlp_flops(patches, width, width) + 2 * tokens * config.stride**2 * width
     keys_values = 2 * windows.mlp_flops(patches, windows.taps_width(config, width), width)
     return text + query + keys_values + windows.attention_flops(tokens, patches, width)
+
+
+def entry_flops(config: CompressorConfig, grid: int, width: int, text_width: int) -> int:
+    """The maps of the question's state and of the taps (the features' own path carries the question's gradient)."""
+    return 2 * text_width * width + 4 * grid**2 * windows.taps_width(config, width) * width

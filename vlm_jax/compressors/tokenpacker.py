@@ -75,3 +75,9 @@ def flops(config: CompressorConfig, grid: int, width: int, text_width: int) -> i
     query = 8 * tokens * width + 2 * tokens * width**2
     keys_values = 2 * windows.mlp_flops(patches, windows.taps_width(config, width), width)
     return query + keys_values + windows.attention_flops(tokens, patches, width)
+
+
+def entry_flops(config: CompressorConfig, grid: int, width: int, text_width: int) -> int:
+    """The map of the down-sampled feature and those of the taps."""
+    query = 2 * windows.num_tokens(config, grid) * width**2
+    return query + 4 * grid**2 * windows.taps_width(config, width) * width

@@ -19,8 +19,8 @@ from jaxtyping import Bool, Int32
 
 from vlm_jax.config import ConfigError, check_choice
 from vlm_jax.data.queries import NO_QUERY, QUERIES
+from vlm_jax.data.records import IMAGE, Record, Turn
 from vlm_jax.data.rendering import Chunk, Spans, chunks, render
-from vlm_jax.data.sources import IMAGE, Record, Turn
 from vlm_jax.data.templates import TEMPLATES
 from vlm_jax.data.tokenizer import Tokenizer
 
@@ -70,19 +70,20 @@ class Chat:
         check_choice("data", "template", template, TEMPLATES)
         self.tokenizer, self.template = tokenizer, TEMPLATES[template]
         for token in self.template.control:
-            if tokenizer.token_id(token) is None:
+            if not tokenizer.holds(token):
+                fits = [name for name, t in TEMPLATES.items() if t.control and all(map(tokenizer.holds, t.control))]  # fmt: skip
+                choice = f"use one that it can write ({', '.join(fits)})" if fits else "choose the model's own template"  # fmt: skip
                 raise ConfigError(
                     f"data: template {template!r} needs the token {token!r}, which the tokenizer lacks;"
-                    " choose the model's own template or add the token."
+                    f" {choice} or add the token."
                 )
         self.system = self.template.system_prompt if system is None else system
         self.independent = turns == "independent"
         self.visual_tokens, self.max_tokens = visual_tokens, max_tokens
         self.max_query_tokens, self.max_images = max_query_tokens, max_images
         self.queries = QUERIES[query]
-        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        self._bos_ids = np.array(bos, np.int32)
-        self._bos = Unit(self._bos_ids, np.zeros(len(bos), bool))
+        self._bos_ids = np.array(tokenizer.bos_ids, np.int32)
+        self._bos = Unit(self._bos_ids, np.zeros(len(tokenizer.bos_ids), bool))
         reserved = sorted(
             {*tokenizer.specials, *self.template.control, IMAGE}, key=len, reverse=True
         )
@@ -247,6 +248,10 @@ class Chat:
             raise record.bad(
                 "turns are independent, but a later turn has an image; move it to the first turn"
             )
+        if record.turns[0].places and len(record.turns) > 1:
+            raise record.bad(
+                "turns are independent, but an image stands inside the first question; put the images before it"
+            )
         return self._turns_apart(record)
 
     def _dialogue(self, record: Record) -> list[Unit]:
@@ -272,11 +277,11 @@ class Chat:
         Every turn has the ids it would have as the only turn of the record.
         """
         system = self.system if record.system is None else record.system
-        images = record.turns[0].images
+        turns = [dataclasses.replace(turn, images=record.turns[0].images) for turn in record.turns]
         chars = len(system) + max(len(t.question) + len(t.answer or "") for t in record.turns)
         encode = self._cached_alone if chars < CACHED_CHARS else self._alone
         try:
-            alone = [encode(system, images, t.question, t.answer) for t in record.turns]
+            alone = [encode(system, turn) for turn in turns]
         except ValueError as error:
             raise record.bad(str(error)) from None
         first = alone[0]
@@ -292,12 +297,11 @@ class Chat:
             units.append(Unit(a.ids[shared:], loss, number))
         return units
 
-    def _alone(self, system: str, images: int, question: str, answer: str | None) -> Alone:
-        turn = Turn(images, question, answer)
+    def _alone(self, system: str, turn: Turn) -> Alone:
         *before, text = chunks(render(self.template, system, [turn]))
         assert text is not None  # every template writes something after the answer
         prefix = (self._bos, *self._encoded(before))
-        if images:
+        if turn.images:
             ids, loss, _ = self._tokenised(*text)
             return Alone(prefix, ids, loss, [])
         ids, loss, stops = self._chunk(*text)

@@ -11,8 +11,8 @@ from jaxtyping import UInt8
 
 from vlm_jax.config import ConfigError, ViTConfig
 from vlm_jax.data import sources
+from vlm_jax.data.records import BadRecord, Record
 from vlm_jax.data.rows import Pixels, make_pixels
-from vlm_jax.data.sources import BadRecord, Record
 from vlm_jax.run_config import DataConfig
 
 

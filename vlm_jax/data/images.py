@@ -1,18 +1,19 @@
 """An image file to uint8 pixels [H W 3]: RGB, squared (pad, crop or stretch), resized with Pillow's filters.
 
 The result equals what Hugging Face's CLIP and SigLIP processors hold before they divide by 255; the model
-normalises on the device. EXIF orientation is ignored, as there.
+normalises on the device. EXIF orientation is ignored, as there, unless `exif_rotation` is asked for.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import stat
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 
 MODES = ("pad", "crop", "stretch")
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -36,27 +37,29 @@ def load(
     mean: Sequence[float],
     max_pixels: int,
     resample: str = "bicubic",
+    exif_rotation: bool = False,
 ) -> UInt8[np.ndarray, "H W 3"]:
     """The image at a path, in encoded bytes or in those that a call gives, as [image_px image_px 3].
 
-    mean: the encoder's channel means in 0..1; `pad` fills with them. resample: a key of FILTERS. Raises ImageError for a missing, empty,
-    damaged or non-image file, and for one whose header promises more than max_pixels (before decoding it).
+    mean: the encoder's channel means in 0..1; `pad` fills with them. resample: a key of FILTERS. exif_rotation: turn and mirror
+    it as its EXIF orientation says. Raises ImageError for a missing, empty, damaged or non-image file, and for one whose header
+    promises more than max_pixels (before decoding it).
     """
     try:
         with Image.open(_stream(source)) as image:
             _check_size(image.size, max_pixels)
-            rgb = to_rgb(image)
+            rgb = to_rgb(ImageOps.exif_transpose(image) if exif_rotation else image)
+        return fit(rgb, image_px, mode, mean, max_pixels, resample)
     except ImageError:
         raise
-    except FileNotFoundError:
+    except FileNotFoundError:  # the file that an embedded image lies in
         raise ImageError("the image file does not exist") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"too many pixels: {error}") from None
     except Image.UnidentifiedImageError:
         raise ImageError("not an image in a format Pillow knows") from None
     except Exception as error:  # Pillow's plugins raise whatever a damaged file makes them raise
-        raise ImageError(f"cannot be decoded: {type(error).__name__}: {error}") from None
-    return fit(rgb, image_px, mode, mean, max_pixels, resample)
+        raise ImageError(f"cannot be decoded: {type(error).__name__}: {error!s:.300}") from None
 
 
 def _stream(source: str | bytes | Callable[[], bytes]) -> str | io.BytesIO:
@@ -66,8 +69,24 @@ def _stream(source: str | bytes | Callable[[], bytes]) -> str | io.BytesIO:
         if not source:
             raise ImageError("the image is empty (0 bytes)")
         return io.BytesIO(source)
-    if os.path.isfile(source) and os.path.getsize(source) == 0:
+    try:
+        status = os.stat(source)
+    except (FileNotFoundError, NotADirectoryError):
+        folder, name = os.path.split(source)
+        there = "" if os.path.isdir(folder) else ", which does not exist itself"
+        raise ImageError(
+            f"the image file does not exist; looked for {name[:200]!r} in {folder!r}{there}"
+        ) from None
+    except OSError as error:
+        raise ImageError(f"the image file cannot be read: {error.strerror}") from None
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError("is a folder, not an image file")
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError("is no regular file")
+    if not status.st_size:
         raise ImageError("the image file is empty (0 bytes)")
+    if not os.access(source, os.R_OK):
+        raise ImageError("the image file cannot be read: Permission denied")
     return source
 
 

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from vlm_jax.data import sources
+from vlm_jax.data.records import BadRecord
 from vlm_jax.data.rows import Batch, Encoder, Features, make_chat
-from vlm_jax.data.sources import BadRecord
 from vlm_jax.run_config import DataConfig
 
 SAMPLED = 2048  # records tokenised to estimate how many samples a batch holds

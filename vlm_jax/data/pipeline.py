@@ -21,6 +21,7 @@ from absl import flags, logging
 
 from vlm_jax.config import ConfigError, ViTConfig
 from vlm_jax.data import packing, sampling, sources
+from vlm_jax.data.records import BadRecord
 from vlm_jax.data.rows import (
     Assembly,
     Batch,
@@ -29,7 +30,6 @@ from vlm_jax.data.rows import (
     make_encoder,
     open_features,
 )
-from vlm_jax.data.sources import BadRecord
 from vlm_jax.run_config import DataConfig
 
 TEXT_CHUNK = (
@@ -195,6 +195,7 @@ def train_iterator(
             f"data: batch_size {cfg.batch_size} is not divisible by the {num_shards} processes that load data."
         )
     source, features = sources.open_source(cfg), open_features(cfg)
+    sources.tell_unread(source)
     encoder, rows = make_encoder(cfg, visual_tokens, vit, features), cfg.batch_size // num_shards
     if cfg.sampling == "modality_length":
         order = _order(cfg, visual_tokens)

@@ -20,10 +20,9 @@ import numpy as np
 from jaxtyping import Int32
 
 from vlm_jax.config import ViTConfig
-from vlm_jax.data import sources
 from vlm_jax.data.chat import Unit, common_length
+from vlm_jax.data.records import Record, parse
 from vlm_jax.data.rows import Batch, Encoder, Features, make_encoder, open_features, stack
-from vlm_jax.data.sources import Record
 from vlm_jax.run_config import DataConfig
 
 BUCKET_STEP = 8
@@ -154,7 +153,14 @@ def prepare(
     encoder = make_encoder(cfg, visual_tokens, vit, features)
     chat = encoder.chat
     parsed = [
-        sources.parse(raw, "evaluation records", image_root, f"#{i}", generate=True)
+        parse(
+            raw,
+            "evaluation records",
+            image_root,
+            f"#{i}",
+            generate=True,
+            ignored=cfg.ignored_fields,
+        )
         for i, raw in enumerate(records)
     ]
     if not parsed:

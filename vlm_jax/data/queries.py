@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vlm_jax.data.sources import Record
+from vlm_jax.data.records import Record
 
 NO_QUERY = "image"  # the query of a row without one, as in the reference
 

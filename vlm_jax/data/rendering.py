@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from vlm_jax.data.sources import IMAGE, Turn
+from vlm_jax.data.records import IMAGE, Turn
 from vlm_jax.data.templates import Piece, Template, header
 
 Spans = tuple[tuple[int, int], ...]  # [begin, end) characters of the supervised stretches of a text
@@ -31,21 +32,38 @@ def render(template: Template, system: str, turns: Sequence[Turn]) -> list[Segme
     if system:
         write((*template.system.before, (system, False), *template.system.after), 0)
     for number, turn in enumerate(turns, start=1):
-        question = turn.question if template.keeps_question else ""
         write(template.user.before, number)
-        for image in range(turn.images):
-            segments.append(Segment(IMAGE, False, number))
-            if template.after_image:
-                segments.append(Segment(template.after_image, False, number, alone=True))
-            if template.keeps_question and (question or image + 1 < turn.images):
-                segments.append(Segment("\n", False, number))
-        write(((question, False), *template.user.after), number)
+        segments.extend(_asked(template, turn, number))
+        write(template.user.after, number)
         if turn.answer is None:
             write(header(template), number)
         else:
             answer = (turn.answer, True)
-            write((*template.assistant.before, answer, *template.assistant.after), number)
+            said = (*template.assistant.before, answer, *template.assistant.after)
+            write([(text, learnt and turn.learnt) for text, learnt in said], number)
     return [segment for segment in segments if segment.text]
+
+
+def _asked(template: Template, turn: Turn, number: int) -> Iterator[Segment]:
+    """A question with its pictures where they stand; those before it are followed by a newline each, as LLaVA writes them."""
+
+    def picture() -> Iterator[Segment]:
+        yield Segment(IMAGE, False, number)
+        if template.after_image:
+            yield Segment(template.after_image, False, number, alone=True)
+
+    if turn.places and template.keeps_question:
+        for begin, end in itertools.pairwise((0, *turn.places)):
+            yield Segment(turn.question[begin:end], False, number)
+            yield from picture()
+        yield Segment(turn.question[turn.places[-1] :], False, number)
+        return
+    question = turn.question if template.keeps_question else ""
+    for image in range(turn.images):
+        yield from picture()
+        if template.keeps_question and (question or image + 1 < turn.images):
+            yield Segment("\n", False, number)
+    yield Segment(question, False, number)
 
 
 def chunks(segments: Sequence[Segment]) -> list[Chunk]:

@@ -9,13 +9,15 @@ import os
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import ml_dtypes
 import numpy as np
 from jaxtyping import UInt8
 
 from vlm_jax.config import ConfigError, ViTConfig
 from vlm_jax.data import images, tokenizer
 from vlm_jax.data.chat import Chat
-from vlm_jax.data.sources import BadRecord, Concatenated, Image, Record, Turn
+from vlm_jax.data.records import BadRecord, Image, Record, Turn
+from vlm_jax.data.sources import Concatenated
 from vlm_jax.run_config import DataConfig
 
 Batch = dict[str, Any]
@@ -52,15 +54,23 @@ def make_chat(cfg: DataConfig, visual_tokens: int) -> Chat:
 
 
 class Features:
-    """A cache of encoder features: last.npy [N P C], taps.npy [N P Z] (absent if equal), index.json {path: row}."""
+    """A cache of encoder features (see data/feature_cache.py): last.npy [N P C], taps.npy [N P Z] (absent if equal), index.json."""
 
     def __init__(self, directory: str):
         self.directory = directory
-        with open(os.path.join(directory, "index.json"), encoding="utf-8") as file:
-            self.rows: dict[str, int] = json.load(file)
-        self.last = np.load(os.path.join(directory, "last.npy"), mmap_mode="r")
         taps = os.path.join(directory, "taps.npy")
-        self.taps = np.load(taps, mmap_mode="r") if os.path.isfile(taps) else None
+        try:
+            with open(os.path.join(directory, "index.json"), encoding="utf-8") as file:
+                self.rows: dict[str, int] = json.load(file)
+            self.last = _open(os.path.join(directory, "last.npy"))
+            self.taps = _open(taps) if os.path.isfile(taps) else None
+            whole = all(isinstance(row, int) for row in self.rows.values())
+        except (OSError, ValueError, EOFError, RecursionError, AttributeError) as error:
+            raise ConfigError(
+                f"data: features_dir {directory!r} cannot be read: {type(error).__name__}: {error!s:.200}; write the cache again."
+            ) from None
+        if not whole:
+            raise ConfigError(f"data: {directory}: index.json must hold a whole number per image.")
         if self.rows and max(self.rows.values()) >= len(self.last):
             raise ConfigError(
                 f"data: {directory}: index.json points past the {len(self.last)} rows of last.npy."
@@ -71,6 +81,12 @@ class Features:
         last = _take(self.last, rows)
         taps = last if self.taps is None else _take(self.taps, rows)
         return {"feature_last": last, "feature_taps": taps}
+
+
+def _open(path: str) -> np.ndarray:
+    """A memory-mapped table; bits of bfloat16, which NumPy cannot store by name, become numbers again."""
+    table = np.load(path, mmap_mode="r")
+    return table.view(ml_dtypes.bfloat16) if table.dtype == np.uint16 else table
 
 
 def _take(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -88,20 +104,34 @@ class Pixels:
     mean: tuple[float, ...]
     max_pixels: int
     resample: str
+    exif_rotation: bool = False
 
     def load(self, record: Record, image: Image) -> UInt8[np.ndarray, "H W 3"]:
         source = os.path.join(record.root, image) if isinstance(image, str) else image
-        name = f"image {image!r}: " if isinstance(image, str) else ""
+        name = f"image {image[:200]!r}: " if isinstance(image, str) else ""
         try:
             return images.load(
-                source, self.image_px, self.mode, self.mean, self.max_pixels, self.resample
+                source,
+                self.image_px,
+                self.mode,
+                self.mean,
+                self.max_pixels,
+                self.resample,
+                self.exif_rotation,
             )
         except images.ImageError as error:
             raise record.bad(f"{name}{error}") from None
 
 
 def make_pixels(cfg: DataConfig, vit: ViTConfig) -> Pixels:
-    return Pixels(vit.image_px, cfg.image_mode, vit.mean, cfg.max_image_pixels, vit.resample)
+    return Pixels(
+        vit.image_px,
+        cfg.image_mode,
+        vit.mean,
+        cfg.max_image_pixels,
+        vit.resample,
+        cfg.exif_rotation,
+    )
 
 
 class Encoder:

@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import Int32
 
 from vlm_jax.data import sources
+from vlm_jax.data.records import BadRecord
 from vlm_jax.data.rows import Batch, EncodeChunk, Encoder, Features, Stacked
-from vlm_jax.data.sources import BadRecord
 from vlm_jax.run_config import DataConfig
 
 MEGA_BATCHES = 50  # shuffled batches sorted together, as in transformers' LengthGroupedSampler

@@ -6,168 +6,38 @@ file when it reads its first record. Nothing is held in memory but 16 bytes per 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
+import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from vlm_jax.config import ConfigError
-from vlm_jax.data import tokenizer
+from vlm_jax.data import fields, tokenizer
+from vlm_jax.data.records import GPT, HUMAN, IMAGE, BadRecord, Record, parse
 from vlm_jax.run_config import DataConfig
 
-IMAGE = "<image>"
-# A path, an encoded image, or what reads one when it is called.
-Image = str | bytes | Callable[[], bytes]
-HUMAN, GPT, SYSTEM = "human", "gpt", "system"
+log = logging.getLogger(__name__)
 TFDS_FILES = ("dataset_info.json", "features.json")
+GLANCED = 256  # records looked at for fields that are not read
 _SPACE = re.compile(r"[ \t\r\n]*")
-
-
-class BadRecord(ConfigError):
-    """A record that cannot be used: which file, which record (its id, index or line), and why."""
-
-    def __init__(self, file: str, record_id: str, reason: str):
-        super().__init__(f"data: {file}: record {record_id}: {reason}")
-        self.file, self.record_id, self.reason = file, record_id, reason
-
-    def __reduce__(self):
-        return type(self), (self.file, self.record_id, self.reason)
-
-
-@dataclasses.dataclass(frozen=True)
-class Turn:
-    """A question with `images` pictures before it, and its answer (None: to be generated)."""
-
-    images: int
-    question: str
-    answer: str | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """A conversation. images: paths are relative to root. system: its own system prompt, if any."""
-
-    file: str
-    id: str
-    root: str
-    images: tuple[Image, ...]
-    system: str | None
-    turns: tuple[Turn, ...]
-
-    def bad(self, reason: str) -> BadRecord:
-        return BadRecord(self.file, self.id, reason)
 
 
 @runtime_checkable
 class Source(Protocol):
     """What `open_source` gives: picklable, indexable by any thread; a bad record raises BadRecord."""
 
+    path: str
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Record: ...
 
-
-def parse(raw: Any, file: str, root: str, fallback_id: str, generate: bool = False) -> Record:
-    """A LLaVA record as a Record, or BadRecord.
-
-    A leading gpt turn is dropped, as LLaVA does; an optional system message comes first; then human and gpt alternate,
-    ending with gpt, or with human if `generate`.
-    """
-    if not isinstance(raw, dict):
-        raise BadRecord(file, fallback_id, f"expected an object, got {type(raw).__name__}")
-    record_id = str(raw["id"]) if "id" in raw else fallback_id
-    if "conversations" not in raw or not isinstance(raw["conversations"], list):
-        raise BadRecord(file, record_id, "has no list 'conversations'")
-    try:
-        images = _images(raw)
-        system, messages = _messages(raw["conversations"])
-        turns = _turns(messages, generate)
-    except ValueError as error:
-        raise BadRecord(file, record_id, str(error)) from None
-    placeholders = sum(turn.images for turn in turns)
-    if placeholders != len(images):
-        raise BadRecord(
-            file,
-            record_id,
-            f"{placeholders} {IMAGE} placeholders in human turns but {len(images)} images",
-        )
-    if images and not root and any(isinstance(image, str) for image in images):
-        raise BadRecord(file, record_id, "names an image, but its image_roots entry is empty")
-    return Record(file, record_id, root, images, system, turns)
-
-
-def _images(raw: dict) -> tuple[Image, ...]:
-    if "image" not in raw or raw["image"] is None:
-        return ()
-    value = raw["image"]
-    images = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    if any(not (isinstance(image, (str, bytes)) or callable(image)) for image in images):
-        raise ValueError("'image' must be a path or a list of paths")
-    return images
-
-
-def _messages(conversations: list) -> tuple[str | None, list[tuple[str, str]]]:
-    """The system prompt and the (role, text) pairs from the first human turn on."""
-    messages = []
-    for number, message in enumerate(conversations):
-        if not isinstance(message, dict) or not {"from", "value"} <= message.keys():
-            raise ValueError(f"message {number} needs 'from' and 'value'")
-        role, text = message["from"], message["value"]
-        if not isinstance(text, str):
-            raise ValueError(f"message {number}: 'value' must be a string")
-        if role not in (HUMAN, GPT) and not (role == SYSTEM and number == 0):
-            raise ValueError(
-                f"message {number} is from {role!r}; expected {HUMAN!r} or {GPT!r} (or a first {SYSTEM!r})"
-            )
-        messages.append((role, text))
-    system = messages.pop(0)[1] if messages and messages[0][0] == SYSTEM else None
-    if messages and messages[0][0] == GPT:
-        messages = messages[1:]
-    return system, messages
-
-
-def _turns(messages: list[tuple[str, str]], generate: bool) -> tuple[Turn, ...]:
-    if not messages:
-        raise ValueError("has no human turn")
-    for number, (role, _) in enumerate(messages):
-        if role != (HUMAN, GPT)[number % 2]:
-            raise ValueError(
-                f"two turns in a row are from {role!r}; {HUMAN!r} and {GPT!r} must alternate"
-            )
-    if generate != (messages[-1][0] == HUMAN):
-        raise ValueError(
-            f"the last turn is from {messages[-1][0]!r}; expected {HUMAN if generate else GPT!r}"
-        )
-    turns = []
-    for i in range(0, len(messages), 2):
-        answer = messages[i + 1][1] if i + 1 < len(messages) else None
-        turns.append(_turn(messages[i][1], answer, i // 2))
-    return tuple(turns)
-
-
-def _turn(question: str, answer: str | None, number: int) -> Turn:
-    """Placeholders are counted and taken out of the question: they stand before it.
-
-    # Differs from haotian-liu/LLaVA@c121f04 preprocess_multimodal: there two placeholders of a turn collapse into one,
-    # which shifts the images of all later rows of the batch.
-    """
-    images = question.count(IMAGE)
-    if images:
-        question = question.replace(IMAGE, "").strip()
-    elif not question.strip():
-        raise ValueError(f"question {number} is empty and has no image")
-    if answer is not None:
-        if not answer.strip():
-            raise ValueError(f"answer {number} is empty")
-        if IMAGE in answer:
-            raise ValueError(f"answer {number} contains {IMAGE}, which only a question may")
-        answer = answer.lstrip()  # the template writes the space or newline before an answer
-    return Turn(images, question, answer)
+    def raw(self, index: int) -> Any: ...
 
 
 class JsonSource:
@@ -177,8 +47,8 @@ class JsonSource:
     a bad line of a .jsonl file is bad only when it is read.
     """
 
-    def __init__(self, path: str, root: str):
-        self.path, self.root = path, root
+    def __init__(self, path: str, root: str, ignored: tuple[str, ...] = ()):
+        self.path, self.root, self.ignored = path, root, ignored
         stat = os.stat(path)
         self.lines = path.endswith(".jsonl")
         self.spans = _spans(path, stat.st_mtime_ns, stat.st_size)  # int64 [N 2] bytes
@@ -187,13 +57,22 @@ class JsonSource:
         return len(self.spans)
 
     def __getitem__(self, index: int) -> Record:
+        raw = self.raw(index)
+        # The place is looked up for the few that need it: in a .jsonl file that reads all lines before it.
+        named = isinstance(raw, dict) and isinstance(raw.get("id"), (str, int, float))
+        name = "" if named else self._name(index)
+        return parse(raw, self.path, self.root, name, ignored=self.ignored)
+
+    def raw(self, index: int) -> Any:
+        """The record as it is written."""
         start, end = self.spans[index].tolist()
         try:  # read and not mapped: a file cut short under a mapping kills the process (SIGBUS)
             with open(self.path, "rb", buffering=0) as file:  # 10 us; nothing for threads to share
-                raw = json.loads(os.pread(file.fileno(), end - start, start))
+                return json.loads(os.pread(file.fileno(), end - start, start))
+        except OSError as error:
+            raise BadRecord(self.path, f"#{index}", f"cannot be read: {error.strerror}") from None
         except (ValueError, RecursionError) as error:
             raise BadRecord(self.path, self._name(index), f"cannot be parsed: {error}") from None
-        return parse(raw, self.path, self.root, self._name(index))
 
     def _name(self, index: int) -> str:
         """Where a record without id stands."""
@@ -208,8 +87,13 @@ class JsonSource:
 def _spans(path: str, mtime_ns: int, size: int) -> np.ndarray:
     """Byte spans of a file's records; a file is scanned once per process (1.5 s for 100 MB) as long as it is unchanged."""
     del mtime_ns, size
-    with open(path, "rb") as file:
-        data = file.read()
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise ConfigError(f"data: {path}: cannot be read: {error.strerror}.") from None
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:4]:
+        raise ConfigError(f"data: {path}: is UTF-16 or UTF-32; save it as UTF-8.")
     return _line_spans(data) if path.endswith(".jsonl") else _list_spans(data, path)
 
 
@@ -268,28 +152,34 @@ class TfdsSource:
     Features: {"conversations", optional "id" and "image"} as in LLaVA, or {"question", "answer", optional "image"}.
     """
 
-    def __init__(self, path: str, root: str, split: str = "train"):
-        self.path, self.root, self.split = path, root, split
+    def __init__(self, path: str, root: str, split: str = "train", ignored: tuple[str, ...] = ()):
+        self.path, self.root, self.split, self.ignored = path, root, split, ignored
         self._records: Sequence[dict] | None = None
         import tensorflow_datasets as tfds  # half a second; only for those who use it
 
-        builder = tfds.builder_from_directory(path)
-        names = set(builder.info.features)
-        self.has_image = "image" in names
-        self.is_dialogue = "conversations" in names
+        try:
+            builder = tfds.builder_from_directory(path)
+            names = set(builder.info.features)
+            splits, form = dict(builder.info.splits), builder.info.file_format.value
+        except (
+            Exception
+        ) as error:  # a damaged dataset_info.json or features.json: whatever it meets
+            raise ConfigError(
+                f"data: {path} cannot be read as a tfds dataset: {_told(error)}; build it again."
+            ) from None
+        self.pictures = [name for name in ("image", "images") if name in names]
+        self.is_dialogue = bool(names & {"conversations", "messages"})
         if not self.is_dialogue and not {"question", "answer"} <= names:
             raise ConfigError(
                 f"data: {path}: features {sorted(names)} are neither image + conversations nor image + question + answer."
             )
-        if split not in builder.info.splits:
+        if split not in splits:
+            raise ConfigError(f"data: {path}: no split {split!r}; it has {sorted(splits)}.")
+        if form != "array_record":
             raise ConfigError(
-                f"data: {path}: no split {split!r}; it has {sorted(builder.info.splits)}."
+                f"data: {path} is in {form} format; build it with --file_format=array_record."
             )
-        if builder.info.file_format.value != "array_record":
-            raise ConfigError(
-                f"data: {path} is in {builder.info.file_format.value} format; build it with --file_format=array_record."
-            )
-        self.length = int(builder.info.splits[split].num_examples)
+        self.length = int(splits[split].num_examples)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_records": None}
@@ -297,27 +187,46 @@ class TfdsSource:
     def __len__(self) -> int:
         return self.length
 
-    def _open(self) -> Sequence[dict]:
+    def _open(self) -> Any:  # a sequence of dicts
         import tensorflow_datasets as tfds
 
-        decoders = {"image": tfds.decode.SkipDecoding()} if self.has_image else None
+        class Encoded(tfds.decode.SkipDecoding):
+            def decode_batch_example_np(self, examples: Any) -> Any:  # of a sequence of images
+                return examples
+
+        decoders = {name: Encoded() for name in self.pictures} or None
         builder: Any = tfds.builder_from_directory(self.path)  # its decorators hide its types
         return builder.as_data_source(self.split, decoders=decoders)
 
     def __getitem__(self, index: int) -> Record:
-        if self._records is None:
-            self._records = self._open()
-        raw = dict(self._records[index])
-        raw.update({key: _text(value) for key, value in raw.items() if key != "image"})
-        if self.is_dialogue:
-            raw["conversations"] = _rows(raw["conversations"])
-        else:
-            question = f"{IMAGE}\n{raw['question']}" if self.has_image else raw["question"]
+        return parse(self.raw(index), self.path, "", f"#{index}", ignored=self.ignored)
+
+    def raw(self, index: int) -> dict[str, Any]:
+        """The record as LLaVA writes it, its pictures as encoded bytes."""
+        try:
+            if self._records is None:
+                self._records = self._open()
+            raw = dict(self._records[index])
+            raw.update({k: _text(v) for k, v in raw.items() if k not in self.pictures})
+            for name in {"conversations", "messages"} & raw.keys():
+                raw[name] = _rows(raw[name])
+        except (
+            Exception
+        ) as error:  # a damaged or missing shard, bytes that are no text: of any library
+            raise BadRecord(self.path, f"#{index}", f"cannot be read: {_told(error)}") from None
+        raw.update({k: list(raw[k]) for k in self.pictures if isinstance(raw[k], np.ndarray)})
+        if not self.is_dialogue:
+            images = len(raw["images"]) if "images" in self.pictures else len(self.pictures)
+            asked = raw["question"]  # None in a shard that was cut short
             raw["conversations"] = [
-                {"from": HUMAN, "value": question},
+                {"from": HUMAN, "value": asked and f"{IMAGE}\n" * images + asked},
                 {"from": GPT, "value": raw["answer"]},
             ]
-        return parse(raw, self.path, "", f"#{index}")
+        return raw
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _text(value: Any) -> Any:
@@ -328,7 +237,7 @@ def _text(value: Any) -> Any:
         return {key: _text(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, np.ndarray)):
         return [_text(item) for item in value]
-    return value
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _rows(value: Any) -> Any:
@@ -358,7 +267,9 @@ def open_source(cfg: DataConfig) -> Concatenated:
     """All annotations of a config, in order. Raises ConfigError for missing, unreadable or empty ones."""
     check_paths(cfg)
     sources = [
-        TfdsSource(path, root) if os.path.isdir(path) else JsonSource(path, root)
+        TfdsSource(path, root, ignored=cfg.ignored_fields)
+        if os.path.isdir(path)
+        else JsonSource(path, root, cfg.ignored_fields)
         for path, root in zip(cfg.annotations, cfg.image_roots, strict=True)
     ]
     source = Concatenated(sources)
@@ -367,6 +278,20 @@ def open_source(cfg: DataConfig) -> Concatenated:
             f"data: {', '.join(cfg.annotations)}: no record; give annotations with at least one."
         )
     return source
+
+
+def tell_unread(source: Concatenated) -> None:
+    """One line of the log per file: the fields of its first good records that are not read, as they change nothing."""
+    for part in source.sources:
+        found: dict[str, None] = {}
+        for index in range(min(len(part), GLANCED)):
+            try:
+                raw, _ = part.raw(index), part[index]
+            except BadRecord:
+                continue  # whoever trains on it hears of it
+            found |= dict.fromkeys(name for name in raw if name not in fields.RECORD)
+        if found:
+            log.info("%s: fields that are not read: %s", part.path, ", ".join(found))
 
 
 def check_paths(cfg: DataConfig) -> None:
@@ -387,10 +312,12 @@ def check_paths(cfg: DataConfig) -> None:
             raise ConfigError(
                 f"data: image_roots {root!r} (of {path!r}) does not exist; give the images' folder."
             )
-    tokenizer.check_directory(cfg.tokenizer)
+    if cfg.tokenizer:  # a cache of features is made without one; make_chat says when it is missed
+        tokenizer.check_directory(cfg.tokenizer)
     if cfg.features_dir:
         for name in ("index.json", "last.npy"):
             if not os.path.isfile(os.path.join(cfg.features_dir, name)):
                 raise ConfigError(
-                    f"data: features_dir {cfg.features_dir!r} holds no {name}; write the cache first."
+                    f"data: features_dir {cfg.features_dir!r} holds no {name}; write the cache first (python -m "
+                    "vlm_jax.features)."
                 )

@@ -1,31 +1,50 @@
-"""A Hugging Face fast tokenizer, reduced to what the pipeline needs: ids with character offsets, and a few special ids."""
+"""A Hugging Face fast tokenizer, reduced to what the pipeline needs: ids with character offsets, and a few special ids.
+
+Texts become the ids that transformers' own call gives: what it puts in front (BOS) is observed, never guessed from a name.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
 
 from vlm_jax.config import ConfigError
 from vlm_jax.hub import hub_hint
 
-FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+# One of these sets of files holds the vocabulary; tokenizer_config.json alone does not.
+VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
+# Small JSON objects that transformers reads beside it.
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
+NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+LISTED = ("additional_special_tokens", "extra_special_tokens")
+LFS = b"version https://git-lfs"
+REASON_CHARS = 200  # of another library's message
 
 
 class Tokenizer:
     """Text <-> ids.  `load` makes one; `backend` is a `tokenizers.Tokenizer`.
 
-    bos_id: put in front of every sequence; None if the tokenizer has none or is told not to add it (Qwen, Phi-3).
-    eos_id: ends generation unless the template closes turns with another token.  pad_id: any harmless id.
-    specials: strings that `encode` turns into control ids wherever they stand.
+    bos_ids: what transformers puts in front of every text: BOS, or nothing (Qwen, Phi-3; SmolLM and GPT-2, which name a
+    BOS but do not add it).  eos_id: ends generation unless the template closes turns with another token.  pad_id: any
+    harmless id.  specials: strings that `encode` turns into control ids wherever they stand.
     """
 
     def __init__(
-        self, backend, bos_id: int | None, eos_id: int | None, pad_id: int, specials: Sequence[str]
+        self,
+        backend: Backend,
+        bos_ids: Sequence[int],
+        eos_id: int | None,
+        pad_id: int,
+        specials: Sequence[str],
     ):
         self.backend = backend
-        self.bos_id = bos_id
+        self.bos_ids = tuple(bos_ids)
         self.eos_id = eos_id
         self.pad_id = pad_id
         self.specials = tuple(sorted(set(specials)))
@@ -44,31 +63,100 @@ class Tokenizer:
         """The id of a token's exact string, None if the vocabulary does not hold it."""
         return self.backend.token_to_id(token)
 
+    def holds(self, token: str) -> bool:
+        """Whether `encode` gives a token for exactly this string; one that is listed may still be split into pieces."""
+        return self.token_id(token) in self.encode(token)[0]
+
 
 def check_directory(directory: str) -> None:
-    """Raises ConfigError unless the directory looks like a saved tokenizer. Needs only os: fast."""
+    """Raises ConfigError unless the directory looks like a saved tokenizer whose settings can be read. Fast."""
     if not os.path.isdir(directory):
         raise ConfigError(
             f"data: tokenizer directory {directory!r} does not exist; save one there with save_pretrained.{hub_hint(directory)}"
         )
-    if not any(os.path.isfile(os.path.join(directory, name)) for name in FILES):
+    if not is_there(directory):
+        known = ", ".join(" with ".join(names) for names in VOCABULARIES)
+        raise ConfigError(f"data: {directory!r} holds no tokenizer; expected one of {known}.")
+    for name in SETTINGS:
+        if _has(directory, name):
+            _check_special_tokens(_read_object(directory, name), os.path.join(directory, name))
+
+
+def is_there(directory: str) -> bool:
+    """Whether the directory has the files of a tokenizer's vocabulary."""
+    return any(all(_has(directory, name) for name in names) for names in VOCABULARIES)
+
+
+def _has(directory: str, name: str) -> bool:
+    return os.path.isfile(os.path.join(directory, name))
+
+
+def _read_object(directory: str, name: str) -> dict[str, Any]:
+    path = os.path.join(directory, name)
+    _check_is_the_file(path)
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
-            f"data: {directory!r} holds no tokenizer; expected one of {', '.join(FILES)}."
+            f"data: {path!r} cannot be read: {error}; download or save the tokenizer again."
+        ) from error
+    if not isinstance(found, dict):
+        raise ConfigError(
+            f"data: {path!r} must hold a JSON object, not a {type(found).__name__}; download or save the tokenizer again."
         )
+    return found
+
+
+def _check_is_the_file(path: str) -> None:
+    with open(path, "rb") as file:
+        if file.read(len(LFS)) == LFS:
+            raise ConfigError(
+                f"data: {path!r} is a Git LFS pointer, not the file itself; run `git lfs pull` there."
+            )
+
+
+def _check_special_tokens(settings: dict[str, Any], path: str) -> None:
+    for name, token in _special_tokens(settings):
+        content = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(content, str):
+            raise ConfigError(
+                f"data: {path!r}: {name} holds {token!r}, which is no token; remove it, or name a token of the vocabulary."
+            )
+        if not content:
+            raise ConfigError(
+                f"data: {path!r}: {name} holds the empty string, which is no token; remove it, or name a token of the "
+                "vocabulary."
+            )
+
+
+def _special_tokens(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(field, token) of each special token that the settings name; a token is a string or an object with `content`."""
+    for name in NAMED:
+        if settings.get(name) is not None:
+            yield name, settings[name]
+    for name in LISTED:
+        tokens = settings.get(name) or ()
+        for token in tokens.values() if isinstance(tokens, dict) else tokens:
+            yield name, token
 
 
 def load(directory: str) -> Tokenizer:
     """The tokenizer saved in a directory. Raises ConfigError if there is none, or only a slow (Python) one."""
     check_directory(directory)
+    if not _has(directory, "tokenizer.json") and _has(directory, "tokenizer.model"):
+        _check_sentencepiece(os.path.join(directory, "tokenizer.model"))
     from transformers import AutoTokenizer  # seconds to import: only who tokenises pays
 
     try:
         # Any: its stub allows None, which it never returns.
         hf: Any = AutoTokenizer.from_pretrained(directory, use_fast=True, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # a broken file makes transformers and its Rust half raise any type, bare Exception too
+        if _has(directory, "tokenizer.json"):
+            _read_object(directory, "tokenizer.json")
+        reason = str(error).strip().split("\n")[0][:REASON_CHARS]
         raise ConfigError(
-            f"data: the tokenizer in {directory!r} cannot be read: {reason}"
+            f"data: the tokenizer in {directory!r} cannot be read: {type(error).__name__}: {reason}"
         ) from error
     if not hf.is_fast:
         raise ConfigError(
@@ -77,18 +165,40 @@ def load(directory: str) -> Tokenizer:
     backend = hf.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    specials = [t.content for t in hf.added_tokens_decoder.values() if t.special]
+    added = [token.content for token in hf.added_tokens_decoder.values() if token.special]
+    specials = {*hf.all_special_tokens, *added}
+    if "" in specials:
+        raise ConfigError(
+            f"data: {directory!r}: the empty string is a special token; remove it from tokenizer.json."
+        )
+    if not set(backend.get_vocab(with_added_tokens=True)) - specials:
+        raise ConfigError(
+            f"data: the vocabulary in {directory!r} is empty; download or save the tokenizer again."
+        )
     candidates = (hf.pad_token_id, hf.unk_token_id, hf.eos_token_id, 0)
     pad_id = next(i for i in candidates if i is not None)
-    bos_id = hf.bos_token_id if _adds_bos(directory) else None
-    return Tokenizer(backend, bos_id, hf.eos_token_id, pad_id, [*hf.all_special_tokens, *specials])
+    return Tokenizer(backend, _put_in_front(backend), hf.eos_token_id, pad_id, sorted(specials))
 
 
-def _adds_bos(directory: str) -> bool:
-    """False where tokenizer_config.json says `"add_bos_token": false`."""
-    path = os.path.join(directory, "tokenizer_config.json")
-    if not os.path.isfile(path):
-        return True
-    with open(path, encoding="utf-8") as file:
-        settings = json.load(file)
-    return not ("add_bos_token" in settings and settings["add_bos_token"] is False)
+def _check_sentencepiece(path: str) -> None:
+    """transformers takes what SentencePiece cannot read for another format, whose library it then asks for."""
+    from sentencepiece import SentencePieceProcessor
+
+    _check_is_the_file(path)
+    try:
+        SentencePieceProcessor(model_file=path)
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"data: {path!r} is no SentencePiece model, or a part of one; download it again, or save tokenizer.json there."
+        ) from error
+
+
+def _put_in_front(backend: Backend) -> list[int]:
+    """The ids that transformers' call puts before a text: those its post-processor marks as added before the text's own.
+
+    A tokenizer may name a BOS and not add it (SmolLM, GPT-2), and `add_bos_token` is lost when transformers saves one.
+    """
+    text = Backend(models.WordLevel({"a": 0}, unk_token="a")).encode("a")  # any one id
+    whole = backend.post_process(text, None, add_special_tokens=True)
+    pairs = zip(whole.ids, whole.special_tokens_mask, strict=True)
+    return [i for i, added in itertools.takewhile(lambda pair: pair[1], pairs)]

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlm_jax.config import CompressorConfig, ConfigError, LMConfig, ViTConfig, VLMConfig
-from vlm_jax.hf import directory, naming, reference, settings
-from vlm_jax.hf.fields import LLAVA_READ, check_fields
+from vlm_jax.hf import directory, fields, naming, reference, settings
 
 
 class Described(NamedTuple):
@@ -19,60 +18,98 @@ class Described(NamedTuple):
     lm: LMConfig | None = None
     compressor: CompressorConfig | None = None
     projector_layers: int = 0  # 0: no projector
-    # The original LLaVA layout names its encoder instead: a hub name or a path, and which hidden state it uses.
+    # The original LLaVA layout names its encoder instead: a hub name or a path, which hidden state it uses, and whether
+    # images are padded to squares (else they are prepared as the encoder's own processor does).
     encoder: str = ""
     select_layer: int = -2
+    padded: bool = False
 
 
 def describe(folder: Path) -> Described:
     """The settings of a decoder, an image encoder, a LLaVA directory or one in the original layout.
 
-    Raises ConfigError for an unknown model_type and for any field that asks for what is not computed here.
+    Raises ConfigError for an unknown model_type and for any field that asks for what is not computed here; names in the
+    log, once, the fields that change nothing because transformers does not know them.
     """
     raw, where = directory.read_config(folder), str(folder / "config.json")
     model_type = raw["model_type"]
     if reference.is_reference(raw):
-        return _reference(raw, folder, where)
-    if model_type in settings.DECODERS:
-        return Described(lm=settings.decoder(raw, where))
-    if model_type in settings.ENCODERS:
-        return Described(vit=settings.encoder(raw, folder, where))
-    if model_type in settings.PAIRS:
-        vision = raw.get("vision_config") or {}
-        return Described(vit=settings.encoder(vision, folder, where, settings.PAIRS[model_type]))
-    if model_type == "llava":
-        return _llava(raw, folder, where)
-    known = ", ".join([*settings.DECODERS, *settings.ENCODERS, *settings.PAIRS, "llava"])
-    raise ConfigError(f"{where}: model_type {model_type!r} is not known here; use one of {known}.")
+        found, ignored = _reference(raw, folder, where)
+    elif model_type in settings.DECODERS:
+        found = Described(lm=settings.decoder(raw, where))
+        ignored = fields.ignored(raw, model_type, fields.DECODER_READ)
+    elif model_type in settings.ENCODERS:
+        found = Described(vit=settings.encoder(raw, folder, where))
+        ignored = fields.ignored(raw, model_type, fields.ENCODER_READ)
+    elif model_type in settings.PAIRS:
+        found, ignored = _pair(raw, folder, where)
+    elif model_type == "llava":
+        found, ignored = _llava(raw, folder, where)
+    else:
+        known = ", ".join([*settings.DECODERS, *settings.ENCODERS, *settings.PAIRS, "llava"])
+        raise ConfigError(
+            f"{where}: model_type {model_type!r} is not known here; use one of {known}."
+        )
+    if ignored:
+        names = naming.listed(ignored)
+        fields.say_once(f"{where}: ignored, because transformers does not know them: {names}.")
+    return found
 
 
-def _reference(raw: Mapping[str, Any], folder: Path, where: str) -> Described:
+def _reference(raw: Mapping[str, Any], folder: Path, where: str) -> tuple[Described, list[str]]:
+    lm = reference.decoder(raw, where)
     opened = directory.open_directory(folder)
     names = naming.sort(opened.tensors)[naming.REFERENCE]
     shapes = {name: entry.shape for name, entry in opened.tensors.items()}
-    return Described(
-        lm=reference.decoder(raw, where),
+    found = Described(
+        lm=lm,
         compressor=reference.compressor(raw, names, shapes, where),
-        # MQT's last map, `proj`, takes the projector's place.
-        projector_layers=0 if "proj" in names else reference.projector_layers(raw, where),
+        projector_layers=reference.projector_layers(raw, names, where),
         encoder=raw["mm_vision_tower"],
-        select_layer=raw.get("mm_vision_select_layer", -2),
+        select_layer=-2
+        if raw.get("mm_vision_select_layer") is None
+        else raw["mm_vision_select_layer"],
+        padded=raw.get("image_aspect_ratio") == "pad",
     )
+    return found, reference.ignored(raw, where)
 
 
-def _llava(raw: Mapping[str, Any], folder: Path, where: str) -> Described:
-    check_fields(raw, LLAVA_READ, where)
+def _pair(raw: Mapping[str, Any], folder: Path, where: str) -> tuple[Described, list[str]]:
+    own = settings.PAIRS[raw["model_type"]]
+    fields.check_marks(raw, raw["model_type"], where)
+    # CLIP's older files hold their settings in vision_config_dict, which counts where both are there.
+    older = raw["model_type"] == "clip" and raw.get("vision_config_dict")
+    vision = fields.block(raw, "vision_config_dict" if older else "vision_config", where)
+    ignored = _inside("vision_config", fields.ignored(vision, own, fields.ENCODER_READ))
+    return Described(vit=settings.encoder(vision, folder, f"{where}: vision_config", own)), ignored
+
+
+def _inside(block: str, names: list[str]) -> list[str]:
+    return [f"{block}.{name}" for name in names]
+
+
+def _llava(raw: Mapping[str, Any], folder: Path, where: str) -> tuple[Described, list[str]]:
+    text, vision = (
+        fields.block(raw, "text_config", where),
+        fields.block(raw, "vision_config", where),
+    )
+    fields.check_marks(raw, "llava", where)
+    text_type, vision_type = text.get("model_type", "llama"), vision.get("model_type", "clip_vision_model")  # fmt: skip
+    in_text, in_vision = f"{where}: text_config", f"{where}: vision_config"
+    settings.check_decoder(text_type, in_text)
+    settings.check_encoder(vision_type, in_vision)
+    fields.check_marks(text, text_type, in_text)  # before transformers looks at the whole
     c = settings.complete(raw, "llava", where)
-    text, vision = dict(raw.get("text_config") or {}), dict(raw.get("vision_config") or {})
-    lm = settings.decoder(text, f"{where}: text_config", c.text_config.model_type)
-    if "tie_word_embeddings" in raw and raw["tie_word_embeddings"] != lm.tied_embeddings:
-        lm = dataclasses.replace(lm, tied_embeddings=raw["tie_word_embeddings"])
-    vit = settings.encoder(vision, folder, f"{where}: vision_config", c.vision_config.model_type)
-    if not isinstance(c.vision_feature_layer, int):
-        raise ConfigError(
-            f"{where}: vision_feature_layer {c.vision_feature_layer} must be one layer."
-        )
-    layer = settings.feature_layer(c.vision_feature_layer, vit.num_layers)
+    lm = settings.decoder(text, in_text, text_type, c.text_config)
+    vit = settings.encoder(vision, folder, in_vision, vision_type, c.vision_config)
+    fields.check_declared(raw, "llava", fields.LLAVA_READ, where)
+    # Tied where either level says so: transformers carries text_config's up.
+    lm = dataclasses.replace(lm, tied_embeddings=c.tie_word_embeddings)
+    layers = c.vision_feature_layer
+    if isinstance(layers, list) and len(layers) != 1:
+        raise ConfigError(f"{where}: vision_feature_layer {fields.short(layers)} must be one layer.")  # fmt: skip
+    layer = layers[0] if isinstance(layers, list) else layers
+    layer = settings.feature_layer(layer, vit.num_layers)
     # "default" drops the first row, "full" keeps all: right with, and without, a class token.
     strategy = "default" if vit.cls_token else "full"
     if c.vision_feature_select_strategy != strategy:
@@ -82,7 +119,10 @@ def _llava(raw: Mapping[str, Any], folder: Path, where: str) -> Described:
         )
     # transformers takes SigLIP's hidden states before its last norm, also the last one.
     vit = dataclasses.replace(vit, feature_layer=layer, post_norm=False)
-    return Described(vit=vit, lm=lm, compressor=CompressorConfig("identity"), projector_layers=2)
+    ignored = fields.ignored(raw, "llava", fields.LLAVA_READ)
+    ignored += _inside("text_config", fields.ignored(text, text_type, fields.DECODER_READ))
+    ignored += _inside("vision_config", fields.ignored(vision, vision_type, fields.ENCODER_READ))
+    return Described(vit, lm, CompressorConfig("identity"), projector_layers=2), ignored
 
 
 def check_same_model(path: str, config: VLMConfig) -> None:

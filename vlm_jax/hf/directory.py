@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import shutil
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +19,8 @@ from vlm_jax.config import ConfigError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# Files of weights in any framework: not copied beside other ones.
+WEIGHTS = (*PICKLES, "*.safetensors", "*.safetensors.index.json", "*.h5", "*.msgpack", "*.gguf")
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -43,7 +49,7 @@ class Directory(NamedTuple):
 def is_model(path: str | Path) -> bool:
     """Whether there is a config.json as Hugging Face writes it (a training workdir has one of another kind)."""
     config = Path(path) / "config.json"
-    return config.is_file() and "model_type" in _read_json(config)
+    return config.is_file() and "model_type" in read_json(config)
 
 
 def open_directory(path: str | Path) -> Directory:
@@ -62,13 +68,14 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{str(folder)!r} has no config.json; give a directory downloaded from the Hugging Face hub."
         )
-    config = _read_json(folder / "config.json")
-    if "model_type" not in config:
+    config = read_json(folder / "config.json")
+    if not isinstance(config.get("model_type"), str):
         raise ConfigError(f"{str(folder / 'config.json')!r} has no model_type; it is no model's.")
     return config
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a file holds. Raises ConfigError when it holds none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -78,22 +85,36 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+@contextlib.contextmanager
+def whole(out: Path) -> Generator[Path, None, None]:
+    """A directory to fill, which becomes `out` if all goes well and vanishes otherwise.
+
+    Raises ConfigError when `out` exists and is not empty.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{str(out)!r} exists and is not empty; choose another directory.")
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if out.exists():
+            out.rmdir()
+        partial.replace(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
-        names = sorted(set(_weight_map(folder).values()))
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise ConfigError(
-                f"{str(folder)!r} lacks {len(missing)} of {len(names)} weight files of {INDEX}: {', '.join(missing)}; "
-                "download them again."
-            )
-        return [folder / name for name in names]
+        return indexed_files(folder / INDEX)
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     found = sorted(folder.glob("*.safetensors"))
     if found:
         return found
     pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
+    pickles.sort(key=lambda name: not name.startswith("pytorch_model"))
     if pickles:
         raise ConfigError(
             f"{str(folder)!r} has its weights in {pickles[0]} alone, a pickle, which can run code when it is read; convert it "
@@ -102,14 +123,28 @@ def _weight_files(folder: Path) -> list[Path]:
     raise ConfigError(f"{str(folder)!r} has no *.safetensors file; download the weights too.")
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    index = _read_json(folder / INDEX)
+def weight_map(path: Path) -> dict[str, str]:
+    """Tensor -> file of an index. Raises ConfigError when it has none, or names files elsewhere."""
+    index = read_json(path)
     if not isinstance(index.get("weight_map"), dict):
-        raise ConfigError(f"{str(folder / INDEX)!r} has no weight_map; download it again.")
+        raise ConfigError(f"{str(path)!r} has no weight_map; download it again.")
     for name in index["weight_map"].values():
         if Path(name).name != name:
-            raise ConfigError(f"{str(folder / INDEX)!r} names {name!r}, outside its directory.")
+            raise ConfigError(f"{str(path)!r} names {name!r}, outside its directory.")
     return index["weight_map"]
+
+
+def indexed_files(path: Path) -> list[Path]:
+    """The weight files that an index names. Raises ConfigError for those that are not there."""
+    names = sorted(set(weight_map(path).values()))
+    missing = [name for name in names if not (path.parent / name).is_file()]
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise ConfigError(
+            f"{str(path.parent)!r} lacks {len(missing)} of {len(names)} weight files of {path.name}: "
+            f"{', '.join(missing[:5])}{more}; download them again."
+        )
+    return [path.parent / name for name in names]
 
 
 def _header(file: Path, before: dict[str, Entry]) -> dict[str, Entry]:
@@ -137,7 +172,7 @@ def _check_index(folder: Path, tensors: dict[str, Entry]) -> None:
     """Every tensor must be where the index says."""
     if not (folder / INDEX).is_file():
         return
-    listed = _weight_map(folder)
+    listed = weight_map(folder / INDEX)
     wrong = [n for n, file in listed.items() if n not in tensors or tensors[n].file.name != file]
     wrong += [n for n in tensors if n not in listed]
     if wrong:

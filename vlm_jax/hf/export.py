@@ -12,11 +12,9 @@ files, settings and what our model has no use for stay, so that import then expo
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +31,6 @@ from vlm_jax.hf.maps import Rule
 Tree = dict[str, Any]
 WHAT = {"llava": ("vit", "projector", "lm"), "lm": ("lm",), "vit": ("vit",), "reference": ("compressor", "projector")}  # fmt: skip
 SHARD_BYTES = 5_000_000_000
-WEIGHTS = {*directory.PICKLES, "*.safetensors", "*.safetensors.index.json", "*.h5", "*.msgpack", "*.gguf"}  # fmt: skip
 
 # what -> (group of tensors -> what stands before its names)
 PREFIXES = {
@@ -66,7 +63,7 @@ def standalone(
     what: a key of WHAT; params: its parts. dtype: of the stored tensors; "" = the parameters'. encoder_name: the encoder's
     name in config.json of the reference layout. Raises ConfigError for a model that the layout cannot hold.
     """
-    with _whole(out) as partial:
+    with directory.whole(out) as partial:
         ids, image_id = _write_tokenizer(partial, companions, image=what == "llava")
         settings = _settings(what, config, ids, image_id, encoder_name)
         rows = settings["text_config"]["vocab_size"] if what == "llava" else 0
@@ -79,23 +76,6 @@ def standalone(
             _write_json(partial / "preprocessor_config.json", pixels)
         if what == "llava":
             _write_json(partial / "processor_config.json", written.processor(config.vit))
-
-
-@contextlib.contextmanager
-def _whole(out: Path) -> Generator[Path, None, None]:
-    """A directory to fill, which becomes `out` if all goes well and vanishes otherwise."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{str(out)!r} exists and is not empty; choose another directory.")
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if out.exists():
-            out.rmdir()
-        partial.replace(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _settings(
@@ -244,11 +224,11 @@ def onto_base(out: Path, base: Path, params: Tree, config: VLMConfig) -> None:
     files: dict[Path, list[str]] = {}
     for name, entry in opened.tensors.items():
         files.setdefault(entry.file, []).append(name)
-    with _whole(out) as partial:
+    with directory.whole(out) as partial:
         for file, wanted in files.items():
             save_file({n: make(n) for n in wanted}, partial / file.name, metadata={"format": "pt"})
         for path in sorted(base.iterdir()):
-            if path.is_file() and not any(path.match(pattern) for pattern in WEIGHTS):
+            if path.is_file() and not any(path.match(pattern) for pattern in directory.WEIGHTS):
                 shutil.copy(path, partial / path.name)
         if (base / directory.INDEX).is_file():
             shutil.copy(base / directory.INDEX, partial / directory.INDEX)

@@ -1,81 +1,203 @@
-"""The fields of Hugging Face's config.json files: which are read, which must have one value, which change nothing."""
+"""The fields of Hugging Face's config.json files: which change what a model computes, and which do not.
+
+transformers decides. A field that the configuration class of its model_type does not declare changes nothing there, so it
+is ignored and named in the log. A declared field must be one that we read, one that is no part of the forward pass
+(NEUTRAL), or at its default. A few fields say that the directory holds another model than its model_type says, whatever
+the class declares: `check_marks` refuses them, with the reason.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import functools
+import logging
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from vlm_jax.config import ConfigError
 
+log = logging.getLogger(__name__)
+
 DECODER_READ = frozenset({
     "attention_bias", "head_dim", "hidden_size", "intermediate_size", "layer_types", "max_window_layers", "mlp_bias",
-    "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "partial_rotary_factor", "rms_norm_eps",
-    "rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "tie_word_embeddings", "use_sliding_window",
-    "vocab_size",
+    "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "rope_parameters", "sliding_window",
+    "tie_word_embeddings", "use_sliding_window", "vocab_size",
 })  # fmt: skip
 ENCODER_READ = frozenset({
     "hidden_act", "hidden_size", "image_size", "intermediate_size", "layer_norm_eps", "num_attention_heads",
     "num_hidden_layers", "num_patches", "patch_size",
 })  # fmt: skip
 LLAVA_READ = frozenset({
-    "image_seq_length", "image_token_id", "image_token_index", "text_config", "tie_word_embeddings", "vision_config",
-    "vision_feature_layer", "vision_feature_select_strategy",
+    "image_seq_length", "image_token_index", "text_config", "tie_word_embeddings", "vision_config", "vision_feature_layer",
+    "vision_feature_select_strategy",
 })  # fmt: skip
+# Declared by those classes, and no part of the forward pass: bookkeeping, training, tokens, sizes of what is not imported.
+NEUTRAL = frozenset({
+    "architectures", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "initializer_factor",
+    "initializer_range", "label2id", "max_position_embeddings", "original_max_position_embeddings", "output_hidden_states",
+    "pad_token_id", "pretraining_tp", "problem_type", "projection_dim", "return_dict", "transformers_version", "use_cache",
+    "vision_use_head",
+})  # fmt: skip
+# Not declared by the classes but taken by all of them; looked at in `check_marks`, or without effect.
+TAKEN = frozenset({
+    "_attn_implementation", "_commit_hash", "_name_or_path", "attn_implementation", "auto_map", "model_type", "name_or_path",
+    "num_labels", "output_attentions", "partial_rotary_factor", "rope_scaling", "rope_theta", "tie_word_embeddings", "torch_dtype",
+})  # fmt: skip
+SAME = {("hidden_act", "swish"): "silu"}  # another name of the same function
+
 ROPE_READ = frozenset({
     "factor", "high_freq_factor", "low_freq_factor", "original_max_position_embeddings", "partial_rotary_factor",
     "rope_theta", "rope_type", "type",
 })  # fmt: skip
+ROPE_KINDS = {"default": "none", "linear": "linear", "llama3": "llama3"}
 
-# Computed in one way here; a file that asks for another is refused.
-FIXED: dict[str, tuple[Any, ...]] = {
-    "attention_dropout": (0, 0.0), "dropout": (0, 0.0), "embd_pdrop": (0, 0.0), "resid_pdrop": (0, 0.0),
-    "hidden_act": ("silu",), "multimodal_projector_bias": (True,), "num_channels": (3,),
-    "projector_hidden_act": ("gelu",), "projector_type": ("mlp",),
-}  # fmt: skip
-
-# No part of the forward pass: bookkeeping, training, tokens, and the generation defaults that older files hold in full.
-NEUTRAL = frozenset({
-    "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "add_cross_attention",
-    "architectures", "auto_map", "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward",
-    "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "early_stopping",
-    "encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty", "finetuning_task",
-    "forced_bos_token_id", "forced_eos_token_id", "id2label", "ignore_index", "initializer_factor", "initializer_range",
-    "is_decoder", "is_encoder_decoder", "label2id", "length_penalty", "logit_scale_init_value", "max_length",
-    "max_position_embeddings", "max_sequence_length", "min_length", "model_max_length", "model_type",
-    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "original_max_position_embeddings",
-    "output_attentions", "output_hidden_states", "output_scores", "pad_token_id", "prefix", "pretraining_tp",
-    "problem_type", "projection_dim", "projection_size", "pruned_heads", "remove_invalid_values", "repetition_penalty",
-    "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params", "temperature",
-    "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript",
-    "transformers.js_config", "transformers_version", "typical_p", "use_bfloat16", "use_cache", "vision_use_head",
-})  # fmt: skip
-# Of an encoder only: LLaVA's vision_config repeats them.
-ENCODER_NEUTRAL = frozenset({"vocab_size", "tie_word_embeddings"})
+QUANTISED = re.compile(r"quantization.*|compression_config")
+EXPERTS = re.compile(r"(.*_)?(moe|experts?)(_.*)?")
 
 
-def check_fields(raw: Mapping[str, Any], read: frozenset[str], where: str) -> None:
-    """Raises ConfigError for the first field that is neither read, nor neutral, nor at the one value computed here.
+def short(value: Any, most: int = 60) -> str:
+    """`value` as an error names it, cut after `most` characters."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= most else f"{text[:most]}..."
 
-    A field that is off (null, false, 0 or empty) asks for nothing.
-    """
-    known = read | NEUTRAL | (ENCODER_NEUTRAL if read is ENCODER_READ else frozenset())
+
+@functools.cache
+def say_once(line: str, level: int = logging.INFO) -> None:
+    """One line in the log, once per process: a directory is read for each of its parts."""
+    log.log(level, line)
+
+
+def is_off(value: Any) -> bool:
+    """null, false, 0, empty or one expert: such a field asks for nothing."""
+    return not value or (value is not True and value == 1)
+
+
+def config_class(model_type: str) -> Any:
+    """transformers' configuration class of a model_type."""
+    from transformers import CONFIG_MAPPING  # seconds to import: only who reads a directory pays
+
+    return CONFIG_MAPPING[model_type]
+
+
+def check_marks(raw: Mapping[str, Any], model_type: str, where: str) -> None:
+    """Raises ConfigError for the first field that says that the weights or the model are not those of `model_type`."""
     for name, value in raw.items():
-        if name in known or not value:
+        if is_off(value):
             continue
-        if name in FIXED and value in FIXED[name]:
-            continue
-        if name in FIXED:
+        if QUANTISED.fullmatch(name):
             raise ConfigError(
-                f"{where}: {name} {value!r} is not computed here; allowed: {FIXED[name][0]!r}."
+                f"{where}: field {name!r} = {short(value)}: quantised weights are not computed here; give the directory "
+                "that they were made from."
             )
+        if EXPERTS.fullmatch(name):
+            raise ConfigError(
+                f"{where}: field {name!r} = {short(value)} belongs to a mixture of experts, which is not computed here."
+            )
+        if name == "per_layer_config":
+            raise ConfigError(
+                f"{where}: {name} = {short(value)}: only layers that are all alike are computed here."
+            )
+    if raw.get("is_causal") is False:
         raise ConfigError(
-            f"{where}: field {name!r} = {value!r} is not known here, and may change what the model computes; remove it from "
-            "config.json if it does not."
+            f"{where}: is_causal is false: a decoder whose tokens see what follows them is not computed here."
+        )
+    _check_code(raw, model_type, where)
+    _check_rope_kind(raw, where)
+    _check_cut_cache(raw, model_type, where)
+
+
+def _check_code(raw: Mapping[str, Any], model_type: str, where: str) -> None:
+    """auto_map may name the code that transformers has taken over (Phi-3's does); other code may compute something else."""
+    stem = config_class(model_type).__name__.removesuffix("Config")
+    own = re.compile(rf"{stem}(Config|Model|PreTrainedModel|For[A-Z]\w*|ModelWithProjection)")
+    code = raw.get("auto_map")
+    for auto, name in (code if isinstance(code, Mapping) else {}).items():
+        if auto.startswith(("AutoConfig", "AutoModel")) and not own.fullmatch(str(name).split(".")[-1]):  # fmt: skip
+            raise ConfigError(
+                f"{where}: auto_map says that {auto} is {short(name)}, code of its own beside the weights; only what "
+                f"transformers' {model_type} computes is computed here."
+            )
+
+
+def block(raw: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    """The fields of a block of config.json; {} where it is missing or null."""
+    found = raw.get(name) or {}
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"{where}: {name} {short(found)} is no JSON object.")
+    return dict(found)
+
+
+def rope_block(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What config.json says of the rotary angles: rope_scaling before rope_parameters, as transformers reads them."""
+    return block(raw, "rope_scaling", where) or block(raw, "rope_parameters", where)
+
+
+def _check_rope_kind(raw: Mapping[str, Any], where: str) -> None:
+    rope = rope_block(raw, where)
+    nested = [name for name, value in rope.items() if isinstance(value, Mapping)]
+    if nested:
+        raise ConfigError(
+            f"{where}: rotary angles that differ between layers ({', '.join(nested)}) are not computed here."
+        )
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    partial = rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0
+    if kind not in ROPE_KINDS:
+        also = f", nor is partial_rotary_factor {short(partial)}" if partial != 1.0 else ""
+        raise ConfigError(
+            f"{where}: rope_scaling of type {short(kind)} is not computed here{also}; allowed: {', '.join(ROPE_KINDS)}."
+        )
+    if partial != 1.0:
+        raise ConfigError(
+            f"{where}: partial_rotary_factor must be 1 (whole heads are rotated here), not {short(partial)}."
+        )
+    sections = [name for name, value in rope.items() if name.startswith("mrope") and value]
+    if sections:  # of images and videos in Qwen2-VL: one-dimensional positions are not its
+        raise ConfigError(
+            f"{where}: rope field {sections[0]!r} = {short(rope[sections[0]])} is not computed here."
         )
 
 
-def check_rope(rope: Mapping[str, Any], where: str) -> None:
-    """The same for the fields of a rope_scaling or rope_parameters block."""
-    for name, value in rope.items():
-        if name not in ROPE_READ and value:
-            raise ConfigError(f"{where}: rope field {name!r} = {value!r} is not computed here.")
+def _check_cut_cache(raw: Mapping[str, Any], model_type: str, where: str) -> None:
+    """transformers' key/value cache obeys a window that the model's own class and mask know nothing of."""
+    declared = _declared(model_type)
+    longest = raw.get("max_position_embeddings") or float("inf")
+    for name in ("sliding_window", "attention_chunk_size"):
+        window = raw.get(name)
+        cut = isinstance(window, int) and 0 < window < longest
+        if cut and name not in declared and "max_position_embeddings" in declared:
+            raise ConfigError(
+                f"{where}: {name} {short(window)}: {model_type} has no such window in its layers, but transformers cuts its cache "
+                "to it; set it to null in config.json, or use a model_type that has it (mistral)."
+            )
+
+
+def _declared(model_type: str) -> dict[str, Any]:
+    """The fields that transformers' class declares, with their defaults (of those that have one)."""
+    return {field.name: field.default for field in dataclasses.fields(config_class(model_type))}
+
+
+def check_declared(
+    raw: Mapping[str, Any], model_type: str, read: Collection[str], where: str
+) -> None:
+    """Raises ConfigError for the first declared field that is neither read, nor neutral, nor at its default."""
+    declared, renamed = _declared(model_type), config_class(model_type).attribute_map
+    for name, value in raw.items():
+        field = renamed.get(name, name)
+        if field not in declared or field in read or field in NEUTRAL or value is None:
+            continue
+        default = declared[field]
+        if SAME.get((field, str(value)), value) != default:
+            raise ConfigError(
+                f"{where}: {name} {short(value)} is not computed here; allowed: {short(default)}, the default of {model_type}."
+            )
+
+
+def ignored(raw: Mapping[str, Any], model_type: str, read: Collection[str]) -> list[str]:
+    """The fields with a value that transformers' class does not declare. Generation defaults and empty fields are left out."""
+    from transformers import GenerationConfig
+
+    known = {*_declared(model_type), *config_class(model_type).attribute_map, *read, *TAKEN, *vars(GenerationConfig())}  # fmt: skip
+    names = [name for name, value in raw.items() if name not in known and value]
+    rope = rope_block(raw, "")
+    return names + [f"rope_scaling.{name}" for name, value in rope.items() if name not in ROPE_READ and value]  # fmt: skip

@@ -137,7 +137,7 @@ def lm(c: LMConfig, fused: bool) -> list[Rule]:
         Rule("model.norm.weight", "final_norm/scale"),
         Rule(f"{layer}.input_layernorm.weight", "layers/attn_norm/scale"),
         Rule(f"{layer}.post_attention_layernorm.weight", "layers/mlp_norm/scale"),
-        Rule(f"{layer}.mlp.down_proj.weight", "layers/mlp/down/kernel", LINEAR),
+        *_linear(f"{layer}.mlp.down_proj", "layers/mlp/down", c.mlp_bias),
     ]
     rules += [Rule("lm_head.weight", "head", LINEAR)] * (not c.tied_embeddings)
     heads = {"q": c.num_heads, "k": c.num_kv_heads, "v": c.num_kv_heads}
@@ -152,12 +152,14 @@ def lm(c: LMConfig, fused: bool) -> list[Rule]:
         rules += [Rule(f"{name}.bias", f"{path}/bias", HEADS_BIAS, split, rows)] * c.qkv_bias
         start = stop
     rules.append(Rule(f"{layer}.self_attn.o_proj.weight", "layers/attn/o/kernel", HEADS_IN, _heads(c.num_heads, c.head_dim)))  # fmt: skip
+    rules += [Rule(f"{layer}.self_attn.o_proj.bias", "layers/attn/o/bias")] * c.o_bias
     for n in ("q_norm", "k_norm"):
         rules += [Rule(f"{layer}.self_attn.{n}.weight", f"layers/attn/{n}/scale")] * c.qk_norm
     for i, n in enumerate(("gate", "up")):
         name = f"{layer}.mlp.gate_up_proj" if fused else f"{layer}.mlp.{n}_proj"
         rows = (i * c.mlp_width, (i + 1) * c.mlp_width, 2 * c.mlp_width) if fused else None
         rules.append(Rule(f"{name}.weight", f"layers/mlp/{n}/kernel", LINEAR, rows=rows))
+        rules += [Rule(f"{name}.bias", f"layers/mlp/{n}/bias", rows=rows)] * c.mlp_bias
     return _of_part("lm", rules, c.num_layers)
 
 

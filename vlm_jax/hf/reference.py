@@ -8,13 +8,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.config import CompressorConfig, ConfigError, LMConfig
-from vlm_jax.hf import settings
+from vlm_jax.hf import fields, settings
+from vlm_jax.hf.fields import short
 from vlm_jax.hf.naming import Names
 
-# model_type -> the decoder's
-DECODERS = {
-    "llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2", "llava_phi": "phi3",
+# The decoder -> what LLaVA's code calls a model of it. It may also be called by the decoder's own name, which a training
+# script that did not register its own leaves there.
+WRITTEN = {
+    "llama": "llava_llama", "mistral": "llava_mistral", "qwen2": "llava_qwen", "qwen3": "llava_qwen3", "phi3": "llava_phi",
 }  # fmt: skip
+NAMES = {name: own for own, name in WRITTEN.items()} | {"llava": "llama"}
 
 # A tensor that only this compressor has; none of them: no compressor.
 MARKS = {"0.q_downsample.weight": "quecc", "q_proj_1.weight": "tokenpacker", "ln_q.weight": "mqt"}
@@ -24,61 +27,106 @@ QUECC_HEADS, TOKENPACKER_HEAD_DIM, TOKENPACKER_STRIDE, MQT_HEAD_DIM = 8, 128, 2,
 FIXED: dict[str, tuple[Any, ...]] = {
     "mm_use_im_start_end": (False,), "mm_vision_select_feature": ("patch",), "mm_patch_merge_type": ("flat",),
     "image_aspect_ratio": ("pad", "square"), "mm_vision_token_compression_type": ("quecc",),
-    "query_abstractor_type": ("matry_query",),
+    "query_abstractor_type": ("matry_query",), "mm_resampler_type": (None,),
 }  # fmt: skip
 READ = frozenset({
-    "mm_hidden_size", "mm_projector_type", "mm_vision_select_layer", "mm_vision_tower", "scale_factor",
+    "mm_hidden_size", "mm_projector_type", "mm_vision_select_layer", "mm_vision_tower",
     "mm_vision_output_text_embedding_size", "mm_vision_output_token_count", "mm_vision_token_compression_kernel_size",
     "mm_vision_token_compression_stride",
 })  # fmt: skip
+KINDS = {"mm_vision_tower": str, "mm_vision_select_layer": int, "mm_projector_type": str, "scale_factor": int}  # fmt: skip
+# Of training alone; other fields that begin with mm_ may change what is computed.
 NEUTRAL = frozenset({
-    "freeze_mm_mlp_adapter", "freeze_mm_vision_resampler", "image_crop_resolution", "image_grid_pinpoints",
-    "image_split_resolution", "mm_projector_lr", "mm_resampler_type", "mm_use_im_patch_token", "mm_vision_tower_lr",
-    "mm_tunable_parts", "num_visual_tokens", "pretrain_mm_mlp_adapter", "tokenizer_model_max_length", "tokenizer_padding_side",
-    "tune_mm_mlp_adapter", "tune_mm_query_abstractor", "unfreeze_mm_vision_tower", "use_mm_proj",
+    "mm_projector_lr", "mm_tunable_parts", "mm_use_im_patch_token", "mm_vision_tower_lr",
+})  # fmt: skip
+# Without mm_, and LLaVA's too: nothing to name in the log.
+KNOWN = frozenset({
+    "freeze_mm_mlp_adapter", "freeze_mm_vision_resampler", "image_aspect_ratio", "image_crop_resolution",
+    "image_grid_pinpoints", "image_split_resolution", "num_visual_tokens", "pretrain_mm_mlp_adapter", "query_abstractor_type",
+    "scale_factor", "tokenizer_model_max_length", "tokenizer_padding_side", "tune_mm_mlp_adapter",
+    "tune_mm_query_abstractor", "tune_mm_vision_resampler", "unfreeze_mm_vision_tower", "use_mm_proj",
 })  # fmt: skip
 
 
 def is_reference(raw: Mapping[str, Any]) -> bool:
-    return "mm_vision_tower" in raw and "text_config" not in raw
+    return bool(raw.get("mm_vision_tower")) and "text_config" not in raw
+
+
+def decoder_type(raw: Mapping[str, Any], where: str) -> str:
+    """The model_type of the decoder: "qwen2" of llava_qwen, llava_qwen2, llava-qwen2 and qwen2."""
+    name = raw["model_type"].replace("-", "_")
+    bare = name.removeprefix("llava_")
+    own = NAMES.get(name) or (bare if bare in settings.DECODERS else "")
+    if not own:
+        known = ", ".join(["llava", *WRITTEN.values(), *WRITTEN])
+        raise ConfigError(
+            f"{where}: model_type {raw['model_type']!r} with mm_ fields is not known here; use one of {known}."
+        )
+    return own
 
 
 def decoder(raw: Mapping[str, Any], where: str) -> LMConfig:
     """The decoder of a config.json in which its fields stand beside those of the images. Raises ConfigError as usual."""
-    if raw["model_type"] not in DECODERS:
-        raise ConfigError(
-            f"{where}: model_type {raw['model_type']!r} with mm_ fields is not known here; use one of {', '.join(DECODERS)}."
-        )
+    own = decoder_type(raw, where)
     for name, allowed in FIXED.items():
         if raw.get(name) and raw[name] not in allowed:
             raise ConfigError(
-                f"{where}: {name} {raw[name]!r} is not computed here; allowed: {', '.join(map(repr, allowed))}."
+                f"{where}: {name} {short(raw[name])} is not computed here; allowed: {', '.join(map(repr, allowed))}."
             )
-    own = {k: v for k, v in raw.items() if k not in READ | NEUTRAL and k not in FIXED}
-    return settings.decoder(own, where, DECODERS[raw["model_type"]])
+    for name, value in raw.items():
+        if name.startswith("mm_") and name not in READ | NEUTRAL and name not in FIXED and value:
+            raise ConfigError(
+                f"{where}: field {name!r} = {short(value)} is not known here, and may change what the model computes; remove it "
+                "from config.json if it does not."
+            )
+    for name, kind in KINDS.items():
+        if raw.get(name) is not None and not isinstance(raw[name], kind):
+            raise ConfigError(
+                f"{where}: {name} {short(raw[name])} is not computed here; it must be one {kind.__name__}."
+            )
+    # auto_map names the training repository's own code, which this layout is of.
+    return settings.decoder({k: v for k, v in raw.items() if k != "auto_map"}, where, own)
 
 
-def projector_layers(raw: Mapping[str, Any], where: str) -> int:
-    """1 for "linear", k for "mlp{k}x_gelu"."""
-    kind = raw.get("mm_projector_type", "linear")
+def ignored(raw: Mapping[str, Any], where: str) -> list[str]:
+    """The fields with a value that neither LLaVA nor its decoder knows."""
+    rest = {k: v for k, v in raw.items() if not k.startswith("mm_") and k not in KNOWN}
+    return fields.ignored(rest, decoder_type(raw, where), fields.DECODER_READ)
+
+
+def projector_layers(raw: Mapping[str, Any], names: Names, where: str) -> int:
+    """Linear maps between encoder or compressor and decoder. names: of the mm_projector.
+
+    A compressor's module holds two of them (MQT's none: its last map, `proj`, takes their place); else 1 for "linear", k for
+    "mlp{k}x_gelu". Raises ConfigError for another mm_projector_type.
+    """
+    found = _compressors(names)
+    if found:
+        return 0 if found == ["mqt"] else 2
+    kind = raw.get("mm_projector_type") or "linear"
     match = re.fullmatch(r"mlp(\d+)x_gelu", kind)
     if not match and kind != "linear":
         raise ConfigError(
-            f"{where}: mm_projector_type {kind!r} is not computed here; allowed: linear, mlp2x_gelu, mlp3x_gelu, ..."
+            f"{where}: mm_projector_type {kind!r} is not computed here; allowed: linear, mlp2x_gelu, mlp3x_gelu, ..., and those of "
+            f"the compressors {', '.join(MARKS.values())} beside their weights."
         )
     return int(match[1]) if match else 1
+
+
+def _compressors(names: Names) -> list[str]:
+    return [name for mark, name in MARKS.items() if mark in names]
 
 
 def compressor(
     raw: Mapping[str, Any], names: Names, shapes: Mapping[str, tuple[int, ...]], where: str
 ) -> CompressorConfig:
     """Which compressor the tensors belong to, and its settings. names: of the mm_projector; shapes: by the files' names."""
-    found = [name for mark, name in MARKS.items() if mark in names]
+    found = _compressors(names)
     if not found:
         return CompressorConfig("identity")
     if found == ["tokenpacker"]:
         width = shapes[names["q_proj_1.weight"]][0]
-        stride = raw.get("scale_factor", TOKENPACKER_STRIDE)
+        stride = raw.get("scale_factor") or TOKENPACKER_STRIDE
         heads = max(width // TOKENPACKER_HEAD_DIM, 1)
         return CompressorConfig("tokenpacker", stride=stride, num_heads=heads, taps=TAPS)
     if found == ["mqt"]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from vlm_jax.config import ConfigError, LMConfig, ViTConfig, VLMConfig
-from vlm_jax.hf import reference, settings
+from vlm_jax.hf import pixels, reference, settings
 
 Json = dict[str, Any]
 IMAGE_TOKEN = "<image>"
@@ -16,11 +16,7 @@ IMAGE_TOKEN = "<image>"
 
 def decoder(c: LMConfig) -> Json:
     """config.json of a decoder. Raises ConfigError when no architecture has exactly its features."""
-    if c.qkv_bias and c.qk_norm:
-        raise ConfigError(
-            "export: no known architecture has both qkv_bias and qk_norm; set one of them to false."
-        )
-    name = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "mistral" if c.sliding_window else "llama"  # fmt: skip
+    name = _architecture(c)
     classes = {"qwen3": "Qwen3", "qwen2": "Qwen2", "mistral": "Mistral", "llama": "Llama"}
     fields: Json = {
         "architectures": [f"{classes[name]}ForCausalLM"], "model_type": name, "vocab_size": c.vocab_size,
@@ -33,11 +29,33 @@ def decoder(c: LMConfig) -> Json:
         raise ConfigError(
             f"export: with qkv_bias, head_dim must be width / num_heads ({c.width // c.num_heads}), not {c.head_dim}."
         )
+    if c.o_bias:
+        fields["attention_bias"] = True
+    if c.mlp_bias:
+        fields["mlp_bias"] = True
     if name == "mistral":
         fields["sliding_window"] = c.sliding_window
     elif c.sliding_window:
         fields |= {"use_sliding_window": True, "sliding_window": c.sliding_window, "max_window_layers": 0}  # fmt: skip
     return fields
+
+
+def _architecture(c: LMConfig) -> str:
+    """The model_type of the decoder that has these features and no others."""
+    if c.qk_norm:
+        name, fits = "qwen3", c.qkv_bias == c.o_bias and not c.mlp_bias
+    elif c.qkv_bias and not c.o_bias:
+        name, fits = "qwen2", not c.mlp_bias
+    elif c.sliding_window:
+        name, fits = "mistral", not (c.qkv_bias or c.o_bias or c.mlp_bias)
+    else:
+        name, fits = "llama", c.qkv_bias == c.o_bias
+    if not fits:
+        own = ", ".join(f"{field} {getattr(c, field)}" for field in ("qk_norm", "qkv_bias", "o_bias", "mlp_bias", "sliding_window"))  # fmt: skip
+        raise ConfigError(
+            f"export: no known architecture has {own} together; llama, mistral, qwen2 and qwen3 are known."
+        )
+    return name
 
 
 def _rope(c: LMConfig) -> Json | None:
@@ -111,10 +129,9 @@ def original(c: VLMConfig, encoder_name: str) -> Json:
     encoder_name: hub name or path of the encoder, which this layout does not hold.
     """
     fields = decoder(c.lm)
-    names = {theirs: own for own, theirs in reference.DECODERS.items()}
     kind = "linear" if c.projector_layers == 1 else f"mlp{c.projector_layers}x_gelu"
     fields |= {
-        "architectures": ["LlavaLlamaForCausalLM"], "model_type": names[fields["model_type"]], "mm_projector_type": kind, "use_mm_proj": True,
+        "architectures": ["LlavaLlamaForCausalLM"], "model_type": reference.WRITTEN[fields["model_type"]], "mm_projector_type": kind, "use_mm_proj": True,
         "mm_hidden_size": c.vit.width, "mm_vision_tower": encoder_name, "mm_vision_select_layer": c.vit.feature_layer,
         "mm_vision_select_feature": "patch", "image_aspect_ratio": "pad",
     }  # fmt: skip
@@ -134,7 +151,7 @@ def original(c: VLMConfig, encoder_name: str) -> Json:
 
 def preprocessor(c: ViTConfig, image_mode: str) -> Json:
     """preprocessor_config.json for data.image_mode pad, crop or stretch."""
-    numbers = {name: number for number, name in settings.RESAMPLE.items()}
+    numbers = {name: number for number, name in pixels.RESAMPLE.items()}
     px = c.image_px
     edge = {"size": {"shortest_edge": px}, "do_center_crop": True, "crop_size": {"height": px, "width": px}}  # fmt: skip
     own: dict[str, Json] = {

@@ -130,7 +130,8 @@ def paper_price(lm: str, lm_params: Number, visual_tokens: int, workload: Worklo
 
 def exact_price(vit: str, compressor: str, taps: tuple[int, ...] = ()) -> Pricer:
     """Every part from the encoder to the last answer token, for LMs that are presets. An answer has one token at least."""
-    from vlm_jax.laws import flops, memory  # load jax, which the paper's count does not need
+    from vlm_jax.costs import flops  # loads jax, which the paper's count does not need
+    from vlm_jax.laws import memory
 
     encoder = presets.vit(vit)
 

@@ -26,6 +26,7 @@ from vlm_jax.laws.plot import (
     MARKERS,
     MUTED,
     SAMPLES,
+    apart,
     canvas,
     colour_keys,
     finish,
@@ -92,7 +93,7 @@ def extrapolation_figure(rows: Sequence[Row], fit: Fit, to: Number | None = None
         misses += off
     finish(axes, "parameters of the language model, N", f"{fit.family} error (1 - score)")
     ticks = sizes if to is None else [*sizes, to]
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_major_locator(FixedLocator(apart(ticks, axes)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: size_name(n)))
     axes.xaxis.set_minor_locator(NullLocator())
     largest = size_name(sizes[-1])

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from vlm_jax import files
 from vlm_jax.config import ConfigError
 
 BILLION = 1e9
@@ -19,9 +20,7 @@ LAW_FORMAT = 2
 SETTLED = 2.0  # AICc: laws closer than this are as good as each other (Burnham and Anderson 2002, section 2.6)
 CONSTANTS = ("A", "alpha", "beta", "D", "alpha/beta")
 _LAWS = ("law", "law_d_zero", "law_nonnegative")
-EXPONENT_BOX = (
-    5.0  # |alpha|, |beta| <= 5 in the fit; a solution on the edge is a step, not a power law
-)
+EXPONENT_BOX = 5.0  # |alpha|, |beta| <= 5 in the fit; a solution on the edge is a jump between two sizes or counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +148,7 @@ def _statements(fit: Fit) -> list[str]:
     edge = np.mean(np.abs(fit.resamples[:, 1:3]).max(1) >= EXPONENT_BOX)
     if edge > 0:
         lines.append(
-            f"{fit.family}: an exponent ran to the edge of its box ({EXPONENT_BOX:g}) in {edge:.1%} of resamples: a step, not a power law."
+            f"{fit.family}: in {edge:.1%} of the resamples an exponent reached the largest value that the fit allows, {EXPONENT_BOX:g}: these errors jump between two sizes or token counts rather than fall as a power law."
         )
     if fit.num_seeds == 1:
         lines.append(
@@ -172,11 +171,12 @@ def _d_statement(fit: Fit) -> str:
     d, alpha, ratio = fit.profile["D"], fit.profile["alpha"], fit.profile["alpha/beta"]
     along, steady = fit.d_profile["alpha"], fit.d_profile["alpha/beta"]
     assert d is not None and alpha is not None and along is not None  # None only where D is fixed
-    ratios = "" if ratio is None else f", ratio alpha/beta in {_in(ratio)}"
-    stable = "" if steady is None else f", alpha/beta only over {_in(steady)}"
+    ratios = "" if ratio is None else f" and the ratio alpha/beta in {_in(ratio)}"
+    stable = "" if steady is None else f", the best ratio in {_in(steady)}"
     return (
-        f"{fit.family}: D is not identified: any D in {_in(d)} fits as well at {fit.level:.0%}: alpha in {_in(alpha)}{ratios}; "
-        f"D alone moves alpha over {_in(along)}{stable}; compare the exponents at D = 0."
+        f"{fit.family}: D is not identified: any D in {_in(d)} fits as well at {fit.level:.0%}, which leaves alpha in "
+        f"{_in(alpha)}{ratios}; the best alpha for each such D lies in {_in(along)}{stable}; compare the "
+        "exponents at D = 0."
     )
 
 
@@ -236,9 +236,7 @@ def provenance(source: str, command: str, options: Mapping[str, Any]) -> dict[st
 
 def save(path: str | os.PathLike[str], fits: Mapping[str, Fit], made_by: Mapping[str, Any]) -> None:
     """Writes law.json; numbers keep 8 digits, resamples 6."""
-    Path(path).write_text(
-        json.dumps(as_dict(fits, made_by), indent=1, allow_nan=False) + "\n", encoding="utf-8"
-    )
+    files.write_text(path, json.dumps(as_dict(fits, made_by), indent=1, allow_nan=False) + "\n")
 
 
 def as_dict(fits: Mapping[str, Fit], made_by: Mapping[str, Any]) -> dict[str, Any]:
@@ -272,16 +270,35 @@ def load(path: str | os.PathLike[str]) -> dict[str, Fit]:
         raise ConfigError(
             f"{path}: no such file; make it with python -m vlm_jax.laws.fit errors.csv --out {path.name}."
         )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        laws = content["laws"] if content["format"] == LAW_FORMAT else None
-    except (json.JSONDecodeError, KeyError, TypeError):
-        laws = None
-    if laws is None:
+    content = files.read_json(path)
+    if content.get("format") != LAW_FORMAT:
         raise ConfigError(
             f"{path}: not a law.json of format {LAW_FORMAT}; make it again with python -m vlm_jax.laws.fit."
         )
-    return {family: _from_dict(fields) for family, fields in laws.items()}
+    try:
+        fits = {family: _from_dict(fields) for family, fields in content["laws"].items()}
+        broken = [family for family, fit in fits.items() if not _is_whole(fit)]
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ConfigError(
+            f"{path}: is damaged ({reason}); make it again with python -m vlm_jax.laws.fit."
+        ) from error
+    if broken or not fits:
+        raise ConfigError(
+            f"{path}: is damaged (the law of family {broken[0]!r} has no finite constants, resamples or sizes); "
+            "make it again with python -m vlm_jax.laws.fit."
+            if broken
+            else f"{path}: holds no law; make it again with python -m vlm_jax.laws.fit."
+        )
+    return fits
+
+
+def _is_whole(fit: Fit) -> bool:
+    """Whether a law can be asked: finite constants and resamples, sizes and token counts it was measured on."""
+    constants = np.array([*dataclasses.astuple(fit.law), *fit.lms.values()], float)
+    resamples = fit.resamples.ndim == 2 and fit.resamples.shape[1] == 4 and len(fit.resamples) > 0
+    finite = bool(np.isfinite(constants).all() and np.isfinite(fit.resamples).all())
+    return resamples and finite and bool(fit.lms and fit.visual_tokens) and fit.mode in fit.tails
 
 
 def _from_dict(fields: dict[str, Any]) -> Fit:

@@ -56,7 +56,8 @@ class Candidate:
     amounts: Mapping[str, float]  # the cost by kind of budget, for all that are known
     affordable: bool  # within the budget and the memory
     error: float
-    interval: tuple[float, float]  # of the error over the law's resamples, at the fit's level
+    # Of the error over the law's resamples, at the fit's level; of an error below 1 it ends at 1.
+    interval: tuple[float, float]
     share: float  # of resamples in which this candidate is the best affordable one
     extrapolated: bool  # size or token count outside what was measured
 
@@ -179,6 +180,7 @@ def _candidates(
         wins = np.bincount(winners, minlength=len(points)) / len(drawn)
     tail = fit.tails[fit.mode]
     low, high = np.percentile(drawn, [tail, 100 - tail], axis=0)
+    high = np.where(errors > plan_words.LARGEST, high, np.minimum(high, plan_words.LARGEST))
     found = [
         Candidate(
             lm, size, count, budget.amount(price), price.flops, budget.amounts(price), bool(affordable[i]),

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from vlm_jax import cli, presets
 from vlm_jax.chips import CHIPS, GIB
-from vlm_jax.config import ConfigError
+from vlm_jax.config import ELASTIC, WINDOWED, ConfigError
 from vlm_jax.laws import fit as fitting
 from vlm_jax.laws import law as law_file
 from vlm_jax.laws import table
@@ -142,9 +142,16 @@ def _plan(args: Namespace, fit: Fit, budget: Budget) -> Plan:
         raise ConfigError(
             "plan: --free-sizes goes with neither --lms nor --exact: it has no shapes."
         )
-    compressor = args.compressor or fit.compressor or "none"
+    compressor = args.compressor or fit.compressor
+    if not compressor and (args.exact or args.visual_tokens == "all"):
+        asking = "--exact" if args.exact else "--visual-tokens all"
+        raise ConfigError(
+            f"plan: {asking} needs to know the compressor, which the law's table does not name; add --compressor=NAME, one "
+            f"of {', '.join((*WINDOWED, *ELASTIC))}."
+        )
     exact = None
-    if args.exact or (not free and all(lm in presets.LM for lm in lms or fit.lms)):
+    known = compressor and not free and all(lm in presets.LM for lm in lms or fit.lms)
+    if compressor and (args.exact or known):
         exact = Method(
             f"counted exactly (encoder {args.vit}, {compressor})",
             exact_price(args.vit, compressor, _numbers("--taps", args.taps)),

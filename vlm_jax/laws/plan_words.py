@@ -12,10 +12,21 @@ if TYPE_CHECKING:
     from vlm_jax.laws.plan import Candidate, Plan
 
 
+LARGEST = 1.0  # error
+
+
 def statements(plan: Plan) -> list[str]:
     """The answer, how it changes with Q, the budget and the way of counting; one line each."""
     lines = [_answer(plan), *_closed_form(plan), _over_text_tokens(plan), *_over_budget(plan)]
     lines += _instead(plan)
+    if plan.best.error > LARGEST:
+        lines.append(
+            "the law predicts an error above 1 there, which no error can be: do not use it."
+        )
+    elif plan.best.interval[1] >= LARGEST:
+        lines.append(
+            "the interval is cut off at 1, the largest error there is: the measured cells do not bound the error there."
+        )
     if plan.best.extrapolated:
         lines.append(
             "the choice lies outside the measured sizes or token counts: an extrapolation."

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from vlm_jax.config import ConfigError
 from vlm_jax.laws.law import Fit
@@ -33,6 +33,7 @@ MARKERS = "osD^vP*Xp<>h"  # one per token count, fewest first
 FRONTIER = "#d55e00"  # vermilion of Okabe and Ito: apart from every shade of the size scale
 MUTED = "#666666"
 LANGUAGE_MODEL, VISUAL_TOKENS = "language model", "visual tokens"  # titles of legends
+ROOM = 0.1  # of an axis: what a label such as "14.2B" needs
 SAMPLES = 200  # points of a drawn curve
 Place = Literal["outside right upper", "outside right center"]
 Colour = tuple[float, float, float, float] | str
@@ -123,7 +124,10 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     path = check_path(path)
     with matplotlib.rc_context({"svg.hashsalt": "vlm_jax", "svg.fonttype": "none"}):
         date = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-        figure.savefig(path, dpi=150, metadata=date, bbox_inches="tight")
+        try:
+            figure.savefig(path, dpi=150, metadata=date, bbox_inches="tight")
+        except OSError as error:
+            raise ConfigError(f"plot: {path} cannot be written: {error.strerror}.") from error
     return path
 
 
@@ -225,11 +229,35 @@ def finish(axes: Axes, x_label: str, y_label: str) -> None:
     if high / low < 30:  # a decade has too few round numbers to label
         axes.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
         axes.yaxis.set_minor_locator(LogLocator(subs=[]))
+    _label_costs(axes)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(True, which="major", color="#dddddd", linewidth=0.6, zorder=0)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _label_costs(axes: Axes) -> None:
+    """Labels of a logarithmic x axis that never touch: powers of ten, or short round numbers where there are few powers."""
+    low, high = axes.get_xlim()
+    if high / low >= 100:
+        return
+    subs = [1, 2, 5] if high / low >= 10 else []
+    axes.xaxis.set_major_locator(
+        LogLocator(subs=subs) if subs else MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10])
+    )
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def apart(values: Sequence[Number], axes: Axes) -> list[Number]:
+    """Those of ascending values whose labels have room on a logarithmic x axis; the last always."""
+    low, high = np.log(axes.get_xlim())
+    kept: list[Number] = []
+    for value in reversed(values):
+        if not kept or np.log(kept[-1] / value) >= ROOM * (high - low):
+            kept.append(value)
+    return kept[::-1]
 
 
 def colour_keys(colours: Mapping[str, Colour]) -> list[Line2D]:

@@ -129,7 +129,10 @@ def run(argv: Sequence[str]) -> None:
     folder = Path(args.out)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"plot: --out {args.out} is a file; give a folder.")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"plot: --out {args.out} cannot be made: {error.strerror}.") from error
     for name, draw in _figures(args, rows, fits):
         try:
             figure = draw()

@@ -8,18 +8,24 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import itertools
 import math
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vlm_jax import files
 from vlm_jax.config import ConfigError
 
 REQUIRED = ("lm_params", "visual_tokens", "error")
 Number = int | float
+DIVIDERS = ",;\t"  # of cells; of equally many the first
+COMMAS = re.compile(r"[-+]?[\d.]*,[\d.,]*")  # 0,42 and 7,000,000
+LARGEST_LM, MOST_TOKENS = 1e15, 1e9  # beyond which powers of them overflow, and no model lies
 SMALLEST_LM = 1_000  # parameters; below it the column surely holds billions
 
 
@@ -86,52 +92,75 @@ def size_name(params: Number) -> str:
 
 
 def read(path: str | os.PathLike[str]) -> list[Row]:
-    """Reads and validates a table; errors name the file, the line and the column."""
+    """Reads and validates a table; errors name the file, the line and the column.
+
+    Cells are divided by commas, or by the semicolons or tabs that divide the header. Empty lines do not count.
+    """
+    files.check_local("table", os.fspath(path))
     path = Path(path)
     if not path.is_file():
         raise ConfigError(
             f"{path}: no such file; give a CSV with the columns {', '.join(REQUIRED)}."
         )
-    lines = [
-        (number, line)
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1)
-        if line.strip() and not line.startswith("#")
-    ]
-    if not lines:
+    records = list(_records(files.read_text(path), path))
+    if not records:
         raise ConfigError(f"{path}: the table is empty; its first line must name the columns.")
-    records = list(csv.reader(line for _, line in lines))
-    header = [name.strip() for name in records[0]]
-    missing = [name for name in REQUIRED if name not in header]
-    if missing:
-        raise ConfigError(
-            f"{path}: column {missing[0]!r} is missing (found {', '.join(header)}); needed: {', '.join(REQUIRED)}."
-        )
-    unknown = [name for name in header if name not in COLUMNS]
-    if unknown:
-        raise ConfigError(f"{path}: unknown column {unknown[0]!r}; allowed: {', '.join(COLUMNS)}.")
-    rows = []
-    for (number, _), record in zip(lines[1:], records[1:], strict=True):
+    header = _header(*records[0], path)
+    rows, lines = [], []
+    for number, record in records[1:]:
         where = f"{path}:{number}"
         if len(record) != len(header):
             raise ConfigError(f"{where}: {len(record)} values for {len(header)} columns.")
         rows.append(_parse(dict(zip(header, record, strict=True)), where))
-    validate(rows, str(path))
+        lines.append(number)
+    validate(rows, str(path), lines)
     return rows
+
+
+def _records(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(its first line's number, cells) of everything but comments and empty lines; a quoted cell may hold line breaks."""
+    lines = enumerate(io.StringIO(text, newline=""), 1)
+    divider = ""
+    for number, line in lines:
+        if not line.strip() or line.startswith("#"):
+            continue
+        divider = divider or max(DIVIDERS, key=line.count)  # the header has names only
+        rest = itertools.chain([line], (more for _, more in lines))
+        try:
+            cells = next(csv.reader(rest, delimiter=divider, strict=True))
+        except csv.Error as error:
+            raise ConfigError(f"{path}:{number}: is not valid CSV: {error}.") from error
+        cells = [" ".join(cell.split()) for cell in cells]
+        if any(cells):  # spreadsheets leave lines of dividers alone
+            yield number, cells
+
+
+def _header(number: int, names: Sequence[str], path: Path) -> Sequence[str]:
+    """The columns' names, each known and there once."""
+    where = f"{path}:{number}"
+    missing = [name for name in REQUIRED if name not in names]
+    if missing:
+        raise ConfigError(
+            f"{where}: column {missing[0]!r} is missing (found {', '.join(names)}); needed: {', '.join(REQUIRED)}."
+        )
+    unknown = [name for name in names if name not in COLUMNS]
+    if unknown:
+        raise ConfigError(f"{where}: unknown column {unknown[0]!r}; allowed: {', '.join(COLUMNS)}.")
+    twice = [name for name in COLUMNS if names.count(name) > 1]
+    if twice:
+        raise ConfigError(f"{where}: column {twice[0]!r} is there twice; keep the one that counts.")
+    return names
 
 
 def _parse(record: dict[str, str], where: str) -> Row:
     fields: dict[str, Any] = {}
     for name, text in record.items():
-        text = text.strip()
         if name in _TEXT:
             fields[name] = text or _DEFAULTS[name]
             continue
         if not text and name not in REQUIRED:
             continue
-        try:
-            value = float(text)
-        except ValueError:
-            raise ConfigError(f"{where}: {name} {text!r} is not a number.") from None
+        value = _number(text, f"{where}: {name}")
         if name != "error" and not math.isfinite(value):  # _check has words for an error
             raise ConfigError(f"{where}: {name} {text!r} is not a finite number.")
         if name in _WHOLE:
@@ -145,6 +174,16 @@ def _parse(record: dict[str, str], where: str) -> Row:
     return Row(**fields)
 
 
+def _number(text: str, where: str) -> float:
+    try:
+        if "_" in text:  # 1_000 is a number to Python alone
+            raise ValueError
+        return float(text)
+    except ValueError:
+        hint = "; write a decimal point, and no commas" if COMMAS.fullmatch(text) else ""
+        raise ConfigError(f"{where} {text!r} is not a number{hint}.") from None
+
+
 def _check(fields: dict, where: str) -> None:
     error, params, tokens = (fields[name] for name in ("error", "lm_params", "visual_tokens"))
     if not 0 <= error <= 1:  # also NaN
@@ -153,28 +192,42 @@ def _check(fields: dict, where: str) -> None:
     if not SMALLEST_LM <= params < math.inf:
         hint = f"; give parameters, not billions ({params * 1e9:g}?)" if params > 0 else ""
         raise ConfigError(f"{where}: lm_params {params:g} is below {SMALLEST_LM}{hint}.")
-    if tokens < 1:
-        raise ConfigError(f"{where}: visual_tokens {tokens} must be at least 1.")
+    if params > LARGEST_LM:
+        raise ConfigError(f"{where}: lm_params {params:g} is above {LARGEST_LM:g}.")
+    if not 1 <= tokens <= MOST_TOKENS:
+        bound = "at least 1" if tokens < 1 else f"at most {MOST_TOKENS:g}"
+        raise ConfigError(f"{where}: visual_tokens {tokens:g} must be {bound}.")
+    for name in ("n", "flops", "seconds"):
+        if (fields.get(name) or 0) < 0:
+            raise ConfigError(f"{where}: {name} {fields[name]:g} is negative; leave it empty.")
 
 
-def validate(rows: Sequence[Row], where: str = "errors table") -> None:
-    """Raises ConfigError on values out of range, duplicate cells and one LM name with two sizes."""
+def validate(
+    rows: Sequence[Row], where: str = "errors table", lines: Sequence[int] | None = None
+) -> None:
+    """Raises ConfigError on values out of range, duplicate cells and one LM name with two sizes.
+
+    lines: where each row stands in the file `where`.
+    """
     if not rows:
         raise ConfigError(f"{where}: the table has no rows.")
-    seen: set[tuple] = set()
-    sizes: dict[str, float] = {}
-    for row in rows:
-        _check(dataclasses.asdict(row), where)
+    seen: dict[tuple, int] = {}
+    sizes: dict[str, Number] = {}
+    for i, row in enumerate(rows):
+        place = where if lines is None else f"{where}:{lines[i]}"
+        _check(dataclasses.asdict(row), place)
         name = f"lm {row.lm}, {row.visual_tokens} visual tokens"
         if row.key in seen:
+            first = "" if lines is None else f", also in line {lines[seen[row.key]]}"
             raise ConfigError(
-                f"{where}: duplicate cell ({row.family}/{row.benchmark}, {name}, seed {row.seed}); "
+                f"{place}: duplicate cell ({row.family}/{row.benchmark}, {name}, seed {row.seed}){first}; "
                 "keep one row, or give repeated runs different seeds."
             )
-        seen.add(row.key)
+        seen[row.key] = i
         if sizes.setdefault(row.lm, row.lm_params) != row.lm_params:
             raise ConfigError(
-                f"{where}: lm {row.lm!r} has two sizes, {sizes[row.lm]:g} and {row.lm_params:g}; use one."
+                f"{place}: lm {row.lm!r} has two sizes, {_format(sizes[row.lm])} and {_format(row.lm_params)}; give one "
+                "language model one size, and two different names in the column lm."
             )
 
 
@@ -195,11 +248,14 @@ def write(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
     writer.writerow(COLUMNS)
     writer.writerows([_format(getattr(row, name)) for name in COLUMNS] for row in rows)
     part = Path(f"{os.fspath(path)}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text.getvalue())
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def append(path: str | os.PathLike[str], rows: Iterable[Row]) -> list[Row]:

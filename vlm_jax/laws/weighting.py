@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 from jaxtyping import Float
@@ -47,7 +48,8 @@ def huber(cells: Cells, fixed_d: float | None) -> Cells:
     """The cells with the weights at which least squares gives Huber's law, by repeated weighted fits.
 
     Residuals beyond 1.345 standard deviations count linearly instead of squared. The standard deviation is the residuals'
-    median size about the plain fit x 1.4826, once: it does not move with the weights, so each round lowers the loss.
+    median size about the plain fit x 1.4826 x sqrt(n / (n - p)), for a fit of p constants leaves n residuals smaller than the
+    noise. It is taken once: it does not move with the weights, so each round lowers the loss.
     """
     points = cells.points
     root = np.sqrt(points.weights)
@@ -58,7 +60,8 @@ def huber(cells: Cells, fixed_d: float | None) -> Cells:
         return law, np.abs(off) * root
 
     before, size = sizes(cells)
-    edge = HUBER * TO_SIGMA * float(np.median(size))
+    freedom = len(size) - (4 if fixed_d is None else 3)  # 1 at least: `select` saw to it
+    edge = HUBER * TO_SIGMA * float(np.median(size)) * math.sqrt(len(size) / freedom)
     if edge == 0:
         return cells
     found = cells

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from vlm_jax.config import ConfigError
 from vlm_jax.miniworld import questions, rendering, scenes
@@ -179,6 +179,8 @@ def write_tokenizer(directory: pathlib.Path) -> None:
     )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(list(SPECIALS))
+    bos = ("<s>", SPECIALS.index("<s>"))
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[bos])
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {

@@ -145,8 +145,8 @@ class Attention(nn.Module):
             cache = cache.write(k, v, layer, slot)
             k, v = cache.of(layer)
         out = Linear(
-            (cfg.width,), ("heads", None, "embed"), in_axes=2, use_bias=False, kernel_init=init, dtype=cfg.dtype,
-            adapter=cfg.adapter("layers/attn/o"), name="o",
+            (cfg.width,), ("heads", None, "embed"), in_axes=2, use_bias=cfg.o_bias, kernel_init=init,
+            bias_init=nn.initializers.zeros, dtype=cfg.dtype, adapter=cfg.adapter("layers/attn/o"), name="o",
         )(attend(q, k, v, seen, cfg.attention))  # fmt: skip
         return out, cache
 
@@ -161,7 +161,7 @@ class Block(nn.Module):
         attended, cache = Attention(cfg, name="attn")(normed, positions, seen, cache, slot, layer)
         x = x + attended
         gate, up, down = (cfg.adapter(f"layers/mlp/{name}") for name in ("gate", "up", "down"))
-        x = x + GatedMLP(cfg.mlp_width, cfg.dtype, (gate, up, down), name="mlp")(
+        x = x + GatedMLP(cfg.mlp_width, cfg.dtype, (gate, up, down), cfg.mlp_bias, name="mlp")(
             RMSNorm(cfg.norm_eps, cfg.dtype, name="mlp_norm")(x)
         )
         return (constrain(x, "batch", "length", "embed_activation"), cache), None
@@ -227,5 +227,29 @@ class LM(nn.Module):
         return self.table.T if self.config.tied_embeddings else self.head
 
     def logits(self, hidden: Float[Array, "*B T D"]) -> Float[Array, "*B T V"]:
-        logits = hidden.astype(self.config.dtype) @ self.output().astype(self.config.dtype)
-        return logits.astype(jnp.float32)
+        return _logits(hidden.astype(self.config.dtype), self.output().astype(self.config.dtype))
+
+
+@jax.custom_vjp
+def _logits(hidden: Float[Array, "*B T D"], head: Float[Array, "D V"]) -> Float[Array, "*B T V"]:
+    """hidden @ head, summed and kept in float32 whatever the inputs are.
+
+    The gradient of the logits is rounded to the inputs' dtype before it is multiplied with them, as in the chunked loss:
+    jax's own rule would multiply float32 with bfloat16.
+    """
+    return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
+
+
+def _logits_forward(hidden: Array, head: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _logits(hidden, head), (hidden, head)
+
+
+def _logits_backward(kept: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    hidden, head = kept
+    grad = grad.astype(head.dtype)
+    d_hidden = jnp.einsum("...v,dv->...d", grad, head)
+    d_head = jnp.einsum("...d,...v->dv", hidden, grad, preferred_element_type=jnp.float32)
+    return d_hidden, d_head.astype(head.dtype)
+
+
+_logits.defvjp(_logits_forward, _logits_backward)

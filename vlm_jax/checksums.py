@@ -1,0 +1,58 @@
+"""A number per array that changes when a bit of it does: what a checkpoint is compared with when it is read.
+
+Orbax stores an array's bytes without a checksum. The sum of an array's words modulo 2^32 does not depend on how it is
+sharded, is computed where the array lives, and differs for any single change and for all but one in 2^32 of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlm_jax.sharding import path_name
+
+WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32}  # bytes of an element -> the word that it is
+
+
+def of(tree: Any) -> dict[str, list]:
+    """{path: [dtype, sum]} of all arrays of a tree; every process gets the same. On a CPU 0.1 s for 1 GB."""
+    flat = {path_name(path): x for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    arrays = {name: x for name, x in flat.items() if isinstance(x, jax.Array)}
+    here = all(
+        x.is_fully_addressable and all(d.platform == "cpu" for d in x.devices())
+        for x in arrays.values()
+    )
+    sums = (
+        map(_on_host, arrays.values()) if here else np.asarray(_on_devices(list(arrays.values())))
+    )
+    return {
+        name: [str(x.dtype), int(total)]
+        for (name, x), total in zip(arrays.items(), sums, strict=True)
+    }
+
+
+def check(saved: Mapping[str, list], tree: Any) -> None:
+    """Raises ValueError for the first array that is not what was saved; those of another dtype are not compared."""
+    for name, found in of(tree).items():
+        if name in saved and saved[name][0] == found[0] and saved[name] != found:
+            raise ValueError(f"{name} is not what was saved: its checksum is another")
+
+
+def _on_host(x: jax.Array) -> int:
+    """Without a program to compile: the shards lie in this process's memory."""
+    shards = [np.asarray(s.data) for s in x.addressable_shards if s.replica_id == 0]
+    return sum(int(_words(a).sum(dtype=np.uint32)) for a in shards) % 2**32
+
+
+def _words(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1).view(WORDS[array.dtype.itemsize])
+
+
+@jax.jit
+def _on_devices(arrays: list[jax.Array]) -> jax.Array:
+    words = [x.view(WORDS[x.dtype.itemsize]) for x in arrays]
+    return jnp.stack([jnp.sum(x, dtype=jnp.uint32) for x in words])

@@ -1,0 +1,86 @@
+"""A frozen encoder's features of a data set, computed once and memory-mapped by every later run (data/feature_cache.py)."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, UInt8
+from numpy.lib.format import open_memmap
+
+from vlm_jax import sharding, weights
+from vlm_jax.config import ConfigError, VLMConfig
+from vlm_jax.data import feature_cache, feature_images
+from vlm_jax.experiment import check_cacheable
+from vlm_jax.models.vit import Features
+from vlm_jax.models.vlm import VLM
+from vlm_jax.run_config import Experiment, MeshConfig
+
+log = logging.getLogger(__name__)
+
+BATCH = 256  # images per encoder call
+TELL_EVERY = 30  # seconds between lines of the log
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def encode(params: Any, images: UInt8[Array, "B H W 3"], config: VLMConfig) -> Features:
+    """What the encoder of a model makes of pixels. params: an argument, so that the program does not hold a copy of them."""
+    found: Any = VLM(config).apply({"params": params}, images, method=VLM.encode_images)
+    return found
+
+
+def cache(exp: Experiment, folder: Path) -> None:
+    """Encodes every image that `exp.data` names with the encoder `exp.init.vit`, on all devices of this process.
+
+    The folder appears only when it is complete. Raises ConfigError for a checkpoint that does not fit the model, for images
+    whose relative paths are not distinct, for a compressor that needs more than features, and when `folder` holds the
+    features of another encoder (of this one: nothing is done).
+    """
+    check_cacheable(exp.model)
+    mesh = sharding.make_mesh(MeshConfig(), jax.local_devices())
+    wanted = weights.abstract(exp.model, mesh)["vit"]
+    params = weights.load(exp.init.vit, exp.model, {"vit": wanted})
+    if (folder / feature_cache.MADE).is_file():
+        weights.check_cached(str(folder), exp.model, params["vit"])
+        log.info("%s is finished", folder)
+        return
+    paths = feature_images.list_images(exp.data)
+    if not paths:
+        raise ConfigError("features: the records of data.annotations name no image.")
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    arrays: dict[str, Any] = {}
+    rows: dict[str, int] = {}
+    size = -(-min(BATCH, len(paths)) // mesh.size) * mesh.size
+    taps, told = weights.taps_of(exp.model), time.monotonic()
+    for names, images in feature_images.image_batches(paths, exp.data, exp.model.vit, size):
+        with sharding.use(mesh):
+            found = encode(params, sharding.put({"images": images}, mesh)["images"], exp.model)
+        levels = {"last": found.last} | ({"taps": found.taps} if taps else {})
+        for level, values in levels.items():
+            values = feature_cache.stored(np.asarray(values))
+            if level not in arrays:
+                shape = (len(paths), *values.shape[1:])
+                arrays[level] = open_memmap(partial / f"{level}.npy", "w+", values.dtype, shape)
+            arrays[level][len(rows) : len(rows) + len(names)] = values[: len(names)]
+        rows |= {name: len(rows) + i for i, name in enumerate(names)}
+        if time.monotonic() - told > TELL_EVERY:
+            told = time.monotonic()
+            log.info("%d of %d images encoded", len(rows), len(paths))
+    for array in arrays.values():
+        array.flush()
+    (partial / "index.json").write_text(json.dumps(rows), encoding="utf-8")
+    source = str(Path(exp.init.vit).absolute())
+    feature_cache.write_made(
+        partial, exp.model, exp.data, taps, weights.fingerprint(params["vit"]), source
+    )
+    partial.replace(folder)
