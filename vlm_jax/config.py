@@ -350,17 +350,12 @@ class VLMConfig:
         last = self.vit.feature_state
         for tap in self.compressor.taps:
             if not 0 <= tap <= last:
+                spread = tuple(sorted({round(last * i / 6) for i in (3, 4, 5, 6)}))
                 raise ConfigError(
                     f"{name}: model.compressor.taps {self.compressor.taps}: {tap} is not a hidden state up to this encoder's "
-                    f"feature layer (0..{last}); for example --config.model.compressor.taps={spread_taps(last)!r} "
+                    f"feature layer (0..{last}); for example --config.model.compressor.taps={spread!r} "
                     "(evenly spaced), or () for the feature alone."
                 )
-
-
-def spread_taps(last: int) -> tuple[int, ...]:
-    """Up to four hidden states, evenly spaced from the middle of an encoder to its feature layer `last`, as LLaVA-1.5's
-    encoder is tapped by TokenPacker at 12, 16, 22 and 23."""
-    return tuple(sorted({round(last * (1 + i / 3) / 2) for i in range(4)} - {0})) or (0,)
 
 
 def check_elastic(compressor: CompressorConfig, grid: int) -> None:

@@ -38,7 +38,7 @@ def encode(params: Any, images: UInt8[Array, "B H W 3"], config: VLMConfig) -> F
 
 
 def cache(exp: Experiment, folder: Path) -> None:
-    """Encodes every image that `exp.data` names with the encoder `exp.init.vit`, on all devices of this process.
+    """Encodes every image that `exp.data` names with the encoder of `exp.init`, on all devices of this process.
 
     The folder appears only when it is complete. Raises ConfigError for a checkpoint that does not fit the model, for images
     whose relative paths are not distinct, for a compressor that needs more than features, and when `folder` holds the
@@ -47,7 +47,7 @@ def cache(exp: Experiment, folder: Path) -> None:
     check_cacheable(exp.model)
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices())
     wanted = weights.abstract(exp.model, mesh)["vit"]
-    params = weights.load(exp.init.vit, exp.model, {"vit": wanted})
+    params = weights.load(exp.init.sources["vit"], exp.model, {"vit": wanted})
     if (folder / feature_cache.MADE).is_file():
         weights.check_cached(str(folder), exp.model, params["vit"])
         log.info("%s is finished", folder)
@@ -79,7 +79,7 @@ def cache(exp: Experiment, folder: Path) -> None:
     for array in arrays.values():
         array.flush()
     (partial / "index.json").write_text(json.dumps(rows), encoding="utf-8")
-    source = str(Path(exp.init.vit).absolute())
+    source = str(Path(exp.init.sources["vit"]).absolute())
     feature_cache.write_made(
         partial, exp.model, exp.data, taps, weights.fingerprint(params["vit"]), source
     )
