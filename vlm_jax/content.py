@@ -16,7 +16,7 @@ from typing import Any
 
 from vlm_jax import experiment, files
 from vlm_jax.config import ConfigError
-from vlm_jax.data.records import Image
+from vlm_jax.data import records
 from vlm_jax.data.rows import Features
 
 WHOLE = 16 * 2**20  # bytes up to which a file is read to its end: every picture, small weights
@@ -67,7 +67,7 @@ def of_question(
     return _digest([repr(words), repr(replies and tuple(replies)), *shown])
 
 
-def _picture(image: Image, root: str, features: Features | None) -> str:
+def _picture(image: records.Image, root: str, features: Features | None) -> str:
     if features is not None:
         row = features.rows.get(image) if isinstance(image, str) else None
         return "absent" if row is None else _features(features, row)
