@@ -1,6 +1,6 @@
 """python -m vlm_jax.features --config=configs/stage1.py --workdir=DIR [--config.x.y=..]: an encoder's features, computed once.
 
-Encodes every image that data.annotations names with the encoder of init.vit or init.from (a training run, or a model directory) and
+Encodes every image that data.annotations names with the encoder of init.vit (a training run or a model directory) and
 writes them to DIR; runs with the same encoder and --config.data.features_dir=DIR (evaluations: eval.features_dir) then read
 them in place of the images. DIR is filled at once, when all are encoded; the same command again finds it finished.
 """
@@ -17,6 +17,8 @@ from ml_collections import ConfigDict
 from vlm_jax import cli, experiment
 from vlm_jax.config import ConfigError
 from vlm_jax.data import feature_cache
+from vlm_jax.hf.directory import is_model
+from vlm_jax.inherit import check_part
 
 log = logging.getLogger(__name__)
 
@@ -24,17 +26,21 @@ log = logging.getLogger(__name__)
 def write_features(cfg: ConfigDict, folder: str, given: Sequence[str] = ()) -> None:
     """given: the fields that a command line set (see `experiment.resolve`).
 
-    Raises ConfigError, before anything heavy is imported, for wrong settings, missing inputs, or another cache in `folder`."""
+    Raises ConfigError, before anything heavy is imported, for wrong settings, missing inputs, or another cache in `folder`.
+    """
     cfg = cfg.copy_and_resolve_references()
     cfg.data.features_dir = ""
     exp = experiment.resolve(cfg, given)
     experiment.check_cacheable(exp.model)
     experiment.check_sources(exp.data)
-    if not exp.init.sources["vit"]:
+    source = exp.init.sources["vit"]
+    if not source:
         raise ConfigError(
-            "features: init.vit and init.from are empty; give the training run or the model directory whose encoder computes the features."
+            "features: init.vit is empty; give the training run or the model directory whose encoder computes the features."
         )
-    experiment.check_source("vit", exp.init.sources["vit"], exp.model)
+    experiment.check_source("vit", source, exp.model)
+    if not is_model(source):
+        check_part("vit", source, experiment.read(source), exp)
     out = Path(folder).absolute()
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         feature_cache.check(folder, exp.model, exp.data)
