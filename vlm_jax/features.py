@@ -36,7 +36,7 @@ def write_features(cfg: ConfigDict, folder: str, given: Sequence[str] = ()) -> N
     source = exp.init.sources["vit"]
     if not source:
         raise ConfigError(
-            "features: init.vit is empty; give the training run or the model directory whose encoder computes the features."
+            "features: init.vit and init.from are empty; give the training run or the model directory whose encoder computes the features."
         )
     experiment.check_source("vit", source, exp.model)
     if not is_model(source):
