@@ -73,7 +73,7 @@ def test_every_heading_stands_for_a_benchmark():
         ('[{"benchmark": "gqa", "score": null, "details": {}}]', "which is no score"),
         ('[{"benchmark": "mme", "score": 0.5, "details": {}}]', "which is no score"),
         ('[{"benchmark": ["gqa"], "score": 0.5, "details": {}}]', "which is no score"),
-        ("[" * 100_000, "is not valid JSON"),
+        ("[" * 100_000, "is nested too deeply to be read as JSON"),
     ],
 )
 def test_a_bad_score_file_is_named_with_exit_code_2(tmp_path, capsys, content, match):
