@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 
 import flax.linen as nn
 import jax
@@ -153,6 +154,17 @@ def test_the_command_finds_its_features_finished_and_keeps_others(world, capsys)
     assert "features: init.vit is empty; give the training run" in capsys.readouterr().err
     assert (world / "cached" / "last.npy").read_bytes() == before
     assert not (world / "other").exists()
+
+
+def test_an_image_that_cannot_be_read_leaves_nothing_behind(world, tmp_path, capsys):
+    (tmp_path / "bad.json").write_text(json.dumps([tiny.record("bad", ["<image>\nWhat ?", "red"], "tokenizer/tokenizer.json")]))  # fmt: skip
+    found = f"--config.data.annotations=('{tmp_path / 'bad.json'}',)"
+    before = sorted(path.name for path in world.iterdir())
+    assert run(world, "spoilt", found) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: data: ") and "tokenizer/tokenizer.json" in line
+    assert sorted(p.name for p in world.iterdir() if p.name != "spoilt") == before
+    assert not list((world / "spoilt").iterdir())
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "older"])

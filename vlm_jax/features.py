@@ -17,22 +17,30 @@ from ml_collections import ConfigDict
 from vlm_jax import cli, experiment
 from vlm_jax.config import ConfigError
 from vlm_jax.data import feature_cache
+from vlm_jax.hf.directory import is_model
+from vlm_jax.inherit import check_part
 
 log = logging.getLogger(__name__)
 
 
-def write_features(cfg: ConfigDict, folder: str) -> None:
-    """Raises ConfigError, before anything heavy is imported, for wrong settings, missing inputs, or another cache in `folder`."""
+def write_features(cfg: ConfigDict, folder: str, given: Sequence[str] = ()) -> None:
+    """given: the fields that a command line set (see `experiment.resolve`).
+
+    Raises ConfigError, before anything heavy is imported, for wrong settings, missing inputs, or another cache in `folder`.
+    """
     cfg = cfg.copy_and_resolve_references()
     cfg.data.features_dir = ""
-    exp = experiment.resolve(cfg)
+    exp = experiment.resolve(cfg, given)
     experiment.check_cacheable(exp.model)
     experiment.check_sources(exp.data)
-    if not exp.init.vit:
+    source = exp.init.sources["vit"]
+    if not source:
         raise ConfigError(
             "features: init.vit is empty; give the training run or the model directory whose encoder computes the features."
         )
-    experiment.check_source("vit", exp.init.vit, exp.model)
+    experiment.check_source("vit", source, exp.model)
+    if not is_model(source):
+        check_part("vit", source, experiment.read(source), exp)
     out = Path(folder).absolute()
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         feature_cache.check(folder, exp.model, exp.data)
@@ -44,8 +52,8 @@ def write_features(cfg: ConfigDict, folder: str) -> None:
 
 
 def command(argv: Sequence[str]) -> None:
-    flags = cli.parse(argv, {"workdir": "directory of the features"})
-    write_features(flags.config, flags.workdir)
+    flags = cli.parse(argv, {"workdir": "directory of the features"}, about=__doc__ or "")
+    write_features(flags.config, flags.workdir, cli.given_fields(argv))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,11 +8,13 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, UInt8
 from numpy.lib.format import open_memmap
 
@@ -38,7 +40,7 @@ def encode(params: Any, images: UInt8[Array, "B H W 3"], config: VLMConfig) -> F
 
 
 def cache(exp: Experiment, folder: Path) -> None:
-    """Encodes every image that `exp.data` names with the encoder `exp.init.vit`, on all devices of this process.
+    """Encodes every image that `exp.data` names with the encoder of `exp.init`, on all devices of this process.
 
     The folder appears only when it is complete. Raises ConfigError for a checkpoint that does not fit the model, for images
     whose relative paths are not distinct, for a compressor that needs more than features, and when `folder` holds the
@@ -47,7 +49,7 @@ def cache(exp: Experiment, folder: Path) -> None:
     check_cacheable(exp.model)
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices())
     wanted = weights.abstract(exp.model, mesh)["vit"]
-    params = weights.load(exp.init.vit, exp.model, {"vit": wanted})
+    params = weights.load(exp.init.sources["vit"], exp.model, {"vit": wanted})
     if (folder / feature_cache.MADE).is_file():
         weights.check_cached(str(folder), exp.model, params["vit"])
         log.info("%s is finished", folder)
@@ -58,19 +60,36 @@ def cache(exp: Experiment, folder: Path) -> None:
     partial = folder.with_name(f"{folder.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    try:
+        rows = _write_tables(exp, params, paths, mesh, partial)
+        (partial / "index.json").write_text(json.dumps(rows), encoding="utf-8")
+        taps, found = weights.taps_of(exp.model), weights.fingerprint(params["vit"])
+        source = str(Path(exp.init.sources["vit"]).absolute())
+        feature_cache.write_made(partial, exp.model, exp.data, taps, found, source)
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_tables(
+    exp: Experiment, params: Any, paths: Sequence[tuple[str, str]], mesh: Mesh, folder: Path
+) -> dict[str, int]:
+    """Writes last.npy (and taps.npy) row by row; the row of each image."""
     arrays: dict[str, Any] = {}
     rows: dict[str, int] = {}
     size = -(-min(BATCH, len(paths)) // mesh.size) * mesh.size
-    taps, told = weights.taps_of(exp.model), time.monotonic()
+    told = time.monotonic()
     for names, images in feature_images.image_batches(paths, exp.data, exp.model.vit, size):
         with sharding.use(mesh):
             found = encode(params, sharding.put({"images": images}, mesh)["images"], exp.model)
-        levels = {"last": found.last} | ({"taps": found.taps} if taps else {})
-        for level, values in levels.items():
-            values = feature_cache.stored(np.asarray(values))
+        levels = {"last": found.last}
+        if weights.taps_of(exp.model):
+            levels["taps"] = found.taps
+        for level, features in levels.items():
+            values = feature_cache.stored(np.asarray(features))
             if level not in arrays:
                 shape = (len(paths), *values.shape[1:])
-                arrays[level] = open_memmap(partial / f"{level}.npy", "w+", values.dtype, shape)
+                arrays[level] = open_memmap(folder / f"{level}.npy", "w+", values.dtype, shape)
             arrays[level][len(rows) : len(rows) + len(names)] = values[: len(names)]
         rows |= {name: len(rows) + i for i, name in enumerate(names)}
         if time.monotonic() - told > TELL_EVERY:
@@ -78,9 +97,4 @@ def cache(exp: Experiment, folder: Path) -> None:
             log.info("%d of %d images encoded", len(rows), len(paths))
     for array in arrays.values():
         array.flush()
-    (partial / "index.json").write_text(json.dumps(rows), encoding="utf-8")
-    source = str(Path(exp.init.vit).absolute())
-    feature_cache.write_made(
-        partial, exp.model, exp.data, taps, weights.fingerprint(params["vit"]), source
-    )
-    partial.replace(folder)
+    return rows
