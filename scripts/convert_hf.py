@@ -194,7 +194,9 @@ def export_model(workdir: Path, out: Path, args: argparse.Namespace) -> None:
         return
     has_tokenizer = bool(exp.data.tokenizer)
     if has_tokenizer and args.what != "vit":
-        tokenizer.load(exp.data.tokenizer)  # what is wrong with it is said before the weights are read
+        tokenizer.load(
+            exp.data.tokenizer
+        )  # what is wrong with it is said before the weights are read
     template = templates.TEMPLATES[exp.data.template]
     companions = export.Companions(
         tokenizer=Path(exp.data.tokenizer) if has_tokenizer and args.what != "vit" else None,
