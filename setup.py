@@ -47,5 +47,5 @@ setup(
         ],
     },
     entry_points={"console_scripts": [f"vlm-jax-{name} = {module}:main" for name, module in COMMANDS.items()],
-                  "lmms_eval.models": ["vlm_jax = vlm_jax.lmms_eval:manifest"]},
+                  "lmms_eval.models": ["vlm_jax = vlm_jax.inference.lmms_eval:manifest"]},
 )  # fmt: skip

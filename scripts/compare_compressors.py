@@ -21,9 +21,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the package and its configs, from a checkout
 
-from vlm_jax import cli, compressors, experiment, presets, sweep  # noqa: E402
-from vlm_jax.config import ELASTIC, SCORED, ConfigError, with_tokens  # noqa: E402
+from vlm_jax import compressors, sweep  # noqa: E402
+from vlm_jax.hf import named  # noqa: E402
 from vlm_jax.laws import table  # noqa: E402
+from vlm_jax.settings import cli  # noqa: E402
+from vlm_jax.settings.model import ELASTIC, SCORED, ConfigError, with_tokens  # noqa: E402
+from vlm_jax.storage import run as experiment  # noqa: E402
 from vlm_jax.train import train  # noqa: E402
 
 log = logging.getLogger("vlm_jax.compare_compressors")
@@ -53,7 +56,7 @@ def training(cfg: Any, name: str, count: int, shared: sweep.Shared, seed: int) -
     c.model.compressor.name = name
     c.model.compressor.query_grid = cfg.compare.query_grid
     c.model.compressor.neighbours = cfg.compare.neighbours
-    grid = presets.vlm(c.model.to_dict()).vit.grid
+    grid = named.vlm(c.model.to_dict()).vit.grid
     c.data.features_dir = str(shared.features)
     if name in SCORED:
         c.data.features_dir = (
@@ -64,7 +67,7 @@ def training(cfg: Any, name: str, count: int, shared: sweep.Shared, seed: int) -
     if name in ELASTIC:
         c.model.compressor.train_tokens = tuple(cfg.compare.visual_tokens[name])
     elif name not in SCORED:
-        model = presets.vlm(c.model.to_dict())
+        model = named.vlm(c.model.to_dict())
         c.model.compressor.stride = with_tokens(model.compressor, grid, count).stride
     model = experiment.resolve(c).model
     c.data.max_tokens += compressors.num_tokens(
@@ -98,7 +101,7 @@ def ratio_for(c: Any, grid: int, count: int) -> float:
     """The share of the patches that PruMerge keeps by score when it gives `count` tokens."""
     for kept in range(1, grid**2):
         c.model.compressor.fixed_ratio = kept / grid**2
-        if compressors.num_tokens(presets.vlm(c.model.to_dict()).compressor, grid) == count:
+        if compressors.num_tokens(named.vlm(c.model.to_dict()).compressor, grid) == count:
             return kept / grid**2
     raise ConfigError(f"{c.model.compressor.name} cannot give {count} tokens of a {grid}x{grid} grid.")  # fmt: skip
 

@@ -21,13 +21,19 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the package and its configs, from a checkout
 
-from vlm_jax import cli, experiment, files, presets  # noqa: E402
-from vlm_jax.config import DTYPES, ConfigError  # noqa: E402
+from vlm_jax import files  # noqa: E402
 from vlm_jax.data import templates, tokenizer  # noqa: E402
-from vlm_jax.hf import directory, naming  # noqa: E402
+from vlm_jax.hf import (  # noqa: E402
+    directory,
+    named,
+    naming,
+)
 from vlm_jax.hf.describe import describe  # noqa: E402
 from vlm_jax.hf.settings import feature_layer, preprocessing  # noqa: E402
-from vlm_jax.hub import hub_hint  # noqa: E402
+from vlm_jax.settings import cli  # noqa: E402
+from vlm_jax.settings.hub import hub_hint  # noqa: E402
+from vlm_jax.settings.model import DTYPES, ConfigError  # noqa: E402
+from vlm_jax.storage import run as experiment  # noqa: E402
 
 log = logging.getLogger("vlm_jax.convert_hf")
 
@@ -76,8 +82,9 @@ def arguments() -> argparse.ArgumentParser:
 
 def import_model(given: Path, out: Path, args: argparse.Namespace) -> None:
     """A model directory to a workdir with one checkpoint, step 0."""
-    from vlm_jax import sharding, weights  # seconds to import
-    from vlm_jax.checkpoint import save_params
+    from vlm_jax import sharding  # seconds to import
+    from vlm_jax.storage import weights  # seconds to import
+    from vlm_jax.storage.checkpoint import save_params
 
     found = describe(given)
     if (out / "checkpoints").exists():
@@ -124,7 +131,7 @@ def settings_of(given: Path, folder: Path, found: Any, sources: dict[str, str], 
         c.model[part].param_dtype = args.param_dtype
         c.model[part].dtype = "float32" if args.param_dtype == "float32" else "bfloat16"
     if found.encoder:
-        layers = presets.vit(presets_of["vit"]).num_layers
+        layers = named.vit(presets_of["vit"]).num_layers
         c.model.vit.feature_layer = feature_layer(found.select_layer, layers)
     compressor = found.compressor
     c.model.compressor.name = "identity" if compressor is None else compressor.name
@@ -142,7 +149,7 @@ def settings_of(given: Path, folder: Path, found: Any, sources: dict[str, str], 
         c.model.compressor.taps = ()
     c.model.projector_layers = found.projector_layers or c.model.projector_layers
     if "vit" in sources:
-        vit = presets.vit(presets_of["vit"])
+        vit = named.vit(presets_of["vit"])
         family = "clip_vision_model" if vit.cls_token else "siglip_vision_model"
         pixels = preprocessing(Path(presets_of["vit"]), vit.image_px, family)
         c.data.image_mode = "pad" if found.padded else pixels["image_mode"]
@@ -168,9 +175,11 @@ def export_model(workdir: Path, out: Path, args: argparse.Namespace) -> None:
     """The newest checkpoint of a workdir to a model directory."""
     import jax
 
-    from vlm_jax import adapters, sharding, weights
+    from vlm_jax import sharding
     from vlm_jax.hf import export, parts
-    from vlm_jax.run_config import MeshConfig
+    from vlm_jax.models import adapters
+    from vlm_jax.settings.run import MeshConfig
+    from vlm_jax.storage import weights
 
     exp = experiment.read(workdir)
     wanted = weights.abstract(exp.model, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))

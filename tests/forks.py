@@ -83,8 +83,9 @@ class Forks:
 def main(data):
     import run
 
-    from vlm_jax import cli, loop
     from vlm_jax.data import tokenizer
+    from vlm_jax.settings import cli
+    from vlm_jax.training import loop
 
     assert loop.run
     tokenizer.load(f"{data}/tokenizer")  # transformers takes longest

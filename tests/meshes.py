@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import tiny
 
-from vlm_jax import experiment, optim, sharding, step
+from vlm_jax import sharding
 from vlm_jax.models.lm import empty_cache
 from vlm_jax.models.vlm import VLM, Inputs
-from vlm_jax.run_config import Experiment, MeshConfig
+from vlm_jax.settings.run import Experiment, MeshConfig
+from vlm_jax.storage import run as experiment
+from vlm_jax.training import optim, step
 
 # mesh sizes (data, fsdp, tensor, sequence) -> settings that must change nothing
 MESHES: dict[tuple[int, ...], dict] = {

@@ -6,8 +6,8 @@ from pathlib import Path
 import tiny
 from PIL import Image
 
-from vlm_jax import presets
-from vlm_jax.run_config import DataConfig
+from vlm_jax.settings import presets
+from vlm_jax.settings.run import DataConfig
 
 M = 4  # visual tokens per image
 PX = 8

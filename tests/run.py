@@ -12,7 +12,8 @@ from pathlib import Path
 import jax
 import tiny
 
-from vlm_jax import cli, train
+from vlm_jax import train
+from vlm_jax.settings import cli
 
 ENVIRONMENT = {
     "address": "JAX_COORDINATOR_ADDRESS",

@@ -8,10 +8,13 @@ import jax
 import pytest
 import tiny
 
-from vlm_jax import aot, chips, cli, experiment, sharding
+from vlm_jax import aot, sharding
 from vlm_jax.aot import hlo, programs, roofline, search
-from vlm_jax.config import ConfigError
+from vlm_jax.costs import chips
 from vlm_jax.data import pipeline
+from vlm_jax.settings import cli
+from vlm_jax.settings.model import ConfigError
+from vlm_jax.storage import run as experiment
 
 CONFIG = """
 from pathlib import Path

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import tiny
 
-from vlm_jax import experiment, sharding, step
-from vlm_jax.config import ConfigError
+from vlm_jax import sharding
 from vlm_jax.models import attention
 from vlm_jax.models.attention import Visible, attend
 from vlm_jax.models.lm import visible
-from vlm_jax.run_config import MeshConfig
+from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.run import MeshConfig
+from vlm_jax.storage import run as experiment
+from vlm_jax.training import step
 
 ROWS, HEADS, KV_HEADS = 2, 4, 2
 
@@ -59,7 +61,7 @@ def chosen(
 ):
     """The kernel on a device of `platform`; GPUs are of compute capability 9.0."""
     device = types.SimpleNamespace(platform=platform, compute_capability="9.0")
-    flash = step.flash_kernel(device)
+    flash = attention.flash_kernel(device)
     model = dataclasses.replace(
         exp.model,
         lm=dataclasses.replace(exp.model.lm, **{"dtype": "bfloat16"} | lm),
@@ -112,7 +114,7 @@ def test_auto_takes_the_platforms_kernel_where_it_computes_the_same(exp):
 
 def test_gpus_without_a_flash_kernel_take_xla():
     gpu = lambda c: types.SimpleNamespace(platform="gpu", compute_capability=c)  # noqa: E731
-    found = [step.flash_kernel(gpu(c)) for c in ("7.5", "8.0", "12.0", "gfx90a")]
+    found = [attention.flash_kernel(gpu(c)) for c in ("7.5", "8.0", "12.0", "gfx90a")]
     assert found == ["xla", "cudnn", "cudnn", "xla"]
 
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from refs import llava_labels, tokenizers
 
-from vlm_jax.config import ConfigError
 from vlm_jax.data import queries, rendering, sources, tokenizer
 from vlm_jax.data.chat import TEMPLATES, Chat
 from vlm_jax.data.records import BadRecord, Record, Turn
+from vlm_jax.settings.model import ConfigError
 
 KIND = {
     "vicuna_v1": "llama",

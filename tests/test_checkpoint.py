@@ -11,10 +11,12 @@ import optax
 import pytest
 import tiny
 
-from vlm_jax import checksums, experiment, presets, weights
-from vlm_jax.checkpoint import Checkpoints, load_params
-from vlm_jax.config import CompressorConfig, ConfigError, VLMConfig
 from vlm_jax.data import pipeline
+from vlm_jax.settings import presets
+from vlm_jax.settings.model import CompressorConfig, ConfigError, VLMConfig
+from vlm_jax.storage import checksums, weights
+from vlm_jax.storage import run as experiment
+from vlm_jax.storage.checkpoint import Checkpoints, load_params
 
 
 def state(scale=1.0):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vlm_jax import cli
-from vlm_jax.config import ConfigError
+from vlm_jax.settings import cli
+from vlm_jax.settings.model import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 

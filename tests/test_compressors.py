@@ -11,9 +11,11 @@ from jax.flatten_util import ravel_pytree
 from refs import compressors_numpy as twin
 from refs import reference_layout
 
-from vlm_jax import compressors, presets
+from vlm_jax import compressors
 from vlm_jax.compressors import COMPRESSORS, tokenpacker, windows
-from vlm_jax.config import (
+from vlm_jax.models.projector import Projector
+from vlm_jax.settings import presets
+from vlm_jax.settings.model import (
     ATTENDING,
     ELASTIC,
     SCORED,
@@ -22,7 +24,6 @@ from vlm_jax.config import (
     ConfigError,
     VLMConfig,
 )
-from vlm_jax.models.projector import Projector
 
 WIDTH, TEXT, HIDDEN, HEADS = 8, 12, 20, 2
 LEARNED = ("quecc", "tokenpacker")  # with parameters, inside windows

@@ -3,13 +3,13 @@
 import jax
 import pytest
 
-from vlm_jax import chips, presets
-from vlm_jax.config import CompressorConfig, ConfigError, VLMConfig, with_tokens
-from vlm_jax.costs import flops
-from vlm_jax.laws import cost, memory
+from vlm_jax.costs import chips, flops, memory
+from vlm_jax.costs import price as cost
+from vlm_jax.costs.price import Phase, Price, Workload
 from vlm_jax.laws.budget import Budget, find_chip
-from vlm_jax.laws.cost import Phase, Price, Workload
 from vlm_jax.models.lm import empty_cache
+from vlm_jax.settings import presets
+from vlm_jax.settings.model import CompressorConfig, ConfigError, VLMConfig, with_tokens
 
 H100 = find_chip("H100")
 

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlm_jax import disk
-from vlm_jax.checkpoint import Checkpoints, load_params
-from vlm_jax.config import ConfigError
+from vlm_jax import files
+from vlm_jax.settings.model import ConfigError
+from vlm_jax.storage.checkpoint import Checkpoints, load_params
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,9 +24,9 @@ SCRIPT = """
 import json, logging, resource, sys
 from pathlib import Path
 import grain, jax, jax.numpy as jnp
-from vlm_jax import telemetry
-from vlm_jax.checkpoint import Checkpoints
-from vlm_jax.config import ConfigError
+from vlm_jax.training import telemetry
+from vlm_jax.storage.checkpoint import Checkpoints
+from vlm_jax.settings.model import ConfigError
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 folder, limit = Path(sys.argv[1]), int(sys.argv[2])
@@ -118,19 +118,19 @@ def test_a_checkpoint_folder_that_is_gone_is_told_at_once(tmp_path):
 
 
 def test_a_workdir_is_locked_while_a_run_lives_and_no_longer(tmp_path):
-    hold = f"import time; from vlm_jax import disk; from pathlib import Path\nwith disk.lock(Path({str(tmp_path)!r})):\n    print('locked', flush=True); time.sleep(60)"
+    hold = f"import time; from vlm_jax import files; from pathlib import Path\nwith files.lock(Path({str(tmp_path)!r})):\n    print('locked', flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, cwd=ROOT)
     assert other.stdout.readline() == b"locked\n"
     with (
         pytest.raises(ConfigError, match=rf"process {other.pid} on .* is training in"),
-        disk.lock(tmp_path),
+        files.lock(tmp_path),
     ):
         pass
     other.kill()
     other.wait()
-    with disk.lock(tmp_path):
+    with files.lock(tmp_path):
         pass
-    with disk.lock(tmp_path):  # released at the end of the block
+    with files.lock(tmp_path):  # released at the end of the block
         pass
 
 
@@ -139,7 +139,7 @@ def test_a_disk_without_locks_is_told_and_used(tmp_path, monkeypatch, caplog):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with disk.lock(tmp_path):
+    with files.lock(tmp_path):
         assert "cannot be locked" in caplog.text
 
 

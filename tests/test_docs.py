@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm_jax import cli
+from vlm_jax.settings import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (

@@ -11,11 +11,12 @@ from jax.flatten_util import ravel_pytree
 from refs import compressors_numpy, reference_layout
 from refs import elastic_numpy as twin
 
-from vlm_jax import compressors, presets
+from vlm_jax import compressors
 from vlm_jax.compressors import COMPRESSORS, m3, mqt, pool
-from vlm_jax.config import CompressorConfig, ConfigError, VLMConfig, with_tokens
 from vlm_jax.costs import flops
 from vlm_jax.models.projector import Projector
+from vlm_jax.settings import presets
+from vlm_jax.settings.model import CompressorConfig, ConfigError, VLMConfig, with_tokens
 
 WIDTH, HIDDEN, HEADS = 8, 12, 2
 

@@ -15,12 +15,14 @@ import pytest
 import tiny
 
 from configs import eval as eval_config
-from vlm_jax import answer, benchmarks, evaluate, experiment, presets, train
+from vlm_jax import benchmarks, evaluate, train
 from vlm_jax.benchmarks import vqa
-from vlm_jax.config import ConfigError
-from vlm_jax.inference import features
+from vlm_jax.inference import answer, features
 from vlm_jax.laws import table
-from vlm_jax.run_config import InitConfig, MeshConfig
+from vlm_jax.settings import presets
+from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.run import InitConfig, MeshConfig
+from vlm_jax.storage import run as experiment
 
 ROOT = Path(__file__).resolve().parents[1]
 

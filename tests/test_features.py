@@ -12,13 +12,17 @@ import numpy as np
 import pytest
 import tiny
 
-from vlm_jax import cli, experiment, features, optim, sharding, step, train, weights
-from vlm_jax.checkpoint import save_params
-from vlm_jax.config import ConfigError
+from vlm_jax import features, sharding, train
 from vlm_jax.data import feature_cache, feature_images, pipeline, rows
 from vlm_jax.inference import features as inference
-from vlm_jax.losses import make_loss
 from vlm_jax.models.vlm import shapes
+from vlm_jax.settings import cli
+from vlm_jax.settings.model import ConfigError
+from vlm_jax.storage import run as experiment
+from vlm_jax.storage import weights
+from vlm_jax.storage.checkpoint import save_params
+from vlm_jax.training import optim, step
+from vlm_jax.training.losses import make_loss
 
 CONFIG = """
 from pathlib import Path

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlm_jax.config import ConfigError
 from vlm_jax.laws import figures, fit, plot, plot_command, table
 from vlm_jax.laws.law import BILLION
+from vlm_jax.settings.model import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "vlm_jax" / "laws" / "data"

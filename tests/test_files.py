@@ -5,8 +5,10 @@ import codecs
 import pytest
 import tiny
 
-from vlm_jax import cli, evaluate, experiment, files, show, train
-from vlm_jax.config import ConfigError
+from vlm_jax import evaluate, files, show, train
+from vlm_jax.settings import addresses, cli
+from vlm_jax.settings.model import ConfigError
+from vlm_jax.storage import run as experiment
 
 
 @pytest.mark.parametrize(
@@ -20,7 +22,7 @@ from vlm_jax.config import ConfigError
 )
 def test_an_address_is_refused_with_what_to_do_instead(value, address):
     with pytest.raises(ConfigError) as caught:
-        files.check_local("--workdir", value)
+        addresses.check_local("--workdir", value)
     assert str(caught.value) == (
         f"--workdir: {address!r} is an address; only paths of this machine can be used: mount it or copy it to a local "
         "disk, and give the path there."
@@ -29,12 +31,12 @@ def test_an_address_is_refused_with_what_to_do_instead(value, address):
 
 def test_of_a_file_address_the_scheme_is_to_be_left_out():
     with pytest.raises(ConfigError, match=r"leave out file:// and give '/tmp/run'\.$"):
-        files.check_local("--out", "file:///tmp/run")
+        addresses.check_local("--out", "file:///tmp/run")
 
 
 @pytest.mark.parametrize("path", ["gs:", "a/b:c", "v5e:16x16", "C:/runs", "a//b", "x=1", ""])
 def test_paths_that_look_a_little_like_addresses_are_paths(path):
-    files.check_local("--workdir", path)
+    addresses.check_local("--workdir", path)
 
 
 @pytest.mark.parametrize(

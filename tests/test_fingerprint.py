@@ -8,9 +8,11 @@ import pytest
 import tfds_builder
 import tiny
 
-from vlm_jax import experiment, train
-from vlm_jax.config import ConfigError
+from vlm_jax import train
 from vlm_jax.data import fingerprint
+from vlm_jax.settings.model import ConfigError
+from vlm_jax.storage import run as experiment
+from vlm_jax.training import inputs
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def refused(config, workdir):
 def goes_on(config, workdir):
     """The checks of a resume pass."""
     exp = experiment.resolve(config)
-    experiment.check_same(exp, workdir)
+    inputs.check_same(exp, workdir)
     fingerprint.check(exp.data, workdir)
     return True
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlm_jax.config import ConfigError
 from vlm_jax.laws import fit, law, least_squares, sizes, table
 from vlm_jax.laws.law import Law
 from vlm_jax.laws.table import Row
+from vlm_jax.settings.model import ConfigError
 
 PAPER = Path(table.__file__).parent / "data"
 SIZES = {"tiny": 25e3, "small": 100e3, "big": 400e3}

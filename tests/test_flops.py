@@ -9,17 +9,26 @@ import tiny
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from vlm_jax import compressors, experiment, presets, sharding, step
+from vlm_jax import compressors, sharding
 from vlm_jax.aot import programs
-from vlm_jax.config import CompressorConfig, ConfigError, LMConfig, ViTConfig, VLMConfig, stride_for
-from vlm_jax.costs import flops
-from vlm_jax.laws import memory
-from vlm_jax.laws.table import paper_flops
+from vlm_jax.costs import flops, memory
+from vlm_jax.costs.price import paper_flops
 from vlm_jax.models import attention
 from vlm_jax.models.attention import Visible
 from vlm_jax.models.lm import LM, empty_cache
 from vlm_jax.models.vit import ViT
 from vlm_jax.models.vlm import VLM, Inputs, Layout, dummy_inputs
+from vlm_jax.settings import presets
+from vlm_jax.settings.model import (
+    CompressorConfig,
+    ConfigError,
+    LMConfig,
+    ViTConfig,
+    VLMConfig,
+    stride_for,
+)
+from vlm_jax.storage import run as experiment
+from vlm_jax.training import step
 
 
 def vit_config(**changes) -> ViTConfig:

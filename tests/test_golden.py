@@ -21,14 +21,14 @@ import pytest
 from refs import compressors_numpy as twin
 from refs import elastic_numpy, hf_layout, prumerge_numpy, reference_layout
 
-from vlm_jax import presets
 from vlm_jax.compressors import COMPRESSORS, mqt, prumerge
-from vlm_jax.config import CompressorConfig, ConfigError, LMConfig, ViTConfig, VLMConfig
 from vlm_jax.data import queries, sources
 from vlm_jax.layers import Scores
 from vlm_jax.models.projector import Projector
 from vlm_jax.models.vit import Features, ViT
 from vlm_jax.models.vlm import VLM, Inputs
+from vlm_jax.settings import presets
+from vlm_jax.settings.model import CompressorConfig, ConfigError, LMConfig, ViTConfig, VLMConfig
 
 TOLERANCE = 2e-5  # of the largest absolute reference value
 ROOT = Path(__file__).resolve().parents[1]

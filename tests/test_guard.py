@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import tiny
 
-from vlm_jax import experiment, guard, sharding, step, train
-from vlm_jax.config import ConfigError
+from vlm_jax import sharding, train
 from vlm_jax.data import pipeline
-from vlm_jax.telemetry import read_lines
+from vlm_jax.settings.model import ConfigError
+from vlm_jax.storage import run as experiment
+from vlm_jax.training import guard, step
+from vlm_jax.training.telemetry import read_lines
 
 BAD_STEP = 4  # counted from 1
 

@@ -16,12 +16,12 @@ from native_files import FIXTURES
 from configs import eval as eval_config
 from vlm_jax import benchmarks, evaluate
 from vlm_jax.benchmarks import predictions
-from vlm_jax.checkpoint import save_params
-from vlm_jax.config import ConfigError
-from vlm_jax.data import prompts
-from vlm_jax.experiment import resolve, write
+from vlm_jax.data import eval_batches as prompts
 from vlm_jax.laws import table
 from vlm_jax.models.vlm import init_params
+from vlm_jax.settings.model import ConfigError
+from vlm_jax.storage.checkpoint import save_params
+from vlm_jax.storage.run import resolve, write
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = (

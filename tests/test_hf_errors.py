@@ -16,9 +16,10 @@ from safetensors.numpy import load_file, save_file
 from test_hf_export import convert  # noqa: F401 (a fixture)
 from test_hf_parity import load
 
-from vlm_jax import experiment, presets, train
-from vlm_jax.config import ConfigError
-from vlm_jax.hf import describe, directory
+from vlm_jax import train
+from vlm_jax.hf import describe, directory, named
+from vlm_jax.settings.model import ConfigError
+from vlm_jax.storage import run as experiment
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +77,14 @@ FIELDS = {
 def test_a_field_that_is_not_computed_is_named(name, llama):
     fields, message = FIELDS[name]
     with pytest.raises(ConfigError, match=message) as error:
-        presets.lm(str(edit(llama, **fields)))
+        named.lm(str(edit(llama, **fields)))
     assert "\n" not in str(error.value)
 
 
 def test_a_field_that_is_off_or_only_bookkeeping_is_no_obstacle(llama):
-    before = presets.lm(str(llama))
+    before = named.lm(str(llama))
     edit(llama, quantization_config=None, use_cache=True, torch_dtype="float16", top_k=50, pretraining_tp=1, logit_scale=None)  # fmt: skip
-    assert presets.lm(str(llama)) == before
+    assert named.lm(str(llama)) == before
 
 
 LAYERS = {"one window": (["sliding_attention"] * 2, 4), "none": (["full_attention"] * 2, 0)}
@@ -94,10 +95,10 @@ def test_windows_are_read_layer_by_layer(name, models, tmp_path):
     kinds, window = LAYERS[name]
     folder = Path(shutil.copytree(models("qwen2, biases"), tmp_path / "qwen"))
     edit(folder, layer_types=kinds, use_sliding_window=True, sliding_window=4, max_window_layers=0)
-    assert presets.lm(str(folder)).sliding_window == window
+    assert named.lm(str(folder)).sliding_window == window
     edit(folder, layer_types=["full_attention", "sliding_attention"])
     with pytest.raises(ConfigError, match="differ between layers"):
-        presets.lm(str(folder))
+        named.lm(str(folder))
 
 
 def truncated(folder):
@@ -222,12 +223,13 @@ def test_values_that_are_not_numbers_are_a_warning_that_names_them(llama, caplog
 def test_parameters_have_the_dtype_that_the_config_says(llama):
     _, params = load(llama, ("lm",))
     assert params["lm"]["embed"].dtype == np.float32
-    from vlm_jax import sharding, weights
-    from vlm_jax.config import CompressorConfig, VLMConfig
-    from vlm_jax.run_config import MeshConfig
+    from vlm_jax import sharding
+    from vlm_jax.settings.model import CompressorConfig, VLMConfig
+    from vlm_jax.settings.run import MeshConfig
+    from vlm_jax.storage import weights
 
-    lm = presets.lm(str(llama), param_dtype="bfloat16")
-    config = VLMConfig(presets.vit("mini"), CompressorConfig("identity"), lm)
+    lm = named.lm(str(llama), param_dtype="bfloat16")
+    config = VLMConfig(named.vit("mini"), CompressorConfig("identity"), lm)
     wanted = weights.abstract(config, sharding.make_mesh(MeshConfig()))
     half = weights.load(str(llama), config, {"lm": wanted["lm"]})["lm"]["embed"]
     np.testing.assert_array_equal(half, params["lm"]["embed"].astype(ml_dtypes.bfloat16))

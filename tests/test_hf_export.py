@@ -20,14 +20,16 @@ from safetensors import safe_open
 from test_hf_parity import compare_decoder, inputs_of, load, relative
 
 from configs import eval as eval_config
-from vlm_jax import cli, evaluate, presets, sharding, train, weights
-from vlm_jax.config import CompressorConfig, ConfigError, RopeScaling, VLMConfig
+from vlm_jax import evaluate, sharding, train
 from vlm_jax.data import rendering, templates, tokenizer
 from vlm_jax.data.records import IMAGE, Turn
-from vlm_jax.hf import directory, export, written
+from vlm_jax.hf import directory, export, named, written
 from vlm_jax.hf.describe import describe
 from vlm_jax.models.vlm import VLM, Inputs, init_params
-from vlm_jax.run_config import MeshConfig
+from vlm_jax.settings import cli
+from vlm_jax.settings.model import CompressorConfig, ConfigError, RopeScaling, VLMConfig
+from vlm_jax.settings.run import MeshConfig
+from vlm_jax.storage import weights
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "convert_hf.py"
@@ -59,7 +61,7 @@ def tensors(folder: Path) -> dict[str, np.ndarray]:
 def random_model(vit: str = "clip-l-336", compressor: CompressorConfig | None = None, lm=None, **vit_fields):  # fmt: skip
     """(config, random parameters away from their initial values)."""
     config = VLMConfig(
-        presets.vit(vit, **VIT | vit_fields), compressor or CompressorConfig("identity"), presets.lm("", **LM | (lm or {}))
+        named.vit(vit, **VIT | vit_fields), compressor or CompressorConfig("identity"), named.lm("", **LM | (lm or {}))
     )  # fmt: skip
     params = jax.jit(lambda: init_params(config, jax.random.key(0)))()
     params = nn.unbox(params)
@@ -104,7 +106,7 @@ def test_a_converted_workdir_remembers_where_it_came_from(name, tmp_path, conver
 
 def test_a_changed_model_keeps_the_names_of_its_base_and_carries_its_own_numbers(tmp_path):
     given = hf_models.build("phi3, fused weights", tmp_path / "given")
-    config = VLMConfig(presets.vit("mini"), CompressorConfig("identity"), presets.lm(str(given)))
+    config = VLMConfig(named.vit("mini"), CompressorConfig("identity"), named.lm(str(given)))
     wanted = weights.abstract(config, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
     params = weights.load(str(given), config, {"lm": wanted["lm"]})
     params["lm"]["layers"]["attn"]["k"]["kernel"] += 0.25
@@ -136,7 +138,7 @@ def test_a_decoder_of_ours_becomes_the_architecture_that_has_its_features(name, 
     config, params = random_model(lm=fields)
     export.standalone(tmp_path / "out", "lm", {"lm": params["lm"]}, config, BARE)
     assert directory.read_config(tmp_path / "out")["model_type"] == model_type
-    assert presets.lm(str(tmp_path / "out")) == config.lm
+    assert named.lm(str(tmp_path / "out")) == config.lm
     with jax.default_matmul_precision("highest"):
         assert compare_decoder(tmp_path / "out", answers=False).difference < 2e-5
 
@@ -293,7 +295,7 @@ def test_what_a_layout_cannot_hold_is_refused_and_leaves_nothing(model, what, me
 )  # fmt: skip
 def test_features_that_no_architecture_has_together_are_listed(fields):
     with pytest.raises(ConfigError, match=r"export: no known architecture has .* together; llama") as error:  # fmt: skip
-        written.decoder(presets.lm("", **LM | fields))
+        written.decoder(named.lm("", **LM | fields))
     assert all(f"{name} {value}" in str(error.value) for name, value in fields.items())
 
 
@@ -329,7 +331,7 @@ def test_a_large_export_is_cut_into_shards_that_transformers_joins(tmp_path, mon
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert len(files) == 3 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    assert presets.lm(str(tmp_path / "out")) == config.lm
+    assert named.lm(str(tmp_path / "out")) == config.lm
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     theirs = model.model.layers[1].mlp.up_proj.weight.detach().numpy()
     ours = params["lm"]["layers"]["mlp"]["up"]["kernel"][1].T.astype(jnp.bfloat16)

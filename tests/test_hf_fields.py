@@ -12,9 +12,9 @@ from safetensors.numpy import load_file
 from test_hf_errors import edit
 from test_hf_parity import check, compare_decoder, compare_encoder, compare_llava
 
-from vlm_jax import presets
-from vlm_jax.config import ConfigError
+from vlm_jax.hf import named
 from vlm_jax.hf.describe import describe
+from vlm_jax.settings.model import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +53,13 @@ OF_TRANSFORMERS = dict(
 
 def test_fields_that_transformers_does_not_declare_change_nothing_and_are_named_once(copied, caplog):  # fmt: skip
     folder = copied("llama, grouped queries")
-    before = presets.lm(str(folder))
+    before = named.lm(str(folder))
     edit(folder, **OF_TRANSFORMERS)
     with caplog.at_level(logging.INFO):
-        assert presets.lm(str(folder)) == before
+        assert named.lm(str(folder)) == before
         assert not [r for r in caplog.records if "ignored" in r.message]
         edit(folder, **OF_EXPORTERS)
-        assert presets.lm(str(folder)) == before == describe(folder).lm
+        assert named.lm(str(folder)) == before == describe(folder).lm
     lines = [r.message for r in caplog.records if "ignored" in r.message]
     assert lines == [
         f"{folder / 'config.json'}: ignored, because transformers does not know them: _model_name_or_path, is_llama_config, "
@@ -169,21 +169,21 @@ OWN_CODE = {
 @pytest.mark.parametrize("name", OWN_CODE)
 def test_code_that_transformers_has_taken_over_is_no_obstacle(name, copied):
     folder = copied(name)
-    before = presets.lm(str(folder))
-    assert presets.lm(str(edit(folder, auto_map=OWN_CODE[name]))) == before
+    before = named.lm(str(folder))
+    assert named.lm(str(edit(folder, auto_map=OWN_CODE[name]))) == before
 
 
 def test_the_biases_of_an_architecture_are_what_its_class_declares(copied, models, tmp_path):
     """Qwen2's three biases are no setting; Llama's attention_bias is one of all four maps, Mistral's is not declared."""
     folder = copied("qwen2, biases")
-    found = presets.lm(str(edit(folder, attention_bias=False)))
+    found = named.lm(str(edit(folder, attention_bias=False)))
     assert (found.qkv_bias, found.o_bias, found.mlp_bias) == (True, False, False)
-    found = presets.lm(str(models("llama, wide heads, all biases")))
+    found = named.lm(str(models("llama, wide heads, all biases")))
     assert (found.qkv_bias, found.o_bias, found.mlp_bias) == (True, True, True)
     stored = load_file(models("llama, wide heads, all biases") / "model.safetensors")
     assert found.total_params == sum(tensor.size for tensor in stored.values())
     mistral = Path(shutil.copytree(models("mistral, no window"), tmp_path / "mistral"))
-    found = presets.lm(str(edit(mistral, attention_bias=True, mlp_bias=True)))
+    found = named.lm(str(edit(mistral, attention_bias=True, mlp_bias=True)))
     assert (found.qkv_bias, found.o_bias, found.mlp_bias) == (False, False, False)
 
 

@@ -12,10 +12,10 @@ import transformers
 from PIL import Image
 from refs import tokenizers
 
-from vlm_jax.config import ConfigError
 from vlm_jax.data import images, sources, tokenizer
 from vlm_jax.data.chat import Chat
 from vlm_jax.hf import settings
+from vlm_jax.settings.model import ConfigError
 
 PX = 24
 CLIP = dict(image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711])  # fmt: skip
@@ -113,13 +113,15 @@ import importlib.machinery, sys
 find = importlib.machinery.PathFinder.find_spec
 hidden = lambda name, *rest: None if name.split(".")[0] == "torch" else find(name, *rest)
 importlib.machinery.PathFinder.find_spec = hidden
-from vlm_jax import presets, sharding, weights
-from vlm_jax.config import CompressorConfig, VLMConfig
-from vlm_jax.run_config import MeshConfig
+from vlm_jax import sharding
+from vlm_jax.hf import named
+from vlm_jax.storage import weights
+from vlm_jax.settings.model import CompressorConfig, VLMConfig
+from vlm_jax.settings.run import MeshConfig
 from vlm_jax.data import tokenizer
 folder = sys.argv[1]
 known = tokenizer.load(folder)
-config = VLMConfig(presets.vit("mini"), CompressorConfig("identity"), presets.lm(folder))
+config = VLMConfig(named.vit("mini"), CompressorConfig("identity"), named.lm(folder))
 wanted = weights.abstract(config, sharding.make_mesh(MeshConfig()))
 embed = weights.load(folder, config, {"lm": wanted["lm"]})["lm"]["embed"]
 print(known.encode("What colour is this ?")[0], embed.shape, float(embed[3, 4]))

@@ -17,12 +17,14 @@ import torch
 import transformers
 from einops import rearrange
 
-from vlm_jax import presets, sharding, weights
-from vlm_jax.config import CompressorConfig, VLMConfig
-from vlm_jax.generate import Decoding, make_generate
+from vlm_jax import sharding
+from vlm_jax.hf import named
 from vlm_jax.hf.describe import describe
+from vlm_jax.inference.generate import Decoding, make_generate
 from vlm_jax.models.vlm import VLM, Inputs
-from vlm_jax.run_config import MeshConfig
+from vlm_jax.settings.model import CompressorConfig, VLMConfig
+from vlm_jax.settings.run import MeshConfig
+from vlm_jax.storage import weights
 
 TOLERANCE = 2e-5
 NEW_TOKENS = 32
@@ -46,8 +48,8 @@ class Compared(NamedTuple):
 def load(folder: Path, parts: tuple[str, ...], **fields) -> tuple[VLMConfig, dict]:
     """(the model, its parameters) with the given parts of a directory; what it lacks is a preset's."""
     found = describe(folder)
-    vit = presets.vit(str(folder) if "vit" in parts else "mini", **fields)
-    lm = presets.lm(str(folder) if "lm" in parts else "mini-38k")
+    vit = named.vit(str(folder) if "vit" in parts else "mini", **fields)
+    lm = named.lm(str(folder) if "lm" in parts else "mini-38k")
     config = VLMConfig(vit, CompressorConfig("identity"), lm, found.projector_layers or 2)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     wanted = weights.abstract(config, mesh)
@@ -171,7 +173,7 @@ def compare_llava(folder: Path, answers: bool = True) -> Compared:
 def read_reference(folder: Path) -> Compared:
     """The original LLaVA layout, which transformers does not know: every tensor must find its parameter."""
     found, raw = describe(folder), json.loads((folder / "config.json").read_text())
-    vit = presets.vit("clip-l-336", width=raw["mm_hidden_size"], num_heads=1)
+    vit = named.vit("clip-l-336", width=raw["mm_hidden_size"], num_heads=1)
     config = VLMConfig(vit, found.compressor, found.lm, found.projector_layers or 2)
     wanted = weights.abstract(config, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
     weights.load(str(folder), config, {part: tree for part, tree in wanted.items() if part != "vit"})  # fmt: skip

@@ -16,12 +16,15 @@ from safetensors.numpy import load_file, save_file
 from test_hf_export import convert  # noqa: F401 (a fixture)
 from test_hf_parity import compare, load
 
-from vlm_jax import experiment, presets, sharding, weights
-from vlm_jax.config import CompressorConfig, ConfigError, VLMConfig
-from vlm_jax.hf import export, settings
+from vlm_jax import sharding
+from vlm_jax.hf import export, named, settings
 from vlm_jax.hf.describe import describe
 from vlm_jax.models.vlm import init_params
-from vlm_jax.run_config import MeshConfig
+from vlm_jax.settings import presets
+from vlm_jax.settings.model import CompressorConfig, ConfigError, VLMConfig
+from vlm_jax.settings.run import MeshConfig
+from vlm_jax.storage import run as experiment
+from vlm_jax.storage import weights
 
 GOLDEN = Path(os.environ.get("VLM_JAX_GOLDEN", Path(__file__).parents[1] / "../shared/golden"))
 ORIGINAL = {
@@ -97,7 +100,7 @@ def test_an_outside_directory_of_this_layout_is_read_whole(folders):
 
 def test_hub_names_of_encoders_are_known():
     for preset in presets.HUB.values():
-        assert presets.vit(preset).width > 0
+        assert named.vit(preset).width > 0
     assert presets.HUB["openai/clip-vit-large-patch14-336"] == "clip-l-336"
 
 
@@ -165,7 +168,7 @@ def test_a_tokenpacker_as_its_scripts_save_it_is_imported(tmp_path, convert):  #
     lm = dict(vocab_size=40, width=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8, mlp_width=24, rope_theta=1e4, norm_eps=1e-5, qkv_bias=False, qk_norm=False, tied_embeddings=False)  # fmt: skip
     vit = dict(width=16, num_layers=24, num_heads=2, mlp_width=24, image_px=32, patch_px=8)
     compressor = CompressorConfig("tokenpacker", stride=2, num_heads=1, taps=(12, 16, 22, 23))
-    config = VLMConfig(presets.vit("clip-l-336", **vit), compressor, presets.lm("", **lm))
+    config = VLMConfig(named.vit("clip-l-336", **vit), compressor, named.lm("", **lm))
     whole = dataclasses.replace(config, vit=dataclasses.replace(config.vit, feature_layer=-1))
     shapes, rng = nn.unbox(jax.eval_shape(lambda: init_params(whole, jax.random.key(0)))), np.random.default_rng(0)  # fmt: skip
     params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(leaf.dtype), shapes)
@@ -220,8 +223,8 @@ def test_a_release_s_compressor_and_projector_are_read_by_name(name, tmp_path):
     out = state[out].shape[1 if kind == "mqt" else 0]
     stride = {"quecc": 4, "tokenpacker": 2, "mqt": 1}[kind]
     compressor = CompressorConfig(kind, stride, sizes["num_heads"], (1, 2, 3, 4))
-    vit = presets.vit("clip-l-336", width=width, num_layers=5, num_heads=2, mlp_width=8)
-    config = VLMConfig(vit, compressor, presets.lm("mini-38k", width=out))
+    vit = named.vit("clip-l-336", width=width, num_layers=5, num_heads=2, mlp_width=8)
+    config = VLMConfig(vit, compressor, named.lm("mini-38k", width=out))
     module = "query_abstractor" if kind == "mqt" else "mm_projector"
     save_file({f"model.{module}.{key}": value for key, value in state.items()}, tmp_path / "model.safetensors")  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava_llama"}))

@@ -19,11 +19,12 @@ def main(folder: str) -> None:
     import jax
     import numpy as np
 
-    from vlm_jax import presets, sharding, weights
-    from vlm_jax.config import CompressorConfig, VLMConfig
-    from vlm_jax.run_config import MeshConfig
+    from vlm_jax import sharding
+    from vlm_jax.settings.model import CompressorConfig, VLMConfig
+    from vlm_jax.settings.run import MeshConfig
+    from vlm_jax.storage import weights
 
-    config = VLMConfig(presets.vit(folder), CompressorConfig("identity"), presets.lm(folder))
+    config = VLMConfig(named.vit(folder), CompressorConfig("identity"), named.lm(folder))
     report = {}
     alone = None
     for sizes in MESHES:

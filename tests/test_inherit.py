@@ -8,8 +8,11 @@ import pytest
 import tiny
 
 from configs import default, stage2, stage2_lora
-from vlm_jax import experiment, presets, train
-from vlm_jax.config import ConfigError
+from vlm_jax import train
+from vlm_jax.hf import named
+from vlm_jax.settings.model import ConfigError
+from vlm_jax.storage import run as experiment
+from vlm_jax.training import inputs
 
 
 @pytest.fixture
@@ -124,10 +127,10 @@ def test_a_part_that_would_be_read_otherwise_than_its_run_did_is_refused(
     config = tiny.config(data)
     config.model.compressor.taps = (0, 1)
     config.init[part] = str(run)
-    experiment.check_inputs(experiment.resolve(config))
+    inputs.check_inputs(experiment.resolve(config))
     config.update_from_flattened_dict({field: value})
     with pytest.raises(ConfigError) as caught:
-        experiment.check_inputs(experiment.resolve(config))
+        inputs.check_inputs(experiment.resolve(config))
     assert f"init.{part}: '{run}' was trained with {said}; give the run's value, or" in str(
         caught.value
     )
@@ -148,7 +151,7 @@ def test_the_settings_that_were_taken_over_are_saved_and_resume(run, data, tmp_p
     experiment.write(exp, second)
     (second / "checkpoints" / "3").mkdir(parents=True)
     assert experiment.read(second) == exp
-    experiment.check_same(experiment.resolve(copy.deepcopy(config)), second)
+    inputs.check_same(experiment.resolve(copy.deepcopy(config)), second)
     saved = json.loads((second / "config.json").read_text())
     assert saved["init"]["run"] == str(run) and saved["model"]["lm"]["width"] == 16
 
@@ -157,7 +160,7 @@ def test_a_tap_that_this_encoder_does_not_have_names_the_field_and_taps_that_it_
     config = default.get_config()
     config.model.vit.preset = "mini"
     with pytest.raises(ConfigError) as caught:
-        presets.vlm(config.model.to_dict())
+        named.vlm(config.model.to_dict())
     assert str(caught.value) == (
         "quecc: model.compressor.taps (12, 16, 22, 23): 12 is not a hidden state up to this encoder's feature layer (0..2); "
         "for example --config.model.compressor.taps=(1, 2) (evenly spaced), or () for the feature alone."
@@ -175,14 +178,14 @@ def test_a_hub_name_is_answered_with_the_command_that_fetches_it(kind, data):
     else:
         config.data.tokenizer = name
     with pytest.raises(ConfigError) as caught:
-        experiment.check_inputs(experiment.resolve(config))
+        inputs.check_inputs(experiment.resolve(config))
     assert "`hf download Qwen/Qwen1.5-0.5B --local-dir Qwen1.5-0.5B` fetches it" in str(
         caught.value
     )
     config = tiny.config(data)
     config.data.tokenizer = f"{data}/nowhere"  # a path, not a name
     with pytest.raises(ConfigError) as caught:
-        experiment.check_inputs(experiment.resolve(config))
+        inputs.check_inputs(experiment.resolve(config))
     assert "hf download" not in str(caught.value)
 
 

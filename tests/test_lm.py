@@ -11,9 +11,9 @@ import torch
 import transformers
 from refs import hf_layout
 
-from vlm_jax.config import LMConfig, RopeScaling
 from vlm_jax.models.attention import Visible
 from vlm_jax.models.lm import LM, empty_cache, visible
+from vlm_jax.settings.model import LMConfig, RopeScaling
 
 SIZE = dict(
     vocab_size=37, width=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, mlp_width=20

@@ -17,7 +17,7 @@ from PIL import Image
 
 from configs import eval as eval_config
 from vlm_jax import benchmarks, evaluate, train
-from vlm_jax.config import ConfigError
+from vlm_jax.settings.model import ConfigError
 
 TASK, SPLIT = "colours", "test"
 GREEDY = {"max_new_tokens": 3, "temperature": 0, "top_p": 1.0, "num_beams": 1, "do_sample": False}
@@ -40,9 +40,9 @@ def lmms():
     """Our adapter's module, over the real lmms-eval or its stand-in."""
     with pytest.MonkeyPatch.context() as patch:
         lmms_stand_in.install(patch)
-        patch.delitem(sys.modules, "vlm_jax.lmms_eval", raising=False)
-        yield importlib.import_module("vlm_jax.lmms_eval")
-        del sys.modules["vlm_jax.lmms_eval"]
+        patch.delitem(sys.modules, "vlm_jax.inference.lmms_eval", raising=False)
+        yield importlib.import_module("vlm_jax.inference.lmms_eval")
+        del sys.modules["vlm_jax.inference.lmms_eval"]
 
 
 @pytest.fixture(scope="module")

@@ -24,15 +24,23 @@ from test_hf_export import LM, convert, tensors  # noqa: F401 (a fixture)
 from test_hf_parity import compare_logits, inputs_of, left_padded, relative
 
 from configs import stage2_lora
-from vlm_jax import adapters, experiment, generate, loop, presets, sharding, step, train, weights
-from vlm_jax.checkpoint import save_params
-from vlm_jax.config import LM_LINEARS, LORA, ConfigError
+from vlm_jax import sharding, train
+from vlm_jax.hf import named
+from vlm_jax.inference import generate
+from vlm_jax.models import adapters
 from vlm_jax.models.attention import Visible
 from vlm_jax.models.lm import LM as Decoder
 from vlm_jax.models.lm import visible
 from vlm_jax.models.vlm import VLM, Inputs, init_params, shapes
-from vlm_jax.optim import make_optimizer, muon_axes, partition
-from vlm_jax.telemetry import read_lines
+from vlm_jax.settings import presets
+from vlm_jax.settings.model import LM_LINEARS, LORA, ConfigError
+from vlm_jax.storage import run as experiment
+from vlm_jax.storage import weights
+from vlm_jax.storage.checkpoint import save_params
+from vlm_jax.training import loop, step
+from vlm_jax.training.inputs import check_inputs
+from vlm_jax.training.optim import make_optimizer, muon_axes, partition
+from vlm_jax.training.telemetry import read_lines
 
 HERE = Path(__file__).parent
 TRAINABLE = "lora_|^(compressor|projector)/"
@@ -250,7 +258,7 @@ MESH_SCRIPT = """
 import json, sys
 from pathlib import Path
 import test_lora, meshes
-from vlm_jax import experiment
+from vlm_jax.storage import run as experiment
 c = test_lora.config(Path(sys.argv[1]))
 c.model.lm.update({"num_heads": 4, "num_kv_heads": 4, "head_dim": 4})
 c.data.batch_size = 8
@@ -311,7 +319,7 @@ def test_a_run_with_adapters_resumes_hands_them_on_and_leaves_merged(folder, tmp
         other.optim.trainable, other.init.lm = TRAINABLE, str(run)
         exp = experiment.resolve(other)
         with pytest.raises(ConfigError, match=r"has adapters \(lora_rank 4, lora_alpha 8\.0.*merge them: scripts/convert_hf\.py"):  # fmt: skip
-            experiment.check_inputs(exp)
+            check_inputs(exp)
         with pytest.raises(ConfigError, match="other ones or none"):
             weights.load_by_part({"lm": str(run)}, exp.model, everything(plan))
     with pytest.raises(ConfigError, match=r"holds a run with model\.lm\.lora_alpha = 8\.0, now 4\.0"):  # fmt: skip
@@ -360,7 +368,7 @@ def test_an_exported_run_says_in_transformers_what_it_says_with_its_adapters(
     )  # fmt: skip
     c.init.lm = str(given)
     plan = planned(c)
-    experiment.check_inputs(plan.experiment)
+    check_inputs(plan.experiment)
     rng, flat = np.random.default_rng(0), whole(loop.begin(plan))
     for path in flat:
         if path.endswith(LORA):
@@ -413,7 +421,7 @@ def test_the_recipe_with_adapters_trains_them_and_nothing_else_of_the_decoder():
     c = stage2_lora.get_config()
     c.model.lm.preset = "mini-38k"
     c.model.vit.preset, c.model.compressor.taps, c.model.compressor.stride = "mini", (), 2
-    model = presets.vlm(c.model.to_dict())
+    model = named.vlm(c.model.to_dict())
     assert model.lm.adapter("layers/attn/q") == (128, 2.0)
     trainable, _ = partition(shapes(model), c.optim.trainable)
     assert {p for p in paths(trainable) if p.startswith("lm/") and not p.endswith(LORA)} == set()

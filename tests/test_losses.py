@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import tiny
 
-from vlm_jax import experiment, losses, sharding, step
-from vlm_jax.config import ConfigError
+from vlm_jax import sharding
 from vlm_jax.data import pipeline
 from vlm_jax.models.lm import _logits
+from vlm_jax.settings.model import ConfigError
+from vlm_jax.storage import run as experiment
+from vlm_jax.training import losses, step
 
 ROWS, LENGTH, WIDTH, VOCAB = 3, 13, 8, 29
 

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from transformers import AutoTokenizer
 
-from vlm_jax.config import ConfigError
 from vlm_jax.miniworld import generate, questions, rendering, scenes
+from vlm_jax.settings.model import ConfigError
 
 SIZES = dict(num_train_images=400, num_test_images=160, num_encoder_images=80, num_text_records=400)
 COLOURS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "white"]

@@ -11,11 +11,11 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from configs import mini
-from vlm_jax import presets
-from vlm_jax.config import ConfigError
+from vlm_jax.hf import named
 from vlm_jax.models.vlm import init_params
-from vlm_jax.optim import make_optimizer, merge, muon_axes, partition, schedule
-from vlm_jax.run_config import OptimConfig
+from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.run import OptimConfig
+from vlm_jax.training.optim import make_optimizer, merge, muon_axes, partition, schedule
 
 STAGE_1, STAGE_2 = "^(compressor|projector)/", "^(compressor|projector|lm)/"
 
@@ -151,7 +151,7 @@ def test_muon_takes_hidden_kernels_as_matrices_and_nothing_else():
 
 
 def test_muon_leaves_quecc_s_filter_and_the_patch_embedding_to_adam():
-    model = presets.vlm(mini.get_config().model.to_dict())
+    model = named.vlm(mini.get_config().model.to_dict())
     model = dataclasses.replace(
         model, compressor=dataclasses.replace(model.compressor, name="quecc")
     )

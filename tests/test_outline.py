@@ -6,9 +6,11 @@ import types
 import pytest
 import tiny
 
-from vlm_jax import experiment, outline, train
-from vlm_jax.config import ConfigError
-from vlm_jax.run_config import InitConfig
+from vlm_jax import train
+from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.run import InitConfig
+from vlm_jax.storage import run as experiment
+from vlm_jax.training import outline
 
 
 def tree(**parts):

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlm_jax import presets
-from vlm_jax.config import CompressorConfig, VLMConfig
-from vlm_jax.losses import next_token_loss
 from vlm_jax.models.vlm import VLM, Inputs, init_params
+from vlm_jax.settings import presets
+from vlm_jax.settings.model import CompressorConfig, VLMConfig
+from vlm_jax.training.losses import next_token_loss
 
 VOCAB, SLOTS = 32, 4
 LENGTHS = (9, 7, 8)  # three samples, the last one without a picture; 2 slots of padding

@@ -8,9 +8,9 @@ import packed
 import pytest
 from packed import VIT, M
 
-from vlm_jax.config import ConfigError
 from vlm_jax.data import packing, pipeline
 from vlm_jax.data.records import BadRecord
+from vlm_jax.settings.model import ConfigError
 
 TEXT = ("tokens", "positions", "segments", "loss_mask")
 

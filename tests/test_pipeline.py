@@ -11,11 +11,11 @@ import tfds_builder
 from PIL import Image
 from refs import tokenizers
 
-from vlm_jax import presets
-from vlm_jax.config import ConfigError
 from vlm_jax.data import feature_images, pipeline
 from vlm_jax.data.records import BadRecord
-from vlm_jax.run_config import DataConfig
+from vlm_jax.settings import presets
+from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.run import DataConfig
 
 M = 4  # visual tokens per image
 PX = 8
@@ -341,8 +341,8 @@ def test_a_bad_image_stops_a_cache_or_is_left_out(folder):
 WORKERS = """
     import dataclasses, sys
     import numpy as np
-    from vlm_jax.run_config import DataConfig
-    from vlm_jax import presets
+    from vlm_jax.settings.run import DataConfig
+    from vlm_jax.settings import presets
     from vlm_jax.data import pipeline
 
     def run(cfg, state, n):

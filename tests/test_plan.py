@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import tables
 
-from vlm_jax import presets
-from vlm_jax.config import ConfigError
+from vlm_jax.costs.price import Workload, exact_price
 from vlm_jax.laws import fit, law, plan, plan_command, table
 from vlm_jax.laws.budget import Budget, find_chip
-from vlm_jax.laws.cost import Workload, exact_price
+from vlm_jax.settings import presets
+from vlm_jax.settings.model import ConfigError
 
 PAPER = Path(fit.__file__).parent / "data" / "paper_reasoning.csv"
 

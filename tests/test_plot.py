@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tables
 
-from vlm_jax.config import ConfigError
 from vlm_jax.laws import fit, plan, plot
+from vlm_jax.settings.model import ConfigError
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import pytest
 import tiny
 from forks import Forks
 
-from vlm_jax.experiment import last_step
-from vlm_jax.telemetry import read_lines
+from vlm_jax.storage.run import last_step
+from vlm_jax.training.telemetry import read_lines
 
 STEPS, TIMEOUT = 24, 10
 FIELDS = {

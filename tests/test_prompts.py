@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import tiny
 
-from vlm_jax import experiment
-from vlm_jax.data import prompts, rows
+from vlm_jax.data import eval_batches as prompts
+from vlm_jax.data import rows
 from vlm_jax.data.records import BadRecord
+from vlm_jax.storage import run as experiment
 
 M = 4  # visual tokens per image
 SYSTEM = "Say hello . What colour is this image ? Say one ."  # 12 tokens

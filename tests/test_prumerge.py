@@ -12,12 +12,14 @@ import pytest
 import tiny
 from refs import prumerge_numpy as twin
 
-from vlm_jax import compressors, experiment, features, presets, train
+from vlm_jax import compressors, features, train
 from vlm_jax.compressors import COMPRESSORS, prumerge
 from vlm_jax.compressors.visual import Visual
-from vlm_jax.config import SCORED, CompressorConfig, ConfigError, VLMConfig
 from vlm_jax.layers import Scores
 from vlm_jax.models.vlm import VLM, Inputs, init_params
+from vlm_jax.settings import presets
+from vlm_jax.settings.model import SCORED, CompressorConfig, ConfigError, VLMConfig
+from vlm_jax.storage import run as experiment
 
 NAMES = ("prumerge", "prumerge_plus")
 WIDTH = 8

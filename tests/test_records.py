@@ -10,10 +10,12 @@ import pytest
 import tiny
 from PIL import Image
 
-from vlm_jax import benchmarks, experiment
-from vlm_jax.data import pipeline, prompts, records, sources
+from vlm_jax import benchmarks
+from vlm_jax.data import eval_batches as prompts
+from vlm_jax.data import pipeline, records, sources
 from vlm_jax.data.records import BadRecord, Turn
 from vlm_jax.data.rows import make_chat
+from vlm_jax.storage import run as experiment
 
 
 def parse(raw, generate=False, **options):

@@ -10,8 +10,8 @@ import pytest
 import tiny
 from forks import Forks
 
-from vlm_jax.experiment import last_step
-from vlm_jax.telemetry import read_lines
+from vlm_jax.storage.run import last_step
+from vlm_jax.training.telemetry import read_lines
 
 KILLS, STEPS = 21, 30
 FIELDS = {"train__num_steps": STEPS, "train__save_every": 4, "train__log_every": 1}

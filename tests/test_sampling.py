@@ -8,10 +8,11 @@ import pytest
 import tiny
 from packed import VIT, M
 
-from vlm_jax import experiment, loop, step, telemetry
-from vlm_jax.config import ConfigError
 from vlm_jax.data import pipeline, sampling
 from vlm_jax.data.records import BadRecord
+from vlm_jax.settings.model import ConfigError
+from vlm_jax.storage import run as experiment
+from vlm_jax.training import loop, step, telemetry
 
 IMAGE_KEYS = {"images", "query_tokens", "query_mask"}
 

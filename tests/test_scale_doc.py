@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from jax.sharding import AbstractMesh
 
-from vlm_jax import cli, experiment, sharding
+from vlm_jax import sharding
 from vlm_jax.models.vlm import shapes
+from vlm_jax.settings import cli
+from vlm_jax.storage import run as experiment
 
 ROOT = Path(__file__).resolve().parents[1]
 # What stands for the reader's own settings, and how many devices the machine of each section has.

@@ -14,8 +14,8 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from vlm_jax import sharding
-from vlm_jax.config import ConfigError
-from vlm_jax.run_config import MeshConfig
+from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.run import MeshConfig
 
 HERE = Path(__file__).parent
 

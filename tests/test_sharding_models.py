@@ -23,7 +23,7 @@ def main(path: str) -> None:
     import jax
 
     from vlm_jax import sharding
-    from vlm_jax.run_config import MeshConfig
+    from vlm_jax.settings.run import MeshConfig
 
     jax.config.update("jax_default_matmul_precision", "highest")
     made = {}
@@ -77,8 +77,8 @@ def compute(mesh, name: str) -> dict[str, np.ndarray]:
 
 
 def model_config(name: str):
-    from vlm_jax import presets
-    from vlm_jax.config import CompressorConfig, VLMConfig
+    from vlm_jax.settings import presets
+    from vlm_jax.settings.model import CompressorConfig, VLMConfig
 
     if name == "quecc":
         compressor = CompressorConfig("quecc", 2, 2, taps=(1, 2))

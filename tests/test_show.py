@@ -9,11 +9,13 @@ import pytest
 import tiny
 from PIL import Image
 
-from vlm_jax import answer, experiment, show, train
+from vlm_jax import show, train
 from vlm_jax.compressors import COMPRESSORS
 from vlm_jax.data import images
+from vlm_jax.inference import answer
 from vlm_jax.models.vlm import VLM, Inputs
-from vlm_jax.run_config import MeshConfig
+from vlm_jax.settings.run import MeshConfig
+from vlm_jax.storage import run as experiment
 
 GRID = 4
 QUESTION = "What colour is this ?"

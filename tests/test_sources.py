@@ -10,11 +10,11 @@ import pytest
 import tfds_builder
 from refs import tokenizers
 
-from vlm_jax.config import ConfigError
 from vlm_jax.data import sources
 from vlm_jax.data.records import BadRecord, Turn, parse
 from vlm_jax.data.sources import JsonSource, TfdsSource
-from vlm_jax.run_config import DataConfig
+from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.run import DataConfig
 
 
 def human(text):

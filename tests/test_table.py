@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlm_jax.config import ConfigError
 from vlm_jax.laws import table
 from vlm_jax.laws.table import Row
+from vlm_jax.settings.model import ConfigError
 
 PAPER = Path(table.__file__).parent / "data"
 
@@ -234,4 +234,4 @@ def test_the_published_tables_ship_with_the_package(family):
 
 
 def test_two_n_q_plus_v():
-    assert table.paper_flops(7e9, 50, 16) == 2 * 7e9 * 66
+    assert price.paper_flops(7e9, 50, 16) == 2 * 7e9 * 66

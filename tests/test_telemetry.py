@@ -11,8 +11,10 @@ import tiny
 from flax.traverse_util import flatten_dict
 from rich.console import Console
 
-from vlm_jax import chips, experiment, loop, sharding, telemetry, train
-from vlm_jax.costs import flops
+from vlm_jax import sharding, train
+from vlm_jax.costs import chips, flops
+from vlm_jax.storage import run as experiment
+from vlm_jax.training import loop, telemetry
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ import pytest
 from refs import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from vlm_jax.config import ConfigError
 from vlm_jax.data import tokenizer
 from vlm_jax.data.chat import Chat
 from vlm_jax.data.records import Record, Turn
 from vlm_jax.data.templates import TEMPLATES, chat_template
+from vlm_jax.settings.model import ConfigError
 
 TEXTS = ["What is this?", " Red cat.\n\nyes", "ein Haus \u2603 \U0001f600", "a</s>b", ""]
 

@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import tiny
 
-from vlm_jax import experiment, loop, losses, optim, sharding, step, telemetry, train
-from vlm_jax.checkpoint import load_params
-from vlm_jax.config import ConfigError
+from vlm_jax import sharding, train
 from vlm_jax.data import pipeline
-from vlm_jax.run_config import InitConfig
+from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.run import InitConfig
+from vlm_jax.storage import run as experiment
+from vlm_jax.storage.checkpoint import load_params
+from vlm_jax.training import inputs, loop, losses, optim, step, telemetry
 
 ROOT = Path(__file__).parents[1]
 STEPS = 200
@@ -206,7 +208,7 @@ def test_a_workdir_refuses_other_settings_and_names_the_field(
 def test_logging_mesh_and_workers_may_change_between_two_starts(folder, tmp_path):
     config = tiny.config(folder, log_every=1, save_every=1, keep=5)
     config.data.num_workers, config.mesh.data, config.model.lm.remat = 2, 1, "full"
-    experiment.check_same(experiment.resolve(config), settled(folder, tmp_path))
+    inputs.check_same(experiment.resolve(config), settled(folder, tmp_path))
 
 
 def test_metrics_after_a_crash_are_cut_to_the_restored_step(tmp_path):

@@ -8,10 +8,10 @@ import torch
 import transformers
 from refs import hf_layout
 
-from vlm_jax import presets
-from vlm_jax.config import ViTConfig
 from vlm_jax.layers import resize_matrix, sincos_positions
 from vlm_jax.models.vit import ViT
+from vlm_jax.settings import presets
+from vlm_jax.settings.model import ViTConfig
 
 SIZE = dict(image_px=28, patch_px=7, width=12, num_layers=3, num_heads=2, mlp_width=20)
 HF_SIZE = dict(

@@ -11,12 +11,12 @@ import torch
 import transformers
 from refs import hf_layout
 
-from vlm_jax import presets
 from vlm_jax.compressors import COMPRESSORS, num_tokens
-from vlm_jax.config import CompressorConfig, VLMConfig
 from vlm_jax.models.lm import empty_cache
 from vlm_jax.models.projector import Projector
 from vlm_jax.models.vlm import VLM, Inputs, Layout, init_params
+from vlm_jax.settings import presets
+from vlm_jax.settings.model import CompressorConfig, VLMConfig
 
 PX, PATCH, VOCAB, IMAGE_ID = 28, 7, 37, 36
 GRID = PX // PATCH

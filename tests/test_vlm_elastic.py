@@ -10,15 +10,18 @@ import numpy as np
 import pytest
 import tiny
 
-from vlm_jax import compressors, experiment, losses, optim, presets, sharding, step
+from vlm_jax import compressors, sharding
 from vlm_jax.compressors import m3
 from vlm_jax.compressors.visual import Visual
-from vlm_jax.config import CompressorConfig, ConfigError, VLMConfig, with_tokens
 from vlm_jax.costs import flops
 from vlm_jax.data import pipeline
-from vlm_jax.generate import Decoding, make_generate
+from vlm_jax.inference.generate import Decoding, make_generate
 from vlm_jax.models.lm import empty_cache
 from vlm_jax.models.vlm import VLM, Inputs, Layout, init_params
+from vlm_jax.settings import presets
+from vlm_jax.settings.model import CompressorConfig, ConfigError, VLMConfig, with_tokens
+from vlm_jax.storage import run as experiment
+from vlm_jax.training import losses, optim, step
 
 PX, PATCH, VOCAB = 24, 6, 37
 GRID = PX // PATCH

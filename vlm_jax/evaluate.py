@@ -32,14 +32,17 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vlm_jax import benchmarks, cli, experiment, files, outline, presets
+from vlm_jax import benchmarks, files
 from vlm_jax.benchmarks import answers as saved
 from vlm_jax.benchmarks import predictions
-from vlm_jax.config import ConfigError, LMConfig, build, with_tokens
 from vlm_jax.data import feature_cache, tokenizer
+from vlm_jax.inference.tasks import MODES, EvalConfig, Task, open_tasks
 from vlm_jax.laws import table
-from vlm_jax.run_config import Experiment, MeshConfig
-from vlm_jax.tasks import MODES, EvalConfig, Task, open_tasks
+from vlm_jax.settings import addresses, cli, presets
+from vlm_jax.settings.model import ConfigError, LMConfig, build, with_tokens
+from vlm_jax.settings.run import Experiment, MeshConfig
+from vlm_jax.storage import run as experiment
+from vlm_jax.training import outline
 
 log = logging.getLogger("vlm_jax.evaluate")  # run as a module, __name__ is "__main__"
 
@@ -53,7 +56,7 @@ def evaluate(cfg: ConfigDict, workdir: str, say: outline.Say = outline.silent) -
 
     Raises ConfigError, before anything heavy is imported, for wrong settings, missing inputs or predictions of another run.
     """
-    files.check_settings(cfg.to_dict())
+    addresses.check_settings(cfg.to_dict())
     settings, mesh = build(EvalConfig, cfg.eval.to_dict()), build(MeshConfig, cfg.mesh.to_dict())
     run = experiment.read(settings.checkpoint)
     if experiment.last_step(settings.checkpoint) is None:
@@ -64,7 +67,7 @@ def evaluate(cfg: ConfigDict, workdir: str, say: outline.Say = outline.silent) -
     if settings.visual_tokens:
         with_tokens(run.model.compressor, run.model.vit.grid, settings.visual_tokens)
     if settings.features_dir:
-        experiment.check_cacheable(run.model)
+        feature_cache.check_cacheable(run.model)
         feature_cache.check(settings.features_dir, run.model, run.data)
     folder = experiment.open_workdir(workdir)
     tasks = open_tasks(settings, folder)
@@ -72,7 +75,7 @@ def evaluate(cfg: ConfigDict, workdir: str, say: outline.Say = outline.silent) -
     step = experiment.last_step(settings.checkpoint) or 0
     for line in outline.asking(run, settings.checkpoint, step, folder, left):
         say(line)
-    from vlm_jax.answer import Answerer  # here, not above: jax and orbax take seconds
+    from vlm_jax.inference.answer import Answerer  # here, not above: jax and orbax take seconds
 
     answerer = Answerer(
         settings.checkpoint, mesh, settings.features_dir, settings.max_new_tokens, settings.temperature,

@@ -14,11 +14,13 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from vlm_jax import cli, experiment
-from vlm_jax.config import ConfigError
 from vlm_jax.data import feature_cache
 from vlm_jax.hf.directory import is_model
-from vlm_jax.inherit import check_part
+from vlm_jax.settings import cli
+from vlm_jax.settings.model import ConfigError
+from vlm_jax.storage import run as experiment
+from vlm_jax.storage.inherit import check_part
+from vlm_jax.training import inputs
 
 log = logging.getLogger(__name__)
 
@@ -31,14 +33,14 @@ def write_features(cfg: ConfigDict, folder: str, given: Sequence[str] = ()) -> N
     cfg = cfg.copy_and_resolve_references()
     cfg.data.features_dir = ""
     exp = experiment.resolve(cfg, given)
-    experiment.check_cacheable(exp.model)
-    experiment.check_sources(exp.data)
+    feature_cache.check_cacheable(exp.model)
+    inputs.check_sources(exp.data)
     source = exp.init.sources["vit"]
     if not source:
         raise ConfigError(
             "features: init.vit and init.from are empty; give the training run or the model directory whose encoder computes the features."
         )
-    experiment.check_source("vit", source, exp.model)
+    inputs.check_source("vit", source, exp.model)
     if not is_model(source):
         check_part("vit", source, experiment.read(source), exp)
     out = Path(folder).absolute()

@@ -1,66 +1,28 @@
-"""The one door to what users' paths name: only local ones, and text and JSON that are read or refused in one line."""
+"""The one door to what users' paths name: text and JSON that are read or refused in one line, and the workdir as a disk.
+
+One run at a time works in a workdir, and what cannot be written is told in one line.
+"""
 
 from __future__ import annotations
 
 import codecs
+import contextlib
+import errno
+import fcntl
 import json
+import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+import socket
+import tempfile
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.config import ConfigError
+from vlm_jax.settings.model import ConfigError
 
-# "gs://bucket/run" by itself, as a flag's value, or inside a list of paths.
-ADDRESS = re.compile(r"(?:^|[=\s'\"(\[,])([A-Za-z][A-Za-z0-9+.-]*)://([^\s'\")\],]*)")
-SENTENCES = ("question", "system")  # flags and fields that hold words to a model, not a path
-
-
-def check_local(owner: str, value: str) -> None:
-    """Raises ConfigError when `value` is or holds an address such as gs://bucket/run, which pathlib takes for a folder."""
-    found = ADDRESS.search(value)
-    if found is None:
-        return
-    scheme, rest = found.groups()
-    fix = (
-        f"leave out {scheme}:// and give {rest!r}"
-        if scheme.lower() == "file"
-        else "mount it or copy it to a local disk, and give the path there"
-    )
-    raise ConfigError(
-        f"{owner}: {f'{scheme}://{rest}'!r} is an address; only paths of this machine can be used: {fix}."
-    )
-
-
-def check_words(argv: Sequence[str]) -> None:
-    """`check_local` for every word of a command line that may be a path."""
-    flag = ""
-    for word in argv:
-        is_flag = word.startswith("-")
-        owner = word.partition("=")[0] if is_flag else flag
-        if owner.lstrip("-").rpartition(".")[2] not in SENTENCES:
-            check_local(owner or "command line", word)
-        flag = word if is_flag and "=" not in word else ""
-
-
-def check_settings(settings: Mapping[str, Any], owner: str = "config") -> None:
-    """`check_local` for every text of a config, however deep; a field is named as config.data.annotations."""
-    for name, value in _texts(settings, owner):
-        check_local(name, value)
-
-
-def _texts(node: Any, name: str) -> Iterator[tuple[str, str]]:
-    if isinstance(node, str):
-        yield name, node
-    elif isinstance(node, Mapping):
-        for key, value in node.items():
-            if key not in SENTENCES:
-                yield from _texts(value, f"{name}.{key}")
-    elif isinstance(node, list | tuple):
-        for value in node:
-            yield from _texts(value, name)
-
+log = logging.getLogger(__name__)
 
 # Byte-order marks; UTF-32's begins with UTF-16's, so it comes first.
 MARKS = {
@@ -122,3 +84,59 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         raise ConfigError(
             f"{path} cannot be written: {error.strerror}; give another path."
         ) from error
+
+
+@contextlib.contextmanager
+def lock(workdir: Path) -> Generator[None, None, None]:
+    """Holds `workdir` for this process. The lock dies with the process, also by kill -9, so none is ever stale.
+
+    Raises ConfigError when another process holds it. A file system without locks is told in the log and not locked.
+    """
+    with writing(workdir):
+        file = (workdir / "lock").open("a+", encoding="utf-8")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ConfigError(
+                f"--workdir: {file.read().strip() or 'another process'} is training in {str(workdir)!r}; wait for it, stop "
+                "it, or give another workdir."
+            ) from error
+        except OSError as error:
+            log.warning("%s cannot be locked (%s): start one run there only", workdir, error)
+        with writing(workdir):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Generator[None, None, None]:
+    """Turns an OSError inside into a ConfigError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {str(path)!r}: {reason(error)}; free or mend the disk, then give the same command again."
+        ) from error
+
+
+def check_room(folder: Path, num_bytes: int) -> None:
+    """Raises OSError when no file can be made in `folder` or fewer than `num_bytes` are free on its disk."""
+    with tempfile.TemporaryFile(dir=folder):
+        free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        needed = f"{num_bytes / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({needed})")
+
+
+def reason(error: Exception) -> str:
+    """The system's words for what went wrong ("No space left on device"), from Python's errors and tensorstore's."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if code:
+        return os.strerror(int(code[1]))
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from vlm_jax.config import Adapter, RopeScaling
+from vlm_jax.settings.model import Adapter, RopeScaling
 
 Initializer = Callable[..., Array]
 

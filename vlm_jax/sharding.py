@@ -20,8 +20,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vlm_jax.config import ConfigError
-from vlm_jax.run_config import Experiment, MeshConfig
+from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.run import Experiment, MeshConfig
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp")

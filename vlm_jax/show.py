@@ -27,15 +27,16 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 from ml_collections import ConfigDict
 
-from vlm_jax import cli, experiment, files
-from vlm_jax.config import ConfigError, build, check_choice
 from vlm_jax.data import images
 from vlm_jax.data.queries import QUERIES
 from vlm_jax.laws import plot
-from vlm_jax.run_config import MeshConfig
+from vlm_jax.settings import addresses, cli
+from vlm_jax.settings.model import ConfigError, build, check_choice
+from vlm_jax.settings.run import MeshConfig
+from vlm_jax.storage import run as experiment
 
 if TYPE_CHECKING:
-    from vlm_jax.answer import Answerer
+    from vlm_jax.inference.answer import Answerer
 
 MAX_PANELS = 24  # small pictures, one per token or head
 PICTURE_PX = 640  # at least, of the picture under the weights
@@ -70,7 +71,7 @@ def show(cfg: ConfigDict, image: str, question: str, out: str) -> Path:
 
     Raises ConfigError for a run without a checkpoint, an image that cannot be read, or a path that cannot be written.
     """
-    files.check_settings(cfg.to_dict())
+    addresses.check_settings(cfg.to_dict())
     checkpoint = cfg.eval.checkpoint
     if not checkpoint:
         raise ConfigError(
@@ -99,7 +100,7 @@ def show(cfg: ConfigDict, image: str, question: str, out: str) -> Path:
         )
     except images.ImageError as error:
         raise ConfigError(f"image {image!r}: {error}.") from error
-    from vlm_jax.answer import Answerer  # here, not above: jax and orbax take seconds
+    from vlm_jax.inference.answer import Answerer  # here, not above: jax and orbax take seconds
 
     answerer = Answerer(
         checkpoint, build(MeshConfig, cfg.mesh.to_dict()), "", cfg.eval.max_new_tokens, cfg.eval.temperature,
@@ -122,7 +123,7 @@ def look(answerer: Answerer, row: Mapping[str, Any], image_root: str) -> Shown:
     import jax
 
     from vlm_jax import sharding
-    from vlm_jax.data import prompts
+    from vlm_jax.data import eval_batches as prompts
     from vlm_jax.models.vlm import VLM, Inputs
 
     vit, name = answerer.model.vit, answerer.model.compressor.name

@@ -24,11 +24,14 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from vlm_jax import benchmarks, cli, experiment, files, presets
-from vlm_jax.config import ConfigError, check_choice, stride_for
+from vlm_jax import benchmarks, files
 from vlm_jax.evaluate import evaluate
+from vlm_jax.hf import named
 from vlm_jax.laws import fit, law, report, table
 from vlm_jax.miniworld import CAVEATS, generate
+from vlm_jax.settings import cli, presets
+from vlm_jax.settings.model import ConfigError, check_choice, stride_for
+from vlm_jax.storage import run as experiment
 from vlm_jax.train import train
 
 log = logging.getLogger(__name__)
@@ -76,7 +79,7 @@ class Shared:
 
 def cells(cfg: ConfigDict) -> list[Cell]:
     """The law's cells and the query-aware ones shown beside it, seed by seed; every name and size is checked."""
-    model = presets.vlm(cfg.model.to_dict())
+    model = named.vlm(cfg.model.to_dict())
     check_choice("sweep", "model.compressor.name", model.compressor.name, ("tokenpacker",))
     points = [
         (model.compressor.name, lm, v) for lm in cfg.sweep.lms for v in cfg.sweep.visual_tokens
@@ -216,7 +219,7 @@ def encoder_stage(cfg: ConfigDict, seed: int, shared: Shared) -> ConfigDict:
     """The encoder learns inside a VLM without compression, everything trainable."""
     c = stage(cfg, seed, "encoder", shared)
     c.model.compressor.name = "identity"
-    c.data.max_tokens += presets.vlm(c.model.to_dict()).vit.num_patches
+    c.data.max_tokens += named.vlm(c.model.to_dict()).vit.num_patches
     return c
 
 
@@ -234,7 +237,7 @@ def cell_stage(cfg: ConfigDict, cell: Cell, shared: Shared, seed: int) -> Config
     c.model.lm.preset = cell.lm
     c.model.compressor.name = cell.compressor
     c.model.compressor.stride = stride_for(
-        presets.vlm(c.model.to_dict()).vit.grid, cell.visual_tokens
+        named.vlm(c.model.to_dict()).vit.grid, cell.visual_tokens
     )
     c.data.max_tokens += cell.visual_tokens
     c.data.features_dir = str(shared.features)

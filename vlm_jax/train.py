@@ -13,10 +13,13 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from vlm_jax import cli, experiment, outline
 from vlm_jax.data import fingerprint
-from vlm_jax.experiment import check_inputs, check_same, last_step, open_workdir, resolve
 from vlm_jax.hf.directory import is_model
+from vlm_jax.settings import cli
+from vlm_jax.storage import run as experiment
+from vlm_jax.storage.run import last_step, open_workdir, resolve
+from vlm_jax.training import outline
+from vlm_jax.training.inputs import check_inputs, check_same
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +56,9 @@ def train(
         fingerprint.check(exp.data, folder)
     if not slow:
         say(first)
-    from vlm_jax import (
-        loop,
-    )  # here, not above: jax, orbax and grain take seconds, mistakes are answered before
+    from vlm_jax.training import (
+        loop,  # here, not above: jax, orbax and grain take seconds, mistakes are answered before
+    )
 
     return loop.run(exp, folder, say)
 

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax import compressors
-from vlm_jax.config import CompressorConfig
 from vlm_jax.layers import Scores
 from vlm_jax.models.projector import Projector
+from vlm_jax.settings.model import CompressorConfig
 
 WIDTH, GRID = 1024, 24
 TAPS = (12, 16, 22, 23)

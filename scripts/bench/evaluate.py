@@ -131,9 +131,9 @@ def write_run(
     from flax import linen as nn
 
     from configs import default
-    from vlm_jax import experiment
-    from vlm_jax.checkpoint import save_params
     from vlm_jax.models.vlm import init_params
+    from vlm_jax.storage import run as experiment
+    from vlm_jax.storage.checkpoint import save_params
 
     c = default.get_config()
 
@@ -163,8 +163,8 @@ def write_run(
 def ours(
     run: Path, data: Path, rows: Sequence[dict], batch: int, new: int, replies: bool
 ) -> Callable:
-    from vlm_jax.answer import Answerer
-    from vlm_jax.run_config import MeshConfig
+    from vlm_jax.inference.answer import Answerer
+    from vlm_jax.settings.run import MeshConfig
 
     answerer = Answerer(str(run), MeshConfig(), "", new, 0.0, 1.0, 0)
     ask = answerer.likelihoods if replies else answerer.ask

@@ -5,7 +5,7 @@ scripts/bench/hf_import.py [--gigabytes 3] [--devices 8] [--keep DIR]
 
 Writes a random Llama checkpoint (bfloat16, several shards), then loads it in one fresh process per way:
 
-    streamed   vlm_jax.weights.load: one tensor at a time to its place on the devices, over a mesh of fake CPU devices
+    streamed   vlm_jax.storage.weights.load: one tensor at a time to its place on the devices, over a mesh of fake CPU devices
     whole      every tensor of every file in host memory first, then to the same places
 
 On a CPU the devices' memory is the host's: "beyond" is the peak resident memory less what the process held before and less
@@ -86,13 +86,14 @@ def measure(folder: Path, way: str) -> dict[str, float]:
     """Loads the checkpoint in this process."""
     import jax
 
-    from vlm_jax import presets, sharding, weights
-    from vlm_jax.config import CompressorConfig, VLMConfig
+    from vlm_jax import sharding
     from vlm_jax.hf import directory, io, maps
-    from vlm_jax.run_config import MeshConfig
+    from vlm_jax.settings.model import CompressorConfig, VLMConfig
+    from vlm_jax.settings.run import MeshConfig
+    from vlm_jax.storage import weights
 
-    lm = presets.lm(str(folder), param_dtype="bfloat16")
-    config = VLMConfig(presets.vit("mini"), CompressorConfig("identity"), lm)
+    lm = named.lm(str(folder), param_dtype="bfloat16")
+    config = VLMConfig(named.vit("mini"), CompressorConfig("identity"), lm)
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1))
     wanted = {"lm": weights.abstract(config, mesh)["lm"]}
     jax.block_until_ready(jax.numpy.zeros(8) + 1)

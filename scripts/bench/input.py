@@ -102,8 +102,8 @@ def rate(batches: Iterator[Any], count: int, size: int) -> tuple[float, float]:
 
 
 def ours(folder: Path, args: argparse.Namespace, workers: int) -> tuple[float, float]:
-    from vlm_jax import experiment
     from vlm_jax.data import pipeline
+    from vlm_jax.storage import run as experiment
 
     exp = experiment.resolve(settings(folder, args, workers))
     iterator = pipeline.train_iterator(exp.data, VISUAL_TOKENS, exp.model.vit)
@@ -146,8 +146,10 @@ def waiting(folder: Path, args: argparse.Namespace, workers: int) -> dict[str, f
     """Milliseconds per training step with new batches and on a repeated one, and those spent inside next()."""
     import jax
 
-    from vlm_jax import experiment, sharding, step
+    from vlm_jax import sharding
     from vlm_jax.data import pipeline
+    from vlm_jax.storage import run as experiment
+    from vlm_jax.training import step
 
     exp = experiment.resolve(settings(folder, args, workers))
     visual_tokens = (exp.model.vit.grid // args.stride) ** 2

@@ -34,17 +34,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from vlm_jax import chips, presets, sharding, step
-from vlm_jax.config import CompressorConfig, LMConfig, VLMConfig
+from vlm_jax import sharding
+from vlm_jax.costs import chips
 from vlm_jax.costs.flops import step_flops
-from vlm_jax.run_config import (
+from vlm_jax.settings import presets
+from vlm_jax.settings.model import CompressorConfig, LMConfig, VLMConfig
+from vlm_jax.settings.run import (  # fmt: skip
     DataConfig,
     Experiment,
     InitConfig,
     MeshConfig,
     OptimConfig,
     TrainConfig,
-)  # fmt: skip
+)
+from vlm_jax.training import step
 
 VISUAL = 64  # the mini encoder's patches
 

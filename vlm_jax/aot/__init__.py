@@ -13,8 +13,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from vlm_jax import cli
-from vlm_jax.experiment import resolve
+from vlm_jax.settings import cli
+from vlm_jax.storage.run import resolve
 
 # libtpu looks for a TPU machine around it; without one each look-up waits or warns.
 QUIET = {

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from vlm_jax import sharding
 from vlm_jax.aot import programs, roofline
 from vlm_jax.aot.roofline import Need, TooBig
-from vlm_jax.chips import GIB, Chip
-from vlm_jax.run_config import Experiment
+from vlm_jax.costs.chips import GIB, Chip
+from vlm_jax.settings.run import Experiment
 
 NOTES = """\
 arguments are parameters, optimiser state and batch; peak = arguments + outputs + temporaries - reused (donated) ones.

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from vlm_jax import compressors, sharding, weights
-from vlm_jax.config import ConfigError
+from vlm_jax import compressors, sharding
 from vlm_jax.models.lm import empty_cache
 from vlm_jax.models.vlm import VLM, Inputs, Layout
-from vlm_jax.run_config import Experiment
-from vlm_jax.step import Plan, make_step, plan
+from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.run import Experiment
+from vlm_jax.storage import weights
+from vlm_jax.training.step import Plan, make_step, plan
 
 TOPOLOGY = re.compile(r"(v4|v5e|v5p|v6e):(\d+(?:x\d+){1,2})$")
 SCHEDULE_STEPS = (

@@ -11,11 +11,12 @@ import jax
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from vlm_jax import chips, compressors
+from vlm_jax import compressors
 from vlm_jax.aot import hlo, programs
-from vlm_jax.chips import Chip
+from vlm_jax.costs import chips
+from vlm_jax.costs.chips import Chip
 from vlm_jax.costs.flops import batch_flops, decoder_flops, forward_flops
-from vlm_jax.run_config import Experiment
+from vlm_jax.settings.run import Experiment
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from vlm_jax import sharding
 from vlm_jax.aot import programs, roofline
 from vlm_jax.aot.footprint import misfit
 from vlm_jax.aot.roofline import Need
-from vlm_jax.chips import GIB
-from vlm_jax.config import ConfigError
-from vlm_jax.run_config import Experiment, MeshConfig
+from vlm_jax.costs.chips import GIB
+from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.run import Experiment, MeshConfig
 
 TRIALS = 12  # compilations; a 7B decoder takes about a minute each
 NOTHING = "nothing fits: take more or larger chips, a smaller batch or shorter samples."

@@ -45,7 +45,7 @@ from vlm_jax.benchmarks import (
     vqa,
     vqav2,
 )
-from vlm_jax.config import ConfigError
+from vlm_jax.settings.model import ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -20,10 +20,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_jax import cli, files
+from vlm_jax import files
 from vlm_jax.benchmarks import BENCHMARKS
 from vlm_jax.benchmarks.records import shown
-from vlm_jax.config import ConfigError
+from vlm_jax.settings import cli
+from vlm_jax.settings.model import ConfigError
 
 # key of BENCHMARKS -> heading
 TABLE_1 = {

@@ -6,7 +6,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from vlm_jax.compressors.visual import Visual
-from vlm_jax.config import CompressorConfig
+from vlm_jax.settings.model import CompressorConfig
 
 
 class Identity(nn.Module):

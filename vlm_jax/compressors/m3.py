@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax.compressors import pool
 from vlm_jax.compressors.visual import Visual
-from vlm_jax.config import CompressorConfig, valid_strides
+from vlm_jax.settings.model import CompressorConfig, valid_strides
 
 
 class M3(nn.Module):

@@ -22,8 +22,8 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax.compressors import windows
 from vlm_jax.compressors.visual import Visual
-from vlm_jax.config import CompressorConfig
 from vlm_jax.layers import LayerNorm, Linear, resize_matrix, sincos_positions, weight
+from vlm_jax.settings.model import CompressorConfig
 
 
 class MQT(nn.Module):

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from vlm_jax.compressors import windows
 from vlm_jax.compressors.visual import Visual
-from vlm_jax.config import CompressorConfig
+from vlm_jax.settings.model import CompressorConfig
 
 
 class Pool(nn.Module):

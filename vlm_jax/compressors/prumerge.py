@@ -29,8 +29,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.compressors.visual import Visual
-from vlm_jax.config import CompressorConfig, ConfigError
 from vlm_jax.layers import Scores
+from vlm_jax.settings.model import CompressorConfig, ConfigError
 
 
 class Chosen(NamedTuple):

@@ -16,8 +16,8 @@ from jaxtyping import Array, Float
 
 from vlm_jax.compressors import windows
 from vlm_jax.compressors.visual import Visual
-from vlm_jax.config import CompressorConfig
 from vlm_jax.layers import LayerNorm, Linear, uniform_fan_in, weight
+from vlm_jax.settings.model import CompressorConfig
 
 
 class QueCC(nn.Module):

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 
 from vlm_jax.compressors import windows
 from vlm_jax.compressors.visual import Visual
-from vlm_jax.config import CompressorConfig
 from vlm_jax.layers import LayerNorm, Linear
+from vlm_jax.settings.model import CompressorConfig
 
 # The reference truncates at +-2, which is 100 standard deviations: a plain normal.
 KERNEL_INIT = nn.initializers.normal(0.02)

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from vlm_jax.config import CompressorConfig
 from vlm_jax.layers import ACTIVATIONS, Initializer, LayerNorm, Linear
+from vlm_jax.settings.model import CompressorConfig
 
 
 def num_tokens(config: CompressorConfig, grid: int) -> int:

@@ -13,8 +13,8 @@ import dataclasses
 from collections.abc import Collection
 
 from vlm_jax import compressors
-from vlm_jax.config import ConfigError, LMConfig, ViTConfig, VLMConfig
-from vlm_jax.run_config import Experiment
+from vlm_jax.settings.model import ConfigError, LMConfig, ViTConfig, VLMConfig
+from vlm_jax.settings.run import Experiment
 
 QUERIES = 128  # models.attention cuts queries into blocks of at least so many,
 BLOCKS = 8  # and into at most so many blocks (a test holds the two files together)

@@ -16,9 +16,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from vlm_jax.config import ConfigError, VLMConfig
 from vlm_jax.data.rows import make_pixels
-from vlm_jax.run_config import DataConfig
+from vlm_jax.settings.model import SCORED, ConfigError, VLMConfig
+from vlm_jax.settings.run import DataConfig
 
 FORMAT = 1
 MADE = "made.json"
@@ -83,3 +83,11 @@ def check(directory: str, model: VLMConfig, data: DataConfig) -> None:
                 f"features_dir: {directory!r} was made with {name} = {before.get(name)!r}, this run has "
                 f"{now.get(name)!r}; {AGAIN}."
             )
+
+
+def check_cacheable(model: VLMConfig) -> None:
+    """Raises ConfigError when the compressor needs more of the encoder than a feature cache holds."""
+    if model.compressor.name in SCORED:
+        raise ConfigError(
+            f"features_dir: a cache has no queries and keys, which {model.compressor.name} looks at; use '' to encode the images."
+        )

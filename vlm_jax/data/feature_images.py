@@ -9,11 +9,11 @@ import numpy as np
 from absl import logging
 from jaxtyping import UInt8
 
-from vlm_jax.config import ConfigError, ViTConfig
 from vlm_jax.data import sources
 from vlm_jax.data.records import BadRecord, Record
 from vlm_jax.data.rows import Pixels, make_pixels
-from vlm_jax.run_config import DataConfig
+from vlm_jax.settings.model import ConfigError, ViTConfig
+from vlm_jax.settings.run import DataConfig
 
 
 def list_images(cfg: DataConfig) -> list[tuple[str, str]]:

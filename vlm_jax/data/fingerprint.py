@@ -16,8 +16,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.config import ConfigError
-from vlm_jax.run_config import DataConfig
+from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.run import DataConfig
 
 log = logging.getLogger(__name__)
 FILE = "data.json"

@@ -20,7 +20,7 @@ import numpy as np
 from vlm_jax.data import sources
 from vlm_jax.data.records import BadRecord
 from vlm_jax.data.rows import Batch, Encoder, Features, make_chat
-from vlm_jax.run_config import DataConfig
+from vlm_jax.settings.run import DataConfig
 
 SAMPLED = 2048  # records tokenised to estimate how many samples a batch holds
 SIMULATED_BATCHES = 4  # at least, from the sampled records drawn again and again

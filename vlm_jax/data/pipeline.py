@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 import grain
 from absl import flags, logging
 
-from vlm_jax.config import ConfigError, ViTConfig
 from vlm_jax.data import packing, sampling, sources
 from vlm_jax.data.records import BadRecord
 from vlm_jax.data.rows import (
@@ -30,7 +29,8 @@ from vlm_jax.data.rows import (
     make_encoder,
     open_features,
 )
-from vlm_jax.run_config import DataConfig
+from vlm_jax.settings.model import ConfigError, ViTConfig
+from vlm_jax.settings.run import DataConfig
 
 TEXT_CHUNK = (
     32  # records encoded per task when no image is decoded: a task costs more than a short record

@@ -13,12 +13,12 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import UInt8
 
-from vlm_jax.config import ConfigError, ViTConfig
 from vlm_jax.data import images, tokenizer
 from vlm_jax.data.chat import Chat
 from vlm_jax.data.records import BadRecord, Image, Record, Turn
 from vlm_jax.data.sources import Concatenated
-from vlm_jax.run_config import DataConfig
+from vlm_jax.settings.model import ConfigError, ViTConfig
+from vlm_jax.settings.run import DataConfig
 
 Batch = dict[str, Any]
 BLANK = Record(

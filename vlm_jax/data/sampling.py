@@ -21,7 +21,7 @@ from jaxtyping import Int32
 from vlm_jax.data import sources
 from vlm_jax.data.records import BadRecord
 from vlm_jax.data.rows import Batch, EncodeChunk, Encoder, Features, Stacked
-from vlm_jax.run_config import DataConfig
+from vlm_jax.settings.run import DataConfig
 
 MEGA_BATCHES = 50  # shuffled batches sorted together, as in transformers' LengthGroupedSampler
 TEXT_KEYS = ("tokens", "visual_index", "positions", "segments", "loss_mask")  # [T] of a row

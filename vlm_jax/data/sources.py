@@ -12,14 +12,15 @@ import logging
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from vlm_jax.config import ConfigError
 from vlm_jax.data import fields, tokenizer
 from vlm_jax.data.records import GPT, HUMAN, IMAGE, BadRecord, Record, parse
-from vlm_jax.run_config import DataConfig
+from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.run import DataConfig
 
 log = logging.getLogger(__name__)
 TFDS_FILES = ("dataset_info.json", "features.json")
@@ -321,3 +322,16 @@ def check_paths(cfg: DataConfig) -> None:
                     f"data: features_dir {cfg.features_dir!r} holds no {name}; write the cache first (python -m "
                     "vlm_jax.features)."
                 )
+
+
+def check_image_roots(owner: str, roots: Sequence[str]) -> None:
+    """Raises ConfigError for the first folder that does not exist; "" names none."""
+    for path in filter(None, roots):
+        fix = "give the folder that the records' image paths start from"
+        check_exists(f"{owner}: image_roots", path, fix, folder=True)
+
+
+def check_exists(owner: str, path: str, fix: str, folder: bool = False) -> None:
+    """Raises ConfigError when there is no such file, or folder."""
+    if not (Path(path).is_dir() if folder else Path(path).exists()):
+        raise ConfigError(f"{owner} {path!r} does not exist; {fix}.")

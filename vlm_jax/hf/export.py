@@ -23,10 +23,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
-from vlm_jax.config import ConfigError, VLMConfig
 from vlm_jax.hf import directory, io, maps, naming, parts, written
 from vlm_jax.hf.describe import check_agrees, check_same_model
 from vlm_jax.hf.maps import Rule
+from vlm_jax.settings.model import ConfigError, VLMConfig
 
 Tree = dict[str, Any]
 WHAT = {"llava": ("vit", "projector", "lm"), "lm": ("lm",), "vit": ("vit",), "reference": ("compressor", "projector")}  # fmt: skip

@@ -17,10 +17,10 @@ from einops import EinopsError, rearrange
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vlm_jax.config import ConfigError
 from vlm_jax.hf.directory import Directory
 from vlm_jax.hf.maps import Rule, unneeded
 from vlm_jax.hf.naming import Names, listed
+from vlm_jax.settings.model import ConfigError
 
 log = logging.getLogger(__name__)
 

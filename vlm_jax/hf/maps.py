@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
-from vlm_jax.config import LMConfig, ViTConfig
+from vlm_jax.settings.model import LMConfig, ViTConfig
 
 LINEAR = "o i -> i o"
 HEADS_OUT = "(n h) i -> i n h"  # a linear map whose output is cut into heads

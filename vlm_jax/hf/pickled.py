@@ -10,8 +10,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.config import ConfigError
 from vlm_jax.hf import directory
+from vlm_jax.settings.model import ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.config import ConfigError
 from vlm_jax.hf.directory import read_json
 from vlm_jax.hf.fields import say_once, short
+from vlm_jax.settings.model import ConfigError
 
 Json = Mapping[str, Any]
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.config import ConfigError, LMConfig, RopeScaling, ViTConfig
 from vlm_jax.hf.fields import (
     DECODER_READ,
     ENCODER_READ,
@@ -21,6 +20,7 @@ from vlm_jax.hf.fields import (
     short,
 )
 from vlm_jax.hf.pixels import preprocessing
+from vlm_jax.settings.model import ConfigError, LMConfig, RopeScaling, ViTConfig
 
 # model_type -> what its decoder adds to Llama's
 DECODERS: dict[str, dict[str, Any]] = {

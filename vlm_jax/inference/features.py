@@ -18,13 +18,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, UInt8
 from numpy.lib.format import open_memmap
 
-from vlm_jax import sharding, weights
-from vlm_jax.config import ConfigError, VLMConfig
+from vlm_jax import sharding
 from vlm_jax.data import feature_cache, feature_images
-from vlm_jax.experiment import check_cacheable
 from vlm_jax.models.vit import Features
 from vlm_jax.models.vlm import VLM
-from vlm_jax.run_config import Experiment, MeshConfig
+from vlm_jax.settings.model import ConfigError, VLMConfig
+from vlm_jax.settings.run import Experiment, MeshConfig
+from vlm_jax.storage import weights
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def cache(exp: Experiment, folder: Path) -> None:
     whose relative paths are not distinct, for a compressor that needs more than features, and when `folder` holds the
     features of another encoder (of this one: nothing is done).
     """
-    check_cacheable(exp.model)
+    feature_cache.check_cacheable(exp.model)
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices())
     wanted = weights.abstract(exp.model, mesh)["vit"]
     params = weights.load(exp.init.sources["vit"], exp.model, {"vit": wanted})

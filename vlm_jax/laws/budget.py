@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from vlm_jax.chips import CHIPS, GIB, Chip
-from vlm_jax.config import ConfigError, check_choice, check_positive
-from vlm_jax.laws.cost import Price
-from vlm_jax.laws.table import Number
+from vlm_jax.costs.chips import CHIPS, GIB, Chip
+from vlm_jax.costs.price import Number, Price
+from vlm_jax.settings.model import ConfigError, check_choice, check_positive
 
 UNITS = {"gflops": "GFLOPs", "ms": "ms", "gib": "GiB", "dollars": "$ per 1M questions"}
 ON_A_CHIP = ("ms", "dollars")

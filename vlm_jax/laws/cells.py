@@ -9,11 +9,11 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from vlm_jax.config import ConfigError
 from vlm_jax.laws import table
 from vlm_jax.laws.law import BILLION, Law
 from vlm_jax.laws.least_squares import solve
 from vlm_jax.laws.table import Row
+from vlm_jax.settings.model import ConfigError
 
 
 class Points(NamedTuple):

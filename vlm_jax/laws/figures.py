@@ -14,10 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, NullLocator
 
-from vlm_jax.config import ConfigError
+from vlm_jax.costs.price import Number, Workload, paper_flops
 from vlm_jax.laws.budget import Budget
 from vlm_jax.laws.cells import select
-from vlm_jax.laws.cost import Workload
 from vlm_jax.laws.law import Fit, Law
 from vlm_jax.laws.plan import Span, choose, optimal_visual_tokens
 from vlm_jax.laws.plot import (
@@ -37,8 +36,9 @@ from vlm_jax.laws.plot import (
     shades,
     shape_keys,
 )
-from vlm_jax.laws.table import Number, Row, family_mean, paper_flops, size_name
+from vlm_jax.laws.table import Row, family_mean, size_name
 from vlm_jax.laws.weighting import LOSSES, WEIGHTS
+from vlm_jax.settings.model import ConfigError
 
 ABOUT = 1.2  # costs within this factor of a budget are about equal to it
 BUDGETS = (0.25, 1.0, 4.0)  # of the base budget, where choices are followed along Q

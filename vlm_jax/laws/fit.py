@@ -28,8 +28,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from vlm_jax import cli
-from vlm_jax.config import ConfigError
+from vlm_jax.costs.price import Number
 from vlm_jax.laws import law as law_file
 from vlm_jax.laws import table
 from vlm_jax.laws.alternatives import compare
@@ -39,9 +38,11 @@ from vlm_jax.laws.law import BILLION, CONSTANTS, EXPONENT_BOX, Fit
 from vlm_jax.laws.least_squares import Solutions, solve
 from vlm_jax.laws.profile import Profiles, profile
 from vlm_jax.laws.sizes import GIVEN, SIZES, counted
-from vlm_jax.laws.table import Number, Row
+from vlm_jax.laws.table import Row
 from vlm_jax.laws.terminal import show
 from vlm_jax.laws.weighting import LOSSES, WEIGHTS
+from vlm_jax.settings import cli
+from vlm_jax.settings.model import ConfigError
 
 PROFILE_POINTS = 21  # values of D looked at along the flat direction
 

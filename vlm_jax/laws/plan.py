@@ -20,16 +20,15 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from vlm_jax.chips import GIB
-from vlm_jax.config import ConfigError
+from vlm_jax.costs.chips import GIB
+from vlm_jax.costs.price import Number, Phase, Price, Pricer, Workload, paper_price
 from vlm_jax.laws import law as law_file
 from vlm_jax.laws import plan_words
 from vlm_jax.laws.budget import Budget, spelt
-from vlm_jax.laws.cost import Phase, Price, Pricer, Workload, paper_price
 from vlm_jax.laws.law import Fit
 from vlm_jax.laws.offer import LONGEST, Offer, Point, last_that
 from vlm_jax.laws.plan_words import pair
-from vlm_jax.laws.table import Number
+from vlm_jax.settings.model import ConfigError
 
 STOPS = 20  # numbers of text tokens at which the choice is looked up where sizes are free
 

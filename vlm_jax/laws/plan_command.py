@@ -14,17 +14,16 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from vlm_jax import cli, presets
-from vlm_jax.chips import CHIPS, GIB
-from vlm_jax.config import ELASTIC, WINDOWED, ConfigError
+from vlm_jax.costs.chips import CHIPS, GIB
+from vlm_jax.costs.price import Number, Workload, allowed_tokens, exact_price
 from vlm_jax.laws import fit as fitting
 from vlm_jax.laws import law as law_file
 from vlm_jax.laws import table
 from vlm_jax.laws.budget import UNITS, Budget, find_chip
-from vlm_jax.laws.cost import Workload, allowed_tokens, exact_price
 from vlm_jax.laws.law import Fit
 from vlm_jax.laws.plan import PAPER, Candidate, Method, Plan, choose
-from vlm_jax.laws.table import Number
+from vlm_jax.settings import cli, presets
+from vlm_jax.settings.model import ELASTIC, WINDOWED, ConfigError
 
 WIDE = 110  # columns of a terminal from which on every known amount is shown
 HEADS = {"gflops": "GFLOPs", "ms": "ms", "gib": "GiB", "dollars": "$ / 1M"}

@@ -21,10 +21,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from vlm_jax.config import ConfigError
+from vlm_jax.costs.price import Number, paper_flops
 from vlm_jax.laws.law import Fit
 from vlm_jax.laws.plan_words import pair
-from vlm_jax.laws.table import Number, Row, family_mean, paper_flops, size_name
+from vlm_jax.laws.table import Row, family_mean, size_name
+from vlm_jax.settings.model import ConfigError
 
 if TYPE_CHECKING:
     from vlm_jax.laws.plan import Plan

@@ -12,8 +12,6 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from vlm_jax import cli
-from vlm_jax.config import ConfigError
 from vlm_jax.laws import fit as fitting
 from vlm_jax.laws import law as law_file
 from vlm_jax.laws import plot, table
@@ -24,6 +22,8 @@ from vlm_jax.laws.figures import (
 )
 from vlm_jax.laws.law import Fit
 from vlm_jax.laws.table import Row
+from vlm_jax.settings import cli
+from vlm_jax.settings.model import ConfigError
 
 Named = tuple[str, Callable[[], Figure]]  # a file's name without its suffix, and what draws it
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from vlm_jax import presets
-from vlm_jax.config import ConfigError, LMConfig
-from vlm_jax.laws.table import Number, Row
+from vlm_jax.costs.price import Number
+from vlm_jax.laws.table import Row
+from vlm_jax.settings import presets
+from vlm_jax.settings.model import ConfigError, LMConfig
 
 GIVEN = "given"
 COUNTS: dict[str, Callable[[LMConfig], Number]] = {

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 
 from vlm_jax import files
-from vlm_jax.config import ConfigError
+from vlm_jax.costs.price import Number
+from vlm_jax.settings import addresses
+from vlm_jax.settings.model import ConfigError
 
 REQUIRED = ("lm_params", "visual_tokens", "error")
-Number = int | float
 DIVIDERS = ",;\t"  # of cells; of equally many the first
 COMMAS = re.compile(r"[-+]?[\d.]*,[\d.,]*")  # 0,42 and 7,000,000
 LARGEST_LM, MOST_TOKENS = 1e15, 1e9  # beyond which powers of them overflow, and no model lies
@@ -72,17 +73,6 @@ _WHOLE = ("visual_tokens", "n", "seed")
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(Row)}
 
 
-def paper_flops(
-    lm_params: Number | np.ndarray, text_tokens: Number, visual_tokens: Number | np.ndarray
-) -> Number | np.ndarray:
-    """2 N (Q + V): the forward FLOPs of one prefill as the paper counts them (arXiv 2411.03312, section 3).
-
-    Leaves out the encoder, the compressor, the query pass, attention's quadratic term and the answer's tokens;
-    `flops.forward_flops` counts all of them.
-    """
-    return 2.0 * lm_params * (text_tokens + visual_tokens)
-
-
 def size_name(params: Number) -> str:
     """7e9 -> "7B", 24576 -> "24.6k"."""
     for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
@@ -96,7 +86,7 @@ def read(path: str | os.PathLike[str]) -> list[Row]:
 
     Cells are divided by commas, or by the semicolons or tabs that divide the header. Empty lines do not count.
     """
-    files.check_local("table", os.fspath(path))
+    addresses.check_local("table", os.fspath(path))
     path = Path(path)
     if not path.is_file():
         raise ConfigError(

@@ -24,9 +24,9 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from vlm_jax.config import ConfigError
 from vlm_jax.miniworld import questions, rendering, scenes
 from vlm_jax.miniworld.scenes import Scene, Sheet
+from vlm_jax.settings.model import ConfigError
 
 SPECIALS = ("<pad>", "<unk>", "<s>", "</s>")
 TEMPLATE_WORDS = (

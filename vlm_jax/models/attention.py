@@ -7,6 +7,8 @@ splash   TPUs: flash attention (Pallas); rows cut into segments that do not see 
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +17,9 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.layers import on_shards
+from vlm_jax.settings.model import VLMConfig
+
+log = logging.getLogger(__name__)
 
 
 class Visible(NamedTuple):
@@ -28,6 +33,7 @@ class Visible(NamedTuple):
     segments: Int[Array, "B T"] | None = None
 
 
+AMPERE = 8.0  # compute capability from which NVIDIA's GPUs have a flash kernel
 ALL = Visible()
 
 
@@ -112,3 +118,27 @@ def splash_shard(
     by_head = [pad(x).swapaxes(1, 2) for x in (q * scale, k, v)]
     out: Any = jax.vmap(kernel)(*by_head, splash.SegmentIds(ids, ids))
     return (out.swapaxes(1, 2)[:, :length],)
+
+
+def flash_kernel(device: Any) -> str:
+    """The flash kernel of a device; xla where there is none: CPUs, GPUs before Ampere or not NVIDIA's."""
+    if device.platform == "gpu":
+        capability = str(device.compute_capability)  # "9.0"; AMD's are "gfx90a"
+        return "cudnn" if capability[0].isdigit() and float(capability) >= AMPERE else "xla"
+    return "splash" if device.platform == "tpu" else "xla"
+
+
+def for_inference(model: VLMConfig, device: Any) -> VLMConfig:
+    """The model of a saved run with an attention kernel that `device` has; a line in the log says when it is another one.
+
+    Which kernel computes attention is a matter of the machine, not of the model: the values are the same.
+    """
+    asked = model.lm.attention
+    if asked in ("auto", "xla", flash_kernel(device)):
+        return model
+    log.info(
+        "the run was trained with model.lm.attention=%s, which this machine (%s) does not have: here it is auto",
+        asked,
+        device.platform,
+    )
+    return dataclasses.replace(model, lm=dataclasses.replace(model.lm, attention="auto"))

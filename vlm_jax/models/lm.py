@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from vlm_jax.config import LMConfig
 from vlm_jax.layers import (
     GatedMLP,
     Linear,
@@ -21,6 +20,7 @@ from vlm_jax.layers import (
     weight,
 )
 from vlm_jax.models.attention import Visible, attend
+from vlm_jax.settings.model import LMConfig
 
 
 class Cache(NamedTuple):

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from vlm_jax.config import ViTConfig
 from vlm_jax.layers import (
     ACTIVATIONS,
     LayerNorm,
@@ -26,6 +25,7 @@ from vlm_jax.layers import (
     weight,
 )
 from vlm_jax.models.attention import attend
+from vlm_jax.settings.model import ViTConfig
 
 
 class Features(NamedTuple):

@@ -14,12 +14,12 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from vlm_jax.compressors import get as get_compressor
 from vlm_jax.compressors.visual import Visual
-from vlm_jax.config import LORA, VLMConfig
 from vlm_jax.layers import constrain
 from vlm_jax.models.attention import Visible
 from vlm_jax.models.lm import LM, Cache, empty_cache, near, visible
 from vlm_jax.models.projector import Projector
 from vlm_jax.models.vit import Features, ViT
+from vlm_jax.settings.model import LORA, VLMConfig
 
 
 class Inputs(NamedTuple):

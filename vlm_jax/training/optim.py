@@ -11,8 +11,8 @@ import jax
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vlm_jax.config import LORA, ConfigError
-from vlm_jax.run_config import OptimConfig
+from vlm_jax.settings.model import LORA, ConfigError
+from vlm_jax.settings.run import OptimConfig
 
 Tree = dict[str, Any]
 

@@ -14,12 +14,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from vlm_jax import presets
-from vlm_jax.chips import Chip
-from vlm_jax.config import CompressorConfig, ConfigError, LMConfig, VLMConfig, with_tokens
-from vlm_jax.laws.table import Number, paper_flops
+import numpy as np
 
-VALUE_BYTES = 2
+from vlm_jax.costs.chips import VALUE_BYTES, Chip
+from vlm_jax.settings import presets
+from vlm_jax.settings.model import CompressorConfig, ConfigError, LMConfig, VLMConfig, with_tokens
+
+Number = int | float
+
+
+def paper_flops(
+    lm_params: Number | np.ndarray, text_tokens: Number, visual_tokens: Number | np.ndarray
+) -> Number | np.ndarray:
+    """2 N (Q + V): the forward FLOPs of one prefill as the paper counts them (arXiv 2411.03312, section 3).
+
+    Leaves out the encoder, the compressor, the query pass, attention's quadratic term and the answer's tokens;
+    `flops.forward_flops` counts all of them.
+    """
+    return 2.0 * lm_params * (text_tokens + visual_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +142,10 @@ def paper_price(lm: str, lm_params: Number, visual_tokens: int, workload: Worklo
 
 def exact_price(vit: str, compressor: str, taps: tuple[int, ...] = ()) -> Pricer:
     """Every part from the encoder to the last answer token, for LMs that are presets. An answer has one token at least."""
-    from vlm_jax.costs import flops  # loads jax, which the paper's count does not need
-    from vlm_jax.laws import memory
+    from vlm_jax.costs import (
+        flops,  # loads jax, which the paper's count does not need
+        memory,
+    )
 
     encoder = presets.vit(vit)
 

@@ -14,26 +14,27 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
-from vlm_jax import (
-    chips,
-    compressors,
-    disk,
-    experiment,
-    guard,
-    optim,
-    outline,
-    sharding,
-    telemetry,
-    weights,
-)
-from vlm_jax.checkpoint import Checkpoints
-from vlm_jax.config import ConfigError, RunEnded
+from vlm_jax import compressors, files, sharding
+from vlm_jax.costs import chips
 from vlm_jax.costs.flops import batch_flops
 from vlm_jax.data import fingerprint, pipeline, tokenizer
 from vlm_jax.hf.directory import is_model
-from vlm_jax.interrupt import Interrupt
-from vlm_jax.run_config import Experiment
-from vlm_jax.step import Plan, TrainState, fresh_state, from_saved, make_step, plan, to_saved
+from vlm_jax.settings.model import ConfigError, RunEnded
+from vlm_jax.settings.run import Experiment
+from vlm_jax.storage import run as experiment
+from vlm_jax.storage import weights
+from vlm_jax.storage.checkpoint import Checkpoints
+from vlm_jax.training import guard, optim, outline, telemetry
+from vlm_jax.training.interrupt import Interrupt
+from vlm_jax.training.step import (
+    Plan,
+    TrainState,
+    fresh_state,
+    from_saved,
+    make_step,
+    plan,
+    to_saved,
+)
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def run(exp: Experiment, workdir: Path, say: outline.Say = outline.silent) -> di
         )
     with contextlib.ExitStack() as stack:
         if first:
-            stack.enter_context(disk.lock(workdir))
+            stack.enter_context(files.lock(workdir))
         shard = sharding.data_shard(p.mesh)
         data = pipeline.train_iterator(exp.data, visual_tokens, exp.model.vit, *shard)
         iterator = stack.enter_context(_closing(data))
@@ -150,7 +151,7 @@ def _lost(error: jax.errors.JaxRuntimeError, workdir: Path) -> Exception:
         return error
     saved = experiment.last_step(workdir)
     return RunEnded(
-        f"process {jax.process_index()} of {jax.process_count()} cannot go on: {disk.reason(error)} | If another process "
+        f"process {jax.process_index()} of {jax.process_count()} cannot go on: {files.reason(error)} | If another process "
         f"ended first, its log says why. The same command in every process goes on from step {saved or 0}.",
         exit_code=1,
     )

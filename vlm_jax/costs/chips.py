@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 GIB = 2**30
+VALUE_BYTES = 2  # of a weight, a key or an activation (bfloat16)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,28 +1,16 @@
 """Named model sizes: one table per kind, numbers from the models' published config.json files.
 
-`vit("clip-l-336", dtype="bfloat16")` is a preset with fields replaced; configs do the same with their `preset` key. A
-preset may also be a model directory of the Hugging Face hub, whose config.json then gives the fields.
+`vit("clip-l-336", dtype="bfloat16")` is a preset with fields replaced. In a config the `preset` key may also be a model
+directory: `hf/named.py` reads both.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from vlm_jax.config import (
-    CompressorConfig,
-    ConfigError,
-    LMConfig,
-    RopeScaling,
-    ViTConfig,
-    VLMConfig,
-    build,
-)
-from vlm_jax.hf.describe import describe
-from vlm_jax.hf.settings import feature_layer
-from vlm_jax.hub import hub_hint
+from vlm_jax.settings.hub import hub_hint
+from vlm_jax.settings.model import ConfigError, LMConfig, RopeScaling, ViTConfig, build
 
 _SIGLIP: dict[str, Any] = dict(
     activation="gelu_tanh", norm_eps=1e-6, cls_token=False, pre_norm=False, post_norm=True, patch_bias=True,
@@ -132,64 +120,19 @@ LM: dict[str, dict[str, Any]] = {
 
 
 def vit(preset: str, **overrides: Any) -> ViTConfig:
-    return _resolve(ViTConfig, "encoder", VIT, preset, overrides)
+    """The encoder of that name; "" takes every field from `overrides`."""
+    return _named(ViTConfig, "encoder", VIT, preset, overrides)
 
 
 def lm(preset: str, **overrides: Any) -> LMConfig:
-    return _resolve(LMConfig, "language model", LM, preset, overrides)
+    """The language model of that name; "" takes every field from `overrides`."""
+    return _named(LMConfig, "language model", LM, preset, overrides)
 
 
-def _resolve(
-    cls: type, kind: str, table: dict[str, dict], preset: str, overrides: Mapping[str, Any]
-):
-    if preset in table:
-        return build(cls, {**table[preset], **overrides})
-    if preset and not Path(preset).is_dir():
+def _named(cls: type, kind: str, table: dict[str, dict], preset: str, overrides: Mapping[str, Any]):
+    if preset and preset not in table:
         raise ConfigError(
             f"unknown {kind} preset {preset!r}; use one of {', '.join(table)}, a model directory, or '' and set every field."
             f"{hub_hint(preset)}"
         )
-    return build(cls, {**(_described(cls, kind, preset) if preset else {}), **overrides})
-
-
-def _described(cls: type, kind: str, directory: str) -> dict[str, Any]:
-    """The fields that a model directory's config.json gives."""
-    found = describe(Path(directory))
-    config = found.vit if cls is ViTConfig else found.lm
-    if config is None and cls is ViTConfig and found.encoder:
-        config = vit(HUB.get(found.encoder, found.encoder))
-        layer = feature_layer(found.select_layer, config.num_layers)
-        config = dataclasses.replace(config, feature_layer=layer)
-    if config is None:
-        raise ConfigError(f"{directory!r} describes no {kind}; give a directory that holds one.")
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(cls)}
-
-
-def fields(block: str, preset: str) -> dict[str, Any]:
-    """The fields that the preset, or model directory, of a config's block "vit" or "lm" gives."""
-    config = {"vit": vit, "lm": lm}[block](preset)
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-
-
-def vlm(model: Mapping[str, Any]) -> VLMConfig:
-    """The `model` block of a config: presets overlaid by every field that is not None."""
-    given = {key: dict(model[key]) for key in ("vit", "compressor", "lm")}
-    scaling = given["lm"].pop("rope_scaling")
-    if any(value is not None for value in scaling.values()):
-        given["lm"]["rope_scaling"] = build(RopeScaling, _set(scaling))
-    return VLMConfig(
-        vit=vit(given["vit"].pop("preset"), **_set(given["vit"])),
-        compressor=build(CompressorConfig, given["compressor"]),
-        lm=lm(given["lm"].pop("preset"), **_set(given["lm"])),
-        projector_layers=model["projector_layers"],
-        projector_norm=model["projector_norm"],
-        projector_positions=model["projector_positions"],
-    )
-
-
-def _set(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in fields.items() if value is not None}
-
-
-def as_dict(config: VLMConfig) -> dict[str, Any]:
-    return dataclasses.asdict(config)
+    return build(cls, {**table.get(preset, {}), **overrides})

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from vlm_jax.config import ConfigError, VLMConfig, check_positive
 from vlm_jax.models.lm import Cache, cache_behind, empty_cache
 from vlm_jax.models.vlm import VLM, Inputs, Layout
+from vlm_jax.settings.model import ConfigError, VLMConfig, check_positive
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,10 +20,10 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
-from vlm_jax import experiment
-from vlm_jax.config import ConfigError
 from vlm_jax.data import images, sources
-from vlm_jax.run_config import MeshConfig
+from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.run import MeshConfig
+from vlm_jax.storage import run as experiment
 
 # The generation_kwargs that are honoured, with what a task that names none of them gets: as lmms-eval's LLaVA model.
 DEFAULTS: dict[str, Any] = {
@@ -140,7 +140,7 @@ class VLMJax(lmms):
 
     def _answerer(self, sampling: Sampling) -> Any:
         """The run restored for `sampling`; the weights are read again when it changes."""
-        from vlm_jax.answer import Answerer  # here, not above: jax and orbax take seconds
+        from vlm_jax.inference.answer import Answerer  # here, not above: jax and orbax take seconds
 
         if self._loaded is None or self._loaded[0] != sampling:
             self._loaded = None  # frees the memory first

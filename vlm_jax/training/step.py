@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,18 +14,20 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from vlm_jax import adapters, guard, optim, sharding
-from vlm_jax.config import ELASTIC, SCORED, ConfigError, VLMConfig
+from vlm_jax import sharding
 from vlm_jax.layers import constrain
-from vlm_jax.losses import Batch, Scored, Tree, make_loss
+from vlm_jax.models import adapters
+from vlm_jax.models.attention import flash_kernel
 from vlm_jax.models.vlm import init_params, shapes
-from vlm_jax.run_config import Experiment
+from vlm_jax.settings.model import ELASTIC, SCORED, ConfigError
+from vlm_jax.settings.run import Experiment
+from vlm_jax.training import guard, optim
+from vlm_jax.training.losses import Batch, Scored, Tree, make_loss
 
 log = logging.getLogger(__name__)
 
 # For a function that runs once: on a CPU, optimising the initialisers takes three times as long as running them plain.
 QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-AMPERE = 8.0  # compute capability from which NVIDIA's GPUs have a flash kernel
 
 
 class TrainState(NamedTuple):
@@ -117,14 +118,6 @@ def from_saved(saved: Tree, trainable: str) -> TrainState:
     )
 
 
-def flash_kernel(device: Any) -> str:
-    """The flash kernel of a device; xla where there is none: CPUs, GPUs before Ampere or not NVIDIA's."""
-    if device.platform == "gpu":
-        capability = str(device.compute_capability)  # "9.0"; AMD's are "gfx90a"
-        return "cudnn" if capability[0].isdigit() and float(capability) >= AMPERE else "xla"
-    return "splash" if device.platform == "tpu" else "xla"
-
-
 def attention_kernel(exp: Experiment, flash: str) -> str:
     """The decoder's kernel in training: model.lm.attention, or the devices' flash kernel where it computes the same.
 
@@ -158,22 +151,6 @@ def attention_kernel(exp: Experiment, flash: str) -> str:
             f"model: lm attention {asked!r} cannot be used: {why}; use 'auto' or 'xla'."
         )
     return asked
-
-
-def for_inference(model: VLMConfig, device: Any) -> VLMConfig:
-    """The model of a saved run with an attention kernel that `device` has; a line in the log says when it is another one.
-
-    Which kernel computes attention is a matter of the machine, not of the model: the values are the same.
-    """
-    asked = model.lm.attention
-    if asked in ("auto", "xla", flash_kernel(device)):
-        return model
-    log.info(
-        "the run was trained with model.lm.attention=%s, which this machine (%s) does not have: here it is auto",
-        asked,
-        device.platform,
-    )
-    return dataclasses.replace(model, lm=dataclasses.replace(model.lm, attention="auto"))
 
 
 def make_gradients(p: Plan) -> Callable[[TrainState, Batch], tuple[Scored, Tree]]:

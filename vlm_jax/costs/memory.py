@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 
 from vlm_jax import compressors
-from vlm_jax.config import VLMConfig
-from vlm_jax.laws.cost import VALUE_BYTES
+from vlm_jax.costs.chips import VALUE_BYTES
+from vlm_jax.settings.model import VLMConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,10 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_jax import presets
-from vlm_jax.config import ConfigError, RopeScaling, VLMConfig, build
+from vlm_jax.hf import named
 from vlm_jax.hf.describe import FREE
-from vlm_jax.run_config import Experiment
+from vlm_jax.settings.model import ConfigError, RopeScaling, VLMConfig, build
+from vlm_jax.settings.run import Experiment
 
 # Fields of the model that change no parameter and not what a parameter means: how it is computed, stored and shown.
 HOW = {
@@ -65,7 +65,7 @@ def _model(
     for block, fields in HOW.items():
         theirs = getattr(run.model, block)
         preset = now[block].get("preset", "") if f"model.{block}.preset" in given else ""
-        implied = presets.fields(block, preset) if preset else {}
+        implied = named.fields(block, preset) if preset else {}
         for name, value in implied.items():
             free = (*fields, *FREE.get(block, ()), "vocab_size")
             if name not in free and f"model.{block}.{name}" not in given:

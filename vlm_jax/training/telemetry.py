@@ -19,7 +19,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2  # the types in it are made when it is imported
 from tensorboardX.summary import scalar
 
-from vlm_jax import disk, files
+from vlm_jax import files
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Metrics:
         if kept:
             self.last |= kept[-1]
         if writes:
-            with disk.writing(self._path):
+            with files.writing(self._path):
                 partial = self._path.with_suffix(".partial")
                 partial.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
                 partial.replace(self._path)
@@ -70,7 +70,7 @@ class Metrics:
         ready = [entry for entry in self._pending if entry[0] <= up_to]
         self._pending = self._pending[len(ready) :]
         left_out: list[tuple[dict[str, float], Sequence[str]]] = []
-        with disk.writing(self._path):
+        with files.writing(self._path):
             for step, scalars, ids in ready:
                 line = {"step": step} | {name: _number(value) for name, value in scalars.items()}
                 if line["skipped"]:
@@ -89,13 +89,13 @@ class Metrics:
     def board(self, step: int, scalars: Mapping[str, float]) -> None:
         """Numbers for TensorBoard alone, such as tokens per second: they differ from run to run."""
         if self._board is not None:
-            with disk.writing(self._path):
+            with files.writing(self._path):
                 self._board.write("speed", step, scalars)
                 self._board.flush()
 
     def close(self) -> None:
         if self._file is not None and self._board is not None:
-            with disk.writing(self._path):
+            with files.writing(self._path):
                 try:
                     self._file.close()
                 finally:

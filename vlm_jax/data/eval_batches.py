@@ -19,11 +19,11 @@ import grain
 import numpy as np
 from jaxtyping import Int32
 
-from vlm_jax.config import ViTConfig
 from vlm_jax.data.chat import Unit, common_length
 from vlm_jax.data.records import Record, parse
 from vlm_jax.data.rows import Batch, Encoder, Features, make_encoder, open_features, stack
-from vlm_jax.run_config import DataConfig
+from vlm_jax.settings.model import ViTConfig
+from vlm_jax.settings.run import DataConfig
 
 BUCKET_STEP = 8
 MAX_BUCKETS = 4

@@ -19,8 +19,8 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from vlm_jax import files
-from vlm_jax.config import ConfigError, RunEnded
+from vlm_jax.settings import addresses
+from vlm_jax.settings.model import ConfigError, RunEnded
 
 PACKAGE = Path(__file__).resolve().parent
 CONFIG_FLAG = re.compile(r"--?(?:no)?config(?:\.(?P<field>[^=]*))?(?:=(?P<value>.*))?$", re.DOTALL)
@@ -44,7 +44,7 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | No
     )  # that PyTorch is absent is no news
     words = sys.argv[1:] if argv is None else argv
     try:
-        files.check_words(words)
+        addresses.check_words(words)
         return command(words) or 0
     except ConfigError as error:
         return _tell(f"error: {error}", 2)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlm_jax.config import LORA, ConfigError
-from vlm_jax.run_config import Experiment
+from vlm_jax.settings.model import LORA, ConfigError
+from vlm_jax.settings.run import Experiment
 
 Say = Callable[[str], None]  # is given one line at a time
 Tree = Mapping[str, Any]  # parameters, or what has their shapes, as nested dicts

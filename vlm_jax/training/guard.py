@@ -14,8 +14,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float
 
-from vlm_jax.config import ConfigError
-from vlm_jax.run_config import TrainConfig
+from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.run import TrainConfig
 
 log = logging.getLogger(__name__)
 

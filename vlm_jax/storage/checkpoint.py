@@ -19,8 +19,9 @@ import jax
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 
-from vlm_jax import checksums, disk
-from vlm_jax.config import ConfigError
+from vlm_jax import files
+from vlm_jax.settings.model import ConfigError
+from vlm_jax.storage import checksums
 
 Tree = dict[str, Any]
 
@@ -35,7 +36,7 @@ class Checkpoints:
     def __init__(self, workdir: Path, keep: int):
         self._folder = Path(workdir).absolute() / "checkpoints"
         self._last = 0  # the step whose save was begun last
-        with disk.writing(self._folder):
+        with files.writing(self._folder):
             self._folder.mkdir(exist_ok=True)
         self._manager = ocp.CheckpointManager(
             self._folder,
@@ -62,7 +63,7 @@ class Checkpoints:
         with self._saving():
             # Before orbax begins: where a folder cannot be written it waits for minutes before it says so, and a disk that
             # fills up under it costs a page of tracebacks for each array.
-            disk.check_room(self._folder, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+            files.check_room(self._folder, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
             self._manager.save(step, args=arguments)
 
     def restore(self, step: int, abstract: Tree, iterator: Any) -> Tree:
@@ -111,7 +112,7 @@ class Checkpoints:
             kept = "none was complete" if newest is None else f"that of step {newest} is complete"
             raise ConfigError(
                 f"the checkpoint of step {self._last} could not be written to {str(self._folder)!r}: "
-                f"{disk.reason(error)}; {kept}. Free or mend the disk, then give the same command again."
+                f"{files.reason(error)}; {kept}. Free or mend the disk, then give the same command again."
             ) from error
 
 
@@ -132,7 +133,7 @@ def _reading(
         left = f"{purpose} step {max(older)}" if older else "start anew: there is no older one"
         raise ConfigError(
             f"the checkpoint of step {step} is damaged; delete {folder / str(step)} to {left}. It says: "
-            f"{disk.reason(error)[:200]}"
+            f"{files.reason(error)[:200]}"
         ) from error
 
 

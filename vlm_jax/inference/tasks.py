@@ -11,12 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from vlm_jax import benchmarks, content, experiment, files
+from vlm_jax import benchmarks, files
 from vlm_jax.benchmarks import predictions
 from vlm_jax.benchmarks.predictions import Answer
-from vlm_jax.config import ConfigError, check_choice, check_positive
+from vlm_jax.data import sources
 from vlm_jax.data.queries import QUERIES
 from vlm_jax.data.rows import Features
+from vlm_jax.inference import content
+from vlm_jax.settings.model import ConfigError, check_choice, check_positive
+from vlm_jax.storage import run as experiment
 
 # How answers are found -> what the names of its results end in. likelihood generates only what has no "replies".
 MODES = {"generation": "", "likelihood": "_likelihood"}
@@ -139,7 +142,7 @@ def open_tasks(settings: EvalConfig, workdir: Path) -> list[Task]:
     Raises ConfigError when those are answers of another run or to other questions.
     """
     if not settings.features_dir:
-        experiment.check_image_roots("eval", settings.image_roots)
+        sources.check_image_roots("eval", settings.image_roots)
     made_with = {
         **content.of_run(settings.checkpoint),
         "max_new_tokens": settings.max_new_tokens,

@@ -16,7 +16,7 @@ from vlm_jax import compressors
 from vlm_jax.compressors.visual import Visual
 from vlm_jax.layers import constrain, on_shards
 from vlm_jax.models.vlm import VLM, Inputs
-from vlm_jax.run_config import Experiment
+from vlm_jax.settings.run import Experiment
 
 Tree = dict[str, Any]
 Batch = Mapping[str, Array]

@@ -13,13 +13,15 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, UInt32
 
-from vlm_jax import adapters, compressors, experiment, sharding
-from vlm_jax.checkpoint import load_params
-from vlm_jax.config import ConfigError, VLMConfig
+from vlm_jax import compressors, sharding
 from vlm_jax.data import feature_cache
 from vlm_jax.hf import directory
 from vlm_jax.hf.parts import load_parts
+from vlm_jax.models import adapters
 from vlm_jax.models.vlm import shapes
+from vlm_jax.settings.model import ConfigError, VLMConfig
+from vlm_jax.storage import run as experiment
+from vlm_jax.storage.checkpoint import load_params
 
 Tree = dict[str, Any]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from vlm_jax.config import ConfigError, VLMConfig, check_choice, check_positive
+from vlm_jax.settings.model import ConfigError, VLMConfig, check_choice, check_positive
 
 
 @dataclasses.dataclass(frozen=True)

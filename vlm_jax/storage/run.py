@@ -1,4 +1,4 @@
-"""From the config file to what each module is given, checked against the disk, before anything heavy is imported."""
+"""A run and its workdir: the settings from the config file, and what config.json, final.json and the checkpoints say."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from vlm_jax import files, presets
-from vlm_jax.config import (
+from vlm_jax import files
+from vlm_jax.hf import named
+from vlm_jax.settings import addresses
+from vlm_jax.settings.hub import hub_hint
+from vlm_jax.settings.model import (
     LM_LINEARS,
-    SCORED,
     CompressorConfig,
     ConfigError,
     LMConfig,
@@ -24,12 +26,7 @@ from vlm_jax.config import (
     VLMConfig,
     build,
 )
-from vlm_jax.data import feature_cache, fingerprint, tokenizer
-from vlm_jax.hf.describe import check_agrees
-from vlm_jax.hf.directory import is_model
-from vlm_jax.hub import hub_hint
-from vlm_jax.inherit import changed, check_part, inherit
-from vlm_jax.run_config import (
+from vlm_jax.settings.run import (
     DataConfig,
     Experiment,
     InitConfig,
@@ -37,16 +34,7 @@ from vlm_jax.run_config import (
     OptimConfig,
     TrainConfig,
 )
-
-# Fields that a run may change between two starts: none of them changes a loss by more than the order of a sum.
-MUTABLE = (
-    "mesh.", "train.log_every", "train.save_every", "train.keep", "train.micro_batches", "train.loss_chunk",
-    "train.on_nonfinite", "train.max_skipped", "train.peer_timeout", "train.random_frozen", "data.num_workers", "model.vit.remat",
-    "model.vit.sharded", "model.lm.remat", "model.lm.attention",
-)  # fmt: skip
-
-# Where the data lie may change, too, if `data.fingerprint` can tell that they are the same.
-MOVABLE = ("data.annotations", "data.image_roots")
+from vlm_jax.storage.inherit import changed, inherit
 
 
 def resolve(cfg: ConfigDict, given: Sequence[str] = ()) -> Experiment:
@@ -56,14 +44,14 @@ def resolve(cfg: ConfigDict, given: Sequence[str] = ()) -> Experiment:
     agree with the run's. Raises ConfigError for a wrong value.
     """
     config = cfg.to_dict()
-    files.check_settings(config)
+    addresses.check_settings(config)
     source = config["init"].pop("from")
     config["init"]["run"] = source
     if source:
-        _must_have_checkpoint("from", source)
+        check_has_checkpoint("from", source)
         config = inherit(config, source, read(source), {*given, *changed(config)})
     return Experiment(
-        model=presets.vlm(config["model"]),
+        model=named.vlm(config["model"]),
         data=build(DataConfig, config["data"]),
         optim=build(OptimConfig, config["optim"]),
         mesh=build(MeshConfig, config["mesh"]),
@@ -72,57 +60,8 @@ def resolve(cfg: ConfigDict, given: Sequence[str] = ()) -> Experiment:
     )
 
 
-def check_inputs(experiment: Experiment) -> None:
-    """Raises ConfigError for the first file or directory that the run needs and that is not there."""
-    data = experiment.data
-    check_sources(data)
-    if not data.tokenizer:
-        raise ConfigError(
-            "data: tokenizer is not set; give --config.data.tokenizer=DIR with a Hugging Face tokenizer."
-        )
-    tokenizer.check_directory(data.tokenizer)
-    if data.features_dir:
-        check_cacheable(experiment.model)
-        feature_cache.check(data.features_dir, experiment.model, data)
-    for part, source in experiment.init.sources.items():
-        if source:
-            check_source(part, source, experiment.model)
-            if not is_model(source):
-                check_part(part, source, read(source), experiment)
-
-
-def check_sources(data: DataConfig) -> None:
-    """Raises ConfigError for the first annotation file or image folder that is not there."""
-    if not data.annotations:
-        raise ConfigError(
-            "data: annotations is empty; give at least one .json, .jsonl or tfds directory."
-        )
-    for path in data.annotations:
-        _must_exist(
-            "data: annotations", path, "give the path of a .json or .jsonl file or a tfds directory"
-        )
-    if data.max_images and not data.features_dir:
-        check_image_roots("data", data.image_roots)
-
-
-def check_source(part: str, source: str, model: VLMConfig) -> None:
-    """Raises ConfigError when `source`, a run or a model directory, cannot supply the part of the model."""
-    if is_model(source):
-        check_agrees(source, part, model)
-        return
-    _must_have_checkpoint(part, source)
-    if part == "lm":
-        has_adapters(source, model.lm)
-
-
-def check_image_roots(owner: str, roots: Sequence[str]) -> None:
-    """Raises ConfigError for the first folder that does not exist; "" names none."""
-    for path in filter(None, roots):
-        fix = "give the folder that the records' image paths start from"
-        _must_exist(f"{owner}: image_roots", path, fix, folder=True)
-
-
-def _must_have_checkpoint(part: str, source: str) -> None:
+def check_has_checkpoint(part: str, source: str) -> None:
+    """Raises ConfigError when `source`, given as init.<part>, is no run with a checkpoint."""
     if last_step(source) is None:
         raise ConfigError(
             f"init: {part} {source!r} has no finished checkpoint and is no model directory; give the workdir of a "
@@ -145,22 +84,9 @@ def has_adapters(workdir: str, lm: LMConfig) -> bool:
     return True
 
 
-def check_cacheable(model: VLMConfig) -> None:
-    """Raises ConfigError when the compressor needs more of the encoder than a feature cache holds."""
-    if model.compressor.name in SCORED:
-        raise ConfigError(
-            f"features_dir: a cache has no queries and keys, which {model.compressor.name} looks at; use '' to encode the images."
-        )
-
-
-def _must_exist(owner: str, path: str, fix: str, folder: bool = False) -> None:
-    if not (Path(path).is_dir() if folder else Path(path).exists()):
-        raise ConfigError(f"{owner} {path!r} does not exist; {fix}.")
-
-
 def open_workdir(workdir: str) -> Path:
     """The absolute path of `workdir`, made if it is missing. Raises ConfigError when nothing can be written there."""
-    files.check_local("--workdir", workdir)
+    addresses.check_local("--workdir", workdir)
     path = Path(workdir).absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -219,7 +145,7 @@ def _write_json(content: Mapping[str, Any], path: Path) -> None:
 
 def read(workdir: str | Path) -> Experiment:
     """The settings of a run, from its `config.json`. Raises ConfigError when there is none or it is damaged."""
-    files.check_local("workdir of a run", str(workdir))
+    addresses.check_local("workdir of a run", str(workdir))
     path = Path(workdir) / "config.json"
     if not path.is_file():
         raise ConfigError(f"{str(path)!r} does not exist; give the workdir of a training run.")
@@ -256,31 +182,3 @@ def _restored(saved: Mapping[str, Any]) -> Experiment:
         init=build(InitConfig, saved["init"]),
         train=build(TrainConfig, saved["train"]),
     )
-
-
-def check_same(experiment: Experiment, workdir: Path) -> None:
-    """Raises ConfigError when `workdir` belongs to a run with other settings, naming the first field that differs."""
-    if last_step(workdir) is None or not (workdir / "config.json").is_file():
-        return  # nothing was learnt there yet
-    if last_step(workdir) == 0:
-        raise ConfigError(
-            f"--workdir: {str(workdir)!r} holds an imported model, not a run; set init.* to it and give another workdir."
-        )
-    before, now = dict(_fields(read(workdir))), dict(_fields(experiment))
-    free = (*MUTABLE, *(MOVABLE if fingerprint.is_known(workdir) else ()))
-    for name in now:
-        if before[name] != now[name] and not name.startswith(free):
-            raise ConfigError(
-                f"--workdir: {str(workdir)!r} holds a run with {name} = {before[name]!r}, now {now[name]!r}; "
-                "give the old value to resume it, or another workdir."
-            )
-
-
-def _fields(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """("model.lm.width", 64), ... of nested dataclasses."""
-    for field in dataclasses.fields(node):
-        value, name = getattr(node, field.name), prefix + field.name
-        if dataclasses.is_dataclass(value):
-            yield from _fields(value, name + ".")
-        else:
-            yield name, value

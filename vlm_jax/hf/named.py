@@ -1,0 +1,82 @@
+"""Models by name or by directory: what the `preset` keys of a config stand for.
+
+A preset is a name of `settings/presets.py`, or a model directory of the Hugging Face hub, whose config.json then gives the
+fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vlm_jax.hf.describe import describe
+from vlm_jax.hf.settings import feature_layer
+from vlm_jax.settings import presets
+from vlm_jax.settings.model import (
+    CompressorConfig,
+    ConfigError,
+    LMConfig,
+    RopeScaling,
+    ViTConfig,
+    VLMConfig,
+    build,
+)
+
+
+def vit(preset: str, **overrides: Any) -> ViTConfig:
+    """An encoder by name or directory, with fields replaced."""
+    if _is_directory(preset, presets.VIT):
+        return build(ViTConfig, {**_described(ViTConfig, "encoder", preset), **overrides})
+    return presets.vit(preset, **overrides)
+
+
+def lm(preset: str, **overrides: Any) -> LMConfig:
+    """A language model by name or directory, with fields replaced."""
+    if _is_directory(preset, presets.LM):
+        return build(LMConfig, {**_described(LMConfig, "language model", preset), **overrides})
+    return presets.lm(preset, **overrides)
+
+
+def _is_directory(preset: str, table: Mapping[str, Any]) -> bool:
+    return bool(preset) and preset not in table and Path(preset).is_dir()
+
+
+def _described(cls: type, kind: str, directory: str) -> dict[str, Any]:
+    """The fields that a model directory's config.json gives."""
+    found = describe(Path(directory))
+    config = found.vit if cls is ViTConfig else found.lm
+    if config is None and cls is ViTConfig and found.encoder:
+        config = presets.vit(presets.HUB.get(found.encoder, found.encoder))
+        layer = feature_layer(found.select_layer, config.num_layers)
+        config = dataclasses.replace(config, feature_layer=layer)
+    if config is None:
+        raise ConfigError(f"{directory!r} describes no {kind}; give a directory that holds one.")
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(cls)}
+
+
+def fields(block: str, preset: str) -> dict[str, Any]:
+    """The fields that the preset, or model directory, of a config's block "vit" or "lm" gives."""
+    config = {"vit": vit, "lm": lm}[block](preset)
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
+
+def vlm(model: Mapping[str, Any]) -> VLMConfig:
+    """The `model` block of a config: presets overlaid by every field that is not None."""
+    given = {key: dict(model[key]) for key in ("vit", "compressor", "lm")}
+    scaling = given["lm"].pop("rope_scaling")
+    if any(value is not None for value in scaling.values()):
+        given["lm"]["rope_scaling"] = build(RopeScaling, _set(scaling))
+    return VLMConfig(
+        vit=vit(given["vit"].pop("preset"), **_set(given["vit"])),
+        compressor=build(CompressorConfig, given["compressor"]),
+        lm=lm(given["lm"].pop("preset"), **_set(given["lm"])),
+        projector_layers=model["projector_layers"],
+        projector_norm=model["projector_norm"],
+        projector_positions=model["projector_positions"],
+    )
+
+
+def _set(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if value is not None}
