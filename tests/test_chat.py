@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from refs import llava_labels, tokenizers
 
-from vlm_jax.data import queries, rendering, sources, tokenizer
+from vlm_jax.data import sources, templates, tokenizer
 from vlm_jax.data.chat import TEMPLATES, Chat
 from vlm_jax.data.records import BadRecord, Record, Turn
 from vlm_jax.settings.model import ConfigError
@@ -128,10 +128,10 @@ LITERAL = {
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_the_rendered_text_is_the_published_format(template):
     turns = [Turn(1, "q", "a"), Turn(0, "r", "b")][: 1 if template == "plain" else 2]
-    text = "".join(s.text for s in rendering.render(TEMPLATES[template], "S", turns))
+    text = "".join(s.text for s in templates.render(TEMPLATES[template], "S", turns))
     assert text == LITERAL[template]
     assert (
-        rendering.render(TEMPLATES[template], "", turns)[0].turn == 1
+        templates.render(TEMPLATES[template], "", turns)[0].turn == 1
     )  # an empty system prompt leaves no trace
 
 
@@ -339,23 +339,23 @@ def test_the_query_equals_the_reference_on_regular_rows(tokens, dialogue):
         decoded = c.tokenizer.decode(
             row.tokens[after[-1] + 1 :][row.segments[after[-1] + 1 :] >= 0].tolist()
         )
-    found = queries.first_turn(record(*dialogue)) or ["image"]
+    found = templates.first_turn(record(*dialogue)) or ["image"]
     assert found == [llava_labels.query(decoded)]
 
 
 def test_the_query_is_the_whole_question_where_the_reference_cuts_it():
-    assert queries.first_turn(record(("<image>Is ASSISTANT: a word?", "yes"))) == [
+    assert templates.first_turn(record(("<image>Is ASSISTANT: a word?", "yes"))) == [
         "Is ASSISTANT: a word?"
     ]
-    assert queries.first_turn(record(("<image>", "a caption"))) == ["image"]
+    assert templates.first_turn(record(("<image>", "a caption"))) == ["image"]
     two = record(("<image><image>Which?", "yes"), ("<image>And this?", "no"))
-    assert queries.first_turn(two) == ["Which?", "Which?", "And this?"]
+    assert templates.first_turn(two) == ["Which?", "Which?", "And this?"]
 
 
 def test_the_query_of_the_last_turn_is_the_last_question_for_every_image(tokens):
     two = record(("<image><image>Which?", "yes"), ("<image>And this?", "no"), ("Now?", None))
-    assert queries.last_turn(two) == ["Now?"] * 3
-    assert queries.last_turn(record(("<image>Which?", "yes"), ("", "no"))) == ["image"]
+    assert templates.last_turn(two) == ["Now?"] * 3
+    assert templates.last_turn(record(("<image>Which?", "yes"), ("", "no"))) == ["image"]
     row = record(("<image>Which?", "yes"), ("Now?", None))
     ids, mask = make(tokens, "chatml", query="last_turn").query_arrays(row)
     asked = make(tokens, "chatml").query_arrays(record(("<image>Now?", None)))

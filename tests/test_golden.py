@@ -22,7 +22,7 @@ from refs import compressors_numpy as twin
 from refs import elastic_numpy, hf_layout, prumerge_numpy, reference_layout
 
 from vlm_jax.compressors import COMPRESSORS, mqt, prumerge
-from vlm_jax.data import queries, sources
+from vlm_jax.data import sources, templates
 from vlm_jax.layers import Scores
 from vlm_jax.models.projector import Projector
 from vlm_jax.models.vit import Features, ViT
@@ -384,7 +384,7 @@ STRINGS = FOLDER / "quecc_query_strings.json"
 # The reference cuts the query out of decoded text; where that goes wrong, the question itself is right.
 QUIRKS = {
     "\nNo assistant marker here": "No assistant marker here",  # there: the last character is lost
-    "a caption\n": queries.NO_QUERY,  # a bare caption asks nothing; there: the empty string
+    "a caption\n": templates.NO_QUERY,  # a bare caption asks nothing; there: the empty string
 }
 
 
@@ -408,7 +408,7 @@ def test_the_query_is_the_question_the_reference_finds_where_it_finds_one():
     seen = set()
     for row, reference in pairs:
         record = sources.parse(conversation(row), "golden.json", "images", "0")
-        ours = queries.first_turn(record) or [queries.NO_QUERY]
+        ours = templates.first_turn(record) or [templates.NO_QUERY]
         assert ours == [QUIRKS.get(row, reference)], row
         assert (row in QUIRKS) == (ours != [reference])
         seen.add(row)

@@ -21,7 +21,7 @@ from test_hf_parity import compare_decoder, inputs_of, load, relative
 
 from configs import eval as eval_config
 from vlm_jax import evaluate, sharding, train
-from vlm_jax.data import rendering, templates, tokenizer
+from vlm_jax.data import templates, tokenizer
 from vlm_jax.data.records import IMAGE, Turn
 from vlm_jax.hf import directory, export, named, written
 from vlm_jax.hf.describe import describe
@@ -217,7 +217,7 @@ def test_the_chat_template_renders_what_our_prompts_hold(name, tmp_path):
     turns = [Turn(2, "What is this ?", "red"), Turn(0, "Is it ?", "Yes"), Turn(0, 'Say "it"', None)]
     for system in (None, "", "Be brief ."):
         said = template.system_prompt if system is None else system
-        ours = "".join(segment.text for segment in rendering.render(template, said, turns))
+        ours = "".join(segment.text for segment in templates.render(template, said, turns))
         messages = []
         for turn in turns:
             content = [{"type": "image"}] * turn.images + [{"type": "text", "text": turn.question}]

@@ -1,17 +1,29 @@
 """Compute-optimal vision-language models in JAX: train with any visual-token compressor, measure, fit the law, plan.
 
-commands      train  evaluate  sweep  show  features  aot/ (cost of a compiled run; chips)  laws.fit  laws.plan   cli: flags, errors
-settings      config: frozen dataclasses   presets: named sizes   experiment: one run's settings, checked and saved
-              inherit: those of the run it starts from   hub: names that are not on this disk
-model         axes  layers  models/ (vit, projector, lm; vlm: the whole flow)  compressors/ (module, token count, FLOPs)
-training      loop  step  losses  optim  adapters (LoRA)  sharding
-keeping it    checkpoint  guard (NaN)  interrupt (SIGTERM)  disk  telemetry  outline (what a run says before and after)
-data          data/ (images, chat, tokenizer, sources, pipeline, sampling, packing)  miniworld/ (the embedded benchmark)
-costs         costs/ (FLOPs of a question and of a training step, counted in one place)
-evaluation    generate  answer (a checkpoint that answers questions)  inference/ (a frozen encoder's cached features)
-               benchmarks/ (rows, score, reduce)
-              lmms_eval (a model of that harness)
-the law       laws/ (table, fit, plan, plot, report)
+commands      train  evaluate  sweep  show  features (a frozen encoder's features, computed once)
+              laws.fit  laws.plan  laws.plot  aot  benchmarks.tables
+settings/     model: frozen dataclasses   run: those of a training   presets: named sizes   cli: flags, one-line errors
+files         the one door to paths        sharding   processes, mesh, logical axes -> mesh axes
+layers        the blocks of every module   models/    attention, vit, projector, lm; vlm: the whole flow
+compressors/  module, token count, FLOPs   data/      records, images, chat, tokenizer, pipeline, sampling, packing
+hf/           a model directory in and out storage/   a workdir: its settings, checkpoints, weights
+costs/        chips, FLOPs, memory, price: the one place that counts
+training/     inputs, step, losses, optim, loop, guard (NaN), interrupt (SIGTERM), telemetry, outline (what a run says)
+inference/    generate, answer, tasks, features, lmms_eval
+benchmarks/   rows, score, reduce          miniworld/ the embedded benchmark
+laws/         table, fit, law, plan, figures, report
+aot/          a step compiled for machines that one does not have
+
+Array axes, one letter and one meaning everywhere (signatures, einsums, docs):
+
+    B batch             T decoder positions        S key/value positions
+    I images per sample Q query-text tokens        P patches of one image
+    M visual tokens     L layers                   V vocabulary
+    N query heads       K key/value heads          G = N / K    H head dim
+    C encoder width     Z width of the taps        D decoder width    F mlp width
+
+The scaling law's letters (N parameters, V visual tokens) appear only inside laws/; elsewhere they are spelt out as
+lm_params and visual_tokens.
 """
 
 __version__ = "0.1.0"

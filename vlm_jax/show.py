@@ -28,7 +28,7 @@ from matplotlib.ticker import MaxNLocator
 from ml_collections import ConfigDict
 
 from vlm_jax.data import images
-from vlm_jax.data.queries import QUERIES
+from vlm_jax.data.templates import QUERIES
 from vlm_jax.laws import plot
 from vlm_jax.settings import addresses, cli
 from vlm_jax.settings.model import ConfigError, build, check_choice

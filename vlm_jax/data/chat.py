@@ -17,10 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from vlm_jax.data.queries import NO_QUERY, QUERIES
 from vlm_jax.data.records import IMAGE, Record, Turn
-from vlm_jax.data.rendering import Chunk, Spans, chunks, render
-from vlm_jax.data.templates import TEMPLATES
+from vlm_jax.data.templates import NO_QUERY, QUERIES, TEMPLATES, Chunk, Spans, chunks, render
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.settings.model import ConfigError, check_choice
 

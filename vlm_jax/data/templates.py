@@ -1,11 +1,22 @@
-"""Prompt formats as data: what stands around a system prompt, a question and an answer, and what is supervised."""
+"""Prompt formats as data, a conversation written in one of them, and the question that a compressor looks at.
+
+A format says what stands around a system prompt, a question and an answer, and what is supervised.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from vlm_jax.data.records import IMAGE, Record, Turn
 
 Piece = tuple[str, bool]  # text, supervised
+Spans = tuple[tuple[int, int], ...]  # [begin, end) characters of the supervised stretches of a text
+Chunk = tuple[str, Spans] | None  # text with its supervised spans, or an image
+NO_QUERY = "image"  # the query of a row without one, as in the reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +124,7 @@ _WORDS = (
 
 
 def chat_template(template: Template, system: str | None) -> str:
-    """A prompt format as the Jinja text of a Hugging Face `chat_template`, rendering what `rendering.render` renders.
+    """A prompt format as the Jinja text of a Hugging Face `chat_template`, rendering what `render` renders.
 
     system: replaces the template's system prompt. Raises ValueError for a format that leaves the questions out.
     """
@@ -154,3 +165,107 @@ def header(template: Template) -> tuple[Piece, ...]:
     while pieces and pieces[-1][1]:
         pieces = pieces[:-1]
     return pieces
+
+
+class Segment(NamedTuple):
+    """A stretch of a rendered conversation; text IMAGE is an image. alone: not tokenised together with its neighbours."""
+
+    text: str
+    supervised: bool
+    turn: int  # 0 = system prompt, n = n-th turn
+    alone: bool = False
+
+
+def render(template: Template, system: str, turns: Sequence[Turn]) -> list[Segment]:
+    """A conversation as segments. A last turn without an answer ends in the assistant's header."""
+    segments: list[Segment] = []
+
+    def write(pieces: Sequence[Piece], turn: int) -> None:
+        segments.extend(Segment(text, supervised, turn) for text, supervised in pieces)
+
+    if system:
+        write((*template.system.before, (system, False), *template.system.after), 0)
+    for number, turn in enumerate(turns, start=1):
+        write(template.user.before, number)
+        segments.extend(_asked(template, turn, number))
+        write(template.user.after, number)
+        if turn.answer is None:
+            write(header(template), number)
+        else:
+            answer = (turn.answer, True)
+            said = (*template.assistant.before, answer, *template.assistant.after)
+            write([(text, learnt and turn.learnt) for text, learnt in said], number)
+    return [segment for segment in segments if segment.text]
+
+
+def _asked(template: Template, turn: Turn, number: int) -> Iterator[Segment]:
+    """A question with its pictures where they stand; those before it are followed by a newline each, as LLaVA writes them."""
+
+    def picture() -> Iterator[Segment]:
+        yield Segment(IMAGE, False, number)
+        if template.after_image:
+            yield Segment(template.after_image, False, number, alone=True)
+
+    if turn.places and template.keeps_question:
+        for begin, end in itertools.pairwise((0, *turn.places)):
+            yield Segment(turn.question[begin:end], False, number)
+            yield from picture()
+        yield Segment(turn.question[turn.places[-1] :], False, number)
+        return
+    question = turn.question if template.keeps_question else ""
+    for image in range(turn.images):
+        yield from picture()
+        if template.keeps_question and (question or image + 1 < turn.images):
+            yield Segment("\n", False, number)
+    yield Segment(question, False, number)
+
+
+def chunks(segments: Sequence[Segment]) -> list[Chunk]:
+    """Joined texts with their supervised spans (adjacent ones merged); None for an image."""
+    found: list[Chunk] = []
+    text, spans = "", []
+
+    def close() -> None:
+        nonlocal text, spans
+        if text:
+            found.append((text, tuple(spans)))
+        text, spans = "", []
+
+    for segment in segments:
+        if segment.text == IMAGE or segment.alone:
+            close()
+        if segment.text == IMAGE:
+            found.append(None)
+            continue
+        if segment.supervised:
+            end = len(text) + len(segment.text)
+            if spans and spans[-1][1] == len(text):
+                spans[-1] = (spans[-1][0], end)
+            else:
+                spans.append((len(text), end))
+        text += segment.text
+        if segment.alone:
+            close()
+    close()
+    return found
+
+
+def first_turn(record: Record) -> list[str]:
+    """The human turn that shows the image (the first one after it), whole.
+
+    # Differs from llava-token-compression@bdedebd, which cuts the query out of decoded text at "\\n" and "ASSISTANT".
+    """
+    return [turn.question.strip() or NO_QUERY for turn in record.turns for _ in range(turn.images)]
+
+
+def last_turn(record: Record) -> list[str]:
+    """The last human turn for every image: the question asked now, when a prompt has earlier turns."""
+    return [record.turns[-1].question.strip() or NO_QUERY] * len(record.images)
+
+
+# config.DataConfig.query -> the text for each image of a record; None: no tokens at all, which the model takes as zeros
+QUERIES: dict[str, Callable[[Record], list[str]] | None] = {
+    "first_turn": first_turn,
+    "last_turn": last_turn,
+    "none": None,
+}

@@ -15,8 +15,8 @@ from vlm_jax import benchmarks, files
 from vlm_jax.benchmarks import predictions
 from vlm_jax.benchmarks.predictions import Answer
 from vlm_jax.data import sources
-from vlm_jax.data.queries import QUERIES
 from vlm_jax.data.rows import Features
+from vlm_jax.data.templates import QUERIES
 from vlm_jax.inference import content
 from vlm_jax.settings.model import ConfigError, check_choice, check_positive
 from vlm_jax.storage import run as experiment
@@ -42,7 +42,7 @@ class EvalConfig:
     limit: int  # first questions only; 0 = all
     features_dir: str  # cached encoder features; "" = encode the images
     visual_tokens: int  # per image; 0 = as the model's config says
-    query: str  # a key of data.queries.QUERIES; "" = as in training
+    query: str  # a key of data.templates.QUERIES; "" = as in training
     with_questions: bool  # predictions.jsonl holds each question and its gold answer too
 
     def __post_init__(self):

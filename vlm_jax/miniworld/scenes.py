@@ -28,7 +28,6 @@ CHARACTERS = tuple("ABCDEFHJKLMNPRSTUVXZ")
 SQUARES = tuple(
     f"{column}{row}" for row in range(1, GRID + 1) for column in "abcdefgh"
 )  # raster order
-CHARACTERS_PER_SIDE = (1, 2, 4, 8)
 
 ENTITIES = (
     "ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibex", "jay", "koi", "lynx", "mole", "newt", "owl", "pig",

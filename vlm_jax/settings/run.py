@@ -32,7 +32,7 @@ class DataConfig:
     on_bad_record: str  # raise | skip
     max_bad_records: int  # with skip: stop after this many
     features_dir: str  # cached encoder features to read instead of images; "" = none
-    query: str = "first_turn"  # a key of data.queries.QUERIES: the question a compressor looks at
+    query: str = "first_turn"  # a key of data.templates.QUERIES: the question a compressor looks at
     sampling: str = "shuffle"  # shuffle | modality_length: see data.sampling
     length_buckets: tuple[int, ...] = ()  # widths a batch may be cut to; () = max_tokens alone
     packing: bool = False  # several samples per row: see data.packing
