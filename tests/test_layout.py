@@ -11,88 +11,40 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "vlm_jax"
 MAX_LINES = 400
 MAX_FUNCTION_LINES = 70
-ENTRIES = {"train", "evaluate", "sweep", "aot", "show", "features"}
+COMMANDS = {"train", "evaluate", "sweep", "show", "features"}
 
-# package or module -> what it may import from the project ("*" = everything but the entry points)
-ALLOWED: dict[str, set[str]] = {
-    "axes": set(),
-    "config": set(),
-    "run_config": {"config"},
-    "files": {"config"},
-    "cli": {"config", "files"},
-    "hub": set(),
-    "presets": {"config", "hf", "hub"},
-    "adapters": {"config"},
-    "layers": {"axes", "config"},
-    "sharding": {"axes", "config", "run_config"},
-    "optim": {"config", "run_config", "sharding"},
-    "disk": {"config"},
-    "interrupt": set(),
-    "guard": {"config", "run_config"},
-    "checkpoint": {"config", "run_config", "sharding", "disk", "checksums"},
-    "checksums": {"sharding"},
-    "inference": {"models", "data", "weights", "sharding", "config", "run_config", "experiment"},
-    "weights": {
-        "models",
-        "compressors",
-        "data",
-        "checkpoint",
-        "hf",
-        "sharding",
-        "config",
-        "adapters",
-        "experiment",
-    },
-    "telemetry": {"disk", "files"},
-    "chips": set(),
-    "inherit": {"config", "run_config", "presets", "hf"},
-    "outline": {"config", "run_config"},
-    "experiment": {"config", "run_config", "files", "presets", "inherit", "data", "hf", "hub"},
-    "content": {"config", "data", "experiment", "files"},
-    "tasks": {"benchmarks", "config", "data", "experiment", "files", "content"},
-    "loop": {"*"},
-    "losses": {"*"},
-    "step": {"*"},
-    "compressors": {"layers", "config"},
-    "models": {"layers", "config", "compressors"},
-    "data": {"config", "run_config", "hub"},
-    "miniworld": {"config"},
-    "benchmarks": {"config", "cli", "files"},
-    "hf": {"config"},
-    "generate": {"models", "config"},
-    "answer": {"*"},
-    "lmms_eval": {"*"},
-    "costs": {"config", "run_config", "compressors"},
-    "laws": {"config", "cli", "files", "presets", "compressors", "chips", "costs"},
-    "train": {"*", "train"},
-    "evaluate": {"*", "evaluate"},
-    "sweep": {"*", "train", "evaluate"},
-    "aot": {"*"},
-    "show": {"*"},
-    "features": {"*"},
+# The rooms from the ground up -> what each may import of the project. Nothing imports a command, but sweep train and evaluate.
+GROUND = {"settings", "files"}
+MODEL = {"settings", "layers", "compressors", "models", "sharding"}
+ROOMS: dict[str, set[str]] = {
+    "settings": set(),
+    "files": {"settings"},
+    "layers": {"settings"},
+    "sharding": {"settings"},
+    "compressors": {"settings", "layers"},
+    "models": {"settings", "layers", "compressors"},
+    "data": GROUND,
+    "hf": GROUND,
+    "benchmarks": GROUND,
+    "miniworld": GROUND,
+    "costs": {"settings", "compressors"},
+    "laws": {*GROUND, "costs"},
+    "storage": {*GROUND, *MODEL, "hf", "data"},
+    "training": {*GROUND, *MODEL, "hf", "data", "storage", "costs"},
+    "inference": {*GROUND, *MODEL, "hf", "data", "storage", "costs", "benchmarks"},
+    "aot": {*GROUND, *MODEL, "hf", "data", "storage", "costs", "training", "inference"},
 }
-NO_JAX = (
-    "data",
-    "miniworld",
-    "benchmarks",
-    "config",
-    "run_config",
-    "files",
-    "cli",
-    "presets",
-    "axes",
-    "experiment",
-    "hub",
-    "inherit",
-    "outline",
-    "chips",
-    "hlo",
-    "hlo_text",
-)
-NO_JAX_LAWS = (
-    "law", "table", "cells", "least_squares", "bootstrap", "profile", "runs", "alternatives", "weighting", "sizes", "terminal",
-    "fit", "plot", "report", "cost", "budget", "offer", "plan", "plan_words", "plan_command",
-)  # fmt: skip
+EVERYTHING = set(ROOMS)
+ALLOWED = ROOMS | {
+    "train": EVERYTHING,
+    "evaluate": EVERYTHING,
+    "sweep": EVERYTHING | {"train", "evaluate"},
+    "show": EVERYTHING,
+    "features": EVERYTHING,
+}
+# grain loads jax by itself, and so do the modules of a compressor, whose counts costs asks for.
+NO_JAX = ("settings", "files", "data", "miniworld", "benchmarks", "laws", "costs")
+LOADS_JAX = {"data": {"pipeline", "feature_images", "eval_batches"}, "costs": {"flops", "memory"}}
 
 
 def modules() -> list[Path]:
@@ -123,36 +75,61 @@ def test_a_module_imports_only_what_its_room_allows(path):
     if home == "__init__":
         assert not imports(path)
         return
-    allowed = ALLOWED[home]
     for name in imports(path):
         target = name.split(".")[0]
-        if target == home:
-            continue
-        if "*" in allowed:
-            assert target not in ENTRIES - allowed, f"{path.name} imports the entry point {target}"
-        else:
-            assert target in allowed, f"{path.relative_to(ROOT)} may not import vlm_jax.{name}"
-        if home == "models" and target == "compressors":
-            assert path.name == "vlm.py", (
-                f"only models/vlm.py may import compressors, not {path.name}"
+        if target != home:
+            assert target in ALLOWED[home], (
+                f"{path.relative_to(ROOT)} may not import vlm_jax.{name}"
             )
+        if (home, target) == ("models", "compressors"):
+            assert path.name == "vlm.py", f"only models/vlm.py imports compressors, not {path.name}"
+
+
+def module_name(path: Path) -> str:
+    """models/vit.py -> models.vit; a room's __init__.py -> the room."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def graph() -> dict[str, set[str]]:
+    """Module -> the modules it imports anywhere in it."""
+    known = {module_name(path) for path in modules()}
+    return {
+        module_name(path): {
+            name if name in known else name.rpartition(".")[0] for name in imports(path)
+        }
+        for path in modules()
+    }
+
+
+def circle(arrows: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in turn, the first one again at the end; [] without any."""
+    done: set[str] = set()
+
+    def walk(name: str, way: list[str]) -> list[str]:
+        if name in way:
+            return [*way[way.index(name) :], name]
+        if name in done:
+            return []
+        found = next((f for n in sorted(arrows.get(name, ())) if (f := walk(n, [*way, name]))), [])
+        done.add(name)
+        return found
+
+    return next((found for name in sorted(arrows) if (found := walk(name, []))), [])
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}}) == []
+    assert circle(graph()) == []
+
+
+def is_light(path: Path) -> bool:
+    home = room(path)
+    return home in NO_JAX and path.stem not in LOADS_JAX.get(home, ())
 
 
 def test_what_feeds_workers_and_reports_never_loads_jax():
-    names = [
-        ".".join(("vlm_jax", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
-            ".__init__"
-        )
-        for path in modules()
-        if room(path) in NO_JAX or (room(path) == "laws" and path.stem in NO_JAX_LAWS)
-    ]
-    # costs asks compressors for their counts, which load jax; its own files do not.
-    sources = [
-        p
-        for p in modules()
-        if room(p) in (*NO_JAX, "costs") or (room(p) == "laws" and p.stem in NO_JAX_LAWS)
-    ]
-    for path in sources:
+    for path in filter(is_light, modules()):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             heads = []
             if isinstance(node, ast.Import):
@@ -163,9 +140,7 @@ def test_what_feeds_workers_and_reports_never_loads_jax():
                 assert head.split(".")[0] not in ("jax", "flax", "optax", "orbax"), (
                     f"{path} imports {head}"
                 )
-    # grain loads jax by itself
-    with_grain = [f"vlm_jax.data.{name}" for name in ("pipeline", "feature_images", "prompts")]
-    light = [n for n in names if n not in with_grain]
+    light = [f"vlm_jax.{module_name(path)}" for path in filter(is_light, modules())]
     code = f"import importlib, sys\nfor name in {light!r}:\n    importlib.import_module(name)\nprint('jax' in sys.modules)"
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
@@ -198,7 +173,7 @@ def test_configs_hold_data_only():
 
 def test_mesh_axes_are_named_in_one_file():
     for path in modules():
-        if room(path) in {"sharding", "run_config"}:
+        if module_name(path) in {"sharding", "settings.run"}:
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and node.value in ("fsdp", "tensor"):

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -12,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from paths import HELPERS, PYTHONPATH
 
 from vlm_jax import sharding
 from vlm_jax.settings.model import ConfigError
 from vlm_jax.settings.run import MeshConfig
-
-HERE = Path(__file__).parent
 
 
 def boxed(shape, *names):
@@ -139,9 +137,9 @@ def test_a_step_and_a_prefill_on_8_devices_equal_one_device(tmp_path):
     environment = os.environ | {
         "JAX_NUM_CPU_DEVICES": "8",
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": f"{HERE}:{HERE.parent}",
+        "PYTHONPATH": PYTHONPATH,
     }
-    script = [sys.executable, str(HERE / "meshes.py"), str(tmp_path)]
+    script = [sys.executable, str(HELPERS / "meshes.py"), str(tmp_path)]
     done = subprocess.run(script, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -4,7 +4,7 @@ Counted: every matrix product, attention's two included, over the key slots that
 of queries, each over the keys up to its last query; flash kernels skip up to a fifth more). Adapters count as they run,
 beside their kernels; merged into them, as they are exported, they cost nothing. Not counted: elementwise work (norms,
 softmax, activations; 1 % at width 512, falling as 1 / width) and, in training, the optimiser and what is computed again for
-the backward pass (remat). Within 2 % of XLA's own count (tests/test_flops.py).
+the backward pass (remat). Within 2 % of XLA's own count (tests/costs/test_flops.py).
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from vlm_jax.settings.model import ConfigError
 from vlm_jax.storage.checkpoint import save_params
 from vlm_jax.storage.run import resolve, write
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WORDS = (
     "A",
     "B",

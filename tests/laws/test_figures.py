@@ -12,7 +12,7 @@ from vlm_jax.laws import figures, fit, plot, plot_command, table
 from vlm_jax.laws.law import BILLION
 from vlm_jax.settings.model import ConfigError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "vlm_jax" / "laws" / "data"
 LARGEST = "qwen1.5-7b"
 

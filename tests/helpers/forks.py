@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-HERE = Path(__file__).parent
+from paths import HELPERS, PYTHONPATH
 
 
 class Forks:
@@ -20,11 +20,11 @@ class Forks:
 
     def __init__(self, data, name="log"):
         environment = os.environ | {
-            "PYTHONPATH": f"{HERE}:{HERE.parent}",
+            "PYTHONPATH": PYTHONPATH,
             "JAX_PLATFORMS": "cpu",
         }
         self._server = subprocess.Popen(
-            [sys.executable, str(HERE / "forks.py"), str(data)], env=environment, text=True,
+            [sys.executable, str(HELPERS / "forks.py"), str(data)], env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=1,
         )  # fmt: skip
         self._name, self._pid, self._status = name, 0, None

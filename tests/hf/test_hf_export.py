@@ -31,7 +31,7 @@ from vlm_jax.settings.model import CompressorConfig, ConfigError, RopeScaling, V
 from vlm_jax.settings.run import MeshConfig
 from vlm_jax.storage import weights
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "convert_hf.py"
 BARE = export.Companions(None, None, None)
 VIT = dict(width=16, num_layers=2, num_heads=2, mlp_width=24, image_px=24, patch_px=8)

@@ -8,7 +8,6 @@ The numbers are made by this file run as a program in a process with 8 fake CPU 
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,10 +114,12 @@ def batch(rng: np.random.Generator) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     path = tmp_path_factory.mktemp("meshes") / "results.npz"
-    env = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
-    subprocess.run(
-        [sys.executable, __file__, str(path)], env=env, check=True, cwd=Path(__file__).parents[1]
-    )
+    env = os.environ | {
+        "JAX_NUM_CPU_DEVICES": "8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": PYTHONPATH,
+    }
+    subprocess.run([sys.executable, __file__, str(path)], env=env, check=True, cwd=ROOT)
     made: dict[str, dict] = {}
     with np.load(path) as file:
         for key in file.files:

@@ -10,7 +10,7 @@ import pytest
 from vlm_jax.settings import cli
 from vlm_jax.settings.model import ConfigError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 CONFIG = """
 from ml_collections import ConfigDict

@@ -26,7 +26,7 @@ from vlm_jax.settings.run import MeshConfig
 from vlm_jax.storage import run as experiment
 from vlm_jax.storage import weights
 
-GOLDEN = Path(os.environ.get("VLM_JAX_GOLDEN", Path(__file__).parents[1] / "../shared/golden"))
+GOLDEN = Path(os.environ.get("VLM_JAX_GOLDEN", Path(__file__).parents[2] / "../shared/golden"))
 ORIGINAL = {
     "language_model.model.": "model.", "language_model.lm_head.": "lm_head.", "multi_modal_projector.linear_1.": "model.mm_projector.0.",
     "multi_modal_projector.linear_2.": "model.mm_projector.2.", "vision_tower.": "model.vision_tower.vision_tower.vision_model.",

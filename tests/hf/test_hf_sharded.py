@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -55,8 +54,7 @@ def report(tmp_path_factory):
     hf_models.build("sharded", folder)
     hf_models.MODELS.pop("sharded")
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
-    here = str(Path(__file__).parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join([here, environment.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = PYTHONPATH
     run = subprocess.run([sys.executable, __file__, str(folder)], capture_output=True, text=True, env=environment)  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout)

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import flax.linen as nn
 import hf_models
@@ -20,6 +19,7 @@ import torch
 import transformers
 from flax.traverse_util import flatten_dict
 from jax.sharding import PartitionSpec
+from paths import PYTHONPATH
 from test_hf_export import LM, convert, tensors  # noqa: F401 (a fixture)
 from test_hf_parity import compare_logits, inputs_of, left_padded, relative
 
@@ -42,7 +42,6 @@ from vlm_jax.training.inputs import check_inputs
 from vlm_jax.training.optim import make_optimizer, muon_axes, partition
 from vlm_jax.training.telemetry import read_lines
 
-HERE = Path(__file__).parent
 TRAINABLE = "lora_|^(compressor|projector)/"
 
 
@@ -272,7 +271,7 @@ def test_steps_with_adapters_on_8_devices_equal_one_device(folder):
     environment = os.environ | {
         "JAX_NUM_CPU_DEVICES": "8",
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": f"{HERE}:{HERE.parent}",
+        "PYTHONPATH": PYTHONPATH,
     }
     command = [sys.executable, "-c", MESH_SCRIPT, str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
