@@ -14,8 +14,8 @@ COMMANDS = {
     "features": "vlm_jax.features",
     "aot": "vlm_jax.aot",
     "fit": "vlm_jax.laws.fit",
-    "plan": "vlm_jax.laws.plan_command",
-    "plot": "vlm_jax.laws.plot_command",
+    "plan": "vlm_jax.laws.plan",
+    "plot": "vlm_jax.laws.plot",
     "tables": "vlm_jax.benchmarks.tables",
 }
 

@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax.data import images
 from vlm_jax.data.templates import QUERIES
-from vlm_jax.laws import plot
+from vlm_jax.laws import drawing as plot
 from vlm_jax.settings import addresses, cli
 from vlm_jax.settings.model import ConfigError, build, check_choice
 from vlm_jax.settings.run import MeshConfig

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlm_jax.laws import figures, fit, plot, plot_command, table
+from vlm_jax.laws import drawing as plot
+from vlm_jax.laws import figures, fit, table
+from vlm_jax.laws import plot as plot_command
 from vlm_jax.laws.law import BILLION
 from vlm_jax.settings.model import ConfigError
 
@@ -134,7 +136,7 @@ def test_a_mistake_is_one_line(words, match, tmp_path, capsys):
 
 
 def test_drawing_loads_no_jax():
-    code = "import sys; from vlm_jax.laws import plot_command; assert 'jax' not in sys.modules"
+    code = "import sys; from vlm_jax.laws import plot; assert 'jax' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

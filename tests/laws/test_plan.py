@@ -13,7 +13,9 @@ import pytest
 import tables
 
 from vlm_jax.costs.price import Workload, exact_price
-from vlm_jax.laws import fit, law, plan, plan_command, table
+from vlm_jax.laws import fit, law, table
+from vlm_jax.laws import plan as plan_command
+from vlm_jax.laws import planning as plan
 from vlm_jax.laws.budget import Budget, find_chip
 from vlm_jax.settings import presets
 from vlm_jax.settings.model import ConfigError

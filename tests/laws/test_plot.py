@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import tables
 
-from vlm_jax.laws import fit, plan, plot
+from vlm_jax.laws import drawing as plot
+from vlm_jax.laws import fit
+from vlm_jax.laws import planning as plan
 from vlm_jax.settings.model import ConfigError
 
 

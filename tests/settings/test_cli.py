@@ -176,8 +176,7 @@ def test_the_last_config_file_counts_wherever_it_stands(config, tmp_path):
     ["train", "evaluate", "sweep", "aot", "show", "features", "laws.fit", "laws.plan", "laws.plot"],
 )
 def test_every_command_without_flags_says_in_one_line_what_it_needs(module, capsys, monkeypatch):
-    source = {"laws.plan": "laws.plan_command", "laws.plot": "laws.plot_command"}
-    main = importlib.import_module(f"vlm_jax.{source.get(module, module)}").main
+    main = importlib.import_module(f"vlm_jax.{module}").main
     path = "aot/__main__" if module == "aot" else module.replace(".", "/")
     for called, name in (
         (f"/x/vlm_jax/{path}.py", f"python -m vlm_jax.{module}"),

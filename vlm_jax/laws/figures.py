@@ -17,9 +17,7 @@ from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, NullLoc
 from vlm_jax.costs.price import Number, Workload, paper_flops
 from vlm_jax.laws.budget import Budget
 from vlm_jax.laws.cells import select
-from vlm_jax.laws.law import Fit, Law
-from vlm_jax.laws.plan import Span, choose, optimal_visual_tokens
-from vlm_jax.laws.plot import (
+from vlm_jax.laws.drawing import (
     FRONTIER,
     LANGUAGE_MODEL,
     MARKERS,
@@ -36,6 +34,8 @@ from vlm_jax.laws.plot import (
     shades,
     shape_keys,
 )
+from vlm_jax.laws.law import Fit, Law
+from vlm_jax.laws.planning import Span, choose, optimal_visual_tokens
 from vlm_jax.laws.table import Row, family_mean, size_name
 from vlm_jax.laws.weighting import LOSSES, WEIGHTS
 from vlm_jax.settings.model import ConfigError

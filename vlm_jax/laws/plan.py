@@ -1,325 +1,276 @@
-"""Given a law and an inference budget: which language model, how many visual tokens?
-
-    python -m vlm_jax.laws.plan --law law.json --budget-gflops 500 --text-tokens 50
-
-The best pair has the least predicted error among those that the budget and the memory allow. The cost of a question is the
-paper's 2 N (Q + V) (arXiv 2411.03312, section 3; answer tokens are counted with Q) or, exactly, every part of the model:
-see `cost.py`. `plan_command.py` is the command.
-"""
+"""The command `python -m vlm_jax.laws.plan`: its flags, its table, its JSON."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
+import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
-from jaxtyping import Float
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
 
-from vlm_jax.costs.chips import GIB
-from vlm_jax.costs.price import Number, Phase, Price, Pricer, Workload, paper_price
+from vlm_jax.costs.chips import CHIPS, GIB
+from vlm_jax.costs.price import Number, Workload, allowed_tokens, exact_price
+from vlm_jax.laws import fit as fitting
 from vlm_jax.laws import law as law_file
-from vlm_jax.laws import plan_words
-from vlm_jax.laws.budget import Budget, spelt
+from vlm_jax.laws import table
+from vlm_jax.laws.budget import UNITS, Budget, find_chip
 from vlm_jax.laws.law import Fit
-from vlm_jax.laws.offer import LONGEST, Offer, Point, last_that
-from vlm_jax.laws.plan_words import pair
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.laws.planning import PAPER, Candidate, Method, Plan, choose
+from vlm_jax.settings import cli, presets
+from vlm_jax.settings.model import ELASTIC, WINDOWED, ConfigError
 
-STOPS = 20  # numbers of text tokens at which the choice is looked up where sizes are free
-
-
-class Method(NamedTuple):
-    """How a cost is counted."""
-
-    name: str
-    price: Pricer
+WIDE = 110  # columns of a terminal from which on every known amount is shown
+HEADS = {"gflops": "GFLOPs", "ms": "ms", "gib": "GiB", "dollars": "$ / 1M"}
 
 
-PAPER = Method("2 N (Q + V)", paper_price)
+def _parser() -> cli.OneLineParser:
+    parser = cli.OneLineParser(description="The best (LM, visual tokens) for a budget.")
+    add = parser.add_argument
+    add("--law", help="law.json made by vlm_jax.laws.fit")
+    add("--table", help="errors.csv, instead of --law: fitted here")
+    add("--family", help="of the law (default: every one)")
+    add("--budget-gflops", type=float, help="forward GFLOPs of one question")
+    add("--budget-ms", type=float, help="milliseconds until a batch is answered; needs --chip")
+    add("--budget-dollars", type=float, help="dollars per million questions; needs --chip")
+    add("--budget-gib", type=float, help="memory; alone, or beside another budget")
+    add("--chip", help=f"{', '.join(c.name for c in CHIPS)}; its memory limits too")
+    add("--chip-hour-dollars", type=float, help="what you pay for an hour of one chip")
+    add("--batch", type=int, default=1, help="questions answered together (default 1)")
+    add("--text-tokens", type=int, required=True, help="Q: prompt tokens beside the visual ones")
+    add("--cached", action="store_true", help="the text's keys and values are cached")
+    add("--output-tokens", type=int, default=0, help="answer tokens; the paper counts them with Q")
+    add("--lms", help="candidates: presets or NAME=PARAMS, comma-separated (default: measured)")
+    add("--free-sizes", nargs="?", const="", metavar="LOW,HIGH", help="any size (default: between the measured)")  # fmt: skip
+    add("--visual-tokens", help='candidates, comma-separated, or "all" the compressor can give')
+    add("--exact", action="store_true", help="count encoder, compressor, attention and head too")
+    add("--vit", default="clip-l-336", help="encoder preset of the exact count")
+    add("--compressor", help="of the exact count (default: the law's)")
+    add("--taps", default="", help="of the exact count: tapped hidden states, comma-separated")
+    add("--plot", help="writes FILE.png or FILE.svg; {family} in the name is replaced")
+    add("--json", action="store_true", help="print the plans as JSON")
+    return parser
 
 
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """One (LM, visual tokens) with its cost and predicted error."""
-
-    lm: str
-    lm_params: Number
-    visual_tokens: int
-    cost: float  # in the budget's unit
-    flops: float  # of one question
-    amounts: Mapping[str, float]  # the cost by kind of budget, for all that are known
-    affordable: bool  # within the budget and the memory
-    error: float
-    # Of the error over the law's resamples, at the fit's level; of an error below 1 it ends at 1.
-    interval: tuple[float, float]
-    share: float  # of resamples in which this candidate is the best affordable one
-    extrapolated: bool  # size or token count outside what was measured
-
-
-class Span(NamedTuple):
-    """The choice for Q text tokens from `first` to `last`, both included; nothing is affordable outside of spans."""
-
-    first: int
-    last: int
-    lm: str  # "" where sizes are free: as large as the budget allows
-    visual_tokens: int
-
-
-class Instead(NamedTuple):
-    """What the same budget buys if one thing is otherwise; lm is "" when nothing, for a reason."""
-
-    assumption: str
-    lm: str
-    visual_tokens: int
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What to build for a budget, and how firmly the law says so."""
-
-    family: str
-    budget: Budget
-    workload: Workload
-    method: str  # how cost was counted
-    sizes_free: bool
-    best: Candidate
-    runners_up: tuple[Candidate, ...]  # the next affordable ones by predicted error
-    frontier: tuple[Candidate, ...]  # of those that fit in the memory: none cheaper and better
-    candidates: tuple[Candidate, ...]  # all of them, cheapest first
-    phases: tuple[Phase, ...]  # of the best one, for the whole batch
-    by_text_tokens: tuple[Span, ...]  # the choice for other Q at the same budget
-    instead: tuple[Instead, ...]
-    continuous_optimum: float  # V* were LM size and V free: Q beta / (alpha - beta); inf: all
-
-    @property
-    def statements(self) -> list[str]:
-        """The answer in words; one line each."""
-        return plan_words.statements(self)
-
-
-def optimal_visual_tokens(alpha: float, beta: float, text_tokens: Number) -> float:
-    """argmin over V of N^-alpha V^-beta at fixed cost N (Q + V): Q beta / (alpha - beta).
-
-    inf when alpha <= beta (error falls with V all the way); 0 when beta <= 0 (tokens do not help: use the fewest).
-    """
-    if beta <= 0:
-        return 0.0
-    return text_tokens * beta / (alpha - beta) if alpha > beta else math.inf
-
-
-def choose(
-    fit: Fit,
-    budget: Budget | Number,
-    workload: Workload | int,
-    *,
-    lms: Mapping[str, Number] | None = None,
-    visual_tokens: Sequence[int] | None = None,
-    free_sizes: tuple[Number, Number] | None = None,
-    method: Method = PAPER,
-    other: Method | None = None,
-    runners_up: int = 4,
-) -> Plan:
-    """The candidate of least predicted error that the budget and the memory allow; of equals the cheapest.
-
-    Args:
-      budget: a number is FLOPs of one question. workload: a number is its text tokens Q.
-      lms, visual_tokens: candidates; None takes those the law was measured on.
-      free_sizes: instead of `lms`, every size between two numbers of parameters.
-      other: a second way to count, for what it would choose.
-    """
-    if not isinstance(budget, Budget):
-        budget = Budget("gflops", budget / 1e9)
-    if not isinstance(workload, Workload):
-        workload = Workload(workload)
-    offer = Offer(
-        dict(fit.lms if lms is None else lms),
-        tuple(sorted(set(fit.visual_tokens if visual_tokens is None else visual_tokens))),
-        free_sizes,
-    )
-    points = offer.points(budget, workload, method.price)
-    prices = [method.price(*point, workload) for point in points]
-    found = _candidates(fit, budget, points, prices)
-    _check_affordable(budget, found)
-    ranked = sorted((c for c in found if c.affordable), key=lambda c: (c.error, c.cost))
-    best = ranked[0]
-    return Plan(
-        family=fit.family,
-        budget=budget,
-        workload=workload,
-        method=method.name,
-        sizes_free=free_sizes is not None,
-        best=best,
-        runners_up=tuple(ranked[1 : 1 + runners_up]),
-        frontier=tuple(_frontier(found, budget)),
-        candidates=tuple(found),
-        phases=method.price(best.lm, best.lm_params, best.visual_tokens, workload).phases,
-        by_text_tokens=tuple(_spans(fit, offer, budget, workload, method.price)),
-        instead=tuple(_instead(fit, offer, budget, workload, method, other)),
-        continuous_optimum=optimal_visual_tokens(fit.law.alpha, fit.law.beta, workload.paid_tokens),
-    )
-
-
-def _candidates(
-    fit: Fit, budget: Budget, points: Sequence[Point], prices: Sequence[Price]
-) -> list[Candidate]:
-    """All points, cheapest first, with the law's errors and how often each is the best."""
-    sizes = fit.lms.values()
-    params, tokens = (np.array([point[i] for point in points], float) for i in (1, 2))
-    errors, drawn = fit.law.error(params, tokens), _errors_of_resamples(fit, params, tokens)
-    affordable = np.array([budget.allows(price) for price in prices])
-    wins = np.zeros(len(points))
-    if affordable.any():
-        winners = np.flatnonzero(affordable)[drawn[:, affordable].argmin(1)]
-        wins = np.bincount(winners, minlength=len(points)) / len(drawn)
-    tail = fit.tails[fit.mode]
-    low, high = np.percentile(drawn, [tail, 100 - tail], axis=0)
-    high = np.where(errors > plan_words.LARGEST, high, np.minimum(high, plan_words.LARGEST))
-    found = [
-        Candidate(
-            lm, size, count, budget.amount(price), price.flops, budget.amounts(price), bool(affordable[i]),
-            float(errors[i]), (float(low[i]), float(high[i])), float(wins[i]),
-            not (min(sizes) <= size <= max(sizes) and fit.visual_tokens[0] <= count <= fit.visual_tokens[-1]),
-        )
-        for i, ((lm, size, count), price) in enumerate(zip(points, prices, strict=True))
-    ]  # fmt: skip
-    return sorted(found, key=lambda c: (c.cost, c.lm_params, c.visual_tokens))
-
-
-def _errors_of_resamples(
-    fit: Fit, params: Float[np.ndarray, "c"], tokens: Float[np.ndarray, "c"]
-) -> Float[np.ndarray, "R c"]:
-    a, alpha, beta, d = (column[:, None] for column in fit.resamples.T)
-    return a * (params / law_file.BILLION) ** -alpha * tokens**-beta + d
-
-
-def _check_affordable(budget: Budget, found: Sequence[Candidate]) -> None:
-    """Raises ConfigError when no candidate fits in the memory, or none in the budget. found: cheapest first."""
-    if any(c.affordable for c in found):
-        return
-    fitting = [c for c in found if c.amounts["gib"] * GIB <= budget.memory_bytes]
-    if not fitting:
-        c = min(found, key=lambda c: c.amounts["gib"])
+def _fits(args: Namespace) -> dict[str, Fit]:
+    if (args.law is None) == (args.table is None):
+        raise ConfigError("plan: give --law law.json or --table errors.csv, one of them.")
+    if args.law:
+        fits = law_file.load(args.law)
+        families = list(fits)
+    else:
+        rows = table.read(args.table)
+        families = list(dict.fromkeys(row.family for row in rows))
+        fits = fitting.fit_table([row for row in rows if args.family in (None, row.family)])
+    if args.family and args.family not in families:
         raise ConfigError(
-            f"plan: nothing fits in {budget.memory_bytes / GIB:.4g} GiB; the smallest candidate, "
-            f"{pair(c.lm, c.visual_tokens)}, takes {c.amounts['gib']:.4g}: add a smaller LM, or more memory."
+            f"plan: family {args.family!r} is not in {args.law or args.table}; it has {families}."
         )
-    c = fitting[0]
-    raise ConfigError(
-        f"plan: {budget.text} buy nothing; the cheapest candidate, {pair(c.lm, c.visual_tokens)}, costs "
-        f"{spelt(budget.kind, c.cost)}: raise the budget or add a smaller LM."
+    return {args.family: fits[args.family]} if args.family else fits
+
+
+def _budget(args: Namespace) -> Budget:
+    limits = {kind: getattr(args, f"budget_{kind}") for kind in UNITS}
+    given = {kind: limit for kind, limit in limits.items() if limit is not None}
+    main = [kind for kind in given if kind != "gib"] or list(given)
+    if len(main) != 1:
+        flags = " and ".join(f"--budget-{kind}" for kind in main) or "none"
+        raise ConfigError(
+            f"plan: give one of --budget-gflops, --budget-ms, --budget-dollars, --budget-gib; got {flags} "
+            "(--budget-gib may stand beside one other)."
+        )
+    kind = main[0]
+    return Budget(
+        kind,
+        given[kind],
+        find_chip(args.chip) if args.chip else None,
+        args.chip_hour_dollars,
+        given["gib"] if "gib" in given and kind != "gib" else None,
     )
 
 
-def _frontier(candidates: Sequence[Candidate], budget: Budget) -> list[Candidate]:
-    """Those that fit in the memory and that no cheaper one beats, cheapest first; beyond the budget too."""
-    kept: list[Candidate] = []
-    for candidate in sorted(candidates, key=lambda c: (c.cost, c.error)):
-        fits = candidate.amounts["gib"] * GIB <= budget.memory_bytes
-        if fits and (not kept or candidate.error < kept[-1].error):
-            kept.append(candidate)
-    return kept
+def _numbers(flag: str, text: str) -> tuple[int, ...]:
+    words = [word for word in text.split(",") if word]
+    if any(not word.strip().isdigit() for word in words):
+        raise ConfigError(f"plan: {flag} {text!r} is not a comma-separated list of whole numbers.")
+    return tuple(int(word) for word in words)
 
 
-def _best(
-    fit: Fit, points: Sequence[Point], budget: Budget, workload: Workload, price: Pricer
-) -> Point | None:
-    """The choice alone; None if nothing is affordable."""
-    priced = [(point, price(*point, workload)) for point in points]
-    allowed = [
-        (float(fit.law.error(point[1], point[2])), budget.amount(cost), point)
-        for point, cost in priced
-        if budget.allows(cost)
-    ]
-    return min(allowed)[2] if allowed else None
+def _number(flag: str, word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        raise ConfigError(f"plan: {flag}: {word!r} is not a number of parameters.") from None
 
 
-def _spans(fit: Fit, offer: Offer, budget: Budget, workload: Workload, price: Pricer) -> list[Span]:
-    """The choice for every Q from 0.
-
-    A cost grows with Q and an error does not depend on it, so each given candidate has a last Q at which it is affordable,
-    and the choice at Q is the best of those that last so long. Free sizes grow into what a shorter prompt leaves: see
-    `_spans_of_free_sizes`.
-    """
-    if offer.free_sizes is not None:
-        return _spans_of_free_sizes(fit, offer, budget, workload, price)
-    spans: list[Span] = []
-    points = offer.points(budget, workload, price)
-    longest = max(LONGEST, workload.text_tokens)
-    for lm, size, count in sorted(points, key=lambda p: (float(fit.law.error(p[1], p[2])), p[1])):
-
-        def affordable(q: int, point: Point = (lm, size, count)) -> bool:
-            return budget.allows(price(*point, dataclasses.replace(workload, text_tokens=q)))
-
-        last, first = last_that(affordable, longest), spans[-1].last + 1 if spans else 0
-        if last >= first:
-            spans.append(Span(first, last, lm, count))
-    return spans
-
-
-def _spans_of_free_sizes(
-    fit: Fit, offer: Offer, budget: Budget, workload: Workload, price: Pricer
-) -> list[Span]:
-    """As far as 4 Q: the choice at STOPS values of Q and beside the given one, and by bisection where it flips between two.
-
-    A flip is exact; one that is undone before the next stop is not seen.
-    """
-
-    @functools.cache
-    def count(q: int) -> int:
-        now = dataclasses.replace(workload, text_tokens=q)
-        best = _best(fit, offer.ends(budget, now, price), budget, now, price)
-        return 0 if best is None else best[2]
-
-    here, far = workload.text_tokens, max(4 * workload.text_tokens, 256)
-    stops = {round(q) for q in np.geomspace(1, far, STOPS)} | {0, max(here - 1, 0), here, here + 1}
-    ends = []  # the last Q of every span
-    for low, high in itertools.pairwise(sorted(stops)):
-        while low < high and count(low) != count(high):
-            last = low + last_that(lambda q, a=low: count(a + q) == count(a), high - 1 - low)
-            ends.append(last)
-            low = last + 1
-    firsts = [0, *(last + 1 for last in ends)]
-    spans = zip(firsts, [*ends, max(stops)], strict=True)
-    return [Span(first, last, "", count(first)) for first, last in spans if count(first)]
-
-
-def _instead(
-    fit: Fit,
-    offer: Offer,
-    budget: Budget,
-    workload: Workload,
-    method: Method,
-    other: Method | None,
-) -> list[Instead]:
-    """With the text cached if it is not (and the reverse), and with cost counted the other way."""
-
-    def ask(assumption: str, workload: Workload, price: Pricer) -> Instead:
-        try:
-            points = offer.points(budget, workload, price)
-            best = _best(fit, points, budget, workload, price)
-        except ConfigError as error:  # a size without shapes, a count the compressor cannot give
-            return Instead(assumption, "", 0, str(error))
-        if best is None:
-            return Instead(assumption, "", 0, "nothing is affordable")
-        return Instead(assumption, best[0], best[2], "")
-
-    found = []
-    if workload.text_tokens:
-        turned = dataclasses.replace(workload, cached=not workload.cached)
-        words = "the text were not cached" if workload.cached else "the text were cached"
-        found.append(ask(words, turned, method.price))
-    if other is not None:
-        found.append(ask(f"cost were {other.name}", workload, other.price))
+def _lms(text: str | None) -> dict[str, Number] | None:
+    """ "qwen1.5-7b,mine=3e9" -> name -> parameters; a preset counts by its nominal size, as the paper does."""
+    if text is None:
+        return None
+    found: dict[str, Number] = {}
+    for word in text.split(","):
+        name, _, params = word.partition("=")
+        if params:
+            found[name] = _number("--lms", params)
+        else:
+            config = presets.lm(name)
+            found[name] = config.nominal_params or config.non_embedding_params
     return found
 
 
-if __name__ == "__main__":
-    from vlm_jax.laws.plan_command import main
+def _free_sizes(text: str | None, fit: Fit) -> tuple[Number, Number] | None:
+    if text is None:
+        return None
+    if not text:
+        return min(fit.lms.values()), max(fit.lms.values())
+    words = text.split(",")
+    if len(words) != 2:
+        raise ConfigError(f"plan: --free-sizes {text!r} is not LOW,HIGH in parameters.")
+    low, high = (_number("--free-sizes", word) for word in words)
+    return low, high
 
+
+def _plan(args: Namespace, fit: Fit, budget: Budget) -> Plan:
+    lms, free = _lms(args.lms), _free_sizes(args.free_sizes, fit)
+    if free and (lms or args.exact):
+        raise ConfigError(
+            "plan: --free-sizes goes with neither --lms nor --exact: it has no shapes."
+        )
+    compressor = args.compressor or fit.compressor
+    if not compressor and (args.exact or args.visual_tokens == "all"):
+        asking = "--exact" if args.exact else "--visual-tokens all"
+        raise ConfigError(
+            f"plan: {asking} needs to know the compressor, which the law's table does not name; add --compressor=NAME, one "
+            f"of {', '.join((*WINDOWED, *ELASTIC))}."
+        )
+    exact = None
+    known = compressor and not free and all(lm in presets.LM for lm in lms or fit.lms)
+    if compressor and (args.exact or known):
+        exact = Method(
+            f"counted exactly (encoder {args.vit}, {compressor})",
+            exact_price(args.vit, compressor, _numbers("--taps", args.taps)),
+        )
+    tokens = None
+    if args.visual_tokens == "all":
+        tokens = allowed_tokens(args.vit, compressor)
+    elif args.visual_tokens is not None:
+        tokens = _numbers("--visual-tokens", args.visual_tokens)
+    return choose(
+        fit,
+        budget,
+        Workload(args.text_tokens, args.cached, args.output_tokens, args.batch),
+        lms=lms,
+        visual_tokens=tokens,
+        free_sizes=free,
+        method=exact if args.exact and exact else PAPER,
+        other=PAPER if args.exact else exact,
+    )
+
+
+def show(plan: Plan, console: Console) -> None:
+    """Prints the answer, where its time goes, the runners-up and the frontier."""
+    for line in plan.statements:
+        console.print(line, highlight=False, markup=False)
+    if plan.budget.chip or len(plan.phases) > 1:
+        console.print(_phases(plan))
+    kinds = [plan.budget.kind]
+    if console.width >= WIDE:
+        kinds += [kind for kind in plan.best.amounts if kind not in kinds]
+    grid = Table(box=SIMPLE, pad_edge=False)
+    left = ("", "LM")
+    for name in (*left, "tokens", *(HEADS[k] for k in kinds), "error", "interval", "chosen"):
+        grid.add_column(name, justify="left" if name in left else "right", no_wrap=True)
+    groups = {"best": [plan.best], "next": plan.runners_up, "frontier": _around(plan)}
+    for mark, group in groups.items():
+        for i, c in enumerate(group):
+            grid.add_row(
+                *_cells(c, mark if i == 0 else "", kinds, plan), end_section=i == len(group) - 1
+            )
+    console.print(grid)
+    if any(c.extrapolated for group in groups.values() for c in group):
+        console.print("* outside the measured sizes or token counts", highlight=False)
+
+
+def _phases(plan: Plan) -> Table:
+    """What the best candidate's batch does, part by part."""
+    chip = plan.budget.chip
+    grid = Table(box=SIMPLE, pad_edge=False)
+    grid.add_column("phase", no_wrap=True)
+    for name in ("GFLOPs", "GiB moved", *(("ms at least", "bounded by") if chip else ())):
+        grid.add_column(name, justify="right", no_wrap=True)
+    for phase in plan.phases:
+        cells = [phase.name, f"{phase.flops / 1e9:.4g}", f"{phase.bytes / GIB:.3g}"]
+        if chip:
+            cells += [f"{phase.seconds(chip) * 1e3:.3g}", phase.bounded_by(chip)]
+        grid.add_row(*cells)
+    return grid
+
+
+def _around(plan: Plan, below: int = 4, above: int = 3) -> list[Candidate]:
+    """The part of the frontier near the budget; --json and --plot show all of it."""
+    split = sum(c.affordable for c in plan.frontier)
+    return list(plan.frontier[max(0, split - below) : split + above])
+
+
+def _cells(c: Candidate, mark: str, kinds: Sequence[str], plan: Plan) -> list[str]:
+    refused = "too dear" if c.cost > plan.budget.limit else "too big"
+    return [
+        mark, c.lm, str(c.visual_tokens), *(f"{c.amounts[kind]:.4g}" for kind in kinds),
+        f"{c.error:.3f}" + ("*" if c.extrapolated else ""), f"{c.interval[0]:.3f}..{c.interval[1]:.3f}",
+        f"{c.share:.0%}" if c.affordable else refused,
+    ]  # fmt: skip
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """Everything, for JSON."""
+    fields: dict[str, Any] = dataclasses.asdict(plan)
+    for name, kind in (("by_text_tokens", plan.by_text_tokens), ("instead", plan.instead)):
+        fields[name] = [item._asdict() for item in kind]
+    if math.isinf(plan.continuous_optimum):
+        fields["continuous_optimum"] = None  # JSON has no infinity
+    return {**fields, "statements": plan.statements}
+
+
+def _plot(plan: Plan, fit: Fit, path: str, count: int, console: Console) -> None:
+    from vlm_jax.laws import (
+        drawing as plot,  # matplotlib takes longer to load than a plan takes to make
+    )
+
+    if count > 1 and plan.family not in path:
+        raise ConfigError(
+            "plan: --plot draws one picture per family; put {family} in the name, or give --family."
+        )
+    plot.save(plot.plan_figure(plan, fit), path)
+    console.print(f"wrote {path}", highlight=False, markup=False)
+
+
+def run(argv: Sequence[str]) -> None:
+    args = _parser().parse_args(argv)
+    if args.plot and args.free_sizes is not None:
+        raise ConfigError("plan: --plot draws given sizes; leave out --free-sizes.")
+    budget = _budget(args)
+    fits = _fits(args)
+    plans = [_plan(args, fit, budget) for fit in fits.values()]
+    if args.json:
+        sys.stdout.write(json.dumps([as_dict(plan) for plan in plans], indent=1) + "\n")
+        return
+    console = Console()
+    for plan in plans:
+        show(plan, console)
+        if args.plot:
+            path = args.plot.replace("{family}", plan.family)
+            _plot(plan, fits[plan.family], path, len(plans), console)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Console entry: 0, or 2 with one line on stderr."""
+    return cli.run(run, argv)
+
+
+if __name__ == "__main__":
     sys.exit(main())

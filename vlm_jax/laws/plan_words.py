@@ -9,7 +9,7 @@ from vlm_jax.laws.budget import spelt
 from vlm_jax.laws.offer import LONGEST
 
 if TYPE_CHECKING:
-    from vlm_jax.laws.plan import Candidate, Plan
+    from vlm_jax.laws.planning import Candidate, Plan
 
 
 LARGEST = 1.0  # error

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from vlm_jax.laws import plan as planning
-from vlm_jax.laws import plot
+from vlm_jax.laws import drawing as plot
+from vlm_jax.laws import planning
 from vlm_jax.laws.law import Fit
 from vlm_jax.laws.table import Row, family_mean, size_name
 from vlm_jax.laws.terminal import constant_rows
