@@ -84,7 +84,7 @@ class Generator:
     ) -> Float[Array, "B {count}"]:
         """Log-probability of each of at most `count` replies as the answer: the sum over its tokens, 0 where a row has fewer.
 
-        inputs: prompts with their replies in the last `slots` columns, as data/prompts.py lays them out.
+        inputs: prompts with their replies in the last `slots` columns, as data/eval_batches.py lays them out.
         """
         self.compilations += 1  # runs only while jax traces a new shape
         shared, cache = self._room(prefix, inputs.tokens.shape, 0)

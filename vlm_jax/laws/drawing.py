@@ -2,7 +2,7 @@
 
     python -m vlm_jax.laws.plot errors.csv --out figures
 
-Here: error against cost, a plan, and what all pictures share. `figures.py` has the others, `plot_command.py` the command.
+Here: error against cost, a plan, and what all pictures share. `figures.py` has the others, `plot.py` is the command.
 """
 
 from __future__ import annotations

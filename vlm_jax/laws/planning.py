@@ -4,7 +4,7 @@
 
 The best pair has the least predicted error among those that the budget and the memory allow. The cost of a question is the
 paper's 2 N (Q + V) (arXiv 2411.03312, section 3; answer tokens are counted with Q) or, exactly, every part of the model:
-see `cost.py`. `plan_command.py` is the command.
+see `costs/price.py`. `plan.py` is the command.
 """
 
 from __future__ import annotations

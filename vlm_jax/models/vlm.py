@@ -127,7 +127,7 @@ class VLM(nn.Module):
     ) -> Float[Array, "B {slots}"]:
         """Log-probability of each token in the last `slots` columns, given the prompt and the same reply's tokens before it.
 
-        inputs: as data/prompts.py lays them out; column T - slots - 1 is the prompt's last one. Padding: any value.
+        inputs: as data/eval_batches.py lays them out; column T - slots - 1 is the prompt's last one. Padding: any value.
         """
         hidden = self.cached_states(inputs, cache, shared)[0]
         length = inputs.tokens.shape[1]
