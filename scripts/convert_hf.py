@@ -193,6 +193,10 @@ def export_model(workdir: Path, out: Path, args: argparse.Namespace) -> None:
         log.info("%s: %s of %s, the rest as in %s", out, ", ".join(sorted(held)), workdir, base)
         return
     has_tokenizer = bool(exp.data.tokenizer)
+    if has_tokenizer and args.what != "vit":
+        tokenizer.load(
+            exp.data.tokenizer
+        )  # what is wrong with it is said before the weights are read
     template = templates.TEMPLATES[exp.data.template]
     companions = export.Companions(
         tokenizer=Path(exp.data.tokenizer) if has_tokenizer and args.what != "vit" else None,

@@ -73,7 +73,7 @@ def test_every_heading_stands_for_a_benchmark():
         ('[{"benchmark": "gqa", "score": null, "details": {}}]', "which is no score"),
         ('[{"benchmark": "mme", "score": 0.5, "details": {}}]', "which is no score"),
         ('[{"benchmark": ["gqa"], "score": 0.5, "details": {}}]', "which is no score"),
-        ("[" * 100_000, "is not valid JSON"),
+        ("[" * 100_000, "is nested too deeply to be read as JSON"),
     ],
 )
 def test_a_bad_score_file_is_named_with_exit_code_2(tmp_path, capsys, content, match):
@@ -83,6 +83,6 @@ def test_a_bad_score_file_is_named_with_exit_code_2(tmp_path, capsys, content, m
     (tmp_path / "scores.json").write_text(json.dumps([result("gqa", 1.0)]))
     (tmp_path / "errors.csv").write_bytes(b"lm\n\xff\n")
     assert tables.main([str(tmp_path)]) == 2
-    assert "errors.csv is not a valid CSV" in capsys.readouterr().err
+    assert "errors.csv:2: byte 0xff is no character in UTF-8" in capsys.readouterr().err
     assert tables.main([str(tmp_path / "nowhere")]) == 2
     assert "no file" in capsys.readouterr().err

@@ -172,7 +172,8 @@ def test_the_last_config_file_counts_wherever_it_stands(config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module", ["train", "evaluate", "sweep", "aot", "show", "laws.fit", "laws.plan", "laws.plot"]
+    "module",
+    ["train", "evaluate", "sweep", "aot", "show", "features", "laws.fit", "laws.plan", "laws.plot"],
 )
 def test_every_command_without_flags_says_in_one_line_what_it_needs(module, capsys, monkeypatch):
     source = {"laws.plan": "laws.plan_command", "laws.plot": "laws.plot_command"}

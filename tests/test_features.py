@@ -151,7 +151,10 @@ def test_the_command_finds_its_features_finished_and_keeps_others(world, capsys)
     assert run(world, "data") == 2
     assert "holds no index.json" in capsys.readouterr().err
     assert run(world, "other", "--config.init.vit=") == 2
-    assert "features: init.vit is empty; give the training run" in capsys.readouterr().err
+    assert (
+        "features: init.vit and init.from are empty; give the training run"
+        in capsys.readouterr().err
+    )
     assert (world / "cached" / "last.npy").read_bytes() == before
     assert not (world / "other").exists()
 

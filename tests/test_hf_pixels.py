@@ -39,7 +39,7 @@ FORMS = {
     "nothing but siglip's class": ("SiglipImageProcessorPil", "preprocessor_config.json", {"image_processor_type": "SiglipImageProcessor"}, 224, STRETCH),
     "null is the default": (
         "CLIPImageProcessorPil", "preprocessor_config.json",
-        {"image_processor_type": "CLIPImageProcessorFast", "do_center_crop": None, "resample": None, "default_to_square": False,
+        {"image_processor_type": "CLIPImageProcessorFast", "do_center_crop": None, "resample": 3, "default_to_square": False,
          "input_data_format": None, **EDGE | {"do_center_crop": None}, **CLIP}, PX, CROP,
     ),
     "a list": ("SiglipImageProcessorPil", "preprocessor_config.json", {"image_processor_type": "SiglipImageProcessor", "size": [PX, PX]}, PX, STRETCH),

@@ -166,10 +166,11 @@ def test_a_tokenpacker_as_its_scripts_save_it_is_imported(tmp_path, convert):  #
     vit = dict(width=16, num_layers=24, num_heads=2, mlp_width=24, image_px=32, patch_px=8)
     compressor = CompressorConfig("tokenpacker", stride=2, num_heads=1, taps=(12, 16, 22, 23))
     config = VLMConfig(presets.vit("clip-l-336", **vit), compressor, presets.lm("", **lm))
-    shapes, rng = nn.unbox(jax.eval_shape(lambda: init_params(config, jax.random.key(0)))), np.random.default_rng(0)  # fmt: skip
+    whole = dataclasses.replace(config, vit=dataclasses.replace(config.vit, feature_layer=-1))
+    shapes, rng = nn.unbox(jax.eval_shape(lambda: init_params(whole, jax.random.key(0)))), np.random.default_rng(0)  # fmt: skip
     params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(leaf.dtype), shapes)
     bare = export.Companions(None, None, None)
-    export.standalone(tmp_path / "clip", "vit", {"vit": params["vit"]}, dataclasses.replace(config, vit=dataclasses.replace(config.vit, feature_layer=-1)), bare)  # fmt: skip
+    export.standalone(tmp_path / "clip", "vit", {"vit": params["vit"]}, whole, bare)  # fmt: skip
     own = {part: params[part] for part in ("compressor", "projector")}
     export.standalone(tmp_path / "packer", "reference", own, config, bare, encoder_name="./clip")
     export.standalone(tmp_path / "lm", "lm", {"lm": params["lm"]}, config, bare)
@@ -194,6 +195,7 @@ def test_a_tokenpacker_as_its_scripts_save_it_is_imported(tmp_path, convert):  #
     assert model.projector_layers == 2 and model.vit.feature_layer == -2
     wanted = weights.abstract(model, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
     back = weights.load(str(tmp_path / "ours"), model, wanted)
+    params["vit"]["layers"] = jax.tree.map(lambda leaf: leaf[:23], params["vit"]["layers"])
     jax.tree.map(np.testing.assert_array_equal, back, {part: params[part] for part in back})
 
 

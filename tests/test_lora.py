@@ -197,10 +197,11 @@ def test_adapters_go_to_adamw_and_decay_as_kernels_do(folder):
     assert any(spec is not None for spec in flat.values())
     c = config(folder)
     c.optim.weight_decay = 0.5
-    trainable = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), nn.unbox(boxed))
+    trainable = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), nn.unbox(boxed))
     optimizer = make_optimizer(experiment.resolve(c).optim, 4, boxed)
-    zeros = jax.tree.map(jnp.zeros_like, trainable)
-    updates, _ = optimizer.update(zeros, optimizer.init(trainable), trainable)
+    zeros = jax.tree.map(np.zeros_like, trainable)
+    update = jax.jit(lambda grads, params: optimizer.update(grads, optimizer.init(params), params))
+    updates, _ = update(zeros, trainable)
     for path, leaf in flatten_dict(updates, sep="/").items():
         decays = path.endswith(("kernel", *LORA))
         np.testing.assert_allclose(leaf, -0.5 * 1e-2 * decays, rtol=1e-5, err_msg=path)

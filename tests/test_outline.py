@@ -92,6 +92,9 @@ def test_the_end_names_what_was_written_and_the_next_command(exp, tmp_path):
         "vlm_jax.evaluate --config=configs/eval.py --workdir=DIR --config.eval.checkpoint=runs/a"
         in lines[2]
     )
+    adapters = dataclasses.replace(exp.optim, trainable="lora_|^(compressor|projector)/")
+    tuned = dataclasses.replace(exp, optim=adapters)
+    assert "vlm_jax.evaluate" in outline.end(tuned, tmp_path / "a", {"step": 6, "loss": 1.0})[2]
     aligned = dataclasses.replace(exp.optim, trainable="^(compressor|projector)/")
     following = outline.end(
         dataclasses.replace(exp, optim=aligned), tmp_path / "a", {"step": 6, "loss": 1.0}

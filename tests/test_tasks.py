@@ -149,6 +149,23 @@ def test_only_new_questions_are_asked_and_a_changed_gold_answer_asks_nothing(wor
     assert next(row["answer"] for row in task.rows if row["id"] == "red/0") == "crimson"
 
 
+def test_fields_that_the_run_ignores_are_no_part_of_a_question(world):
+    def more(note):
+        def change(records):
+            for record in records:
+                record["weight"] = note
+
+        edit(world, change)
+
+    cfg = tiny.config(world / "data")
+    cfg.data.ignored_fields = ("weight",)
+    experiment.write(experiment.resolve(cfg), world / "run")
+    more(0.5)
+    assert len(answered(world).unanswered) == 14
+    more(0.25)
+    assert opened(world).unanswered == []
+
+
 def test_replies_to_choose_from_are_part_of_a_question(world):
     row = {**opened(world).rows[0], "replies": ("A", "B")}
     given = (row, str(world / "data"), None)
@@ -197,15 +214,11 @@ def test_predictions_hold_question_and_gold_on_request_and_are_read_as_before(wo
     assert opened(world).unanswered == []
 
 
-def test_a_lone_surrogate_in_a_question_is_kept(world):
-    def odd(records):
-        records[8]["conversations"][0]["value"] = "Say \ud800"
-
-    edit(world, odd)
-    task = answered(world, with_questions=True)
-    record = next(r for r in records(task) if r["id"] == "hello/0")
-    assert record["question"] == "Say \ud800"
-    assert opened(world).unanswered == []
+def test_a_lone_surrogate_beside_an_answer_is_kept(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    predictions.append(path, [("a", "x")], {"a": {"question": "Say \ud800"}})
+    ((_, line),) = predictions.read_lines(path)
+    assert line == {"id": "a", "text": "x", "question": "Say \ud800"}
 
 
 def test_pictures_are_looked_for_where_image_roots_says_else_beside_the_annotations(world):

@@ -242,6 +242,7 @@ def mistakes(folder):
         f"--config.data.tokenizer={missing}": "nowhere' does not exist",
         f"--config.data.tokenizer={folder}/images": "holds no tokenizer",
         f"--config.init.lm={missing}": "has no finished checkpoint and is no model directory",
+        f"--config.init.from={missing}": "init: from '" + missing + "' has no finished checkpoint",
         f"--workdir={folder}/file/run": "cannot write to",
         "--wrkdir=x": "Unknown command line flag 'wrkdir'",
     }

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,8 @@ from vlm_jax.data import records
 from vlm_jax.data.rows import Features
 
 WHOLE = 16 * 2**20  # bytes up to which a file is read to its end: every picture, small weights
-SAMPLES, BLOCK = (
-    16,
-    2**16,
-)  # of a larger file: evenly spaced blocks, the first and the last among them
+# Of a larger file: evenly spaced blocks, the first and the last among them.
+SAMPLES, BLOCK = 16, 2**16
 PATHS = ("annotations", "image_roots", "tokenizer", "features_dir")  # of data: names, not contents
 PARTS = {"weights", "prompts"}  # what `of_run` gives
 TOKENIZER = ("tokenizer*", "special_tokens*", "added_tokens*", "vocab.json", "merges.txt")
@@ -57,12 +55,13 @@ def of_question(
     image_root: str,
     features: Features | None,
     replies: Sequence[str] | None,
+    ignored: Collection[str] = (),
 ) -> str:
     """Of what a model sees of a row: words, pictures (or their cached features), replies to choose from. Gold is no part.
 
-    Raises BadRecord for a row that cannot be asked.
+    ignored: fields of the row that count as absent. Raises BadRecord for a row that cannot be asked.
     """
-    record = records.parse(dict(row), "questions", image_root, row["id"], generate=True)
+    record = records.parse(dict(row), "questions", image_root, row["id"], True, ignored)
     words = dataclasses.replace(record, file="", root="", images=())
     shown = (_picture(image, record.root, features) for image in record.images)
     return _digest([repr(words), repr(replies and tuple(replies)), *shown])
@@ -76,9 +75,9 @@ def _picture(image: records.Image, root: str, features: Features | None) -> str:
         path = Path(root, image)
         try:
             stat = path.stat()
-        except OSError:
+            return _seen(path, stat.st_mtime_ns, stat.st_size)
+        except (OSError, ValueError):  # a folder, or a name that no file can have
             return "absent"
-        return _seen(path, stat.st_mtime_ns, stat.st_size)
     return _digest([image if isinstance(image, bytes) else image()])
 
 

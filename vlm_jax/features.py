@@ -1,6 +1,6 @@
 """python -m vlm_jax.features --config=configs/stage1.py --workdir=DIR [--config.x.y=..]: an encoder's features, computed once.
 
-Encodes every image that data.annotations names with the encoder of init.vit (a training run or a model directory) and
+Encodes every image that data.annotations names with the encoder of init.vit or init.from (a training run or a model directory) and
 writes them to DIR; runs with the same encoder and --config.data.features_dir=DIR (evaluations: eval.features_dir) then read
 them in place of the images. DIR is filled at once, when all are encoded; the same command again finds it finished.
 """
@@ -36,7 +36,7 @@ def write_features(cfg: ConfigDict, folder: str, given: Sequence[str] = ()) -> N
     source = exp.init.sources["vit"]
     if not source:
         raise ConfigError(
-            "features: init.vit is empty; give the training run or the model directory whose encoder computes the features."
+            "features: init.vit and init.from are empty; give the training run or the model directory whose encoder computes the features."
         )
     experiment.check_source("vit", source, exp.model)
     if not is_model(source):

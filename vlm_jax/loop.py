@@ -75,6 +75,8 @@ def run(exp: Experiment, workdir: Path, say: outline.Say = outline.silent) -> di
         if done:
             saved = checkpoints.restore(done, to_saved(p.state), iterator)
             state = from_saved(saved, exp.optim.trainable)
+            if first and not fingerprint.is_known(workdir):
+                fingerprint.write(exp.data, workdir)
             log.info("resumed %s at step %d of %d", workdir, done, num_steps)
         else:
             if first:

@@ -137,7 +137,8 @@ def end(exp: Experiment, workdir: Path, metrics: Mapping[str, float]) -> list[st
     """What a finished run wrote, and the command that comes next."""
     run, step = shown(workdir), int(metrics["step"])
     # After an alignment stage, whose decoder is frozen, comes instruction tuning.
-    if re.search(exp.optim.trainable, "lm/layers/mlp/up/kernel") is None:
+    decoder = [f"lm/layers/mlp/up/{name}" for name in ("kernel", *LORA)]
+    if not any(re.search(exp.optim.trainable, path) for path in decoder):
         following = f"train --config=configs/stage2.py --workdir=DIR --config.init.from={run} --config.data.annotations=.."
         following += " --config.data.image_roots=.."
     else:
@@ -175,7 +176,7 @@ def asked(workdir: Path, scored: int) -> list[str]:
     if not scored:
         return [f"{folder}: answers are in <benchmark>/predictions.jsonl; nothing could be scored"]
     return [
-        f"  wrote    {folder}/scores.json and errors.csv ({scored} rows of this run)",
+        f"  wrote    {folder}/scores.json and errors.csv ({scored} row{'s' * (scored > 1)} of this run)",
         f"  next     python -m vlm_jax.laws.fit {folder}/errors.csv --out law.json, once it holds several LM sizes and "
         "numbers of visual tokens",
     ]

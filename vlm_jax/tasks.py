@@ -96,6 +96,7 @@ class Task:
     beyond: frozenset[str]  # ids left out by the limit
     unanswered: list[dict[str, Any]]
     features: Features | None  # read instead of the images
+    ignored: tuple[str, ...]  # fields of rows that count as absent
     with_questions: bool
 
     @property
@@ -114,7 +115,7 @@ class Task:
     def mark(self, row: dict[str, Any]) -> str:
         """The fingerprint of a question."""
         replies = row["replies"] if self.is_chosen(row) else None
-        return content.of_question(row, self.image_root, self.features, replies)
+        return content.of_question(row, self.image_root, self.features, replies, self.ignored)
 
     @functools.cached_property
     def _by_id(self) -> dict[str, dict[str, Any]]:
@@ -137,7 +138,8 @@ def open_tasks(settings: EvalConfig, workdir: Path) -> list[Task]:
 
     Raises ConfigError when those are answers of another run or to other questions.
     """
-    experiment.check_image_roots("eval", settings.image_roots)
+    if not settings.features_dir:
+        experiment.check_image_roots("eval", settings.image_roots)
     made_with = {
         **content.of_run(settings.checkpoint),
         "max_new_tokens": settings.max_new_tokens,
@@ -172,7 +174,8 @@ def _open(
     folder.mkdir(exist_ok=True)
     task = Task(
         name, settings.mode, settings.image_root(number), folder, chosen,
-        frozenset(row["id"] for row in rows[len(chosen) :]), [], features, settings.with_questions,
+        frozenset(row["id"] for row in rows[len(chosen) :]), [], features,
+        experiment.read(settings.checkpoint).data.ignored_fields, settings.with_questions,
     )  # fmt: skip
     answered = {i for i, _ in predictions.resume(task.predictions)}
     if answered:

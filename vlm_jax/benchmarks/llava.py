@@ -63,6 +63,8 @@ def _check(record: Record) -> None:
         raise record.fault("'conversations' must be a list of messages with 'from' and 'value'")
     for number, message in enumerate(messages):
         value, hidden = message["value"], number == len(messages) - 1 and message["from"] == "gpt"
+        if isinstance(value, list):
+            continue  # parts, which whoever lays the question out checks
         if not isinstance(value, str) and not (value is None and hidden):
             reason = f"'value' must be a string, got {shown(value)}"
             raise record.fault(f"message {number} of 'conversations': {reason}")
@@ -84,7 +86,7 @@ def _renamed(messages: Any) -> Any:
         return messages
     names = {"user": "human", "assistant": "gpt"}
     return [
-        {"from": names.get(message["role"], message["role"]), "value": message["content"]}
+        {"from": names.get(str(message["role"]), message["role"]), "value": message["content"]}
         | {name: value for name, value in message.items() if name not in ("role", "content")}
         if isinstance(message, dict) and {"role", "content"} <= set(message)
         else message
