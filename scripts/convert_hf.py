@@ -31,8 +31,9 @@ from vlm_jax.hf import (  # noqa: E402
 from vlm_jax.hf.describe import describe  # noqa: E402
 from vlm_jax.hf.settings import feature_layer, preprocessing  # noqa: E402
 from vlm_jax.settings import cli  # noqa: E402
+from vlm_jax.settings.checks import ConfigError  # noqa: E402
 from vlm_jax.settings.hub import hub_hint  # noqa: E402
-from vlm_jax.settings.model import DTYPES, ConfigError  # noqa: E402
+from vlm_jax.settings.model import DTYPES  # noqa: E402
 from vlm_jax.storage import run as experiment  # noqa: E402
 
 log = logging.getLogger("vlm_jax.convert_hf")

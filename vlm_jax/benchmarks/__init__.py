@@ -45,7 +45,7 @@ from vlm_jax.benchmarks import (
     vqa,
     vqav2,
 )
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 log = logging.getLogger(__name__)
 

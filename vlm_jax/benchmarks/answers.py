@@ -19,7 +19,7 @@ from typing import Any
 from vlm_jax.benchmarks import predictions
 from vlm_jax.benchmarks.predictions import Answer
 from vlm_jax.benchmarks.records import Row
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 # The splits of POPE in LLaVA's question file: taken, with a warning, where the prompts bear out other orders as well.
 POPE_ORDER = ("adversarial", "popular", "random")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vlm_jax.benchmarks import files, metrics, records
 from vlm_jax.benchmarks.records import Record, Row
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 SPLITS = ("human", "augmented")
 WORD = "\nAnswer the question with a single word."

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.benchmarks.records import Record, fault, shown
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 Keyed = Iterator[tuple[str | int, Any]]  # a record's name or number, and the record
 SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})")

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from vlm_jax.benchmarks import files, records
 from vlm_jax.benchmarks.records import Image, Record, Row
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 IMAGES = "images"
 

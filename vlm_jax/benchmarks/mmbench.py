@@ -21,7 +21,7 @@ from typing import Any
 
 from vlm_jax.benchmarks import files, metrics, prompts, records
 from vlm_jax.benchmarks.records import Image, Record, Row
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 TSV = "[mM][mM][bB]ench*.tsv"
 ROTATION = 1_000_000  # index of a rotated copy minus that of its original

@@ -18,7 +18,7 @@ from typing import Any
 
 from vlm_jax.benchmarks import files, prompts, records
 from vlm_jax.benchmarks.records import Image, Row
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",

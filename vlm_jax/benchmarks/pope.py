@@ -15,7 +15,7 @@ from typing import Any
 
 from vlm_jax.benchmarks import files, prompts, records
 from vlm_jax.benchmarks.records import Image, Record, Row
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 SPLITS = ("random", "popular", "adversarial")
 IMAGES = {"coco": "val2014", "aokvqa": "val2014", "gqa": "images"}  # of the files that begin so

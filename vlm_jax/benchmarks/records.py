@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.benchmarks import prompts
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 Row = dict[str, Any]
 # A path, an encoded image, or what reads one when it is called.

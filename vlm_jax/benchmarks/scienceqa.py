@@ -14,7 +14,7 @@ from typing import Any
 
 from vlm_jax.benchmarks import files, metrics, prompts, records
 from vlm_jax.benchmarks.records import Image, Record, Row
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 LETTERS = "ABCDE"
 HUB = (

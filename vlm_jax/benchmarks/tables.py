@@ -24,7 +24,7 @@ from vlm_jax import files
 from vlm_jax.benchmarks import BENCHMARKS
 from vlm_jax.benchmarks.records import shown
 from vlm_jax.settings import cli
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 # key of BENCHMARKS -> heading
 TABLE_1 = {

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from vlm_jax.benchmarks import files, prompts, records, vqa
 from vlm_jax.benchmarks.records import Record, Row
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 # The hub's name of a split -> the challenge's.
 HUB = {"validation": "val2014", "testdev": "test-dev2015", "test": "test2015"}

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Int32
 from vlm_jax.data.records import IMAGE, Record, Turn
 from vlm_jax.data.templates import NO_QUERY, QUERIES, TEMPLATES, Chunk, Spans, chunks, render
 from vlm_jax.data.tokenizer import Tokenizer
-from vlm_jax.settings.model import ConfigError, check_choice
+from vlm_jax.settings.checks import ConfigError, check_choice
 
 CACHED_CHARS = 300  # shorter texts are tokenised once per process
 CACHE_SIZE = 1 << 16

@@ -17,7 +17,8 @@ import ml_dtypes
 import numpy as np
 
 from vlm_jax.data.rows import make_pixels
-from vlm_jax.settings.model import SCORED, ConfigError, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import SCORED, VLMConfig
 from vlm_jax.settings.run import DataConfig
 
 FORMAT = 1

@@ -12,7 +12,8 @@ from jaxtyping import UInt8
 from vlm_jax.data import sources
 from vlm_jax.data.records import BadRecord, Record
 from vlm_jax.data.rows import Pixels, make_pixels
-from vlm_jax.settings.model import ConfigError, ViTConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import ViTConfig
 from vlm_jax.settings.run import DataConfig
 
 

@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import DataConfig
 
 log = logging.getLogger(__name__)

@@ -29,7 +29,8 @@ from vlm_jax.data.rows import (
     make_encoder,
     open_features,
 )
-from vlm_jax.settings.model import ConfigError, ViTConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import ViTConfig
 from vlm_jax.settings.run import DataConfig
 
 TEXT_CHUNK = (

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from vlm_jax.data import fields
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 IMAGE = "<image>"
 # A path, an encoded image, or what reads one when it is called.

@@ -17,7 +17,8 @@ from vlm_jax.data import images, tokenizer
 from vlm_jax.data.chat import Chat
 from vlm_jax.data.records import BadRecord, Image, Record, Turn
 from vlm_jax.data.sources import Concatenated
-from vlm_jax.settings.model import ConfigError, ViTConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import ViTConfig
 from vlm_jax.settings.run import DataConfig
 
 Batch = dict[str, Any]

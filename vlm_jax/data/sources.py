@@ -19,7 +19,7 @@ import numpy as np
 
 from vlm_jax.data import fields, tokenizer
 from vlm_jax.data.records import GPT, HUMAN, IMAGE, BadRecord, Record, parse
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import DataConfig
 
 log = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.hub import hub_hint
-from vlm_jax.settings.model import ConfigError
 
 # One of these sets of files holds the vocabulary; tokenizer_config.json alone does not.
 VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlm_jax.hf import directory, fields, naming, reference, settings
-from vlm_jax.settings.model import CompressorConfig, ConfigError, LMConfig, ViTConfig, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import CompressorConfig, LMConfig, ViTConfig, VLMConfig
 
 
 class Described(NamedTuple):

@@ -14,7 +14,7 @@ import ml_dtypes  # noqa: F401 (teaches NumPy bfloat16, which safetensors needs)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

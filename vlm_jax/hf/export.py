@@ -26,7 +26,8 @@ from safetensors.numpy import save_file
 from vlm_jax.hf import directory, io, maps, naming, parts, written
 from vlm_jax.hf.describe import check_agrees, check_same_model
 from vlm_jax.hf.maps import Rule
-from vlm_jax.settings.model import ConfigError, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import VLMConfig
 
 Tree = dict[str, Any]
 WHAT = {"llava": ("vit", "projector", "lm"), "lm": ("lm",), "vit": ("vit",), "reference": ("compressor", "projector")}  # fmt: skip

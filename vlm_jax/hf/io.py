@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from vlm_jax.hf.directory import Directory
 from vlm_jax.hf.maps import Rule, unneeded
 from vlm_jax.hf.naming import Names, listed
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 log = logging.getLogger(__name__)
 

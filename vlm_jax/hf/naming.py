@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 VIT, LM, PROJECTOR, REFERENCE, OTHER = "vit", "lm", "projector", "reference", "other"
 

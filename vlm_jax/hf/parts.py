@@ -12,7 +12,8 @@ from vlm_jax.hf.directory import Directory
 from vlm_jax.hf.io import Sources, Tree
 from vlm_jax.hf.maps import Rule
 from vlm_jax.hf.naming import Names
-from vlm_jax.settings.model import SCORED, ConfigError, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import SCORED, VLMConfig
 
 
 def group_rules(opened: Directory, names: dict[str, Names], config: VLMConfig) -> dict[str, list[Rule]]:  # fmt: skip

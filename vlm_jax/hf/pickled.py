@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.hf import directory
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 log = logging.getLogger(__name__)
 

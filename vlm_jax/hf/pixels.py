@@ -13,7 +13,7 @@ from typing import Any
 
 from vlm_jax.hf.directory import read_json
 from vlm_jax.hf.fields import say_once, short
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 Json = Mapping[str, Any]
 

@@ -10,7 +10,8 @@ from typing import Any
 from vlm_jax.hf import fields, settings
 from vlm_jax.hf.fields import short
 from vlm_jax.hf.naming import Names
-from vlm_jax.settings.model import CompressorConfig, ConfigError, LMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import CompressorConfig, LMConfig
 
 # The decoder -> what LLaVA's code calls a model of it. It may also be called by the decoder's own name, which a training
 # script that did not register its own leaves there.

@@ -20,7 +20,8 @@ from vlm_jax.hf.fields import (
     short,
 )
 from vlm_jax.hf.pixels import preprocessing
-from vlm_jax.settings.model import ConfigError, LMConfig, RopeScaling, ViTConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import LMConfig, RopeScaling, ViTConfig
 
 # model_type -> what its decoder adds to Llama's
 DECODERS: dict[str, dict[str, Any]] = {

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from vlm_jax.hf import pixels, reference, settings
-from vlm_jax.settings.model import ConfigError, LMConfig, ViTConfig, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import LMConfig, ViTConfig, VLMConfig
 
 Json = dict[str, Any]
 IMAGE_TOKEN = "<image>"

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from vlm_jax.miniworld import questions, rendering, scenes
 from vlm_jax.miniworld.scenes import Scene, Sheet
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 SPECIALS = ("<pad>", "<unk>", "<s>", "</s>")
 TEMPLATE_WORDS = (

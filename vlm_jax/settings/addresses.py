@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 # "gs://bucket/run" by itself, as a flag's value, or inside a list of paths.
 ADDRESS = re.compile(r"(?:^|[=\s'\"(\[,])([A-Za-z][A-Za-z0-9+.-]*)://([^\s'\")\],]*)")

@@ -20,7 +20,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from vlm_jax.settings import addresses
-from vlm_jax.settings.model import ConfigError, RunEnded
+from vlm_jax.settings.checks import ConfigError, RunEnded
 
 PACKAGE = Path(__file__).resolve().parent
 CONFIG_FLAG = re.compile(r"--?(?:no)?config(?:\.(?P<field>[^=]*))?(?:=(?P<value>.*))?$", re.DOTALL)

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vlm_jax.settings.checks import ConfigError, build
 from vlm_jax.settings.hub import hub_hint
-from vlm_jax.settings.model import ConfigError, LMConfig, RopeScaling, ViTConfig, build
+from vlm_jax.settings.model import LMConfig, RopeScaling, ViTConfig
 
 _SIGLIP: dict[str, Any] = dict(
     activation="gelu_tanh", norm_eps=1e-6, cls_token=False, pre_norm=False, post_norm=True, patch_bias=True,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from vlm_jax.settings.model import ConfigError, VLMConfig, check_choice, check_positive
+from vlm_jax.settings.checks import ConfigError, check_choice, check_positive
+from vlm_jax.settings.model import VLMConfig
 
 
 @dataclasses.dataclass(frozen=True)

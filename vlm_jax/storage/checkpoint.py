@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 
 from vlm_jax import files
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.storage import checksums
 
 Tree = dict[str, Any]

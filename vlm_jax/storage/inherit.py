@@ -10,7 +10,8 @@ from typing import Any
 
 from vlm_jax.hf import named
 from vlm_jax.hf.describe import FREE
-from vlm_jax.settings.model import ConfigError, RopeScaling, VLMConfig, build
+from vlm_jax.settings.checks import ConfigError, build
+from vlm_jax.settings.model import RopeScaling, VLMConfig
 from vlm_jax.settings.run import Experiment
 
 # Fields of the model that change no parameter and not what a parameter means: how it is computed, stored and shown.

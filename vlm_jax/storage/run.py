@@ -15,16 +15,15 @@ from ml_collections import ConfigDict
 from vlm_jax import files
 from vlm_jax.hf import named
 from vlm_jax.settings import addresses
+from vlm_jax.settings.checks import ConfigError, build
 from vlm_jax.settings.hub import hub_hint
 from vlm_jax.settings.model import (
     LM_LINEARS,
     CompressorConfig,
-    ConfigError,
     LMConfig,
     RopeScaling,
     ViTConfig,
     VLMConfig,
-    build,
 )
 from vlm_jax.settings.run import (
     DataConfig,

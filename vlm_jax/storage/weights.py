@@ -19,7 +19,8 @@ from vlm_jax.hf import directory
 from vlm_jax.hf.parts import load_parts
 from vlm_jax.models import adapters
 from vlm_jax.models.vlm import shapes
-from vlm_jax.settings.model import ConfigError, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import VLMConfig
 from vlm_jax.storage import run as experiment
 from vlm_jax.storage.checkpoint import load_params
 
