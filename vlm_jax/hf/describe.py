@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlm_jax.hf import directory, fields, naming, reference, settings
+from vlm_jax.hf import directory, reference, settings
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.model import CompressorConfig, LMConfig, ViTConfig, VLMConfig
 
@@ -38,10 +38,10 @@ def describe(folder: Path) -> Described:
         found, ignored = _reference(raw, folder, where)
     elif model_type in settings.DECODERS:
         found = Described(lm=settings.decoder(raw, where))
-        ignored = fields.ignored(raw, model_type, fields.DECODER_READ)
+        ignored = settings.ignored(raw, model_type, settings.DECODER_READ)
     elif model_type in settings.ENCODERS:
         found = Described(vit=settings.encoder(raw, folder, where))
-        ignored = fields.ignored(raw, model_type, fields.ENCODER_READ)
+        ignored = settings.ignored(raw, model_type, settings.ENCODER_READ)
     elif model_type in settings.PAIRS:
         found, ignored = _pair(raw, folder, where)
     elif model_type == "llava":
@@ -52,15 +52,15 @@ def describe(folder: Path) -> Described:
             f"{where}: model_type {model_type!r} is not known here; use one of {known}."
         )
     if ignored:
-        names = naming.listed(ignored)
-        fields.say_once(f"{where}: ignored, because transformers does not know them: {names}.")
+        names = directory.listed(ignored)
+        directory.say_once(f"{where}: ignored, because transformers does not know them: {names}.")
     return found
 
 
 def _reference(raw: Mapping[str, Any], folder: Path, where: str) -> tuple[Described, list[str]]:
     lm = reference.decoder(raw, where)
     opened = directory.open_directory(folder)
-    names = naming.sort(opened.tensors)[naming.REFERENCE]
+    names = directory.sort(opened.tensors)[directory.REFERENCE]
     shapes = {name: entry.shape for name, entry in opened.tensors.items()}
     found = Described(
         lm=lm,
@@ -77,11 +77,11 @@ def _reference(raw: Mapping[str, Any], folder: Path, where: str) -> tuple[Descri
 
 def _pair(raw: Mapping[str, Any], folder: Path, where: str) -> tuple[Described, list[str]]:
     own = settings.PAIRS[raw["model_type"]]
-    fields.check_marks(raw, raw["model_type"], where)
+    settings.check_marks(raw, raw["model_type"], where)
     # CLIP's older files hold their settings in vision_config_dict, which counts where both are there.
     older = raw["model_type"] == "clip" and raw.get("vision_config_dict")
-    vision = fields.block(raw, "vision_config_dict" if older else "vision_config", where)
-    ignored = _inside("vision_config", fields.ignored(vision, own, fields.ENCODER_READ))
+    vision = settings.block(raw, "vision_config_dict" if older else "vision_config", where)
+    ignored = _inside("vision_config", settings.ignored(vision, own, settings.ENCODER_READ))
     return Described(vit=settings.encoder(vision, folder, f"{where}: vision_config", own)), ignored
 
 
@@ -91,24 +91,24 @@ def _inside(block: str, names: list[str]) -> list[str]:
 
 def _llava(raw: Mapping[str, Any], folder: Path, where: str) -> tuple[Described, list[str]]:
     text, vision = (
-        fields.block(raw, "text_config", where),
-        fields.block(raw, "vision_config", where),
+        settings.block(raw, "text_config", where),
+        settings.block(raw, "vision_config", where),
     )
-    fields.check_marks(raw, "llava", where)
+    settings.check_marks(raw, "llava", where)
     text_type, vision_type = text.get("model_type", "llama"), vision.get("model_type", "clip_vision_model")  # fmt: skip
     in_text, in_vision = f"{where}: text_config", f"{where}: vision_config"
     settings.check_decoder(text_type, in_text)
     settings.check_encoder(vision_type, in_vision)
-    fields.check_marks(text, text_type, in_text)  # before transformers looks at the whole
+    settings.check_marks(text, text_type, in_text)  # before transformers looks at the whole
     c = settings.complete(raw, "llava", where)
     lm = settings.decoder(text, in_text, text_type, c.text_config)
     vit = settings.encoder(vision, folder, in_vision, vision_type, c.vision_config)
-    fields.check_declared(raw, "llava", fields.LLAVA_READ, where)
+    settings.check_declared(raw, "llava", settings.LLAVA_READ, where)
     # Tied where either level says so: transformers carries text_config's up.
     lm = dataclasses.replace(lm, tied_embeddings=c.tie_word_embeddings)
     layers = c.vision_feature_layer
     if isinstance(layers, list) and len(layers) != 1:
-        raise ConfigError(f"{where}: vision_feature_layer {fields.short(layers)} must be one layer.")  # fmt: skip
+        raise ConfigError(f"{where}: vision_feature_layer {directory.short(layers)} must be one layer.")  # fmt: skip
     layer = layers[0] if isinstance(layers, list) else layers
     layer = settings.feature_layer(layer, vit.num_layers)
     # "default" drops the first row, "full" keeps all: right with, and without, a class token.
@@ -120,9 +120,11 @@ def _llava(raw: Mapping[str, Any], folder: Path, where: str) -> tuple[Described,
         )
     # transformers takes SigLIP's hidden states before its last norm, also the last one.
     vit = dataclasses.replace(vit, feature_layer=layer, post_norm=False)
-    ignored = fields.ignored(raw, "llava", fields.LLAVA_READ)
-    ignored += _inside("text_config", fields.ignored(text, text_type, fields.DECODER_READ))
-    ignored += _inside("vision_config", fields.ignored(vision, vision_type, fields.ENCODER_READ))
+    ignored = settings.ignored(raw, "llava", settings.LLAVA_READ)
+    ignored += _inside("text_config", settings.ignored(text, text_type, settings.DECODER_READ))
+    ignored += _inside(
+        "vision_config", settings.ignored(vision, vision_type, settings.ENCODER_READ)
+    )
     return Described(vit, lm, CompressorConfig("identity"), projector_layers=2), ignored
 
 

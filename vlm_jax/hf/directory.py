@@ -1,12 +1,24 @@
-"""A model directory as it lies on disk: config.json and safetensors files, whose headers alone are read at first."""
+"""A model directory as it lies on disk: config.json and safetensors files, and which part of the model each tensor is of.
+
+Opening a directory reads the headers of its safetensors files only.
+
+The same weight has several names: `vision_model.encoder...` in an encoder's own directory, `encoder...` in one that
+transformers 5 saved, `vision_tower.vision_model.encoder...` in a LLaVA directory and
+`model.vision_tower.vision_tower.vision_model.encoder...` in the original LLaVA layout. Likewise
+`language_model.model.layers...` and `model.language_model.layers...` are `model.layers...`. `sort` gives each weight one
+name within its part.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import logging
 import os
+import re
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,12 +28,32 @@ from safetensors import SafetensorError, safe_open
 
 from vlm_jax.settings.checks import ConfigError
 
+log = logging.getLogger(__name__)
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # Files of weights in any framework: not copied beside other ones.
 WEIGHTS = (*PICKLES, "*.safetensors", "*.safetensors.index.json", "*.h5", "*.msgpack", "*.gguf")
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+VIT, LM, PROJECTOR, REFERENCE, OTHER = "vit", "lm", "projector", "reference", "other"
+
+# (prefix, part, what stands for the prefix): the first that matches counts. REFERENCE is compressor and projector in one,
+# as the original LLaVA and the compressors' releases store them; OTHER is known and never needed.
+PREFIXES: tuple[tuple[str, str, str], ...] = (
+    (r"(model\.)?vision_tower\.(vision_tower\.)?(vision_model\.)?", VIT, ""),
+    (r"vision_model\.", VIT, ""),
+    (r"(model\.)?multi_modal_projector\.", PROJECTOR, ""),
+    (r"(model\.)?(mm_projector|query_abstractor)\.", REFERENCE, ""),
+    (r"(model\.)?language_model\.lm_head\.", LM, "lm_head."),
+    (r"(model\.)?language_model\.(model\.)?", LM, "model."),
+    (r"(?=model\.|lm_head\.)", LM, ""),
+    (r"(?=embeddings\.|encoder\.|pre_layrnorm\.|post_layernorm\.|head\.)", VIT, ""),
+    (r"(?=text_model\.|visual_projection\.|text_projection\.|logit_scale$|logit_bias$)", OTHER, ""),
+)
+
+Names = dict[str, str]  # the one name -> the name in the file
 
 
 class Entry(NamedTuple):
@@ -180,3 +212,42 @@ def _check_index(folder: Path, tensors: dict[str, Entry]) -> None:
             f"{str(folder / INDEX)!r} and the files disagree about {', '.join(sorted(wrong)[:5])}"
             f"{' ...' if len(wrong) > 5 else ''} ({len(wrong)} tensors); download them again."
         )
+
+
+def sort(names: Iterable[str]) -> dict[str, Names]:
+    """Tensor names by part. Raises ConfigError for names of no part, and for two names of one weight."""
+    parts: dict[str, Names] = {VIT: {}, LM: {}, PROJECTOR: {}, REFERENCE: {}, OTHER: {}}
+    unknown = []
+    for name in names:
+        for prefix, part, replacement in PREFIXES:
+            match = re.match(prefix, name)
+            if match:
+                own = replacement + name[match.end() :]
+                if own in parts[part]:
+                    raise ConfigError(f"{parts[part][own]} and {name} are the same weight twice.")
+                parts[part][own] = name
+                break
+        else:
+            unknown.append(name)
+    if unknown:
+        raise ConfigError(f"tensors of no known part of a model: {listed(unknown)}.")
+    return parts
+
+
+def listed(names: Iterable[str], most: int = 12) -> str:
+    """The names in order, with the count of those beyond the first `most`."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return ", ".join(ordered[:most]) + more
+
+
+def short(value: Any, most: int = 60) -> str:
+    """`value` as an error names it, cut after `most` characters."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+@functools.cache
+def say_once(line: str, level: int = logging.INFO) -> None:
+    """One line in the log, once per process: a directory is read for each of its parts."""
+    log.log(level, line)

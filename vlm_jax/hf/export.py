@@ -23,7 +23,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
-from vlm_jax.hf import directory, io, maps, naming, parts, written
+from vlm_jax.hf import directory, io, maps, parts, written
 from vlm_jax.hf.describe import check_agrees, check_same_model
 from vlm_jax.hf.maps import Rule
 from vlm_jax.settings.checks import ConfigError
@@ -35,10 +35,10 @@ SHARD_BYTES = 5_000_000_000
 
 # what -> (group of tensors -> what stands before its names)
 PREFIXES = {
-    "llava": {naming.VIT: "vision_tower.vision_model.", naming.PROJECTOR: "multi_modal_projector.", naming.LM: "language_model."},
-    "lm": {naming.LM: ""},
-    "vit": {naming.VIT: "vision_model."},
-    "reference": {naming.REFERENCE: "model.mm_projector."},
+    "llava": {directory.VIT: "vision_tower.vision_model.", directory.PROJECTOR: "multi_modal_projector.", directory.LM: "language_model."},
+    "lm": {directory.LM: ""},
+    "vit": {directory.VIT: "vision_model."},
+    "reference": {directory.REFERENCE: "model.mm_projector."},
 }  # fmt: skip
 
 
@@ -101,17 +101,17 @@ def _named(what: str, params: Tree, config: VLMConfig) -> Iterator[tuple[str, np
     """(name in the file, tensor) of everything to be stored."""
     prefixes = PREFIXES[what]
     if what == "reference" and config.compressor.name == "mqt":
-        prefixes = {naming.REFERENCE: "model.query_abstractor."}
+        prefixes = {directory.REFERENCE: "model.query_abstractor."}
     rules: dict[str, list[Rule]] = {
-        naming.VIT: maps.vit(config.vit, flat_patches=False, scores=False), naming.LM: maps.lm(config.lm, fused=False),
-        naming.PROJECTOR: maps.projector(maps.LLAVA_PROJECTOR),
-        naming.REFERENCE: parts.reference_rules(config) if what == "reference" else [],
+        directory.VIT: maps.vit(config.vit, flat_patches=False, scores=False), directory.LM: maps.lm(config.lm, fused=False),
+        directory.PROJECTOR: maps.projector(maps.LLAVA_PROJECTOR),
+        directory.REFERENCE: parts.reference_rules(config) if what == "reference" else [],
     }  # fmt: skip
     _check_all_stored(params, [rule for group in prefixes for rule in rules[group]])
     for group, prefix in prefixes.items():
         for name, tensor in io.tensors(params, rules[group]):
             yield prefix + name, tensor
-        if group == naming.VIT and not (config.vit.post_norm and config.vit.feature_layer == -1):
+        if group == directory.VIT and not (config.vit.post_norm and config.vit.feature_layer == -1):
             # transformers insists on this norm, of a state that nobody reads: the identity.
             width = config.vit.width
             yield f"{prefix}post_layernorm.weight", np.ones(width, np.float32)
@@ -126,7 +126,7 @@ def _check_all_stored(params: Tree, rules: list[Rule]) -> None:
         path for path in lost if not path.startswith("vit/next_layer/")
     ]  # PruMerge's, of no use to others
     if lost:
-        raise ConfigError(f"export: this layout has no place for {naming.listed(lost)}.")
+        raise ConfigError(f"export: this layout has no place for {directory.listed(lost)}.")
 
 
 def _grown(name: str, tensor: np.ndarray, rows: int) -> np.ndarray:
@@ -199,7 +199,7 @@ def onto_base(out: Path, base: Path, params: Tree, config: VLMConfig) -> None:
     params: at least the parts that the base holds. Raises ConfigError when the base's settings or shapes are others.
     """
     opened = directory.open_directory(base)
-    names = naming.sort(opened.tensors)
+    names = directory.sort(opened.tensors)
     groups = parts.group_rules(opened, names, config)
     check_same_model(str(base), config)
     for part in parts.parts_of(groups):

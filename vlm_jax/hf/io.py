@@ -17,9 +17,8 @@ from einops import EinopsError, rearrange
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vlm_jax.hf.directory import Directory
+from vlm_jax.hf.directory import Directory, Names, listed
 from vlm_jax.hf.maps import Rule, unneeded
-from vlm_jax.hf.naming import Names, listed
 from vlm_jax.settings.checks import ConfigError
 
 log = logging.getLogger(__name__)
@@ -30,7 +29,7 @@ Sources = dict[str, tuple[Rule, list[str]]]
 
 
 def match(part: str, names: Names, rules: Sequence[Rule]) -> Sources:
-    """The source of every parameter of `rules`. names: the tensors of a part, as `naming.sort` gives them.
+    """The source of every parameter of `rules`. names: the tensors of a part, as `directory.sort` gives them.
 
     Raises ConfigError that lists the tensors missing for a parameter, and those that no parameter takes.
     """

@@ -11,20 +11,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.hf.directory import read_json
-from vlm_jax.hf.fields import say_once, short
+from vlm_jax.hf.directory import read_json, say_once, short
 from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.presets import CLIP, SIGLIP
 
 Json = Mapping[str, Any]
 
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 _CLIP: Json = dict(
     size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224}, do_center_crop=True, resample=3,
-    image_mean=(0.48145466, 0.4578275, 0.40821073), image_std=(0.26862954, 0.26130258, 0.27577711),
+    image_mean=CLIP["mean"], image_std=CLIP["std"],
 )  # fmt: skip
 _SIGLIP: Json = dict(
     size={"height": 224, "width": 224}, do_center_crop=False, resample=3,
-    image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5),
+    image_mean=SIGLIP["mean"], image_std=SIGLIP["std"],
 )  # fmt: skip
 # transformers' classes -> their defaults, of the fields that are read
 PROCESSORS: dict[str, Json] = {

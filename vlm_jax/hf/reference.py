@@ -7,9 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from vlm_jax.hf import fields, settings
-from vlm_jax.hf.fields import short
-from vlm_jax.hf.naming import Names
+from vlm_jax.hf import settings
+from vlm_jax.hf.directory import Names, short
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.model import CompressorConfig, LMConfig
 
@@ -92,7 +91,7 @@ def decoder(raw: Mapping[str, Any], where: str) -> LMConfig:
 def ignored(raw: Mapping[str, Any], where: str) -> list[str]:
     """The fields with a value that neither LLaVA nor its decoder knows."""
     rest = {k: v for k, v in raw.items() if not k.startswith("mm_") and k not in KNOWN}
-    return fields.ignored(rest, decoder_type(raw, where), fields.DECODER_READ)
+    return settings.ignored(rest, decoder_type(raw, where), settings.DECODER_READ)
 
 
 def projector_layers(raw: Mapping[str, Any], names: Names, where: str) -> int:

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict, config_flags
 from vlm_jax.settings import addresses
 from vlm_jax.settings.checks import ConfigError, RunEnded
 
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parents[1]
 CONFIG_FLAG = re.compile(r"--?(?:no)?config(?:\.(?P<field>[^=]*))?(?:=(?P<value>.*))?$", re.DOTALL)
 HELP_FLAG = re.compile(r"(--?help(full|short)?|-h)(=true)?$")
 

@@ -13,17 +13,18 @@ from vlm_jax.settings.checks import ConfigError, build
 from vlm_jax.settings.hub import hub_hint
 from vlm_jax.settings.model import LMConfig, RopeScaling, ViTConfig
 
-_SIGLIP: dict[str, Any] = dict(
+# What the encoders of a family have in common; `hf` reads it for a directory of that family.
+SIGLIP: dict[str, Any] = dict(
     activation="gelu_tanh", norm_eps=1e-6, cls_token=False, pre_norm=False, post_norm=True, patch_bias=True,
     feature_layer=-1, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
 )  # fmt: skip
-_CLIP: dict[str, Any] = dict(
+CLIP: dict[str, Any] = dict(
     activation="quick_gelu", norm_eps=1e-5, cls_token=True, pre_norm=True, post_norm=False, patch_bias=False,
     feature_layer=-2, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711),
 )  # fmt: skip
 
 
-def _tower(
+def _encoder(
     family: dict, image_px: int, patch_px: int, width: int, layers: int, heads: int, mlp: int
 ) -> dict:
     return dict(
@@ -32,15 +33,15 @@ def _tower(
 
 
 VIT: dict[str, dict[str, Any]] = {
-    "clip-b16-224": _tower(_CLIP, 224, 16, 768, 12, 12, 3072),
-    "clip-l-224": _tower(_CLIP, 224, 14, 1024, 24, 16, 4096),
-    "clip-l-336": _tower(_CLIP, 336, 14, 1024, 24, 16, 4096),
-    "siglip-b16-224": _tower(_SIGLIP, 224, 16, 768, 12, 12, 3072),
-    "siglip-l16-256": _tower(_SIGLIP, 256, 16, 1024, 24, 16, 4096),
-    "siglip-so400m-384": _tower(_SIGLIP, 384, 14, 1152, 27, 16, 4304),
-    "siglip2-b16-256": _tower(_SIGLIP, 256, 16, 768, 12, 12, 3072),
-    "siglip2-so400m-384": _tower(_SIGLIP, 384, 14, 1152, 27, 16, 4304),
-    "mini": _tower(_SIGLIP, 64, 8, 64, 2, 4, 128),  # the embedded experiment's encoder
+    "clip-b16-224": _encoder(CLIP, 224, 16, 768, 12, 12, 3072),
+    "clip-l-224": _encoder(CLIP, 224, 14, 1024, 24, 16, 4096),
+    "clip-l-336": _encoder(CLIP, 336, 14, 1024, 24, 16, 4096),
+    "siglip-b16-224": _encoder(SIGLIP, 224, 16, 768, 12, 12, 3072),
+    "siglip-l16-256": _encoder(SIGLIP, 256, 16, 1024, 24, 16, 4096),
+    "siglip-so400m-384": _encoder(SIGLIP, 384, 14, 1152, 27, 16, 4304),
+    "siglip2-b16-256": _encoder(SIGLIP, 256, 16, 768, 12, 12, 3072),
+    "siglip2-so400m-384": _encoder(SIGLIP, 384, 14, 1152, 27, 16, 4304),
+    "mini": _encoder(SIGLIP, 64, 8, 64, 2, 4, 128),  # the embedded experiment's encoder
 }
 
 # The encoders that config.json files of the original LLaVA layout name.
