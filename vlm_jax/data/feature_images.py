@@ -1,4 +1,4 @@
-"""The images of a dataset, once each, in batches: what a frozen encoder's feature cache is made from."""
+"""Every image of a dataset once, in batches: the input from which a frozen encoder's feature cache is made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model directory is: the settings of each part of the model that it describes."""
+"""The settings of each part of the model that a directory describes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vlm_jax.settings.model import CompressorConfig, LMConfig, ViTConfig, VLMCon
 
 
 class Described(NamedTuple):
-    """None: not described there."""
+    """The parts that a directory describes; None for the others."""
 
     vit: ViTConfig | None = None
     lm: LMConfig | None = None
@@ -104,21 +104,21 @@ def _llava(raw: Mapping[str, Any], folder: Path, where: str) -> tuple[Described,
     lm = settings.decoder(text, in_text, text_type, c.text_config)
     vit = settings.encoder(vision, folder, in_vision, vision_type, c.vision_config)
     settings.check_declared(raw, "llava", settings.LLAVA_READ, where)
-    # Tied where either level says so: transformers carries text_config's up.
+    # Embeddings are tied where either level says so: transformers copies the value of text_config to the top level.
     lm = dataclasses.replace(lm, tied_embeddings=c.tie_word_embeddings)
     layers = c.vision_feature_layer
     if isinstance(layers, list) and len(layers) != 1:
         raise ConfigError(f"{where}: vision_feature_layer {directory.short(layers)} must be one layer.")  # fmt: skip
     layer = layers[0] if isinstance(layers, list) else layers
     layer = settings.feature_layer(layer, vit.num_layers)
-    # "default" drops the first row, "full" keeps all: right with, and without, a class token.
+    # "default" drops the first row, which is right with a class token; "full" keeps all rows, which is right without one.
     strategy = "default" if vit.cls_token else "full"
     if c.vision_feature_select_strategy != strategy:
         raise ConfigError(
             f"{where}: vision_feature_select_strategy must be {strategy!r} with this encoder, not "
             f"{c.vision_feature_select_strategy!r}."
         )
-    # transformers takes SigLIP's hidden states before its last norm, also the last one.
+    # transformers' LLaVA uses SigLIP's hidden states before its last norm, the last one included.
     vit = dataclasses.replace(vit, feature_layer=layer, post_norm=False)
     ignored = settings.ignored(raw, "llava", settings.LLAVA_READ)
     ignored += _inside("text_config", settings.ignored(text, text_type, settings.DECODER_READ))
@@ -129,7 +129,7 @@ def _llava(raw: Mapping[str, Any], folder: Path, where: str) -> tuple[Described,
 
 
 def check_same_model(path: str, config: VLMConfig) -> None:
-    """Raises ConfigError when a directory that joins its parts to a whole model joins them otherwise than `config`."""
+    """Raises ConfigError when a directory describes a whole model whose parts are connected otherwise than in `config`."""
     found = describe(Path(path))
     if found.compressor is None:
         return
@@ -148,7 +148,8 @@ def check_same_model(path: str, config: VLMConfig) -> None:
             )
 
 
-# What may differ from config.json: how we compute, adapters beside what it stores, and what is done with an encoder's states and images.
+# Fields that may differ from config.json: how the part is computed, adapters (which it does not store), and how an encoder's
+# images are prepared and which of its states is used.
 FREE = {
     "lm": ("dtype", "param_dtype", "remat", "attention", "nominal_params", "lora_rank", "lora_alpha", "lora_targets"),
     "vit": ("dtype", "param_dtype", "remat", "sharded", "image_px", "position_grid", "feature_layer", "post_norm", "mean", "std", "resample"),
@@ -156,9 +157,9 @@ FREE = {
 
 
 def check_agrees(path: str, part: str, config: VLMConfig) -> None:
-    """Raises ConfigError when `config` would compute another decoder or encoder than the directory's config.json means."""
+    """Raises ConfigError when `config` describes another decoder or encoder than the directory's config.json."""
     if part not in FREE:
-        return  # its sizes are those of its tensors
+        return  # the shapes of its tensors are compared when they are loaded
     found = describe(Path(path))
     theirs = found.vit if part == "vit" else found.lm
     ours: ViTConfig | LMConfig = getattr(config, part)

@@ -33,14 +33,14 @@ log = logging.getLogger(__name__)
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-# Files of weights in any framework: not copied beside other ones.
+# Weights of any framework. An export, which writes its own, does not copy them.
 WEIGHTS = (*PICKLES, "*.safetensors", "*.safetensors.index.json", "*.h5", "*.msgpack", "*.gguf")
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 VIT, LM, PROJECTOR, REFERENCE, OTHER = "vit", "lm", "projector", "reference", "other"
 
-# (prefix, part, what stands for the prefix): the first that matches counts. REFERENCE is compressor and projector in one,
-# as the original LLaVA and the compressors' releases store them; OTHER is known and never needed.
+# (regex of a prefix, part, what replaces the prefix); the first match counts. REFERENCE holds compressor and projector
+# together, as the original LLaVA and the compressors' releases store them; OTHER is known and not used by any of our parts.
 PREFIXES: tuple[tuple[str, str, str], ...] = (
     (r"(model\.)?vision_tower\.(vision_tower\.)?(vision_model\.)?", VIT, ""),
     (r"vision_model\.", VIT, ""),
@@ -53,7 +53,7 @@ PREFIXES: tuple[tuple[str, str, str], ...] = (
     (r"(?=text_model\.|visual_projection\.|text_projection\.|logit_scale$|logit_bias$)", OTHER, ""),
 )
 
-Names = dict[str, str]  # the one name -> the name in the file
+Names = dict[str, str]  # the name within a part -> the name in the file
 
 
 class Entry(NamedTuple):
@@ -71,7 +71,7 @@ class Directory(NamedTuple):
     tensors: dict[str, Entry]
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> np.ndarray:
-        """One tensor, or a stretch of its first axis. The file is closed again, so that its pages are not kept."""
+        """One tensor, or the rows [first, last) of it. The file is closed again, so that none of its pages stay in memory."""
         with safe_open(self.tensors[name].file, framework="np") as file:
             if rows is None:
                 return file.get_tensor(name)
@@ -79,7 +79,7 @@ class Directory(NamedTuple):
 
 
 def is_model(path: str | Path) -> bool:
-    """Whether there is a config.json as Hugging Face writes it (a training workdir has one of another kind)."""
+    """Whether there is a config.json as Hugging Face writes it. That of a training workdir has no model_type."""
     config = Path(path) / "config.json"
     return config.is_file() and "model_type" in read_json(config)
 
@@ -119,7 +119,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def whole(out: Path) -> Generator[Path, None, None]:
-    """A directory to fill, which becomes `out` if all goes well and vanishes otherwise.
+    """Yields a directory to write into. It is renamed to `out` on success and deleted on an error.
 
     Raises ConfigError when `out` exists and is not empty.
     """
@@ -201,7 +201,7 @@ def _header(file: Path, before: dict[str, Entry]) -> dict[str, Entry]:
 
 
 def _check_index(folder: Path, tensors: dict[str, Entry]) -> None:
-    """Every tensor must be where the index says."""
+    """Raises ConfigError unless every tensor is in the file that the index names, and no other tensor is there."""
     if not (folder / INDEX).is_file():
         return
     listed = weight_map(folder / INDEX)
@@ -215,7 +215,7 @@ def _check_index(folder: Path, tensors: dict[str, Entry]) -> None:
 
 
 def sort(names: Iterable[str]) -> dict[str, Names]:
-    """Tensor names by part. Raises ConfigError for names of no part, and for two names of one weight."""
+    """Tensor names by part. Raises ConfigError for a name that belongs to no part, and for a weight that is stored twice."""
     parts: dict[str, Names] = {VIT: {}, LM: {}, PROJECTOR: {}, REFERENCE: {}, OTHER: {}}
     unknown = []
     for name in names:
@@ -235,19 +235,19 @@ def sort(names: Iterable[str]) -> dict[str, Names]:
 
 
 def listed(names: Iterable[str], most: int = 12) -> str:
-    """The names in order, with the count of those beyond the first `most`."""
+    """The first `most` names in alphabetical order, and how many more there are."""
     ordered = sorted(names)
     more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
     return ", ".join(ordered[:most]) + more
 
 
 def short(value: Any, most: int = 60) -> str:
-    """`value` as an error names it, cut after `most` characters."""
+    """The repr of `value` for an error message, cut after `most` characters."""
     text = " ".join(repr(value).split())
     return text if len(text) <= most else f"{text[:most]}..."
 
 
 @functools.cache
 def say_once(line: str, level: int = logging.INFO) -> None:
-    """One line in the log, once per process: a directory is read for each of its parts."""
+    """Logs a line once per process, because a directory is read again for each of its parts."""
     log.log(level, line)

@@ -1,4 +1,4 @@
-"""Models by name or by directory: what the `preset` keys of a config stand for.
+"""Models by name or by directory, as the `preset` keys of a config give them.
 
 A preset is a name of `settings/presets.py`, or a model directory of the Hugging Face hub, whose config.json then gives the
 fields.

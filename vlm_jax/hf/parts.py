@@ -1,4 +1,4 @@
-"""Parts of our model out of a model directory: which rules read which of its tensors."""
+"""The parts of our model in a model directory: which rules read which of its tensors."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def load_parts(path: str | Path, config: VLMConfig, abstract: Tree) -> Tree:
 
 
 def _check_tied(opened: Directory) -> None:
-    """A head that is stored although it is tied must be the embedding table."""
+    """Raises ConfigError when the embeddings are tied but a head is stored that differs from the embedding table."""
     names = directory.sort(opened.tensors)[directory.LM]
     if "lm_head.weight" not in names:
         return

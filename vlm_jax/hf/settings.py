@@ -22,7 +22,7 @@ from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.model import LMConfig, RopeScaling, ViTConfig
 from vlm_jax.settings.presets import CLIP, SIGLIP
 
-# model_type -> what its decoder adds to Llama's
+# model_type -> in which fields its decoder differs from Llama
 DECODERS: dict[str, dict[str, Any]] = {
     "llama": dict(qkv_bias=False, qk_norm=False),
     "mistral": dict(qkv_bias=False, qk_norm=False),
@@ -30,7 +30,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "qwen2": dict(qkv_bias=True, qk_norm=False),
     "qwen3": dict(qkv_bias=False, qk_norm=True),
 }
-BIASED = ("llama", "qwen3")  # whose attention_bias is a bias of all four maps of attention
+BIASED = ("llama", "qwen3")  # model types whose attention_bias adds a bias to q, k, v and o
 
 # model_type -> what its encoder is made of, and which of its hidden states is the feature by default
 TRAITS = ("cls_token", "pre_norm", "post_norm", "patch_bias", "feature_layer")
@@ -38,7 +38,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
     f"{family}_vision_model": {name: preset[name] for name in TRAITS}
     for family, preset in (("clip", CLIP), ("siglip", SIGLIP), ("siglip2", SIGLIP))
 }
-# Two-tower models, of which the image encoder is wanted.
+# Models of an image and a text encoder -> the model_type of their image encoder, which alone is read.
 PAIRS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model", "siglip2": "siglip2_vision_model"}  # fmt: skip
 ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "quick_gelu": "quick_gelu"}
 
@@ -55,14 +55,14 @@ LLAVA_READ = frozenset({
     "image_seq_length", "image_token_index", "text_config", "tie_word_embeddings", "vision_config", "vision_feature_layer",
     "vision_feature_select_strategy",
 })  # fmt: skip
-# Declared by those classes, and no part of the forward pass: bookkeeping, training, tokens, sizes of what is not imported.
+# Declared by those classes but no part of the forward pass: metadata, training, tokens, sizes of parts that are not imported.
 NEUTRAL = frozenset({
     "architectures", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "initializer_factor",
     "initializer_range", "label2id", "max_position_embeddings", "original_max_position_embeddings", "output_hidden_states",
     "pad_token_id", "pretraining_tp", "problem_type", "projection_dim", "return_dict", "transformers_version", "use_cache",
     "vision_use_head",
 })  # fmt: skip
-# Not declared by the classes but taken by all of them; looked at in `check_marks`, or without effect.
+# Not declared by the classes but accepted by all of them: examined in `check_marks`, or without effect.
 TAKEN = frozenset({
     "_attn_implementation", "_commit_hash", "_name_or_path", "attn_implementation", "auto_map", "model_type", "name_or_path",
     "num_labels", "output_attentions", "partial_rotary_factor", "rope_scaling", "rope_theta", "tie_word_embeddings", "torch_dtype",
@@ -98,13 +98,13 @@ def check_encoder(model_type: str, where: str) -> None:
 
 def complete(raw: Mapping[str, Any], model_type: str, where: str) -> Any:
     """transformers' config object of `model_type` with the fields of `raw` and the defaults of the rest."""
-    from transformers import AutoConfig  # seconds to import: only who reads a directory pays
+    from transformers import AutoConfig  # takes seconds to import, so only when a directory is read
 
     # A copy, because transformers completes the blocks that it is given.
     fields = {key: copy.deepcopy(value) for key, value in raw.items() if key != "model_type"}
     try:
         return AutoConfig.for_model(model_type, **fields)
-    except Exception as error:  # its validators raise many kinds, some without a common base
+    except Exception as error:  # its validators raise errors of many types
         reason = " ".join(str(error).split())
         reason = reason if len(reason) <= 300 else f"{reason[:300]}..."
         raise ConfigError(f"{where}: not a valid {model_type} config: {reason}") from error
@@ -113,7 +113,7 @@ def complete(raw: Mapping[str, Any], model_type: str, where: str) -> Any:
 def decoder(raw: Mapping[str, Any], where: str, model_type: str = "", completed: Any = None) -> LMConfig:  # fmt: skip
     """A decoder's config. Raises ConfigError for a model type or a feature that we do not compute.
 
-    completed: transformers' object, where a larger config has made it; None: made of `raw` here.
+    completed: transformers' config object, if a larger config already contains it; None: it is made from `raw`.
     """
     model_type = model_type or raw["model_type"]
     check_decoder(model_type, where)
@@ -145,7 +145,7 @@ def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling:
 
 
 def _window(c: Any, model_type: str, where: str) -> int:
-    """The window that every layer has; 0 for none, and where the architecture knows of none."""
+    """The sliding window of every layer; 0 for none, and for an architecture without one."""
     if model_type == "llama":
         return 0
     window = c.sliding_window or 0
@@ -162,7 +162,7 @@ def _window(c: Any, model_type: str, where: str) -> int:
 def encoder(
     raw: Mapping[str, Any], folder: Path, where: str, model_type: str = "", completed: Any = None
 ) -> ViTConfig:
-    """An image encoder's config, with the pixels of the directory's image processor. completed: as in `decoder`."""
+    """An image encoder's config, with the directory's preprocessing settings. completed: as in `decoder`."""
     model_type = model_type or raw["model_type"]
     check_encoder(model_type, where)
     check_marks(raw, model_type, where)
@@ -173,7 +173,7 @@ def encoder(
             f"{where}: hidden_act {c.hidden_act!r} is not computed here; allowed: {', '.join(ACTIVATIONS)}."
         )
     patch_px = _side(c.patch_size, "patch_size", where)
-    if model_type == "siglip2_vision_model":  # it counts patches instead
+    if model_type == "siglip2_vision_model":  # its config has num_patches instead of image_size
         image_px = round(c.num_patches**0.5) * patch_px
         if (image_px // patch_px) ** 2 != c.num_patches:
             raise ConfigError(
@@ -207,19 +207,21 @@ def feature_layer(index: int, num_layers: int) -> int:
 
 
 def is_off(value: Any) -> bool:
-    """null, false, 0, empty or one expert: such a field asks for nothing."""
+    """Whether a value turns a feature off: null, false, 0, empty, or 1 (a single expert)."""
     return not value or (value is not True and value == 1)
 
 
 def config_class(model_type: str) -> Any:
     """transformers' configuration class of a model_type."""
-    from transformers import CONFIG_MAPPING  # seconds to import: only who reads a directory pays
+    from transformers import (
+        CONFIG_MAPPING,
+    )  # takes seconds to import, so only when a directory is read
 
     return CONFIG_MAPPING[model_type]
 
 
 def check_marks(raw: Mapping[str, Any], model_type: str, where: str) -> None:
-    """Raises ConfigError for the first field that says that the weights or the model are not those of `model_type`."""
+    """Raises ConfigError for the first field that shows that the weights or the model are not plain `model_type`."""
     for name, value in raw.items():
         if is_off(value):
             continue
@@ -246,7 +248,7 @@ def check_marks(raw: Mapping[str, Any], model_type: str, where: str) -> None:
 
 
 def _check_code(raw: Mapping[str, Any], model_type: str, where: str) -> None:
-    """auto_map may name the code that transformers has taken over (Phi-3's does); other code may compute something else."""
+    """Raises ConfigError where auto_map names other code than transformers' own (Phi-3 names code that transformers adopted)."""
     stem = config_class(model_type).__name__.removesuffix("Config")
     own = re.compile(rf"{stem}(Config|Model|PreTrainedModel|For[A-Z]\w*|ModelWithProjection)")
     code = raw.get("auto_map")
@@ -267,7 +269,7 @@ def block(raw: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
 
 
 def rope_block(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What config.json says of the rotary angles: rope_scaling before rope_parameters, as transformers reads them."""
+    """The rotary settings of config.json: rope_scaling takes precedence over rope_parameters, as in transformers."""
     return block(raw, "rope_scaling", where) or block(raw, "rope_parameters", where)
 
 
@@ -290,14 +292,14 @@ def _check_rope_kind(raw: Mapping[str, Any], where: str) -> None:
             f"{where}: partial_rotary_factor must be 1 (whole heads are rotated here), not {short(partial)}."
         )
     sections = [name for name, value in rope.items() if name.startswith("mrope") and value]
-    if sections:  # of images and videos in Qwen2-VL: one-dimensional positions are not its
+    if sections:  # Qwen2-VL's three-dimensional positions of images and videos
         raise ConfigError(
             f"{where}: rope field {sections[0]!r} = {short(rope[sections[0]])} is not computed here."
         )
 
 
 def _check_cut_cache(raw: Mapping[str, Any], model_type: str, where: str) -> None:
-    """transformers' key/value cache obeys a window that the model's own class and mask know nothing of."""
+    """Raises ConfigError for a window that transformers applies to the key/value cache but not to the attention mask."""
     declared = _declared(model_type)
     longest = raw.get("max_position_embeddings") or float("inf")
     for name in ("sliding_window", "attention_chunk_size"):

@@ -42,7 +42,7 @@ class ViTConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"
-    sharded: bool = False  # weights split over devices as the decoder's are; else a copy on each
+    sharded: bool = False  # True: weights are sharded as the decoder's are; False: replicated
 
     def __post_init__(self):
         check_choice("vit", "activation", self.activation, ("gelu_tanh", "gelu", "quick_gelu"))
@@ -92,7 +92,7 @@ class ViTConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary angles are stretched: none | linear | llama3 (field names as in Hugging Face)."""
+    """How rotary angles are scaled for longer contexts: none | linear | llama3 (field names as in Hugging Face)."""
 
     kind: str = "none"
     factor: float = 1.0
@@ -113,7 +113,7 @@ class Adapter(NamedTuple):
 
 
 LORA = ("lora_a", "lora_b")  # an adapter's parameters A and B, beside its map's `kernel`
-# The decoder's linear maps, as paths below "lm/": where adapters may stand.
+# The decoder's linear maps that may have adapters, as paths below "lm/".
 LM_LINEARS = tuple(
     f"layers/{name}"
     for name in ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up", "mlp/down")
@@ -139,12 +139,14 @@ class LMConfig:
     rope_scaling: RopeScaling = RopeScaling()
     o_bias: bool = False  # with qkv_bias: `attention_bias` of Llama and Qwen3
     mlp_bias: bool = False  # of gate, up and down: Llama's
-    sliding_window: int = 0  # keys a query may look back on, itself included (Mistral); 0 = all
+    sliding_window: int = (
+        0  # the number of last keys that a query attends to, its own included (Mistral); 0 = all
+    )
     nominal_params: float = 0.0  # the size in the model's name, in parameters; 0 = count them
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"
-    attention: str = "auto"  # the training kernel; auto: the platform's (see step.attention_kernel)
+    attention: str = "auto"  # the training kernel; auto: by platform (see step.attention_kernel)
     lora_rank: int = 0  # of the adapters; 0 = none
     lora_alpha: float = 16.0  # an adapter's output is scaled by lora_alpha / lora_rank
     lora_targets: str = "."  # regex searched in LM_LINEARS: which maps have adapters

@@ -13,7 +13,7 @@ from vlm_jax.settings.checks import ConfigError, build
 from vlm_jax.settings.hub import hub_hint
 from vlm_jax.settings.model import LMConfig, RopeScaling, ViTConfig
 
-# What the encoders of a family have in common; `hf` reads it for a directory of that family.
+# The fields that all encoders of a family share; `hf` uses them for a directory of that family.
 SIGLIP: dict[str, Any] = dict(
     activation="gelu_tanh", norm_eps=1e-6, cls_token=False, pre_norm=False, post_norm=True, patch_bias=True,
     feature_layer=-1, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
@@ -44,7 +44,7 @@ VIT: dict[str, dict[str, Any]] = {
     "mini": _encoder(SIGLIP, 64, 8, 64, 2, 4, 128),  # the embedded experiment's encoder
 }
 
-# The encoders that config.json files of the original LLaVA layout name.
+# Hub names of encoders, by which config.json files of the original LLaVA layout refer to them -> preset.
 HUB = {
     "openai/clip-vit-base-patch16": "clip-b16-224", "openai/clip-vit-large-patch14": "clip-l-224",
     "openai/clip-vit-large-patch14-336": "clip-l-336", "google/siglip-base-patch16-224": "siglip-b16-224",
@@ -68,7 +68,9 @@ def _decoder(
 _QWEN2: dict[str, Any] = dict(theta=1e6, qkv_bias=True)
 _QWEN3: dict[str, Any] = dict(theta=1e6, head_dim=128, qk_norm=True)
 _LLAMA3_SCALING = RopeScaling("llama3", factor=32.0)
-_MINI: dict[str, Any] = dict(theta=100.0, tied=False, eps=1e-6)  # prompts are short
+_MINI: dict[str, Any] = dict(
+    theta=100.0, tied=False, eps=1e-6
+)  # a small rope_theta, because prompts are short
 
 LM: dict[str, dict[str, Any]] = {
     "qwen1.5-0.5b": _decoder(151936, 1024, 24, 16, 16, 2816, tied=True, nominal=0.5e9, **_QWEN2),
@@ -111,7 +113,7 @@ LM: dict[str, dict[str, Any]] = {
     "phi3-mini": _decoder(
         32064, 3072, 32, 32, 32, 8192, theta=1e4, eps=1e-5, tied=False, nominal=3.8e9
     ),
-    # The embedded experiment: one width, capacity in the MLP; the vocabulary size is its tokenizer's.
+    # The embedded experiment: one width for all, sizes differ in mlp_width; its tokenizer sets the vocabulary size.
     "mini-38k": _decoder(256, 64, 2, 2, 2, 12, **_MINI),
     "mini-45k": _decoder(256, 64, 2, 2, 2, 32, **_MINI),
     "mini-52k": _decoder(256, 64, 2, 2, 2, 48, **_MINI),

@@ -1,4 +1,4 @@
-"""Parameters that come from elsewhere: the newest checkpoint of a training run, or a Hugging Face model directory."""
+"""Parameters from the newest checkpoint of another training run, or from a Hugging Face model directory."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def abstract(config: VLMConfig, mesh: Mesh) -> Tree:
 
 
 def load(source: str, config: VLMConfig, wanted: Tree) -> Tree:
-    """The parameters of `wanted` (as from `abstract`, some top-level parts of it), each born where it lives.
+    """The parameters of `wanted`, each created directly in its sharding.
 
-    Raises ConfigError when `source` does not hold them in these shapes.
+    wanted: some top-level parts of what `abstract` gives. Raises ConfigError when `source` has none of that name and shape.
     """
     if directory.is_model(source):
         return load_parts(source, config, wanted)
@@ -43,10 +43,10 @@ def load(source: str, config: VLMConfig, wanted: Tree) -> Tree:
 
 
 def load_by_part(sources: Mapping[str, str], config: VLMConfig, wanted: Tree) -> Tree:
-    """The parts of `wanted` that have a source (part -> workdir or model directory; "": none).
+    """The parts of `wanted` that have a source.
 
-    The decoder's adapters come with it from a run that has the same ones; from elsewhere it comes without. Raises
-    ConfigError when a run has others.
+    sources: part -> workdir or model directory, "" for none. The decoder's adapters are loaded from a run that has the same
+    ones, and left out otherwise. Raises ConfigError when the run has other adapters.
     """
     parts: dict[str, list[str]] = {}
     for part, source in sources.items():
@@ -85,12 +85,12 @@ def check_cached(directory: str, model: VLMConfig, vit: Any) -> None:
 
 
 def taps_of(model: VLMConfig) -> tuple[int, ...]:
-    """The hidden states that the compressor looks at beside the feature."""
+    """The hidden states that the compressor reads besides the feature; () for a compressor that reads none."""
     return model.compressor.taps if compressors.get(model.compressor.name).uses_taps else ()
 
 
 def fingerprint(params: Any) -> str:
-    """A hash of parameters: of paths, shapes, dtypes and every bit; the same on every platform, mesh and number of processes."""
+    """A hash of the paths, shapes, dtypes and bits of parameters, the same on every platform, mesh and number of processes."""
     sums = jax.device_get(_checksums(params))
     told = hashlib.sha256()
     for (path, leaf), total in zip(
@@ -103,7 +103,7 @@ def fingerprint(params: Any) -> str:
 
 @jax.jit
 def _checksums(params: Any) -> Any:
-    """Four numbers per leaf, computed where it lives. Sums modulo 2^32 do not depend on their order."""
+    """Four numbers per leaf, computed on its devices. They are sums modulo 2^32, which do not depend on the sharding."""
     return jax.tree.map(_checksum, params)
 
 
