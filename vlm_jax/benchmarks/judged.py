@@ -1,6 +1,6 @@
 """MM-Vet and LLaVA-Bench (in the wild): free answers that a language model judges elsewhere.
 
-Here they are asked and written in the form that the official judging reads; there is no score.
+The questions are asked and the answers written in the format that the official judge reads; there is no score here.
 
 Native files: mm-vet.json {"v1_0": {"imagename", "question"}} and questions.jsonl {"question_id", "image", "text",
 "category"}; the images are in images/. Or the hub's parquet files {"question_id", "question", "image"}: test-* of MM-Vet,

@@ -1,4 +1,4 @@
-"""LLaVA's question files: asked as they stand, answered in LLaVA's answer file, scored by whichever script reads that.
+"""LLaVA's question files: asked without changes; the answers are written as LLaVA's answer file, for other scripts to score.
 
 File: one {"question_id", "image"?, "text"} per line; the text is the whole prompt. Images are relative to the file's folder.
 """
@@ -14,7 +14,7 @@ from vlm_jax.benchmarks.records import Row
 
 
 def rows(annotations: str | Path) -> list[Row]:
-    """Ids are question_id, and "<question_id>#1", "#2" where it comes again (MME and TextVQA repeat the image's)."""
+    """Ids are question_id, and "<question_id>#1", "#2" where it occurs again (that of MME and TextVQA is the image's)."""
     path = files.find_one("llava_questions", annotations, "*.jsonl")
     found, times = [], {}
     for record in files.read_lines("llava_questions", path):

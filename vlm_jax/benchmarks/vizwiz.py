@@ -28,7 +28,7 @@ def rows(annotations: str | Path) -> list[Row]:
 
 
 def _row(record: Record, split: str) -> Row:
-    """split: the folder of the images that the file names."""
+    """split: the folder of the images."""
     hub = record.has("question_id")
     name = record.text("question_id").removesuffix(".jpg") + ".jpg" if hub else record.text("image")
     image = record.image("image") if hub else record.image("image", folder=split)

@@ -23,7 +23,7 @@ _FILE = re.compile(r"v2_OpenEnded_mscoco_([a-z]+(?:-dev)?\d{4})_questions\.json"
 
 
 def rows(annotations: str | Path) -> list[Row]:
-    """Ids are the question_id. With several question files in the directory, name the one that is meant."""
+    """Ids are the question_id. If the directory has several question files, `annotations` must name one."""
     shards = [pattern for split in HUB for pattern in files.shards(split)]
     found = files.find("vqav2", annotations, "v2_OpenEnded_mscoco_*_questions.json", *shards)
     if found[0].suffix == ".parquet":
