@@ -146,16 +146,16 @@ def _running(name: str, rows: Sequence[Row], lines: Sequence[_Line], path: Path)
     fitting = [order for order in orders if len(order) == len(lines) and _prompts_fit(order, lines)]
     if fitting:
         of_rows = [row.get("split", "") for row in fitting[0]]
-        told = " ".join(dict.fromkeys(filter(None, of_rows))) or "in the order of the file"
+        order = " ".join(dict.fromkeys(filter(None, of_rows))) or "in the order of the file"
         if len(fitting) > 1:
             log.warning(
                 "%s: several orders of the splits fit the prompts of %s: taken as %s",
                 name,
                 path,
-                told,
+                order,
             )
         else:
-            log.info("%s: the ids of %s count the questions: %s", name, path, told)
+            log.info("%s: the ids of %s count the questions: %s", name, path, order)
         return [(row["id"], line.text) for row, line in zip(fitting[0], lines, strict=True)]
     raise ConfigError(
         f"predictions: {path}: its {len(lines)} question ids (first {numbers[0]!r}) are not those of {name}, and its "

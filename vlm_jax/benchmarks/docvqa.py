@@ -90,10 +90,8 @@ def submission_infovqa(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, s
 
 
 def _upload(rows: Sequence[Row], texts: Sequence[str]) -> str:
-    pairs = zip(rows, texts, strict=True)
-    return json.dumps([{"questionId": _id(row["id"]), "answer": text} for row, text in pairs])
-
-
-def _id(name: str) -> int | str:
-    """As in the native files, where ids are whole numbers."""
-    return int(name) if name.isascii() and name.isdigit() else name
+    answers = [
+        {"questionId": records.native_id(row["id"]), "answer": text}
+        for row, text in zip(rows, texts, strict=True)
+    ]
+    return json.dumps(answers)

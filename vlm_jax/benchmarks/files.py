@@ -200,8 +200,8 @@ def _tsv(name: str, file: Path, inside: str) -> Keyed:
     where = f"{name}: {file}"
     _bytes(name, file, 2)
     with file.open(encoding="utf-8-sig", newline="") as lines:
-        seen: list[str] = []  # lines of the current record
-        reader = csv.DictReader((seen.append(line) or line for line in lines), delimiter="\t")
+        pending: list[str] = []  # lines of the current record
+        reader = csv.DictReader((pending.append(line) or line for line in lines), delimiter="\t")
         try:
             columns = list(reader.fieldnames or ())
             for column, count in Counter(columns).items():
@@ -210,9 +210,9 @@ def _tsv(name: str, file: Path, inside: str) -> Keyed:
             for row, record in enumerate(reader):
                 if None in record or None in record.values():
                     raise fault(f"{where} row {row}", f"does not have {len(columns)} columns")
-                if _is_open(seen):
+                if _is_open(pending):
                     raise fault(f"{where} row {row}", "has a quote that is not closed")
-                seen.clear()
+                pending.clear()
                 yield row, record
         except UnicodeDecodeError as error:
             near = f"near line {reader.line_num + 1}"
@@ -246,7 +246,10 @@ def _parquet(name: str, file: Path, inside: str) -> Keyed:
             for batch in table.iter_batches(batch_size=64, row_groups=[group]):
                 for record in batch.to_pylist():
                     cell = functools.partial(Embedded, file, group, at)
-                    yield row, {column: _seen(cell, column, v) for column, v in record.items()}
+                    yield (
+                        row,
+                        {column: _without_bytes(cell, column, v) for column, v in record.items()},
+                    )
                     row, at = row + 1, at + 1
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
@@ -254,7 +257,7 @@ def _parquet(name: str, file: Path, inside: str) -> Keyed:
         raise fault(f"{name}: {file}", f"is not valid parquet{place}: {reason}") from error
 
 
-def _seen(cell: functools.partial[Embedded], column: str, value: Any) -> Any:
+def _without_bytes(cell: functools.partial[Embedded], column: str, value: Any) -> Any:
     """A value as it is, or a picture (of several the first) as an `Embedded` without its bytes."""
     first = value[0] if isinstance(value, list) and value else value
     if not isinstance(first, dict) or set(first) != {"bytes", "path"}:

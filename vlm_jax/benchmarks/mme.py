@@ -59,10 +59,10 @@ def rows(annotations: str | Path) -> list[Row]:
     return records.distinct(found, f"mme: {base}")
 
 
-def _task_rows(base: Path, place: Path, task: str) -> list[Row]:
-    split = (base / place / "questions_answers_YN").is_dir()
-    texts = base / place / "questions_answers_YN" if split else base / place
-    pictures = place / "images" if split else place
+def _task_rows(base: Path, folder: Path, task: str) -> list[Row]:
+    split = (base / folder / "questions_answers_YN").is_dir()
+    texts = base / folder / "questions_answers_YN" if split else base / folder
+    pictures = folder / "images" if split else folder
     named: dict[str, list[str]] = collections.defaultdict(list)
     for image in sorted((base / pictures).glob("*")):
         if image.suffix != ".txt" and image.is_file() and not image.name.startswith("."):
@@ -83,8 +83,8 @@ def _task_rows(base: Path, place: Path, task: str) -> list[Row]:
             if not question or gold not in ("yes", "no"):
                 reason = f"must be question<TAB>Yes or No, got {line!r:.60}"
                 raise records.fault(f"mme: {path} line {number + 1}", reason)
-            seen = (pictures / images[0]).as_posix()
-            found.append(_row(task, images[0], number, seen, question, gold))
+            image = (pictures / images[0]).as_posix()
+            found.append(_row(task, images[0], number, image, question, gold))
     return found
 
 
@@ -104,12 +104,12 @@ def _hub_rows(shards: Sequence[Path]) -> list[Row]:
 
 def _row(task: str, picture: str, number: int, image: Image, question: str, gold: str) -> Row:
     # Seven questions have two blanks before that sentence, which LLaVA's file does not have.
-    asked = question.strip().replace(" Please answer yes or no.", "").rstrip() + prompts.SHORT
+    text = question.strip().replace(" Please answer yes or no.", "").rstrip() + prompts.SHORT
     stem = Path(picture).stem
     more = {
         "replies": prompts.YES_NO, "task": task, "picture": picture, "llava_id": f"{task}/{stem}",
     }  # fmt: skip
-    return records.row(f"{task}/{picture}/{number}", image, asked, gold, **more)
+    return records.row(f"{task}/{picture}/{number}", image, text, gold, **more)
 
 
 def parse(text: str) -> str:

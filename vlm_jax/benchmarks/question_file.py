@@ -29,13 +29,16 @@ def rows(annotations: str | Path) -> list[Row]:
 def submission(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, str | bytes]:
     """answers.jsonl, one line per question in the order of the questions, with the keys that LLaVA writes."""
     lines = [
-        json.dumps(
-            {
-                "question_id": row["question_id"], "prompt": row["prompt"], "text": text, "answer_id": row["id"],
-                "model_id": "vlm_jax", "metadata": {},
-            }
-        )
-        + "\n"
+        answer_line(row["question_id"], row["prompt"], text, row["id"])
         for row, text in zip(rows, texts, strict=True)
-    ]  # fmt: skip
+    ]
     return {"answers.jsonl": "".join(lines)}
+
+
+def answer_line(question_id: int | str, prompt: str, text: str, answer_id: str) -> str:
+    """One line of an answer file, with the keys that LLaVA's model_vqa.py writes."""
+    line = {
+        "question_id": question_id, "prompt": prompt, "text": text, "answer_id": answer_id, "model_id": "vlm_jax",
+        "metadata": {},
+    }  # fmt: skip
+    return json.dumps(line) + "\n"

@@ -126,9 +126,14 @@ def _is_text(value: Any) -> bool:
 
 def row(row_id: str, image: Image | None, question: str, /, answer: Any, **more: Any) -> Row:
     """One question about at most one image, asked alone. answer: None where the gold is hidden."""
-    seen = {} if image is None else {"image": image}
-    asked = prompts.ask(question, images=int(image is not None))
-    return {"id": row_id, **seen, "conversations": asked, "answer": answer, **more}
+    image_field = {} if image is None else {"image": image}
+    messages = prompts.ask(question, images=int(image is not None))
+    return {"id": row_id, **image_field, "conversations": messages, "answer": answer, **more}
+
+
+def native_id(name: str) -> int | str:
+    """A row's id as the native file has it, for files whose ids are whole numbers."""
+    return int(name) if name.isascii() and name.isdigit() else name
 
 
 def distinct(rows: list[Row], where: str | Path) -> list[Row]:

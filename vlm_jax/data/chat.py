@@ -143,20 +143,20 @@ class Chat:
         Raises BadRecord where the tokenizer merges the end of the prompt with the beginning of the answer.
         """
         *earlier, last = record.turns
-        asked = self._dialogue(record)[-1].ids
+        prompt_ids = self._dialogue(record)[-1].ids
         # None: the prompt ends with an image.
-        before = np.zeros(0, np.int32) if asked is None else asked
+        before = np.zeros(0, np.int32) if prompt_ids is None else prompt_ids
         found = []
         for text in texts:
             turns = (*earlier, dataclasses.replace(last, answer=text))
-            told = dataclasses.replace(record, turns=turns)
-            self._check(told)
-            ids, loss, _ = self._dialogue(told)[-1]
+            answered = dataclasses.replace(record, turns=turns)
+            self._check(answered)
+            ids, loss, _ = self._dialogue(answered)[-1]
             if ids is None or not np.array_equal(ids[: len(before)], before):
                 raise record.bad(f"the reply {text!r} changes the tokens of the prompt before it")
-            said = ids[len(before) :][loss[len(before) :]]
-            ends = np.flatnonzero(np.isin(said, self.closing_ids))
-            found.append(said[: ends[0] + 1] if len(ends) else said)
+            reply = ids[len(before) :][loss[len(before) :]]
+            ends = np.flatnonzero(np.isin(reply, self.closing_ids))
+            found.append(reply[: ends[0] + 1] if len(ends) else reply)
         return found
 
     def length(self, units: Sequence[Unit]) -> int:

@@ -3,7 +3,7 @@
 FOLDER/last.npy [images P C]  taps.npy [images P Z] (only of compressors that tap)  index.json {relative image path: row}
        made.json {format, settings, taps, encoder, source}: what the features were made with
 
-NumPy knows no bfloat16: such features are stored as their bits, uint16.
+NumPy has no bfloat16, so such features are stored as their bits, uint16.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def load(
         return fit(rgb, image_px, mode, mean, max_pixels, resample)
     except ImageError:
         raise
-    except FileNotFoundError:  # the file that an embedded image lies in
+    except FileNotFoundError:  # the parquet file of an embedded image
         raise ImageError("the image file does not exist") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"too many pixels: {error}") from None

@@ -1,4 +1,4 @@
-"""Prompt formats as data, a conversation written in one of them, and the question that a compressor looks at.
+"""Prompt formats as data, conversations rendered in them, and the query text of a compressor.
 
 A format defines the text before and after a system prompt, a question and an answer, and which of it is supervised.
 """

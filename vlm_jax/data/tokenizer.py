@@ -52,7 +52,7 @@ class Tokenizer:
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids without BOS or EOS, and the span [start, end) of characters each id stands for."""
+        """Ids without BOS or EOS, and for each the character offsets [start, end) of its text."""
         encoding = self.backend.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 

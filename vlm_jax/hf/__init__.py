@@ -1,6 +1,6 @@
 """Hugging Face model directories, in and out.
 
-directory.py   what lies on disk: config.json, the headers of safetensors files, and the part and name of each tensor
+directory.py   the files on disk: config.json, the headers of safetensors files, and the part and name of each tensor
 pixels.py      the image processor's settings, in every form that transformers writes
 settings.py    config.json -> our frozen configs of a decoder or an encoder; which of its fields matter, which are ignored
 reference.py   the same for the original LLaVA layout, in which the compressors are released

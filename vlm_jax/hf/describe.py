@@ -99,7 +99,7 @@ def _llava(raw: Mapping[str, Any], folder: Path, where: str) -> tuple[Described,
     in_text, in_vision = f"{where}: text_config", f"{where}: vision_config"
     settings.check_decoder(text_type, in_text)
     settings.check_encoder(vision_type, in_vision)
-    settings.check_marks(text, text_type, in_text)  # before transformers looks at the whole
+    settings.check_marks(text, text_type, in_text)  # before transformers validates the whole config
     c = settings.complete(raw, "llava", where)
     lm = settings.decoder(text, in_text, text_type, c.text_config)
     vit = settings.encoder(vision, folder, in_vision, vision_type, c.vision_config)

@@ -1,4 +1,4 @@
-"""A model directory as it lies on disk: config.json and safetensors files, and which part of the model each tensor is of.
+"""A model directory on disk: config.json, safetensors files, and the part of the model that each tensor belongs to.
 
 Opening a directory reads the headers of its safetensors files only.
 

@@ -17,9 +17,9 @@ from einops import rearrange
 from vlm_jax.settings.model import LMConfig, ViTConfig
 
 LINEAR = "o i -> i o"
-HEADS_OUT = "(n h) i -> i n h"  # a linear map whose output is cut into heads
+HEADS_OUT = "(n h) i -> i n h"  # a linear map whose output axis is split into heads
 HEADS_BIAS = "(n h) -> n h"
-HEADS_IN = "o (n h) -> n h o"  # one whose input is all heads side by side
+HEADS_IN = "o (n h) -> n h o"  # one whose input axis is the concatenation of all heads
 AS_IT_IS = "... -> ..."
 
 UNNEEDED = (

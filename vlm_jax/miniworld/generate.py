@@ -4,7 +4,7 @@ DIRECTORY/
   images/*.png            64 x 64
   encoder_train.json      images; dense listings and ordinary questions, for the encoder's training
   vlm_train.json          images, half scenes and half sheets; `questions` turns per record
-  vlm_single_train.json   the same questions, one per record: for compressors that look at the question
+  vlm_single_train.json   the same questions, one per record: for compressors that use the query
   text_train.json         no images; a system message describes the scene
   reasoning_test.json     held-out scenes      ocr_test.json  held-out sheets
   contents.json           what each image shows; world.json  the tables: enough to derive every answer again
@@ -126,11 +126,11 @@ def _text_records(
     records = []
     for i in range(count):
         if i % 2:
-            told, turns = questions.note(questions_per_record, rng)
+            system, turns = questions.note(questions_per_record, rng)
         else:
             scene = scenes.sample_scene(rng)
-            told, turns = questions.caption(scene), ask(scene, rng)
-        records.append(_record(f"text-{i:06d}", turns, system=told))
+            system, turns = questions.caption(scene), ask(scene, rng)
+        records.append(_record(f"text-{i:06d}", turns, system=system))
     return records
 
 

@@ -50,7 +50,7 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True)
 class Sheet:
-    """A text image: `characters[i]` stands in the slot SQUARES[i]; side x side blocks repeat one character each."""
+    """A text image: `characters[i]` is in the slot SQUARES[i]; each of side x side blocks repeats one character."""
 
     side: int
     characters: tuple[str, ...]

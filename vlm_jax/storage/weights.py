@@ -92,13 +92,13 @@ def taps_of(model: VLMConfig) -> tuple[int, ...]:
 def fingerprint(params: Any) -> str:
     """A hash of the paths, shapes, dtypes and bits of parameters, the same on every platform, mesh and number of processes."""
     sums = jax.device_get(_checksums(params))
-    told = hashlib.sha256()
+    digest = hashlib.sha256()
     for (path, leaf), total in zip(
         jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(sums), strict=True
     ):
         name = f"{sharding.path_name(path)} {leaf.shape} {leaf.dtype} "
-        told.update(name.encode() + np.asarray(total, "<u4").tobytes())
-    return told.hexdigest()
+        digest.update(name.encode() + np.asarray(total, "<u4").tobytes())
+    return digest.hexdigest()
 
 
 @jax.jit
@@ -111,11 +111,13 @@ def _checksum(leaf: Array) -> UInt32[Array, "4"]:
     width = 8 * leaf.dtype.itemsize
     bits = jax.lax.bitcast_convert_type(leaf, f"uint{width}").astype(jnp.uint32)
     sizes = [jnp.uint32(size) for size in leaf.shape]
-    places = [jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) for axis in range(leaf.ndim)]
-    place = functools.reduce(lambda at, x: at * x[0] + x[1], zip(sizes, places, strict=True), 0)
+    indices = [jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) for axis in range(leaf.ndim)]
+    flat_index = functools.reduce(
+        lambda at, x: at * x[0] + x[1], zip(sizes, indices, strict=True), 0
+    )
 
     def mixed(odd: int) -> Array:
-        x = (bits ^ (place * jnp.uint32(odd))) * jnp.uint32(0x85EBCA6B)
+        x = (bits ^ (flat_index * jnp.uint32(odd))) * jnp.uint32(0x85EBCA6B)
         x = (x ^ (x >> 15)) * jnp.uint32(0xC2B2AE35)
         return (x ^ (x >> 13)).sum(dtype=jnp.uint32)
 
