@@ -50,21 +50,21 @@ from vlm_jax.settings.checks import ConfigError
 log = logging.getLogger(__name__)
 
 
+Submission = Callable[[Sequence[dict[str, Any]], Sequence[str]], dict[str, str | bytes]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
     """How one benchmark asks and scores."""
 
     family: str  # the law that its errors are fitted by: reasoning | ocr | other
-    rows: Callable[
-        [str | Path], list[dict[str, Any]]
-    ]  # annotations directory -> questions with gold answers
+    # annotations directory -> questions with gold answers
+    rows: Callable[[str | Path], list[dict[str, Any]]]
     score: Callable[[str, dict[str, Any]], float]  # prediction, row -> 0..1
-    reduce: Callable[[Sequence[float], Sequence[dict[str, Any]]], dict[str, Any]]
     # scores, rows -> {"score" 0..1, "error" 0..1 as the law needs it, "n", "details"}
-    submission: (
-        Callable[[Sequence[dict[str, Any]], Sequence[str]], dict[str, str | bytes]] | None
-    ) = None
-    # rows, texts -> {file name: content} for the official server or judge; None: it is scored here only
+    reduce: Callable[[Sequence[float], Sequence[dict[str, Any]]], dict[str, Any]]
+    # rows, texts -> {file name: content} for the official server or judge; None: it is only scored here
+    submission: Submission | None = None
 
 
 def _asked_alone(file: str) -> Callable[[str | Path], list[dict[str, Any]]]:

@@ -186,9 +186,8 @@ def _json(name: str, file: Path, inside: str) -> Keyed:
 
 def _json_lines(name: str, file: Path, inside: str) -> Keyed:
     """Blank lines are skipped."""
-    lines = text(name, file).split(
-        "\n"
-    )  # not splitlines, which also splits at U+2028 inside a string
+    # splitlines would also split at U+2028 inside a string.
+    lines = text(name, file).split("\n")
     full = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     for row, (number, line) in enumerate(full):
         yield row, _parse(line, f"{name}: {file} line {number}")

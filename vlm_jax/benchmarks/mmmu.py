@@ -27,11 +27,12 @@ CHOICE, OPEN = "multiple-choice", "open"
 # Words before an answer, and texts that are no answer.
 ANNOUNCE = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 PUNCTUATION = (":", ",", ".", "!", "?", ";", "'")
+# 1,000 | 1.5e3 | other numbers
 NUMBERS = (
     re.compile(r"-?\b\d{1,3}(?:,\d{3})+\b"),
     re.compile(r"-?\d+(?:\.\d+)?[eE][+-]?\d+"),
     re.compile(r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])"),
-)  # 1,000 | 1.5e3 | other numbers
+)
 
 
 def rows(path: str | Path) -> list[Row]:
@@ -121,9 +122,8 @@ def open_answers(text: str) -> list[str | float]:
     Texts are lower case; numbers are rounded to 2 decimals.
     """
     text = text.strip().strip(".").lower()
-    sentences = re.split(
-        r"\.\s(?=[A-Z])|\n", text
-    )  # the text is lower case already, so this splits at line ends only, as the official script does
+    # The text is lower case already, so this splits at line ends only, as the official script does.
+    sentences = re.split(r"\.\s(?=[A-Z])|\n", text)
     tails = []
     for index, sentence in enumerate(sentences):
         marks = ANNOUNCE + (("=",) if index == len(sentences) - 1 else ())

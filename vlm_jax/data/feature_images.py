@@ -69,10 +69,7 @@ class _LoadImages(grain.transforms.Map):
 
 
 def image_batches(
-    paths: Sequence[tuple[str, str]],
-    cfg: DataConfig,
-    vit: ViTConfig,
-    batch_size: int,
+    paths: Sequence[tuple[str, str]], cfg: DataConfig, vit: ViTConfig, batch_size: int
 ) -> Iterator[tuple[list[str], UInt8[np.ndarray, "B H W 3"]]]:
     """(relative paths [n <= B], pixels [B H W 3], zeros after the n-th) of what `list_images` gives, in order.
 

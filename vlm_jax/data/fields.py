@@ -17,10 +17,8 @@ WEIGHTS = ("loss", "weight", "train")  # three names for whether an answer is su
 MESSAGE = frozenset({"from", "value", "role", "content", *WEIGHTS})
 
 PICTURE_WORDS = frozenset({"image", "img", "picture", "photo"})
-MEDIA_NAMES = PICTURE_WORDS | {
-    "video",
-    "audio",
-}  # a field named by one of these words alone holds such media
+# A field named by one of these words alone holds such media.
+MEDIA_NAMES = PICTURE_WORDS | {"video", "audio"}
 MEDIA_WORDS = MEDIA_NAMES | {
     "pic", "pixel", "frame", "clip", "sound", "speech", "voice", "depth", "mask", "media",
 }  # fmt: skip

@@ -21,14 +21,7 @@ from absl import flags, logging
 
 from vlm_jax.data import packing, sampling, sources
 from vlm_jax.data.records import BadRecord
-from vlm_jax.data.rows import (
-    Assembly,
-    Batch,
-    EncodeChunk,
-    Stacked,
-    make_encoder,
-    open_features,
-)
+from vlm_jax.data.rows import Assembly, Batch, EncodeChunk, Stacked, make_encoder, open_features
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.model import ViTConfig
 from vlm_jax.settings.run import DataConfig
@@ -178,11 +171,7 @@ def _parse_flags() -> None:
 
 
 def train_iterator(
-    cfg: DataConfig,
-    visual_tokens: int,
-    vit: ViTConfig,
-    shard: int = 0,
-    num_shards: int = 1,
+    cfg: DataConfig, visual_tokens: int, vit: ViTConfig, shard: int = 0, num_shards: int = 1
 ) -> TrainIterator:
     """Endless shuffled batches of shard `shard`: batch_size / num_shards rows each, a new order each epoch.
 

@@ -22,9 +22,8 @@ from vlm_jax.settings.model import ViTConfig
 from vlm_jax.settings.run import DataConfig
 
 Batch = dict[str, Any]
-BLANK = Record(
-    "", "", "", (), None, (Turn(0, "", ""),)
-)  # fills a row or an image slot that has no sample
+# Fills a row or an image slot that has no sample.
+BLANK = Record("", "", "", (), None, (Turn(0, "", ""),))
 
 
 @functools.lru_cache(8)
@@ -184,10 +183,7 @@ def open_features(cfg: DataConfig) -> Features | None:
 
 
 def make_encoder(
-    cfg: DataConfig,
-    visual_tokens: int,
-    vit: ViTConfig,
-    features: Features | None,
+    cfg: DataConfig, visual_tokens: int, vit: ViTConfig, features: Features | None
 ) -> Encoder:
     rows = None if features is None else features.rows
     return Encoder(make_chat(cfg, visual_tokens), make_pixels(cfg, vit), rows)

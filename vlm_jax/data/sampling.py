@@ -31,9 +31,8 @@ TEXT_KEYS = ("tokens", "visual_index", "positions", "segments", "loss_mask")  # 
 class Sizes(NamedTuple):
     """The sizes of N records by which batches are grouped; both are 0 for a bad record."""
 
-    words: Int32[
-        np.ndarray, "N"
-    ]  # separated by white space, in all turns: the length that LLaVA sorts by
+    # Separated by white space, in all turns: the length that LLaVA sorts by.
+    words: Int32[np.ndarray, "N"]
     images: Int32[np.ndarray, "N"]
 
 

@@ -14,9 +14,8 @@ from typing import NamedTuple
 from vlm_jax.data.records import IMAGE, Record, Turn
 
 Piece = tuple[str, bool]  # text, supervised
-Spans = tuple[
-    tuple[int, int], ...
-]  # [begin, end) character offsets of the supervised parts of a text
+# [begin, end) character offsets of the supervised parts of a text.
+Spans = tuple[tuple[int, int], ...]
 Chunk = tuple[str, Spans] | None  # text with its supervised spans, or an image
 NO_QUERY = "image"  # the query of a row without one, as in the reference
 
@@ -98,8 +97,7 @@ TEMPLATES: dict[str, Template] = {
         system=_plain("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
         user=_plain("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
         assistant=Frame(
-            (("<|start_header_id|>assistant<|end_header_id|>\n\n", False),),
-            (("<|eot_id|>", True),),
+            (("<|start_header_id|>assistant<|end_header_id|>\n\n", False),), (("<|eot_id|>", True),)
         ),
         closing="<|eot_id|>",
         control=_LLAMA3_CONTROL,

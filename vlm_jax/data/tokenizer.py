@@ -147,9 +147,8 @@ def load(directory: str) -> Tokenizer:
     check_directory(directory)
     if not _has(directory, "tokenizer.json") and _has(directory, "tokenizer.model"):
         _check_sentencepiece(os.path.join(directory, "tokenizer.model"))
-    from transformers import (
-        AutoTokenizer,
-    )  # takes seconds to import, so only when a tokenizer is loaded
+    # Takes seconds to import, so only when a tokenizer is loaded.
+    from transformers import AutoTokenizer
 
     try:
         # Any: its stub allows None, which it never returns.

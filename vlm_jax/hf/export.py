@@ -90,9 +90,8 @@ def _settings(
     if what == "reference":
         return written.original(config, encoder_name) | ids
     settings = written.llava(config, image_id)
-    rows = max(
-        config.lm.vocab_size, image_id + 1
-    )  # the image token needs a row, although it is never looked up
+    # The image token needs a row, although it is never looked up.
+    rows = max(config.lm.vocab_size, image_id + 1)
     settings["text_config"] |= {**ids, "vocab_size": rows}
     return settings
 
@@ -122,9 +121,8 @@ def _check_all_stored(params: Tree, rules: list[Rule]) -> None:
     """Raises ConfigError for parameters that the layout has no tensor for."""
     stored = {rule.path for rule in rules}
     lost = [path for path in flatten_dict(params, sep="/") if path not in stored]
-    lost = [
-        path for path in lost if not path.startswith("vit/next_layer/")
-    ]  # read by PruMerge alone
+    # These belong to PruMerge only and have no stored form.
+    lost = [path for path in lost if not path.startswith("vit/next_layer/")]
     if lost:
         raise ConfigError(f"export: this layout has no place for {directory.listed(lost)}.")
 

@@ -68,10 +68,8 @@ def preprocessing(folder: Path, image_px: int, encoder: str = "") -> dict[str, A
         raise ConfigError(
             f"{where}: resample {short(settings['resample'])} is not 2 (bilinear) or 3 (bicubic)."
         )
-    padded = bool(settings.get("do_pad")) and name in (
-        "LlavaImageProcessor",
-        "",
-    )  # no use in others
+    # Other processors ignore do_pad.
+    padded = bool(settings.get("do_pad")) and name in ("LlavaImageProcessor", "")
     mode, side = _squaring(settings, padded, where)
     if side != image_px:
         raise ConfigError(f"{where}: images of {side} px, but the encoder takes {image_px} px.")

@@ -21,12 +21,8 @@ NAMES = {name: own for own, name in WRITTEN.items()} | {"llava": "llama"}
 # A tensor that only this compressor has -> the compressor. A directory with none of them has no compressor.
 MARKS = {"0.q_downsample.weight": "quecc", "q_proj_1.weight": "tokenpacker", "ln_q.weight": "mqt"}
 TAPS = (12, 16, 22, 23)  # of QueCC and TokenPacker, fixed in their releases
-QUECC_HEADS, TOKENPACKER_HEAD_DIM, TOKENPACKER_STRIDE, MQT_HEAD_DIM = (
-    8,
-    128,
-    2,
-    64,
-)  # also fixed there
+# These are fixed in the releases, too.
+QUECC_HEADS, TOKENPACKER_HEAD_DIM, TOKENPACKER_STRIDE, MQT_HEAD_DIM = 8, 128, 2, 64
 
 FIXED: dict[str, tuple[Any, ...]] = {
     "mm_use_im_start_end": (False,), "mm_vision_select_feature": ("patch",), "mm_patch_merge_type": ("flat",),

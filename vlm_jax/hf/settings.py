@@ -213,9 +213,8 @@ def is_off(value: Any) -> bool:
 
 def config_class(model_type: str) -> Any:
     """transformers' configuration class of a model_type."""
-    from transformers import (
-        CONFIG_MAPPING,
-    )  # takes seconds to import, so only when a directory is read
+    # Takes seconds to import, so only when a directory is read.
+    from transformers import CONFIG_MAPPING
 
     return CONFIG_MAPPING[model_type]
 

@@ -25,9 +25,8 @@ FLOORS: dict[str, tuple[int, int, int]] = {
 }  # fmt: skip
 SHAPES = ("square", "disc", "diamond")  # drawn, never asked for
 CHARACTERS = tuple("ABCDEFHJKLMNPRSTUVXZ")
-SQUARES = tuple(
-    f"{column}{row}" for row in range(1, GRID + 1) for column in "abcdefgh"
-)  # raster order
+# In raster order.
+SQUARES = tuple(f"{column}{row}" for row in range(1, GRID + 1) for column in "abcdefgh")
 
 ENTITIES = (
     "ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibex", "jay", "koi", "lynx", "mole", "newt", "owl", "pig",

@@ -36,12 +36,9 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | No
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     for name in ("vlm_jax", "__main__"):  # a command's own module runs as __main__
         logging.getLogger(name).setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(
-        logging.CRITICAL
-    )  # orbax calls every normal step of a restore a warning
-    os.environ.setdefault(
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
-    )  # that PyTorch is absent is no news
+    # orbax logs normal steps of a restore as warnings, and transformers warns that PyTorch is not installed.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     words = sys.argv[1:] if argv is None else argv
     try:
         addresses.check_words(words)
@@ -307,9 +304,7 @@ def load_config(path: str) -> ConfigDict:
         found = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
         hint = f"; found {', '.join(found)}" if found else ""
         raise ConfigError(f"--config: no file {str(file)!r}{hint}.")
-    root = str(
-        file.resolve().parent.parent
-    )  # configs start from their neighbours: `from configs import default`
+    root = str(file.resolve().parent.parent)  # config files contain `from configs import default`
     if root not in sys.path:
         sys.path.append(root)
     values = flags.FlagValues()

@@ -68,9 +68,8 @@ def _decoder(
 _QWEN2: dict[str, Any] = dict(theta=1e6, qkv_bias=True)
 _QWEN3: dict[str, Any] = dict(theta=1e6, head_dim=128, qk_norm=True)
 _LLAMA3_SCALING = RopeScaling("llama3", factor=32.0)
-_MINI: dict[str, Any] = dict(
-    theta=100.0, tied=False, eps=1e-6
-)  # a small rope_theta, because prompts are short
+# A small rope_theta, because prompts are short.
+_MINI: dict[str, Any] = dict(theta=100.0, tied=False, eps=1e-6)
 
 LM: dict[str, dict[str, Any]] = {
     "qwen1.5-0.5b": _decoder(151936, 1024, 24, 16, 16, 2816, tied=True, nominal=0.5e9, **_QWEN2),

@@ -12,9 +12,7 @@ from vlm_jax.settings.model import VLMConfig
 class DataConfig:
     """Where the samples are and how one becomes arrays. Sizes are static: nothing recompiles per batch."""
 
-    annotations: tuple[
-        str, ...
-    ]  # LLaVA-format .json / .jsonl files, or prepared tfds directories; concatenated
+    annotations: tuple[str, ...]  # LLaVA .json / .jsonl files or tfds directories; concatenated
     image_roots: tuple[str, ...]  # one folder per annotation file ("" when it has no images)
     tokenizer: str  # directory with a Hugging Face tokenizer
     template: str  # a key of data.chat.TEMPLATES

@@ -200,9 +200,8 @@ def load_params(workdir: str | Path, abstract: Tree) -> Tree:
             restored = manager.restore(step, args=ocp.args.Composite(state=arguments))
             params = restored["state"]["params"]
             checksums.check(_sums(folder, step), {"params": params})
-    for name, leaf in flatten_dict(
-        params, sep="/"
-    ).items():  # orbax leaves what it did not find as it was
+    for name, leaf in flatten_dict(params, sep="/").items():
+        # orbax returns the ShapeDtypeStruct of a parameter that it did not find.
         if not isinstance(leaf, jax.Array):
             raise ConfigError(
                 f"{str(workdir)!r}: parameter {name} was not restored; the checkpoint is damaged."

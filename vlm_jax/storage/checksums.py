@@ -15,11 +15,8 @@ import numpy as np
 
 from vlm_jax.sharding import path_name
 
-WORDS = {
-    1: np.uint8,
-    2: np.uint16,
-    4: np.uint32,
-}  # bytes of an element -> the word that they are summed as
+# Bytes of an element -> the word that they are summed as.
+WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
 def of(tree: Any) -> dict[str, list]:

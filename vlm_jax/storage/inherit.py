@@ -148,11 +148,8 @@ def check_part(part: str, source: str, run: Experiment, now: Experiment) -> None
     if part == "projector":
         pairs = [(f"model.{f}", getattr(run.model, f), getattr(now.model, f)) for f in PROJECTOR]
     else:
-        free = (
-            *HOW[part],
-            "image_px",
-            "position_grid",
-        )  # position tables are interpolated to another size
+        # Position tables are interpolated to another size.
+        free = (*HOW[part], "image_px", "position_grid")
         pairs = _differing(part, free, run.model, now.model)
     if part == "lm" and not same_tokenizer(run.data.tokenizer, now.data.tokenizer):
         pairs.append(("data.tokenizer", run.data.tokenizer, now.data.tokenizer))
