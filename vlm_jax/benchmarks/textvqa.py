@@ -8,7 +8,6 @@ fields. The two variants are different benchmarks: LLaVA-1.5-7B scores 46.07 alo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -95,8 +94,4 @@ def _tokens(record: Record, tokens: Mapping[str, str]) -> str:
 
 
 def submission(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, str | bytes]:
-    answers = [
-        {"question_id": row["question_id"], "answer": vqa.normalise(text)}
-        for row, text in zip(rows, texts, strict=True)
-    ]
-    return {"textvqa_answers.json": json.dumps(answers)}
+    return {"textvqa_answers.json": vqa.upload("question_id", rows, "question_id", texts)}

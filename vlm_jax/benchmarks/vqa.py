@@ -6,6 +6,7 @@ the ten humans gave it is 0, .3, .6, .9 for n = 0, 1, 2, 3, and 1 for n >= 4.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -83,6 +84,12 @@ def human_answers(record: Record) -> list[str]:
     if len(texts) != HUMANS or not all(isinstance(text, str) for text in texts):
         raise record.fault(f"'answers' must be {HUMANS} texts, got {len(texts)}: {texts!r:.60}")
     return texts
+
+
+def upload(field: str, rows: Sequence[dict[str, Any]], key: str, texts: Sequence[str]) -> str:
+    """The servers' JSON list [{field: row[key], "answer"}], with the answers through `normalise`, as LLaVA uploads them."""
+    pairs = zip(rows, texts, strict=True)
+    return json.dumps([{field: row[key], "answer": normalise(text)} for row, text in pairs])
 
 
 def agreement(answer: str, golds: Sequence[str]) -> float:

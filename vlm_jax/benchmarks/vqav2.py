@@ -8,7 +8,6 @@ testdev-* before test-*.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,9 +79,5 @@ def _golds(path: Path, split: str) -> dict[int, Row]:
 
 def submission(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, str | bytes]:
     """The challenge server's file, [{"question_id", "answer"}] normalised as LLaVA does."""
-    answers = [
-        {"question_id": row["question_id"], "answer": vqa.normalise(text)}
-        for row, text in zip(rows, texts, strict=True)
-    ]
     name = f"v2_OpenEnded_mscoco_{rows[0]['split']}_vlmjax_results.json"
-    return {name: json.dumps(answers)}
+    return {name: vqa.upload("question_id", rows, "question_id", texts)}
