@@ -184,7 +184,7 @@ def train_iterator(
             f"data: batch_size {cfg.batch_size} is not divisible by the {num_shards} processes that load data."
         )
     source, features = sources.open_source(cfg), open_features(cfg)
-    sources.tell_unread(source)
+    sources.log_unread_fields(source)
     encoder, rows = make_encoder(cfg, visual_tokens, vit, features), cfg.batch_size // num_shards
     if cfg.sampling == "modality_length":
         order = _order(cfg, visual_tokens)

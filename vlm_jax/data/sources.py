@@ -24,7 +24,7 @@ from vlm_jax.settings.run import DataConfig
 
 log = logging.getLogger(__name__)
 TFDS_FILES = ("dataset_info.json", "features.json")
-GLANCED = 256  # records examined for fields that are not read
+EXAMINED = 256  # records examined for fields that are not read
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -167,7 +167,7 @@ class TfdsSource:
             splits, form = dict(builder.info.splits), builder.info.file_format.value
         except Exception as error:  # a damaged dataset_info.json or features.json raises any type
             raise ConfigError(
-                f"data: {path} cannot be read as a tfds dataset: {_told(error)}; build it again."
+                f"data: {path} cannot be read as a tfds dataset: {_one_line(error)}; build it again."
             ) from None
         self.pictures = [name for name in ("image", "images") if name in names]
         self.is_dialogue = bool(names & {"conversations", "messages"})
@@ -215,7 +215,7 @@ class TfdsSource:
         except (
             Exception
         ) as error:  # a missing or damaged shard, or bytes that are no UTF-8: any type
-            raise BadRecord(self.path, f"#{index}", f"cannot be read: {_told(error)}") from None
+            raise BadRecord(self.path, f"#{index}", f"cannot be read: {_one_line(error)}") from None
         raw.update({k: list(raw[k]) for k in self.pictures if isinstance(raw[k], np.ndarray)})
         if not self.is_dialogue:
             images = len(raw["images"]) if "images" in self.pictures else len(self.pictures)
@@ -227,7 +227,7 @@ class TfdsSource:
         return raw
 
 
-def _told(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
@@ -282,11 +282,11 @@ def open_source(cfg: DataConfig) -> Concatenated:
     return source
 
 
-def tell_unread(source: Concatenated) -> None:
+def log_unread_fields(source: Concatenated) -> None:
     """Logs one line per file: the fields of its first records that are not read because they change nothing."""
     for part in source.sources:
         found: dict[str, None] = {}
-        for index in range(min(len(part), GLANCED)):
+        for index in range(min(len(part), EXAMINED)):
             try:
                 raw, _ = part.raw(index), part[index]
             except BadRecord:
