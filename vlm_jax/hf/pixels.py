@@ -93,7 +93,8 @@ def _taken(settings: Json, mode: str) -> dict[str, Any]:
     return {"image_mode": mode, "resample": RESAMPLE[settings["resample"]], **colours}
 
 
-def _three(value: Any) -> tuple[float, ...]:
+def _three(value: Any) -> tuple[Any, ...]:
+    """A list of three as a tuple; any other value three times. `preprocessing` refuses what is no number."""
     return tuple(value) if isinstance(value, (list, tuple)) and len(value) == 3 else (value,) * 3
 
 
