@@ -81,7 +81,8 @@ def normalise(text: str, row: Row) -> str | None:
 
     With options: the option of the first "(B)" in the text, or of a text that is just "B"; else the option with the smallest
     edit distance, of equals the first. A letter always means the option with that letter, even if the text of another option
-    is that letter. An integer is truncated, not rounded; a float is rounded to the question's precision. Source: lupantech/MathVista, evaluation/calculate_score.py.
+    is that letter. An integer is truncated, not rounded; a float is rounded to the question's precision. Source:
+    lupantech/MathVista, evaluation/calculate_score.py.
     # Differs from it: precision is 1.0 in its files, which its round() refuses, so that each float would be wrong.
     """
     text = text.strip()

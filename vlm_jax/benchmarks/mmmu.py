@@ -91,10 +91,10 @@ def score(text: str, row: Row) -> float:
 def choice(text: str, options: Mapping[str, str], name: str) -> str:
     """The letter that an answer names: as "(B)", else as " B ", else, in answers of more than five words, by an option's text.
 
-    Punctuation at the ends of the answer is removed first, so that "B." is " B "; a "B." inside is no letter. If several letters
-    are named, the last one counts. If none is, a random option is chosen; its seed is the question's id, so that the score
-    depends neither on the order of the answers nor on the run.
-    # Differs from MMMU-Benchmark/MMMU: there one generator runs through all answers.
+    Punctuation at the ends of the answer is removed first, so that "B." is " B "; a "B." inside is no letter. If several
+    letters are named, the last one counts. If none is, a random option is chosen; its seed is the question's id, so that the
+    score depends neither on the order of the answers nor on the run.
+    # Differs from MMMU-Benchmark/MMMU: there one generator is used for all answers in turn.
     """
     for mark in (",", ".", "!", "?", ";", ":", "'"):
         text = text.strip(mark)

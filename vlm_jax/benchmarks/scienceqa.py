@@ -63,8 +63,8 @@ def _row(record: Record, pid: str, image: Image | None) -> Row:
 def parse(text: str) -> str:
     """The chosen letter, "" if there is none. Source: LLaVA's eval_science_qa.py.
 
-    It is the whole text, or the text starts with it ("B. "), or the text contains "The answer is B." exactly once (any character
-    may replace the last period).
+    It is the whole text, or the text starts with it ("B. "), or the text contains "The answer is B." exactly once (any
+    character may replace the last period).
     """
     text = text.strip()
     if len(text) == 1 and text in LETTERS:

@@ -100,9 +100,9 @@ def agreement(answer: str, golds: Sequence[str]) -> float:
 def accuracy(text: str, row: dict[str, Any]) -> float:
     """The accuracy that the VQAv2 server gives to the answer as we upload it, after `normalise`.
 
-    row["answer"] holds the ten golds. Source: the newer official evaluator. If the ten golds are equal, the strings are compared
-    as they are; else punctuation and articles are removed from golds and answer first. (The older evaluator always changes the
-    answer, and removes only punctuation from the golds.)
+    row["answer"] holds the ten golds. Source: the newer official evaluator. If the ten golds are equal, the strings are
+    compared as they are; else punctuation and articles are removed from golds and answer first. (The older evaluator always
+    changes the answer, and removes only punctuation from the golds.)
     """
     golds, answer = [trim(gold) for gold in row["answer"]], normalise(text)
     if len(set(golds)) > 1:

@@ -138,7 +138,7 @@ class Chat:
         return units
 
     def replies(self, record: Record, texts: Sequence[str]) -> list[np.ndarray]:
-        """For each of `texts`, the ids int32 [n] that a model generates when it answers the prompt with it, closing id included.
+        """For each of `texts`, the ids int32 [n] that a model generates as that answer, the closing id included.
 
         Raises BadRecord where the tokenizer merges the end of the prompt with the beginning of the answer.
         """

@@ -150,9 +150,9 @@ def prepare(
     """LLaVA records whose last turn is human as batches [batch_size / num_shards, bucket + reply_slots], shortest first.
 
     replies: per record, the texts whose likelihood as the answer is wanted; None: answers are generated. shard: which rows of
-    each batch this process lays out; it decodes no image of the others. The last batch of a bucket is completed with copies of
-    its last row, whose ids are "", so that there are only len(buckets) shapes. Raises BadRecord whatever on_bad_record says: a dropped question
-    would change the error that is measured.
+    each batch this process lays out; it decodes no image of the others. The last batch of a bucket is completed with copies
+    of its last row, whose ids are "", so that there are only len(buckets) shapes. Raises BadRecord whatever on_bad_record
+    says: a dropped question would change the error that is measured.
     """
     features = open_features(cfg)
     encoder = make_encoder(cfg, visual_tokens, vit, features)

@@ -1,12 +1,19 @@
 """The grain pipeline from annotation files to fixed-shape NumPy batches of training.
 
-A batch is a dict (B rows, T = max_tokens, I = max_images, Q = max_query_tokens, M visual tokens per image):
-  tokens int32 [B T]; visual_index int32 [B T]: -1 for text, else i*M + m; positions int32 [B T]; segments int32 [B T]:
-  -1 padding, 0 shared, n the n-th independent turn; loss_mask bool [B T]: supervised targets; ids: list of record ids;
-  with max_images > 0 also query_tokens int32 [B I Q], query_mask bool [B I Q] (Q = 0 for query = none), and either images uint8 [B I H W 3] or,
-  from a feature cache, feature_last [B I P C] and feature_taps [B I P Z].
-With packing (see `packing`) I = packed_images, i counts the image slots of the row, positions and segments start anew in each sample,
-  ids is one list per row, and samples int32 [B T] numbers the samples of a row (padding: any value).
+A batch is a dict. B rows, T = max_tokens, I = max_images, Q = max_query_tokens, M visual tokens per image:
+
+    tokens         int32 [B T]
+    visual_index   int32 [B T]        -1 for text; i * M + m for visual token m of image i
+    positions      int32 [B T]
+    segments       int32 [B T]        -1 for padding, 0 for what all turns share, n for the n-th independent turn
+    loss_mask      bool [B T]         True for supervised targets
+    ids            list               of record ids
+    query_tokens   int32 [B I Q]      only with max_images > 0, like all entries below; Q = 0 for query = none
+    query_mask     bool [B I Q]
+    images         uint8 [B I H W 3]  or, from a feature cache, feature_last [B I P C] and feature_taps [B I P Z]
+
+With packing (see `packing`) I is packed_images, i counts the image slots of the row, positions and segments start anew in
+each sample, ids is one list per row, and samples int32 [B T] numbers the samples of a row (any value for padding).
 With sampling = modality_length (see `sampling`) a text-only batch has no image entries, and T is a length bucket.
 """
 

@@ -204,7 +204,7 @@ def _agree(read: list, other: list) -> bool:
 
 
 def _messages(conversation: list, ignored: Collection[str], images: list[Image]) -> list[Message]:
-    """The messages, without an answer before the first question. Pictures that are named inside them are appended to `images`."""
+    """The system message, if any, and the messages from the first question on. Appends their pictures to `images`."""
     messages = []
     for number, message in enumerate(conversation):
         if not isinstance(message, dict):

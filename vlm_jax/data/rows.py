@@ -54,7 +54,7 @@ def make_chat(cfg: DataConfig, visual_tokens: int) -> Chat:
 
 
 class Features:
-    """A cache of encoder features (see data/feature_cache.py): last.npy [N P C], taps.npy [N P Z] (absent if equal), index.json."""
+    """The tables of a cache of encoder features, memory-mapped; `feature_cache` describes its files."""
 
     def __init__(self, directory: str):
         self.directory = directory

@@ -65,12 +65,12 @@ class Tokenizer:
         return self.backend.token_to_id(token)
 
     def holds(self, token: str) -> bool:
-        """Whether `encode` gives one token for exactly this string; a token of the vocabulary may still be split into others."""
+        """Whether `encode` gives this string's own token; some tokens of a vocabulary are split into others."""
         return self.token_id(token) in self.encode(token)[0]
 
 
 def check_directory(directory: str) -> None:
-    """Raises ConfigError unless the directory has a vocabulary's files and readable settings. Loads no tokenizer: it is fast."""
+    """Raises ConfigError unless the directory has a vocabulary's files and readable settings. Loads no tokenizer."""
     if not os.path.isdir(directory):
         raise ConfigError(
             f"data: tokenizer directory {directory!r} does not exist; save one there with save_pretrained.{hub_hint(directory)}"

@@ -53,7 +53,7 @@ class Rule:
         return rearrange(tensor, self.layout, **dict(self.sizes))
 
     def stored_axes(self, axes: Sequence[Any]) -> list[Any]:
-        """Permutes one value per axis of ours to one per stored axis, such as mesh axes. A split axis takes its first factor's."""
+        """One value per stored axis, given one per axis of ours. A split axis takes that of its first factor."""
         stored, ours = (re.findall(r"\(([^)]*)\)|(\S+)", side) for side in self.layout.split(" -> "))  # fmt: skip
         if self.layout == AS_IT_IS:
             return list(axes)

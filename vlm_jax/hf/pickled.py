@@ -24,7 +24,8 @@ def unpickle(given: Path, out: Path) -> None:
 
     The weights are the files that pytorch_model.bin.index.json names, else pytorch_model.bin, else the only pickle there is.
     Other pickles (a projector beside its model, a trainer's arguments and optimizer) and the weights of other frameworks are
-    not copied; everything else is. An error leaves no partial `out`. Raises ConfigError for a file that is missing, damaged or holds more than tensors.
+    not copied; everything else is. An error leaves no partial `out`. Raises ConfigError for a file that is missing, damaged
+    or holds more than tensors.
     """
     files = _weight_files(given)
     pickles = {path for pattern in directory.PICKLES for path in given.glob(pattern)}

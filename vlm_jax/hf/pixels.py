@@ -133,7 +133,7 @@ def _class_of(given: Json, where: str) -> str:
 
 
 def _guessed(given: Json, family: str) -> Json:
-    """The defaults for a file that names no class: those of the encoder's family, else of the class whose size has this form."""
+    """The defaults for a file that names no class: of the encoder's family, else of the class with this form of size."""
     squared = isinstance(given.get("size"), Mapping) and "height" in given["size"]
     return FAMILIES.get(family) or (_SIGLIP if squared and not given.get("crop_size") else _CLIP)
 

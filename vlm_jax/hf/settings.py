@@ -247,7 +247,7 @@ def check_marks(raw: Mapping[str, Any], model_type: str, where: str) -> None:
 
 
 def _check_code(raw: Mapping[str, Any], model_type: str, where: str) -> None:
-    """Raises ConfigError where auto_map names other code than transformers' own (Phi-3 names code that transformers adopted)."""
+    """Raises ConfigError for an auto_map that names code other than transformers' own, which Phi-3's auto_map names."""
     stem = config_class(model_type).__name__.removesuffix("Config")
     own = re.compile(rf"{stem}(Config|Model|PreTrainedModel|For[A-Z]\w*|ModelWithProjection)")
     code = raw.get("auto_map")

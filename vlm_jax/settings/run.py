@@ -1,4 +1,4 @@
-"""Frozen, validated settings of a run: data, optimiser, devices, what it starts from. Imports no jax; the model's are in model.py."""
+"""Frozen, validated settings of a run: data, optimiser, devices, initial parameters. model.py has the model's. No jax."""
 
 from __future__ import annotations
 

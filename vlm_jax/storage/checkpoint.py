@@ -120,7 +120,7 @@ class Checkpoints:
 def _reading(
     manager: ocp.CheckpointManager, folder: Path, step: int, purpose: str
 ) -> Generator[None]:
-    """Turns the errors that orbax and tensorstore raise for a damaged checkpoint into a ConfigError that names the older ones."""
+    """Turns the errors of orbax and tensorstore for a damaged checkpoint into a ConfigError that names an older one."""
     hook = sys.unraisablehook
     sys.unraisablehook = functools.partial(_unraisable, hook)
     try:

@@ -37,7 +37,7 @@ def of(tree: Any) -> dict[str, list]:
 
 
 def check(saved: Mapping[str, list], tree: Any) -> None:
-    """Raises ValueError for the first array whose checksum differs. An array that is restored in another dtype is not compared."""
+    """Raises ValueError for the first array whose checksum differs; skips arrays that are restored in another dtype."""
     for name, found in of(tree).items():
         if name in saved and saved[name][0] == found[0] and saved[name] != found:
             raise ValueError(f"{name} is not what was saved: its checksum is another")
