@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from vlm_jax.data.rows import make_pixels
-from vlm_jax.settings.model import SCORED, ConfigError, VLMConfig
+from vlm_jax.settings.model import ConfigError, VLMConfig
 from vlm_jax.settings.run import DataConfig
 
 FORMAT = 1
@@ -87,7 +87,7 @@ def check(directory: str, model: VLMConfig, data: DataConfig) -> None:
 
 def check_cacheable(model: VLMConfig) -> None:
     """Raises ConfigError when the compressor needs more of the encoder than a feature cache holds."""
-    if model.compressor.name in SCORED:
+    if model.compressor.uses_scores:
         raise ConfigError(
             f"features_dir: a cache has no queries and keys, which {model.compressor.name} looks at; use '' to encode the images."
         )
