@@ -276,8 +276,10 @@ def test_counts_that_cannot_be_shown_are_refused_with_the_allowed_ones():
             compressor_config("mqt", num_heads=6),
             presets.lm("vicuna-7b"),
         )
-    with pytest.raises(ConfigError, match="pool: visual_tokens and train_tokens are for m3, mqt"):
-        compressor_config("pool", visual_tokens=4)
+    with pytest.raises(
+        ConfigError, match="pool: has no setting 'visual_tokens'; it has dtype, stride"
+    ):
+        compressors.settings("pool", visual_tokens=4)
     with pytest.raises(ConfigError, match="identity: its visual tokens cannot be chosen; use one"):
         with_tokens(compressor_config("identity"), 24, 4)
     with pytest.raises(ConfigError, match="pool: grid 24 is not divisible by stride 5; use one of"):

@@ -1,6 +1,6 @@
 """Visual-token compressors, between the encoder and the decoder: the table of contents and the contract. Loads no jax.
 
-A compressor is one file and one line of COMPRESSORS. NAME.py holds its frozen settings, a subclass of
+A compressor is one file, its flax module, and one line of COMPRESSORS. NAME.py holds its frozen settings, a subclass of
 `settings.model.CompressorConfig`, and with them everything that is known without running it:
 
 - the fields: its own settings, which are those of `model.compressor` in a config;
