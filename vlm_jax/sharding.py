@@ -144,7 +144,7 @@ def shardings_of(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
     return shardings
 
 
-def place(boxed: Any, mesh: Mesh) -> Any:
+def sharded_shapes(boxed: Any, mesh: Mesh) -> Any:
     """Boxed shapes as ShapeDtypeStructs with the sharding of each on a mesh; raises as `shardings_of`."""
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),

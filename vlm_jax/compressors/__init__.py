@@ -3,7 +3,7 @@
 A compressor is one file and one line of COMPRESSORS. Its file holds
 
 - the module: `M(config, grid)`, called as `module(last [B P C], taps [B P Z], query [B D] | None, scores | None)` and
-  returning `Visual(tokens [B M C], valid [B M] | None)`.
+  returning `VisualTokens(tokens [B M C], valid [B M] | None)`.
   last: the feature layer; taps: the hidden states `config.taps` side by side (`last` again when none is tapped);
   query: the decoder's state at the question's last token, without gradient (None if `uses_query` is False);
   scores: a `layers.Scores`, what the encoder's layer after the feature compares (None if `uses_scores` is False).
@@ -13,7 +13,7 @@ A compressor is one file and one line of COMPRESSORS. Its file holds
 - num_tokens(config, grid) -> M, the number of slots of one image on a grid x grid encoder: static, so that image slots,
   jitted shapes and FLOPs agree. A compressor whose number of tokens depends on the image marks the slots it fills;
 - num_places(config, grid) -> rows of the table of learned positions that `projector_positions` adds to the tokens: where a
-  token stands is its slot, or `Visual.places`. It does not change with the number of tokens an elastic compressor shows;
+  token stands is its slot, or `VisualTokens.places`. It does not change with the number of tokens an elastic compressor shows;
 - elastic, for a compressor that is trained for several numbers of tokens and shows one of them later; else None;
 - flops(config, grid, width, text_width) -> FLOPs of one image, a multiply-add counted as 2, norms and activations as 0;
   without the projector and without the language model's pass over the question;
@@ -37,7 +37,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from vlm_jax.compressors import identity, m3, mqt, pool, prumerge, quecc, tokenpacker, windows
-from vlm_jax.compressors.visual import Visual
+from vlm_jax.compressors.visual import VisualTokens
 from vlm_jax.layers import Scores
 from vlm_jax.settings.model import CompressorConfig, ConfigError, VLMConfig
 
@@ -45,12 +45,12 @@ from vlm_jax.settings.model import CompressorConfig, ConfigError, VLMConfig
 class Elastic(NamedTuple):
     """How many tokens are shown.
 
-    show(tokens [B M D], count) -> Visual of as many slots that shows `count` tokens, a traced number, instead of M;
+    show(tokens [B M D], count) -> VisualTokens of as many slots that shows `count` tokens, a traced number, instead of M;
     train_tokens(config, grid) -> the counts trained for;
     draws: a training step draws one count, all equally likely; else its loss is the mean over all counts.
     """
 
-    show: Callable[[Array, Array], Visual]
+    show: Callable[[Array, Array], VisualTokens]
     train_tokens: Callable[[CompressorConfig, int], tuple[int, ...]]
     draws: bool
 

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from vlm_jax.compressors import pool
-from vlm_jax.compressors.visual import Visual
+from vlm_jax.compressors.visual import VisualTokens
 from vlm_jax.settings.model import CompressorConfig, valid_strides
 
 
@@ -34,13 +34,13 @@ class M3(nn.Module):
         taps: Float[Array, "B P Z"],
         query: None = None,
         scores: None = None,
-    ) -> Visual:
+    ) -> VisualTokens:
         """last: what enters the projector's last map."""
         side = math.isqrt(num_tokens(self.config, self.grid))
         tokens = pool.mean(last, self.grid, self.grid // side)
         finest = math.isqrt(num_places(self.config, self.grid))
         places = centres(finest, max(finest // side, 1))  # finer than trained for: as if trained
-        return Visual(tokens, places=jnp.broadcast_to(places, tokens.shape[:2]))
+        return VisualTokens(tokens, places=jnp.broadcast_to(places, tokens.shape[:2]))
 
 
 def num_tokens(config: CompressorConfig, grid: int) -> int:
@@ -58,7 +58,7 @@ def centres(side: int, stride: int) -> Int[np.ndarray, "M"]:
     return (middle[:, None] * side + middle).ravel().astype(np.int32)
 
 
-def show(tokens: Float[Array, "B M C"], count: Int[Array, ""]) -> Visual:
+def show(tokens: Float[Array, "B M C"], count: Int[Array, ""]) -> VisualTokens:
     """All tokens pooled to `count`, which must be the number that some stride gives (unchecked: it is not static)."""
     slots = tokens.shape[1]
     side = math.isqrt(slots)
@@ -73,7 +73,7 @@ def show(tokens: Float[Array, "B M C"], count: Int[Array, ""]) -> Visual:
     branches = [lambda stride=stride: pooled(stride) for stride in strides]
     shown, places = jax.lax.switch(jnp.argmax(counts == count), branches)
     valid = jnp.broadcast_to(jnp.arange(slots) < count, shown.shape[:2])
-    return Visual(shown, valid, jnp.broadcast_to(places, shown.shape[:2]))
+    return VisualTokens(shown, valid, jnp.broadcast_to(places, shown.shape[:2]))
 
 
 def train_tokens(config: CompressorConfig, grid: int) -> tuple[int, ...]:

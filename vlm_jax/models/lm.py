@@ -19,7 +19,7 @@ from vlm_jax.layers import (
     scan_layers,
     weight,
 )
-from vlm_jax.models.attention import Visible, attend
+from vlm_jax.models.attention import AttentionMask, attend
 from vlm_jax.settings.model import LMConfig
 
 
@@ -80,7 +80,7 @@ def _split(x: Float[Array, "L B K S H"]) -> Float[Array, "L B K S H"]:
     return constrain(x, None, "batch", "kv_heads", None, None)
 
 
-def visible(
+def causal_mask(
     query_segments: Int[Array, "B T"],
     key_segments: Int[Array, "B S"],
     first_slot: Int[Array, ""] | int = 0,
@@ -103,7 +103,7 @@ def visible(
     return causal & (keys >= 0) & ((keys == 0) | (keys == queries))
 
 
-def near(
+def window_mask(
     query_positions: Int[Array, "B T"], key_positions: Int[Array, "B S"], window: int
 ) -> Bool[Array, "B T S"]:
     """Which keys lie in each query's sliding window: the query's own position and the window - 1 before it."""
@@ -118,7 +118,7 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
-        seen: Visible,
+        mask: AttentionMask,
         cache: Cache | None,
         slot: Int[Array, ""] | int,
         layer: Int[Array, ""],
@@ -147,7 +147,7 @@ class Attention(nn.Module):
         out = Linear(
             (cfg.width,), ("heads", None, "embed"), in_axes=2, use_bias=cfg.o_bias, kernel_init=init,
             bias_init=nn.initializers.zeros, dtype=cfg.dtype, adapter=cfg.adapter("layers/attn/o"), name="o",
-        )(attend(q, k, v, seen, cfg.attention))  # fmt: skip
+        )(attend(q, k, v, mask, cfg.attention))  # fmt: skip
         return out, cache
 
 
@@ -155,10 +155,10 @@ class Block(nn.Module):
     config: LMConfig
 
     @nn.compact
-    def __call__(self, carry, positions, seen, slot, layer):
+    def __call__(self, carry, positions, mask, slot, layer):
         (x, cache), cfg = carry, self.config
         normed = RMSNorm(cfg.norm_eps, cfg.dtype, name="attn_norm")(x)
-        attended, cache = Attention(cfg, name="attn")(normed, positions, seen, cache, slot, layer)
+        attended, cache = Attention(cfg, name="attn")(normed, positions, mask, cache, slot, layer)
         x = x + attended
         gate, up, down = (cfg.adapter(f"layers/mlp/{name}") for name in ("gate", "up", "down"))
         x = x + GatedMLP(cfg.mlp_width, cfg.dtype, (gate, up, down), cfg.mlp_bias, name="mlp")(
@@ -194,7 +194,7 @@ class LM(nn.Module):
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
-        seen: Visible,
+        mask: AttentionMask,
         num_layers: int | None = None,
     ) -> Float[Array, "B T D"]:
         """Final-norm hidden states, after all layers or the first `num_layers`."""
@@ -205,21 +205,21 @@ class LM(nn.Module):
             first = jax.tree.map(lambda p: p[:num_layers], self.layers.variables["params"])
             layers = self._scanned(num_layers)(self.config, parent=None).bind({"params": first})
             count = num_layers
-        ((x, _), _) = layers((x, None), positions, seen, 0, jnp.arange(count))
+        ((x, _), _) = layers((x, None), positions, mask, 0, jnp.arange(count))
         return self.final_norm(x)
 
     def cached_hidden(
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
-        seen: Visible,
+        mask: AttentionMask,
         cache: Cache,
         slot: Int[Array, ""] | int,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """The same over the keys of a cache of length S, after writing this call's from `slot` on."""
         x = constrain(x, "batch", "length", "embed_activation")
         order = jnp.arange(self.config.num_layers)
-        ((x, cache), _) = self.layers((x, cache), positions, seen, slot, order)
+        ((x, cache), _) = self.layers((x, cache), positions, mask, slot, order)
         return self.final_norm(x), cache
 
     def output(self) -> Float[Array, "D V"]:

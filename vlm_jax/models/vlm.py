@@ -14,10 +14,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from vlm_jax.compressors import get as get_compressor
-from vlm_jax.compressors.visual import Visual
+from vlm_jax.compressors.visual import VisualTokens
 from vlm_jax.layers import constrain
-from vlm_jax.models.attention import Visible
-from vlm_jax.models.lm import LM, Cache, empty_cache, near, visible
+from vlm_jax.models.attention import AttentionMask
+from vlm_jax.models.lm import LM, Cache, causal_mask, empty_cache, window_mask
 from vlm_jax.models.projector import Projector
 from vlm_jax.models.vit import Features, ViT
 from vlm_jax.settings.model import LORA, VLMConfig
@@ -29,7 +29,7 @@ class Inputs(NamedTuple):
     tokens: Int[Array, "B T"]
     visual_index: Int[Array, "B T"]  # -1: text; i * M + m: visual token m of the sample's image i
     positions: Int[Array, "B T"]
-    segments: Int[Array, "B T"]  # see models.lm.visible
+    segments: Int[Array, "B T"]  # see models.lm.causal_mask
     images: UInt8[Array, "B I H W 3"] | None = None
     feature_last: Float[Array, "B I P C"] | None = None
     feature_taps: Float[Array, "B I P Z"] | None = None
@@ -77,18 +77,18 @@ class VLM(nn.Module):
 
     def __call__(self, inputs: Inputs) -> Float[Array, "B T V"]:
         """Logits of every position, as in training."""
-        return self.read(inputs, self.see(inputs))
+        return self.logits(inputs, self.encode_images(inputs))
 
-    def read(self, inputs: Inputs, visual: Visual | None) -> Float[Array, "B T V"]:
-        """Logits of every position, of images that were seen before."""
+    def logits(self, inputs: Inputs, visual: VisualTokens | None) -> Float[Array, "B T V"]:
+        """Logits of every position, of images that were mask before."""
         return self.lm.logits(self.states(inputs, visual)[0])
 
     def states(
-        self, inputs: Inputs, visual: Visual | None
+        self, inputs: Inputs, visual: VisualTokens | None
     ) -> tuple[Float[Array, "B T D"], Float[Array, "D V"]]:
         """Final-norm states of every position, and the head that makes their logits."""
-        x, layout = self.place(inputs, visual)
-        return self.lm.hidden(x, layout.positions, self._sees(layout)), self.lm.output()
+        x, layout = self.insert_visual_tokens(inputs, visual)
+        return self.lm.hidden(x, layout.positions, self.attention_mask(layout)), self.lm.output()
 
     def prefill(
         self, inputs: Inputs, cache: Cache, shared: int = 0
@@ -105,23 +105,23 @@ class VLM(nn.Module):
         self, inputs: Inputs, cache: Cache, shared: int = 0
     ) -> tuple[Float[Array, "B T D"], Cache, Layout]:
         """Final-norm states of the prompts' slots, behind `shared` slots that the cache holds already."""
-        x, here = self.place(inputs, self.see(inputs))
+        x, here = self.insert_visual_tokens(inputs, self.encode_images(inputs))
         before = jnp.arange(shared, dtype=here.positions.dtype)
         before = jnp.broadcast_to(before, (len(x), shared))
         layout = Layout(
             jnp.concatenate([before, here.positions], axis=1),
             jnp.pad(here.segments, ((0, 0), (shared, 0))),
         )
-        seen = Visible(self._mask(here, layout, shared))
-        hidden, cache = self.lm.cached_hidden(x, here.positions, seen, cache, shared)
+        mask = AttentionMask(self._mask(here, layout, shared))
+        hidden, cache = self.lm.cached_hidden(x, here.positions, mask, cache, shared)
         return hidden, cache, layout
 
     def shared_prefix(self, tokens: Int[Array, "1 T"]) -> Cache:
         """Keys and values of the text that every prompt begins with."""
         here = Layout(jnp.arange(tokens.shape[1])[None], jnp.zeros_like(tokens))
-        seen = Visible(self._mask(here, here))
+        mask = AttentionMask(self._mask(here, here))
         cache = empty_cache(self.config.lm, *tokens.shape)
-        return self.lm.cached_hidden(self.lm.embed(tokens), here.positions, seen, cache, 0)[1]
+        return self.lm.cached_hidden(self.lm.embed(tokens), here.positions, mask, cache, 0)[1]
 
     def replies(
         self, inputs: Inputs, slots: int, cache: Cache, shared: int = 0
@@ -149,32 +149,32 @@ class VLM(nn.Module):
         """One token per row, written at `slot`. keys: of the cache's slots; later ones are hidden by causality."""
         positions = jnp.take(keys.positions, slot, axis=1)
         here = Layout(positions[:, None], jnp.zeros_like(positions)[:, None])
-        seen = Visible(self._mask(here, keys, slot))
+        mask = AttentionMask(self._mask(here, keys, slot))
         hidden, cache = self.lm.cached_hidden(
-            self.lm.embed(tokens[:, None]), positions[:, None], seen, cache, slot
+            self.lm.embed(tokens[:, None]), positions[:, None], mask, cache, slot
         )
         return self.lm.logits(hidden)[:, 0], cache
 
-    def _sees(self, rows: Layout) -> Visible:
+    def attention_mask(self, rows: Layout) -> AttentionMask:
         """Which slots each slot of whole rows may see, as the attention kernel wants to be told."""
         if self.config.lm.attention in ("auto", "xla"):
-            return Visible(self._mask(rows, rows))
+            return AttentionMask(self._mask(rows, rows))
         samples = 0 if rows.samples is None else rows.samples
-        return Visible(segments=jnp.where(rows.segments < 0, -1, samples))
+        return AttentionMask(segments=jnp.where(rows.segments < 0, -1, samples))
 
     def _mask(
         self, queries: Layout, keys: Layout, first_slot: Int[Array, ""] | int = 0
     ) -> Bool[Array, "B T S"]:
         """Which keys each query may see, a sliding window included."""
-        mask = visible(queries.segments, keys.segments, first_slot)
+        mask = causal_mask(queries.segments, keys.segments, first_slot)
         window = self.config.lm.sliding_window
         if window:
-            mask &= near(queries.positions, keys.positions, window)
+            mask &= window_mask(queries.positions, keys.positions, window)
         if queries.samples is not None and keys.samples is not None:
             mask &= queries.samples[:, :, None] == keys.samples[:, None, :]
         return mask
 
-    def see(self, inputs: Inputs) -> Visual | None:
+    def encode_images(self, inputs: Inputs) -> VisualTokens | None:
         """Visual tokens [B*I M D] of every image, up to the projector's norm; None for text-only batches."""
         features = self.features(inputs)
         if features is None:
@@ -193,7 +193,9 @@ class VLM(nn.Module):
             raise ValueError(f"{self.config.compressor.name} cannot show a part of its tokens")
         return entry.elastic.show(visual.tokens, inputs.count)
 
-    def place(self, inputs: Inputs, visual: Visual | None) -> tuple[Float[Array, "B T D"], Layout]:
+    def insert_visual_tokens(
+        self, inputs: Inputs, visual: VisualTokens | None
+    ) -> tuple[Float[Array, "B T D"], Layout]:
         """Token embeddings with the visual tokens put at their slots.
 
         Slots without a visual token are hidden from every other, and positions close the gap. Each image's tokens stand at
@@ -233,9 +235,9 @@ class VLM(nn.Module):
             )
         if inputs.images is None:
             return None
-        return self.encode_images(_per_image(inputs.images))
+        return self.image_features(_per_image(inputs.images))
 
-    def encode_images(self, images: UInt8[Array, "B H W 3"]) -> Features:
+    def image_features(self, images: UInt8[Array, "B H W 3"]) -> Features:
         mean, std = jnp.array(self.config.vit.mean), jnp.array(self.config.vit.std)
         with jax.named_scope("encode_images"):
             return self.vit((images.astype(jnp.float32) / 255 - mean) / std)
@@ -265,7 +267,7 @@ class VLM(nn.Module):
         layers = None if cfg.query_layers == -1 else cfg.query_layers
         with jax.named_scope("query"):
             here = Layout(positions, segments)
-            hidden = self.lm.hidden(x, positions, self._sees(here), layers)
+            hidden = self.lm.hidden(x, positions, self.attention_mask(here), layers)
         last = jnp.maximum(valid.sum(axis=1) - 1, 0)
         return jax.lax.stop_gradient(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
 

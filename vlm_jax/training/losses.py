@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax import compressors
-from vlm_jax.compressors.visual import Visual
+from vlm_jax.compressors.visual import VisualTokens
 from vlm_jax.layers import constrain, on_shards
 from vlm_jax.models.vlm import VLM, Inputs
 from vlm_jax.settings.run import Experiment
@@ -167,10 +167,10 @@ def make_loss(exp: Experiment, attention: str = "xla") -> Callable[[Tree, Batch,
     model, elastic = VLM(config), compressors.get(config.compressor.name).elastic
     counts = compressors.train_tokens(exp.model.compressor, config.vit.grid)
 
-    def read(params: Tree, inputs: Inputs, visual: Visual | None, batch: Batch) -> Scored:
+    def read(params: Tree, inputs: Inputs, visual: VisualTokens | None, batch: Batch) -> Scored:
         target = batch["tokens"], batch["loss_mask"]
         if not exp.train.loss_chunk:
-            logits: Any = model.apply({"params": params}, inputs, visual, method="read")
+            logits: Any = model.apply({"params": params}, inputs, visual, method="logits")
             return next_token_loss(logits, *target)
         states: Any = model.apply({"params": params}, inputs, visual, method="states")
         hidden, head = states
@@ -178,7 +178,7 @@ def make_loss(exp: Experiment, attention: str = "xla") -> Callable[[Tree, Batch,
 
     def plain(params: Tree, batch: Batch, step: Array) -> Scored:
         inputs = Inputs.from_batch(batch)
-        visual: Any = model.apply({"params": params}, inputs, method="see")
+        visual: Any = model.apply({"params": params}, inputs, method="encode_images")
         return read(params, inputs, visual, batch)
 
     def drawn(params: Tree, batch: Batch, step: Array) -> Scored:
@@ -190,7 +190,7 @@ def make_loss(exp: Experiment, attention: str = "xla") -> Callable[[Tree, Batch,
 
     def averaged(params: Tree, batch: Batch, step: Array) -> Scored:
         inputs = Inputs.from_batch(batch)
-        visual: Any = model.apply({"params": params}, inputs, method="see")
+        visual: Any = model.apply({"params": params}, inputs, method="encode_images")
         if visual is None:
             return plain(params, batch, step)
 
