@@ -306,7 +306,9 @@ def step_of(case: dict, folder):
     batch = programs.batch(exp, plan.mesh, 2, training=True)
     if not has_images:
         batch = {k: x for k, x in batch.items() if "image" not in k and "query" not in k}
-    lowered = jax.jit(step.make_gradients(plan)).lower(plan.state, batch)
+    lowered = jax.jit(step.make_gradients(plan)).lower(
+        plan.state.trainable, batch, plan.state.step, plan.state.frozen
+    )
     learning = flatten_dict(plan.state.trainable, sep="/").keys()
     return flops.batch_flops(exp, learning, tokens, has_images), lowered.cost_analysis()["flops"]
 

@@ -26,7 +26,7 @@ class AttentionMask(NamedTuple):
     """Which keys each query attends to: a dense causal mask, or segments for the flash kernels. Neither: all keys.
 
     allowed: True where query t attends to key s. It is causal, with its last column belonging to the last query: query t
-    attends to no key behind S - T + t. Keys beyond column S (unused slots of a cache) are ignored.
+    attends to no key after S - T + t. Keys beyond column S (unused slots of a cache) are ignored.
     segments: attention is causal within positions of equal number; -1 is padding.
     """
 
