@@ -142,9 +142,10 @@ def test_a_processor_that_is_not_computed_is_named_in_one_line(name, nested, tmp
     assert "\n" not in str(error.value) and file in str(error.value)
 
 
-def test_a_damaged_file_is_named(tmp_path):
+@pytest.mark.parametrize("content", ["{", "[" * 100_000], ids=["cut short", "nested too deeply"])
+def test_a_damaged_file_is_named(content, tmp_path):
     for file in ("processor_config.json", "preprocessor_config.json"):
-        (tmp_path / file).write_text("{")
+        (tmp_path / file).write_text(content)
         with pytest.raises(ConfigError, match=rf"{file}' is no valid JSON"):
             pixels.preprocessing(tmp_path, PX)
         (tmp_path / file).unlink()

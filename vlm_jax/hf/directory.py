@@ -110,7 +110,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object that a file holds. Raises ConfigError when it holds none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{str(path)!r} is no valid JSON ({error}); download it again.") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{str(path)!r} holds no JSON object; download it again.")
