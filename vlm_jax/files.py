@@ -16,13 +16,17 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 from vlm_jax.settings.model import ConfigError
 
 log = logging.getLogger(__name__)
+
+ImageSource = (
+    str | bytes | Callable[[], bytes]
+)  # a path, an encoded image, or what reads one when it is called
 
 # Byte-order marks; UTF-32's begins with UTF-16's, so it comes first.
 MARKS = {

@@ -18,7 +18,7 @@ from vlm_jax.models.vlm import VLM, Inputs, Layout
 from vlm_jax.settings.model import ConfigError
 from vlm_jax.settings.run import Experiment
 from vlm_jax.storage import weights
-from vlm_jax.training.step import Plan, make_step, plan
+from vlm_jax.training.step import TrainPlan, make_step, plan
 
 TOPOLOGY = re.compile(r"(v4|v5e|v5p|v6e):(\d+(?:x\d+){1,2})$")
 SCHEDULE_STEPS = (
@@ -94,12 +94,12 @@ def batch(exp: Experiment, mesh: Mesh, rows: int, training: bool) -> Shapes:
     }
 
 
-def train_plan(exp: Experiment, mesh: Mesh) -> Plan:
+def train_plan(exp: Experiment, mesh: Mesh) -> TrainPlan:
     """Raises ConfigError when the mesh divides a parameter or the batch unevenly."""
     return plan(exp, mesh, exp.train.num_steps or SCHEDULE_STEPS)
 
 
-def train(p: Plan) -> jax.stages.Lowered:
+def train(p: TrainPlan) -> jax.stages.Lowered:
     """The jitted, donated update of step.make_step."""
     rows = p.experiment.data.batch_size
     with sharding.use(p.mesh):

@@ -18,7 +18,7 @@ from typing import Any
 
 from vlm_jax.benchmarks import predictions
 from vlm_jax.benchmarks.predictions import Answer
-from vlm_jax.benchmarks.records import Row
+from vlm_jax.benchmarks.records import Question
 from vlm_jax.settings.model import ConfigError
 
 # The splits of POPE in LLaVA's question file: taken, with a warning, where the prompts bear out other orders as well.
@@ -31,7 +31,7 @@ _NOT_ASKED = re.compile(r"<image>|please answer yes or no\.?$")
 log = logging.getLogger(__name__)
 
 
-def read(name: str, rows: Sequence[Row], path: str | Path) -> list[Answer]:
+def read(name: str, rows: Sequence[Question], path: str | Path) -> list[Answer]:
     """The answers of a file with the ids of `rows`, in the order of the file.
 
     Raises ConfigError with the line's number for a line that is no answer, and for ids of LLaVA's that fit no question.
@@ -43,7 +43,7 @@ def read(name: str, rows: Sequence[Row], path: str | Path) -> list[Answer]:
     return _numbered(rows, [predictions.answer(where, line) for where, line in lines])
 
 
-def _numbered(rows: Sequence[Row], answers: Sequence[Answer]) -> list[Answer]:
+def _numbered(rows: Sequence[Question], answers: Sequence[Answer]) -> list[Answer]:
     known, times = {row["id"] for row in rows}, Counter[str]()
     found = []
     for row_id, text in answers:
@@ -81,12 +81,14 @@ def question(prompt: str) -> str:
     return " ".join(filter(None, asked))
 
 
-def _asked(row: Row) -> str:
+def _asked(row: Question) -> str:
     return question(row["conversations"][-1]["value"])
 
 
-def _matched(name: str, rows: Sequence[Row], lines: Sequence[_Line], path: Path) -> list[Answer]:
-    by_key: dict[str, list[Row]] = defaultdict(list)
+def _matched(
+    name: str, rows: Sequence[Question], lines: Sequence[_Line], path: Path
+) -> list[Answer]:
+    by_key: dict[str, list[Question]] = defaultdict(list)
     for row in rows:
         for own in {key(row["id"]), key(row.get("llava_id", row["id"]))}:
             by_key[own].append(row)
@@ -112,7 +114,7 @@ def _matched(name: str, rows: Sequence[Row], lines: Sequence[_Line], path: Path)
     return [texts[id(line)] for line in lines if id(line) in texts]
 
 
-def _group(rows: Sequence[Row], lines: Sequence[_Line]) -> Iterable[tuple[Row, _Line]]:
+def _group(rows: Sequence[Question], lines: Sequence[_Line]) -> Iterable[tuple[Question, _Line]]:
     """The questions with one question_id and their answers: by the prompt, or by their order where no prompt is given."""
     if len(rows) == 1:
         return [(rows[0], line) for line in lines]
@@ -131,7 +133,9 @@ def _group(rows: Sequence[Row], lines: Sequence[_Line]) -> Iterable[tuple[Row, _
     return pairs
 
 
-def _running(name: str, rows: Sequence[Row], lines: Sequence[_Line], path: Path) -> list[Answer]:
+def _running(
+    name: str, rows: Sequence[Question], lines: Sequence[_Line], path: Path
+) -> list[Answer]:
     """Answers whose ids only count: in the order of the questions, which the prompts must bear out."""
     numbers = [line.number for line in lines]
     if len(set(numbers)) == len(numbers) and all(isinstance(number, int) for number in numbers):
@@ -163,7 +167,7 @@ def _running(name: str, rows: Sequence[Row], lines: Sequence[_Line], path: Path)
     )
 
 
-def _bear_out(rows: Sequence[Row], lines: Sequence[_Line]) -> bool:
+def _bear_out(rows: Sequence[Question], lines: Sequence[_Line]) -> bool:
     """Whether every prompt that is given is that of the question beside it."""
     return all(line.asked in ("", _asked(row)) for row, line in zip(rows, lines, strict=True))
 

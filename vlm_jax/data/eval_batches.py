@@ -21,7 +21,7 @@ from jaxtyping import Int32
 
 from vlm_jax.data.chat import Unit, common_length
 from vlm_jax.data.records import Record, parse
-from vlm_jax.data.rows import Batch, Encoder, Features, make_encoder, open_features, stack
+from vlm_jax.data.rows import Batch, CachedFeatures, Encoder, make_encoder, open_features, stack
 from vlm_jax.settings.model import ViTConfig
 from vlm_jax.settings.run import DataConfig
 
@@ -105,7 +105,7 @@ class _Layout(grain.transforms.Map):
         units: list[list[Unit]],
         prefix: int,
         encoder: Encoder,
-        features: Features | None,
+        features: CachedFeatures | None,
         size: int,
         local: slice,
     ):
@@ -123,7 +123,7 @@ class _Layout(grain.transforms.Map):
 
     def _row(self, number: int, width: int) -> Batch:
         record = self.records[number]
-        row = self.encoder.chat.pack(record, self.units[number], width, left=True)._asdict()
+        row = self.encoder.chat.lay_out(record, self.units[number], width, left=True)._asdict()
         del row["loss_mask"]
         row["positions"] += self.prefix
         return {**row, **self.encoder.visual(record)}

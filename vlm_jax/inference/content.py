@@ -16,7 +16,7 @@ from typing import Any
 
 from vlm_jax import files
 from vlm_jax.data import records
-from vlm_jax.data.rows import Features
+from vlm_jax.data.rows import CachedFeatures
 from vlm_jax.settings.model import ConfigError
 from vlm_jax.storage import run as experiment
 
@@ -54,7 +54,7 @@ def of_run(workdir: str) -> dict[str, str]:
 def of_question(
     row: Mapping[str, Any],
     image_root: str,
-    features: Features | None,
+    features: CachedFeatures | None,
     replies: Sequence[str] | None,
     ignored: Collection[str] = (),
 ) -> str:
@@ -68,7 +68,7 @@ def of_question(
     return _digest([repr(words), repr(replies and tuple(replies)), *shown])
 
 
-def _picture(image: records.Image, root: str, features: Features | None) -> str:
+def _picture(image: records.ImageSource, root: str, features: CachedFeatures | None) -> str:
     if features is not None:
         row = features.rows.get(image) if isinstance(image, str) else None
         return "absent" if row is None else _features(features, row)
@@ -82,7 +82,7 @@ def _picture(image: records.Image, root: str, features: Features | None) -> str:
     return _digest([image if isinstance(image, bytes) else image()])
 
 
-def _features(features: Features, row: int) -> str:
+def _features(features: CachedFeatures, row: int) -> str:
     levels = [level for level in (features.last, features.taps) if level is not None]
     return _digest(part for level in levels for part in (repr(level.dtype), level[row].tobytes()))
 

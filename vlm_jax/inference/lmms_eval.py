@@ -42,7 +42,7 @@ class Sampling(NamedTuple):
     top_p: float
 
 
-class Question(NamedTuple):
+class Request(NamedTuple):
     """One request. row: a LLaVA record whose id names task, split, document and repetition."""
 
     row: dict[str, Any]
@@ -117,7 +117,7 @@ class VLMJax(lmms):
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         raise _unsupported("generate_until_multi_round", requests)
 
-    def _questions(self, requests: Sequence[Any], folder: Path) -> list[Question]:
+    def _questions(self, requests: Sequence[Any], folder: Path) -> list[Request]:
         """Their images are files of `folder`, named by their content: an image asked about twice is there once."""
         repeats: collections.Counter[str] = collections.Counter()
         questions = []
@@ -135,7 +135,7 @@ class VLMJax(lmms):
                 "conversations": [{"from": sources.HUMAN, "value": context}],
             }
             repeats[document] += 1
-            questions.append(Question(row, sampling, stops))
+            questions.append(Request(row, sampling, stops))
         return questions
 
     def _answerer(self, sampling: Sampling) -> Any:

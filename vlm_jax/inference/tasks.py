@@ -15,7 +15,7 @@ from vlm_jax import benchmarks, files
 from vlm_jax.benchmarks import predictions
 from vlm_jax.benchmarks.predictions import Answer
 from vlm_jax.data import sources
-from vlm_jax.data.rows import Features
+from vlm_jax.data.rows import CachedFeatures
 from vlm_jax.data.templates import QUERIES
 from vlm_jax.inference import content
 from vlm_jax.settings.model import ConfigError, check_choice, check_positive
@@ -98,7 +98,7 @@ class Task:
     rows: list[dict[str, Any]]  # those to be scored
     beyond: frozenset[str]  # ids left out by the limit
     unanswered: list[dict[str, Any]]
-    features: Features | None  # read instead of the images
+    features: CachedFeatures | None  # read instead of the images
     ignored: tuple[str, ...]  # fields of rows that count as absent
     with_questions: bool
 
@@ -153,7 +153,7 @@ def open_tasks(settings: EvalConfig, workdir: Path) -> list[Task]:
         "visual_tokens": settings.visual_tokens or None,
         "query": settings.query or None,
     }
-    features = Features(settings.features_dir) if settings.features_dir else None
+    features = CachedFeatures(settings.features_dir) if settings.features_dir else None
     return [
         _open(number, settings, made_with, features, workdir)
         for number in range(len(settings.benchmarks))
@@ -164,7 +164,7 @@ def _open(
     number: int,
     settings: EvalConfig,
     made_with: Mapping[str, Any],
-    features: Features | None,
+    features: CachedFeatures | None,
     workdir: Path,
 ) -> Task:
     name, annotations = settings.benchmarks[number], settings.annotations[number]

@@ -27,7 +27,7 @@ from vlm_jax.storage.checkpoint import Checkpoints
 from vlm_jax.training import guard, optim, outline, telemetry
 from vlm_jax.training.interrupt import Interrupt
 from vlm_jax.training.step import (
-    Plan,
+    TrainPlan,
     TrainState,
     fresh_state,
     from_saved,
@@ -118,14 +118,14 @@ def check_agreement(exp: Experiment) -> None:
         )
 
 
-def check_features(p: Plan, state: TrainState) -> None:
+def check_features(p: TrainPlan, state: TrainState) -> None:
     """Raises ConfigError when the run reads cached features that are not those of its own encoder."""
     data = p.experiment.data
     if data.features_dir and data.max_images:
         weights.check_cached(data.features_dir, p.experiment.model, state.frozen["vit"])
 
 
-def _start_lines(p: Plan, visual_tokens: int, num_records: int, done: int) -> list[str]:
+def _start_lines(p: TrainPlan, visual_tokens: int, num_records: int, done: int) -> list[str]:
     device = p.mesh.devices.flat[0]
     return outline.start(
         p.experiment, p.state.trainable, p.state.frozen, visual_tokens=visual_tokens, num_records=num_records,
@@ -133,7 +133,7 @@ def _start_lines(p: Plan, visual_tokens: int, num_records: int, done: int) -> li
     )  # fmt: skip
 
 
-def begin(p: Plan) -> TrainState:
+def begin(p: TrainPlan) -> TrainState:
     """The state before step 1: the parts of `init` from where they are, random parameters for what is not there."""
     everything = optim.merge(p.state.trainable, p.state.frozen)
     init = p.experiment.init
@@ -174,7 +174,7 @@ def _closing(thing: Any) -> Generator[Any, None, None]:
 
 
 def _loop(
-    p: Plan,
+    p: TrainPlan,
     state: TrainState,
     done: int,
     iterator: Any,
@@ -225,7 +225,7 @@ def _loop(
     return step
 
 
-def _work(p: Plan) -> Callable[[int, bool], tuple[int, float]]:
+def _work(p: TrainPlan) -> Callable[[int, bool], tuple[int, float]]:
     """(slots per row, does the batch have images) -> tokens and FLOPs of a step of all processes together."""
     exp, learning = p.experiment, flatten_dict(p.state.trainable, sep="/").keys()
 

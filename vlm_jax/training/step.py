@@ -39,7 +39,7 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-class Plan(NamedTuple):
+class TrainPlan(NamedTuple):
     """All that is known before a number is computed: shapes, shardings, rules of the update."""
 
     experiment: Experiment
@@ -49,7 +49,7 @@ class Plan(NamedTuple):
     state: TrainState  # ShapeDtypeStructs with shardings
 
 
-def plan(exp: Experiment, mesh: Mesh, num_steps: int) -> Plan:
+def plan(exp: Experiment, mesh: Mesh, num_steps: int) -> TrainPlan:
     """Raises ConfigError when a mesh axis does not divide a parameter or the batch, or the regex matches nothing."""
     sharding.check_batch(exp.data.batch_size, mesh, exp.train.micro_batches)
     boxed = shapes(exp.model)
@@ -70,7 +70,7 @@ def plan(exp: Experiment, mesh: Mesh, num_steps: int) -> Plan:
     like = sharding.shardings_like(opt_state, trainable, mesh)
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
     state = TrainState(step, trainable, frozen, jax.tree.map(_with_sharding, opt_state, like))
-    return Plan(exp, mesh, num_steps, optimizer, state)
+    return TrainPlan(exp, mesh, num_steps, optimizer, state)
 
 
 def _with_sharding(leaf: Any, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
@@ -81,7 +81,7 @@ def _shardings(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def fresh_state(p: Plan, loaded: Tree | None = None) -> TrainState:
+def fresh_state(p: TrainPlan, loaded: Tree | None = None) -> TrainState:
     """The state before step 1: the parameters of `loaded`, random ones for the others, each made where it lives."""
     exp, state = p.experiment, p.state
     everything = optim.merge(state.trainable, state.frozen)
@@ -153,7 +153,7 @@ def attention_kernel(exp: Experiment, flash: str) -> str:
     return asked
 
 
-def make_gradients(p: Plan) -> Callable[[TrainState, Batch], tuple[Scored, Tree]]:
+def make_gradients(p: TrainPlan) -> Callable[[TrainState, Batch], tuple[Scored, Tree]]:
     """(state, batch) -> ((loss, scalars), gradients of the trainable parameters), of the whole batch.
 
     Micro-batches are computed one after the other. Each weighs as many targets as it has, so the result is the whole
@@ -195,7 +195,7 @@ def make_gradients(p: Plan) -> Callable[[TrainState, Batch], tuple[Scored, Tree]
     return whole if parts == 1 else summed
 
 
-def make_step(p: Plan) -> Any:
+def make_step(p: TrainPlan) -> Any:
     """The jitted step, (state, batch) -> (new state, scalars). It consumes the state it is given (donated); the new one has the same shardings.
 
     Gradients are taken of the trainable parameters alone: nothing is kept or computed backwards for frozen parts below
