@@ -105,7 +105,7 @@ def evaluate(cfg: ConfigDict, workdir: str, say: outline.Say = outline.silent) -
         measured.append(row)
         log.info("%s: error %.4f (%d questions)", task.label, scores[-1]["error"], scores[-1]["n"])
     if answerer.writes:
-        (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+        files.write_whole(folder / "scores.json", json.dumps(scores, indent=1) + "\n")
         if measured:
             table.append(folder / "errors.csv", measured)
         else:
@@ -117,8 +117,7 @@ def evaluate(cfg: ConfigDict, workdir: str, say: outline.Say = outline.silent) -
 
 def _write_uploads(task: Task, answers: Sequence[predictions.Answer]) -> None:
     for name, content in benchmarks.submission(task.name, task.rows, answers).items():
-        data = content.encode() if isinstance(content, str) else content
-        (task.folder / name).write_bytes(data)
+        files.write_whole(task.folder / name, content)
         log.info(
             "%s: %s holds %d answers to upload", task.label, task.folder / name, len(task.rows)
         )
@@ -264,7 +263,7 @@ def command(argv: Sequence[str]) -> None:
         result = score(flags.benchmark, *place, allow_missing, flags.convert)
     text = json.dumps(result) + "\n"
     if flags.out:
-        files.write_text(flags.out, text)
+        files.write_whole(flags.out, text)
     sys.stdout.write(text)
 
 

@@ -80,14 +80,56 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a file in UTF-8. Raises ConfigError with its name when it cannot be written."""
+def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Replaces a file in one step: whoever reads it finds the old content or the new one, also after a crash.
+
+    Text becomes UTF-8. A symbolic link stays one, and what is no regular file (/dev/stdout) is written directly. Raises
+    ConfigError with the file's name when it cannot be written; the old content then stays.
+    """
+    data = content.encode() if isinstance(content, str) else content
     try:
-        Path(path).write_text(text, encoding="utf-8")
+        if Path(path).exists() and not Path(path).is_file():
+            Path(path).write_bytes(data)
+        else:
+            _replace(Path(os.path.realpath(path)), data)
     except OSError as error:
         raise ConfigError(
-            f"{path} cannot be written: {error.strerror}; give another path."
+            f"{path} cannot be written: {error.strerror}; give another path, or free or mend the disk."
         ) from error
+
+
+def _replace(target: Path, data: bytes) -> None:
+    partial = target.with_name(f"{target.name}.{os.urandom(4).hex()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(
+                file.fileno()
+            )  # else a crash of the machine may leave the new name with no content
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path) -> Generator[Path, None, None]:
+    """A folder to fill, which becomes `out` when the block ends and is removed when the block raises.
+
+    Raises ConfigError when `out` exists and is not empty.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{str(out)!r} exists and is not empty; choose another directory.")
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if out.exists():
+            out.rmdir()
+        partial.replace(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager

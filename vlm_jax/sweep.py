@@ -194,7 +194,7 @@ def write_data(cfg: ConfigDict, seed: int, shared: Shared) -> None:
             )
         return
     generate.write(shared.data, seed, **sizes)
-    done.write_text(made)
+    files.write_whole(done, made)
 
 
 def stage(cfg: ConfigDict, seed: int, name: str, shared: Shared) -> ConfigDict:
@@ -333,7 +333,7 @@ class Clock:
         start = time.monotonic()
         yield
         self.seconds.setdefault(name, round(time.monotonic() - start, 1))
-        self.path.write_text(json.dumps(self.seconds, indent=1))
+        files.write_whole(self.path, json.dumps(self.seconds, indent=1))
 
 
 def command(argv: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm_jax import files
 from vlm_jax.benchmarks import predictions
 from vlm_jax.benchmarks.predictions import Answer
 from vlm_jax.benchmarks.records import Question
@@ -181,5 +182,5 @@ def write(
     (folder / "predictions.jsonl").unlink(missing_ok=True)
     predictions.append(folder / "predictions.jsonl", answers)
     for name, content in uploads.items():
-        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        files.write_whole(folder / name, content)
     return [str(folder / name) for name in ("predictions.jsonl", *uploads)]

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,26 +79,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{str(path)!r} holds no JSON object; download it again.")
     return content
-
-
-@contextlib.contextmanager
-def whole(out: Path) -> Generator[Path, None, None]:
-    """A directory to fill, which becomes `out` if all goes well and vanishes otherwise.
-
-    Raises ConfigError when `out` exists and is not empty.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{str(out)!r} exists and is not empty; choose another directory.")
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if out.exists():
-            out.rmdir()
-        partial.replace(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -197,9 +196,7 @@ def _describe(path: Path, made_with: Mapping[str, Any], checkpoint: str, annotat
         "step": experiment.last_step(checkpoint),
         "annotations": str(Path(annotations).absolute()),
     }
-    part = path.with_suffix(f".part{os.getpid()}")  # another process may be reading
-    part.write_text(json.dumps({**places, **made_with}, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    files.write_whole(path, json.dumps({**places, **made_with}, indent=1) + "\n")
 
 
 CHANGED = {

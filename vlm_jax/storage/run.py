@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -137,10 +136,7 @@ def finished(workdir: Path) -> dict[str, float] | None:
 
 
 def _write_json(content: Mapping[str, Any], path: Path) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    files.write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def read(workdir: str | Path) -> Experiment:

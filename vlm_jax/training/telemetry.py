@@ -45,9 +45,7 @@ class Metrics:
             self.last |= kept[-1]
         if writes:
             with files.writing(self._path):
-                partial = self._path.with_suffix(".partial")
-                partial.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
-                partial.replace(self._path)
+                files.write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept))
                 self._file = self._path.open("a", encoding="utf-8")
                 self._board = Board(workdir / "tensorboard", last_step + 1)
 
