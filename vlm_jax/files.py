@@ -186,3 +186,10 @@ def reason(error: Exception) -> str:
     if code:
         return os.strerror(int(code[1]))
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
+
+
+def shown(path: str | Path) -> str:
+    """A path as short as it can be typed here."""
+    absolute = os.path.abspath(path)
+    inside = os.path.relpath(absolute)
+    return absolute if inside.startswith("..") else inside

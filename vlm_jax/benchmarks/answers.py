@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_jax import files
+from vlm_jax import benchmarks, files
 from vlm_jax.benchmarks import predictions
 from vlm_jax.benchmarks.predictions import Answer
 from vlm_jax.benchmarks.records import Question
@@ -184,3 +184,22 @@ def write(
     for name, content in uploads.items():
         files.write_whole(folder / name, content)
     return [str(folder / name) for name in ("predictions.jsonl", *uploads)]
+
+
+def score(
+    benchmark: str, file: str, annotations: str, allow_missing: bool = False, convert: str = ""
+) -> dict[str, Any]:
+    """Scores a saved predictions.jsonl, or LLaVA's answers.jsonl; convert: writes ours and the upload into that folder.
+
+    The result is that of `benchmarks.score_answers`. Where the gold is hidden and `convert` is given, score and error are None. Raises ConfigError for missing files and ids
+    that do not pair up.
+    """
+    rows = benchmarks.get(benchmark).rows(annotations)
+    found = read(benchmark, rows, file)
+    if convert:
+        uploads = benchmarks.submission(benchmark, rows, found, allow_missing)
+        predictions.pair(rows, found, allow_missing)
+        log.info("%s: wrote %s", benchmark, ", ".join(write(convert, found, uploads)))
+        if not benchmarks.has_gold(rows):
+            return {"benchmark": benchmark, "score": None, "error": None, "n": len(found)}
+    return benchmarks.score_answers(benchmark, rows, found, allow_missing)

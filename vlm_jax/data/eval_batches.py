@@ -137,6 +137,7 @@ def prepare(
     vit: ViTConfig,
     batch_size: int,
     *,
+    file: str = "questions",
     replies: Sequence[Sequence[str]] | None = None,
     most_buckets: int = MAX_BUCKETS,
     shard: int = 0,
@@ -144,7 +145,7 @@ def prepare(
 ) -> Prompts:
     """LLaVA records whose last turn is human as batches [batch_size / num_shards, bucket + reply_slots], shortest first.
 
-    replies: texts whose likelihood as the answer is wanted, per record; None: answers are generated. shard: which rows of
+    file: where the records come from, for messages. replies: texts whose likelihood as the answer is wanted, per record; None: answers are generated. shard: which rows of
     each batch are laid out here; images of others are not decoded. A bucket's last batch is filled up by repeating a row
     with id "", so that only len(buckets) shapes exist. Raises BadRecord whatever on_bad_record says: a dropped question
     would change the error that is measured.
@@ -155,7 +156,7 @@ def prepare(
     parsed = [
         parse(
             raw,
-            "evaluation records",
+            file,
             image_root,
             f"#{i}",
             generate=True,

@@ -18,6 +18,7 @@ from vlm_jax.data import eval_batches as prompts
 from vlm_jax.data.records import parse
 from vlm_jax.data.rows import make_chat
 from vlm_jax.inference.generate import Decoding, make_generate
+from vlm_jax.inference.settings import EvalConfig
 from vlm_jax.models.attention import for_inference
 from vlm_jax.models.lm import Cache
 from vlm_jax.models.vlm import Inputs
@@ -29,50 +30,34 @@ from vlm_jax.storage import weights
 Rows = Sequence[dict[str, Any]]
 Batch = Mapping[str, jax.Array]
 
+FILE = "questions"  # what messages call rows that come from no file
+
 
 class Answerer:
     """The newest checkpoint of a training run. Two of the same model share their compiled code."""
 
-    def __init__(
-        self,
-        checkpoint: str,
-        mesh: MeshConfig,
-        features_dir: str,
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float,
-        seed: int,
-        visual_tokens: int = 0,
-        query: str = "",
-    ):
-        """checkpoint: workdir of the training run. features_dir: cached encoder features, "" to encode the images.
-
-        seed: of sampling. visual_tokens: per image, 0 as the run's config says. query: as in DataConfig, "" as in the run.
-        Raises ConfigError when the checkpoint cannot be restored onto the mesh or the tokens cannot be chosen.
-        """
+    def __init__(self, settings: EvalConfig, mesh: MeshConfig):
+        """Raises ConfigError when the checkpoint cannot be restored onto the mesh or the tokens cannot be chosen."""
         sharding.start_processes()
-        run = experiment.read(checkpoint)
+        run = experiment.read(settings.checkpoint)
         compressor, grid = run.model.compressor, run.model.vit.grid
-        if visual_tokens:
-            compressor = with_tokens(compressor, grid, visual_tokens)
-        self.mesh, self.seed = sharding.make_mesh(mesh), seed
+        if settings.visual_tokens:
+            compressor = with_tokens(compressor, grid, settings.visual_tokens)
+        self.mesh, self.seed = sharding.make_mesh(mesh), settings.seed
         model = dataclasses.replace(run.model, compressor=compressor)
         self.model = for_inference(model, self.mesh.devices.flat[0])
-        self.data = dataclasses.replace(
-            run.data, features_dir=features_dir, query=query or run.data.query
-        )
+        query = settings.query or run.data.query
+        self.data = dataclasses.replace(run.data, features_dir=settings.features_dir, query=query)
         self.visual_tokens = compressors.num_tokens(compressor, grid)
         self.chat = make_chat(self.data, self.visual_tokens)
-        self.params = weights.load(checkpoint, self.model, weights.abstract(self.model, self.mesh))
-        if features_dir:
-            weights.check_cached(features_dir, self.model, self.params["vit"])
+        shapes = weights.abstract(self.model, self.mesh)
+        self.params = weights.load(settings.checkpoint, self.model, shapes)
+        if settings.features_dir:
+            weights.check_cached(settings.features_dir, self.model, self.params["vit"])
         self.decoding = Decoding(
-            max_new_tokens,
-            self.chat.closing_ids,
-            self.chat.tokenizer.pad_id,
-            temperature,
-            top_p,
-        )
+            settings.max_new_tokens, self.chat.closing_ids, self.chat.tokenizer.pad_id, settings.temperature,
+            settings.top_p,
+        )  # fmt: skip
         self._generator = make_generate(self.model, self.decoding)
         self.prompt_tokens = self.answer_tokens = 0  # read and generated so far
 
@@ -103,24 +88,33 @@ class Answerer:
         image_root: str,
         batch_size: int,
         is_chosen: Callable[[dict[str, Any]], bool],
+        file: str = FILE,
     ) -> Iterator[list[Answer]]:
-        """`choose` for the rows with is_chosen, `ask` for the others; at most eight programs are compiled."""
+        """`choose` for the rows with is_chosen, `ask` for the others; at most eight programs are compiled.
+
+        file: where the rows come from, for messages.
+        """
         chosen = [row for row in rows if is_chosen(row)]
         generated = [row for row in rows if not is_chosen(row)]
         # Where there are both, each compiles a prefix and three widths; else one and four.
         most = prompts.MAX_BUCKETS - bool(chosen and generated)
-        yield from self.choose(chosen, image_root, batch_size, most)
-        yield from self.ask(generated, image_root, batch_size, most)
+        yield from self.choose(chosen, image_root, batch_size, most, file)
+        yield from self.ask(generated, image_root, batch_size, most, file)
 
     def ask(
-        self, rows: Rows, image_root: str, batch_size: int, most_buckets: int = prompts.MAX_BUCKETS
+        self,
+        rows: Rows,
+        image_root: str,
+        batch_size: int,
+        most_buckets: int = prompts.MAX_BUCKETS,
+        file: str = FILE,
     ) -> Iterator[list[Answer]]:
         """(id, text) of every row, batch by batch, shortest prompts first; every process gets all of them.
 
         rows: LLaVA records that end with a question, ids unique and not empty. Greedy texts depend on the row alone,
         sampled ones also on the seed; neither on batch_size nor on the other rows.
         """
-        asked = self._prepare(rows, image_root, batch_size, most_buckets, None)
+        asked = self._prepare(rows, image_root, batch_size, most_buckets, file, None)
 
         def generate(batch: Batch, prefix: Cache | None) -> jax.Array:
             seeds = batch["seeds"] ^ np.uint32(self.seed % 2**32).view(np.int32)
@@ -132,15 +126,25 @@ class Answerer:
             yield [(i, self.chat.tokenizer.decode(kept.tolist()).strip()) for i, kept in told]
 
     def choose(
-        self, rows: Rows, image_root: str, batch_size: int, most_buckets: int = prompts.MAX_BUCKETS
+        self,
+        rows: Rows,
+        image_root: str,
+        batch_size: int,
+        most_buckets: int = prompts.MAX_BUCKETS,
+        file: str = FILE,
     ) -> Iterator[list[Answer]]:
         """As `ask`, but the text is the likeliest of the row's "replies"; of equals the first."""
         texts = {row["id"]: row["replies"] for row in rows}
-        for batch in self.likelihoods(rows, image_root, batch_size, most_buckets):
+        for batch in self.likelihoods(rows, image_root, batch_size, most_buckets, file):
             yield [(i, texts[i][int(np.argmax(likelihoods))]) for i, likelihoods in batch]
 
     def likelihoods(
-        self, rows: Rows, image_root: str, batch_size: int, most_buckets: int = prompts.MAX_BUCKETS
+        self,
+        rows: Rows,
+        image_root: str,
+        batch_size: int,
+        most_buckets: int = prompts.MAX_BUCKETS,
+        file: str = FILE,
     ) -> Iterator[list[tuple[str, Float[np.ndarray, "R"]]]]:
         """(id, log-probability of each of the row's "replies" as the whole answer), batch by batch, by one forward pass.
 
@@ -148,7 +152,7 @@ class Answerer:
         """
         counts = {row["id"]: len(row["replies"]) for row in rows}
         replies = [row["replies"] for row in rows]
-        asked = self._prepare(rows, image_root, batch_size, most_buckets, replies)
+        asked = self._prepare(rows, image_root, batch_size, most_buckets, file, replies)
         sizes = {"slots": asked.reply_slots, "count": max(counts.values(), default=0)}
 
         def score(batch: Batch, prefix: Cache | None) -> jax.Array:
@@ -163,13 +167,14 @@ class Answerer:
         image_root: str,
         batch_size: int,
         most_buckets: int,
+        file: str,
         replies: Sequence[Sequence[str]] | None,
     ) -> prompts.Prompts:
         sharding.check_batch(batch_size, self.mesh)
         shard, num_shards = sharding.data_shard(self.mesh)
         asked = prompts.prepare(
             rows, image_root, self.data, self.visual_tokens, self.model.vit, batch_size,
-            replies=replies, most_buckets=most_buckets, shard=shard, num_shards=num_shards,
+            file=file, replies=replies, most_buckets=most_buckets, shard=shard, num_shards=num_shards,
         )  # fmt: skip
         self.prompt_tokens += asked.num_tokens
         return asked
@@ -206,7 +211,7 @@ class Answerer:
         """
         asked, queries, images, outputs = [], [], [], []
         for row in rows:
-            record = parse(row, "questions", image_root, row["id"], True, self.data.ignored_fields)
+            record = parse(row, FILE, image_root, row["id"], True, self.data.ignored_fields)
             images.append(len(record.images))
             length = self.chat.length(self.chat.prompt(record))
             asked.append(length - images[-1] * self.visual_tokens)

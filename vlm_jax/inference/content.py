@@ -53,6 +53,7 @@ def of_run(workdir: str) -> dict[str, str]:
 
 def of_question(
     row: Mapping[str, Any],
+    file: str,
     image_root: str,
     features: CachedFeatures | None,
     replies: Sequence[str] | None,
@@ -60,9 +61,10 @@ def of_question(
 ) -> str:
     """Of what a model sees of a row: words, pictures (or their cached features), replies to choose from. Gold is no part.
 
-    ignored: fields of the row that count as absent. Raises BadRecord for a row that cannot be asked.
+    file: where the row comes from, for messages. ignored: fields of the row that count as absent. Raises BadRecord for a
+    row that cannot be asked.
     """
-    record = records.parse(dict(row), "questions", image_root, row["id"], True, ignored)
+    record = records.parse(dict(row), file, image_root, row["id"], True, ignored)
     words = dataclasses.replace(record, file="", root="", images=())
     shown = (_picture(image, record.root, features) for image in record.images)
     return _digest([repr(words), repr(replies and tuple(replies)), *shown])

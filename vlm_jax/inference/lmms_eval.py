@@ -7,6 +7,7 @@ other module imports this one. Interface: lmms_eval/api/model.py and models/regi
 from __future__ import annotations
 
 import collections
+import dataclasses
 import hashlib
 import io
 import os
@@ -17,10 +18,10 @@ from typing import Any, NamedTuple
 
 from lmms_eval.api.model import lmms  # pyrefly: ignore[missing-import]
 from PIL import Image
-from rich.console import Console
-from rich.progress import Progress
 
 from vlm_jax.data import images, sources
+from vlm_jax.inference.settings import EvalConfig
+from vlm_jax.progress import Bar
 from vlm_jax.settings.model import ConfigError
 from vlm_jax.settings.run import MeshConfig
 from vlm_jax.storage import run as experiment
@@ -85,10 +86,10 @@ class VLMJax(lmms):
                 f"lmms-eval: checkpoint {checkpoint!r} has no finished checkpoint; train first."
             )
         self.batch_size = int(batch_size)
-        self._run = {
-            "checkpoint": checkpoint, "mesh": MeshConfig(fsdp=fsdp, tensor=tensor), "features_dir": "", "seed": seed,
-            "visual_tokens": visual_tokens, "query": query,
-        }  # fmt: skip
+        self.mesh = MeshConfig(fsdp=fsdp, tensor=tensor)
+        self.settings = EvalConfig(
+            checkpoint, self.batch_size, DEFAULTS["max_new_tokens"], visual_tokens=visual_tokens, query=query, seed=seed
+        )  # fmt: skip
         self._loaded: tuple[Sampling, Any] | None = None  # with its answer.Answerer
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
@@ -101,14 +102,12 @@ class VLMJax(lmms):
         texts: dict[str, str] = {}
         with tempfile.TemporaryDirectory(prefix="vlm_jax_lmms_eval_") as folder:
             questions = self._questions(requests, Path(folder))
-            console = Console(stderr=True)
-            with Progress(console=console, disable=not console.is_terminal) as progress:
-                bar = progress.add_task("vlm_jax", total=len(questions))
+            with Bar("vlm_jax", len(questions)) as bar:
                 for sampling in dict.fromkeys(q.sampling for q in questions):
                     rows = [q.row for q in questions if q.sampling == sampling]
                     for answers in self._answerer(sampling).ask(rows, folder, self.batch_size):
                         texts.update(answers)
-                        progress.advance(bar, len(answers))
+                        bar.advance(len(answers))
         return [cut(texts[q.row["id"]], q.stops) for q in questions]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
@@ -144,7 +143,8 @@ class VLMJax(lmms):
 
         if self._loaded is None or self._loaded[0] != sampling:
             self._loaded = None  # frees the memory first
-            self._loaded = sampling, Answerer(**self._run, **sampling._asdict())
+            settings = dataclasses.replace(self.settings, **sampling._asdict())
+            self._loaded = sampling, Answerer(settings, self.mesh)
         return self._loaded[1]
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation asks, and what its workdir holds of it already: settings, questions, answers that still count."""
+"""What an evaluation asks, and what its workdir holds of it already: questions, and answers that still count."""
 
 from __future__ import annotations
 
@@ -15,75 +15,10 @@ from vlm_jax.benchmarks import predictions
 from vlm_jax.benchmarks.predictions import Answer
 from vlm_jax.data import sources
 from vlm_jax.data.rows import CachedFeatures
-from vlm_jax.data.templates import QUERIES
 from vlm_jax.inference import content
-from vlm_jax.settings.model import ConfigError, check_choice, check_positive
+from vlm_jax.inference.settings import MODES, EvalConfig
+from vlm_jax.settings.model import ConfigError
 from vlm_jax.storage import run as experiment
-
-# How answers are found -> what the names of its results end in. likelihood generates only what has no "replies".
-MODES = {"generation": "", "likelihood": "_likelihood"}
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalConfig:
-    """What to ask, and how."""
-
-    checkpoint: str  # workdir of the training run
-    benchmarks: tuple[str, ...]  # keys of BENCHMARKS
-    annotations: tuple[str, ...]  # one directory per benchmark
-    image_roots: tuple[str, ...]  # one folder per benchmark ("": its annotations'); () = all ""
-    batch_size: int
-    mode: str  # a key of MODES
-    max_new_tokens: int
-    temperature: float  # 0 = greedy
-    top_p: float
-    seed: int  # of sampling
-    limit: int  # first questions only; 0 = all
-    features_dir: str  # cached encoder features; "" = encode the images
-    visual_tokens: int  # per image; 0 = as the model's config says
-    query: str  # a key of data.templates.QUERIES; "" = as in training
-    with_questions: bool  # predictions.jsonl holds each question and its gold answer too
-
-    def __post_init__(self):
-        check_positive("eval", batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
-        if not self.checkpoint:
-            raise ConfigError("eval: checkpoint is empty; give the workdir of a training run.")
-        if not self.benchmarks:
-            names = ", ".join(benchmarks.BENCHMARKS)
-            raise ConfigError(f"eval: benchmarks is empty; name one or more of {names}.")
-        if len(self.benchmarks) != len(self.annotations):
-            raise ConfigError(
-                f"eval: {len(self.benchmarks)} benchmarks but {len(self.annotations)} annotations; give one "
-                "directory per benchmark."
-            )
-        if self.image_roots and len(self.benchmarks) != len(self.image_roots):
-            raise ConfigError(
-                f"eval: {len(self.benchmarks)} benchmarks but {len(self.image_roots)} image_roots; give one folder per "
-                "benchmark ('' for the folder of its annotations), or none."
-            )
-        if len(set(self.benchmarks)) != len(self.benchmarks):
-            raise ConfigError(
-                f"eval: benchmarks {self.benchmarks} names one twice; name each once."
-            )
-        if self.temperature < 0:
-            raise ConfigError(
-                f"eval: temperature must be 0 (greedy) or more, got {self.temperature}."
-            )
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"eval: top_p must lie in (0, 1], got {self.top_p}.")
-        check_choice("eval", "query", self.query, ("", *QUERIES))
-        check_choice("eval", "mode", self.mode, MODES)
-        if self.limit < 0:
-            raise ConfigError(f"eval: limit must be 0 (all) or more, got {self.limit}.")
-        for name in self.benchmarks:
-            benchmarks.get(name)
-
-    def image_root(self, number: int) -> str:
-        """The folder that image paths of a benchmark start from."""
-        if self.image_roots and self.image_roots[number]:
-            return self.image_roots[number]
-        place = Path(self.annotations[number])
-        return str(place if place.is_dir() else place.parent)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +27,7 @@ class Task:
 
     name: str
     mode: str
+    annotations: str
     image_root: str
     folder: Path
     rows: list[dict[str, Any]]  # those to be scored
@@ -117,7 +53,8 @@ class Task:
     def mark(self, row: dict[str, Any]) -> str:
         """The fingerprint of a question."""
         replies = row["replies"] if self.is_chosen(row) else None
-        return content.of_question(row, self.image_root, self.features, replies, self.ignored)
+        where = (self.annotations, self.image_root)
+        return content.of_question(row, *where, self.features, replies, self.ignored)
 
     @functools.cached_property
     def _by_id(self) -> dict[str, dict[str, Any]]:
@@ -140,6 +77,9 @@ def open_tasks(settings: EvalConfig, workdir: Path) -> list[Task]:
 
     Raises ConfigError when those are answers of another run or to other questions.
     """
+    if not settings.benchmarks:
+        names = ", ".join(benchmarks.BENCHMARKS)
+        raise ConfigError(f"eval: benchmarks is empty; name one or more of {names}.")
     if not settings.features_dir:
         sources.check_image_roots("eval", settings.image_roots)
     made_with = {
@@ -175,7 +115,7 @@ def _open(
     benchmarks.check_scorable(name, chosen)
     folder.mkdir(exist_ok=True)
     task = Task(
-        name, settings.mode, settings.image_root(number), folder, chosen,
+        name, settings.mode, annotations, settings.image_root(number), folder, chosen,
         frozenset(row["id"] for row in rows[len(chosen) :]), [], features,
         experiment.read(settings.checkpoint).data.ignored_fields, settings.with_questions,
     )  # fmt: skip

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vlm_jax import files
 from vlm_jax.settings.model import LORA, ConfigError
 from vlm_jax.settings.run import Experiment
 
-Say = Callable[[str], None]  # is given one line at a time
 Tree = Mapping[str, Any]  # parameters, or what has their shapes, as nested dicts
-
-
-def silent(line: str) -> None:
-    """For callers that want no lines."""
 
 
 class Part(NamedTuple):
@@ -74,10 +69,10 @@ def _sizes(tree: Tree, prefix: str = "") -> Iterator[tuple[str, int]]:
             yield prefix + name, math.prod(node.shape)
 
 
-def opening(files: int, workdir: str | Path, done: int | None) -> str:
-    """The first line, before anything slow. files: how many annotation files there are."""
+def opening(num_files: int, workdir: str | Path, done: int | None) -> str:
+    """The first line, before anything slow."""
     state = f"goes on after step {done}" if done else "a new run"
-    return f"{shown(workdir)}: {state}; loading jax and opening {files} annotation file{'s' * (files > 1)} ..."
+    return f"{files.shown(workdir)}: {state}; loading jax and opening {num_files} annotation file{'s' * (num_files > 1)} ..."
 
 
 def start(
@@ -93,8 +88,10 @@ def start(
 ) -> list[str]:
     """The lines once all sizes are known, before weights are read and the step is compiled."""
     data, vit, lm = exp.data, exp.model.vit, exp.model.lm
-    names = ", ".join(shown(path) for path in data.annotations)
-    roots = ", ".join(shown(root) for root in dict.fromkeys(data.image_roots) if root) or "none"
+    names = ", ".join(files.shown(path) for path in data.annotations)
+    roots = (
+        ", ".join(files.shown(root) for root in dict.fromkeys(data.image_roots) if root) or "none"
+    )
     drawn = num_steps * data.batch_size / max(num_records, 1)
     rows = "packed rows" if data.packing else "records"
     every = parts(exp, trainable, frozen)
@@ -108,7 +105,7 @@ def start(
     return [
         f"  data     {num_records:,} records of {names}; images in {roots}",
         f"  model    {images} -> decoder of {lm.num_layers} layers, width {lm.width}; T = {data.max_tokens} tokens per row; "
-        f"template {data.template}, tokenizer {shown(data.tokenizer)}",
+        f"template {data.template}, tokenizer {files.shown(data.tokenizer)}",
         f"  trained  {learning}",
         f"  frozen   {still or 'nothing'}",
         f"  steps    {num_steps:,} of {data.batch_size} {rows}"
@@ -130,12 +127,12 @@ def _frozen(part: Part, origin: str) -> str:
 def _source(part: Part, origin: str) -> str:
     if origin:
         return f"from {origin}"
-    return f"from {shown(part.source)}" if part.source else "RANDOM"
+    return f"from {files.shown(part.source)}" if part.source else "RANDOM"
 
 
 def end(exp: Experiment, workdir: Path, metrics: Mapping[str, float]) -> list[str]:
     """What a finished run wrote, and the command that comes next."""
-    run, step = shown(workdir), int(metrics["step"])
+    run, step = files.shown(workdir), int(metrics["step"])
     # After an alignment stage, whose decoder is frozen, comes instruction tuning.
     decoder = [f"lm/layers/mlp/up/{name}" for name in ("kernel", *LORA)]
     if not any(re.search(exp.optim.trainable, path) for path in decoder):
@@ -153,45 +150,9 @@ def end(exp: Experiment, workdir: Path, metrics: Mapping[str, float]) -> list[st
     ]
 
 
-def asking(
-    run: Experiment, checkpoint: str, step: int, workdir: Path, left: Mapping[str, tuple[int, int]]
-) -> list[str]:
-    """What an evaluation is about to do. left: name of a benchmark -> its questions, and those without an answer yet."""
-    lm, vit = run.model.lm, run.model.vit
-    asked = ", ".join(
-        f"{name} ({total:,} questions{f', {total - missing:,} answered already' if missing < total else ''})"
-        for name, (total, missing) in left.items()
-    )
-    return [
-        f"  model    {shown(checkpoint)}, step {step}: images of {vit.image_px} px -> {run.model.compressor.name} -> decoder of "
-        f"{lm.num_layers} layers, width {lm.width}",
-        f"  asked    {asked}",
-        f"  written  {shown(workdir)}/<benchmark>/predictions.jsonl, then scores.json and errors.csv; loading jax ...",
-    ]
-
-
-def asked(workdir: Path, scored: int) -> list[str]:
-    """What an evaluation wrote, and the command that comes next."""
-    folder = shown(workdir)
-    if not scored:
-        return [f"{folder}: answers are in <benchmark>/predictions.jsonl; nothing could be scored"]
-    return [
-        f"  wrote    {folder}/scores.json and errors.csv ({scored} row{'s' * (scored > 1)} of this run)",
-        f"  next     python -m vlm_jax.laws.fit {folder}/errors.csv --out law.json, once it holds several LM sizes and "
-        "numbers of visual tokens",
-    ]
-
-
 def short(count: float) -> str:
     """A number of parameters in three figures: 82.2k, 303M, 7.06B."""
     for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= 0.9995 * limit:
             return f"{count / limit:.3g}{unit}"
     return f"{count:.0f}"
-
-
-def shown(path: str | Path) -> str:
-    """A path as short as it can be typed here."""
-    absolute = os.path.abspath(path)
-    inside = os.path.relpath(absolute)
-    return absolute if inside.startswith("..") else inside

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,13 +12,12 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2  # the types in it are made when it is imported
 from tensorboardX.summary import scalar
 
 from vlm_jax import files
+from vlm_jax.progress import Bar
 
 log = logging.getLogger(__name__)
 
@@ -144,19 +142,11 @@ class Display:
     """A progress bar on a terminal, one plain log line per report elsewhere."""
 
     def __init__(self, total: int, done: int, shows: bool):
-        self._total, self._bar = total, None
+        self._total = total
         self._last_time, self._last_step = time.perf_counter(), done
         self._work: list[tuple[int, int, float]] = []  # of steps not yet counted
-        console = Console(stderr=True)
+        self._bar = Bar("train", total, done, "compiling", shows)
         self._shows = shows
-        if shows and console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                TextColumn("{task.fields[text]}"),
-            )  # fmt: skip
-            self._bar = Progress(*columns, console=console)
-            self._task = self._bar.add_task("train", total=total, completed=done, text="compiling")
-            self._bar.start()
 
     def add(self, step: int, tokens: int, flops: float) -> None:
         """What a step that was just sent off has to work through."""
@@ -201,15 +191,13 @@ class Display:
 
     def _tell(self, step: int, text: str, time_text: str) -> None:
         """time_text: for the plain line; a bar shows the time itself."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, text=text)
+        if self._bar.is_shown:
+            self._bar.update(step, text)
         elif self._shows:
             log.info("step %d/%d  %s  %s", step, self._total, text, time_text)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            sys.stderr.flush()
+        self._bar.close()
 
 
 def _duration(seconds: float) -> str:
