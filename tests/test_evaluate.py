@@ -319,6 +319,15 @@ def test_a_wrong_setting_is_one_line_that_names_the_fix(world, tmp_path, fields,
     assert "\n" not in str(caught.value)
 
 
+def test_a_question_that_cannot_be_asked_is_named_with_its_file(world, tmp_path):
+    path = tmp_path / "asked.json"
+    path.write_text(json.dumps([tiny.record("odd", ["Say </s>", "one"])]))
+    with pytest.raises(ConfigError) as caught:
+        evaluate.evaluate(config(world, annotations=(str(path),)), str(tmp_path / "out"))
+    told = f"data: {path}: record odd/0: its text contains the control token '</s>'"
+    assert str(caught.value) == told
+
+
 def test_answers_of_another_run_are_not_continued(world, first):
     with pytest.raises(ConfigError, match="max_new_tokens = 3, now 4; give another workdir"):
         evaluate.evaluate(config(world, max_new_tokens=4), str(first[0]))

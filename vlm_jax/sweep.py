@@ -25,12 +25,14 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from vlm_jax import benchmarks, files
-from vlm_jax.evaluate import evaluate
 from vlm_jax.hf import named
+from vlm_jax.inference import evaluation
+from vlm_jax.inference.settings import EvalConfig
 from vlm_jax.laws import fit, law, report, table
 from vlm_jax.miniworld import CAVEATS, generate
 from vlm_jax.settings import cli, presets
-from vlm_jax.settings.model import ConfigError, check_choice, stride_for
+from vlm_jax.settings.model import ConfigError, build, check_choice, stride_for
+from vlm_jax.settings.run import MeshConfig
 from vlm_jax.storage import run as experiment
 from vlm_jax.train import train
 
@@ -292,12 +294,11 @@ def evaluate_cell(
     cfg: ConfigDict, folder: Path, out: Path, data: Path, features_dir: str, seed: int
 ) -> list[table.Row]:
     """The rows of a training run on the miniature's benchmarks, asked in `out`; `cfg.eval` says how."""
-    c = copy.deepcopy(cfg)
-    c.eval.checkpoint = str(folder)
-    c.eval.benchmarks = tuple(cfg.sweep.benchmarks)
-    c.eval.annotations = (str(data),) * len(cfg.sweep.benchmarks)
-    c.eval.features_dir = features_dir
-    evaluate(c, str(out))
+    names = tuple(cfg.sweep.benchmarks)
+    asked = {"benchmarks": names, "annotations": (str(data),) * len(names)}
+    model = {"checkpoint": str(folder), "features_dir": features_dir}
+    settings = build(EvalConfig, cfg.eval.to_dict() | asked | model)
+    evaluation.evaluate(settings, build(MeshConfig, cfg.mesh.to_dict()), str(out))
     return [dataclasses.replace(row, seed=seed) for row in table.read(out / "errors.csv")]
 
 

@@ -164,7 +164,7 @@ def ours(
     run: Path, data: Path, rows: Sequence[dict], batch: int, new: int, replies: bool
 ) -> Callable:
     from vlm_jax.inference.answer import Answerer
-from vlm_jax.inference.settings import EvalConfig
+    from vlm_jax.inference.settings import EvalConfig
     from vlm_jax.settings.run import MeshConfig
 
     answerer = Answerer(EvalConfig(str(run), 1, new), MeshConfig())

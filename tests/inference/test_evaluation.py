@@ -6,6 +6,7 @@ import tiny
 from vlm_jax.inference import evaluation, tasks
 from vlm_jax.inference.settings import EvalConfig
 from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.run import MeshConfig
 from vlm_jax.storage import run as experiment
 
 
@@ -31,6 +32,7 @@ def test_an_evaluation_says_what_it_asks_and_where_it_writes(tmp_path, monkeypat
     )
 
 
-def test_without_a_benchmark_there_is_nothing_to_open(tmp_path):
-    with pytest.raises(ConfigError, match="eval: benchmarks is empty; name one or more of ai2d"):
-        tasks.open_tasks(EvalConfig("run", 1, 1), tmp_path)
+def test_without_a_benchmark_nothing_is_made(tmp_path):
+    with pytest.raises(ConfigError, match="eval: benchmarks is empty; name one or more of "):
+        evaluation.evaluate(EvalConfig("run", 1, 1), MeshConfig(), str(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []

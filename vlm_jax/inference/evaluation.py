@@ -74,7 +74,10 @@ def evaluate(
 
 
 def _check(settings: EvalConfig) -> tuple[Experiment, int]:
-    """The trained run and its last step. Raises ConfigError where the settings do not fit it."""
+    """The trained run and its last step. Raises ConfigError for settings that do not fit it or ask nothing."""
+    if not settings.benchmarks:
+        names = ", ".join(benchmarks.BENCHMARKS)
+        raise ConfigError(f"eval: benchmarks is empty; name one or more of {names}.")
     run, step = experiment.read(settings.checkpoint), experiment.last_step(settings.checkpoint)
     if step is None:
         raise ConfigError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from vlm_jax import benchmarks
 from vlm_jax.data.templates import QUERIES
 from vlm_jax.settings.model import ConfigError, check_choice, check_positive
+from vlm_jax.settings.run import check_texts
 
 # How answers are found -> what the names of their results end in. likelihood generates only where a row has no "replies".
 MODES = {"generation": "", "likelihood": "_likelihood"}
@@ -36,6 +37,9 @@ class EvalConfig:
     with_questions: bool = False  # predictions.jsonl holds each question and its gold answer too
 
     def __post_init__(self):
+        check_texts(
+            "eval", benchmarks=self.benchmarks, annotations=self.annotations, image_roots=self.image_roots
+        )  # fmt: skip
         check_positive("eval", batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
         if not self.checkpoint:
             raise ConfigError(

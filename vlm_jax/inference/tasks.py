@@ -77,9 +77,6 @@ def open_tasks(settings: EvalConfig, workdir: Path) -> list[Task]:
 
     Raises ConfigError when those are answers of another run or to other questions.
     """
-    if not settings.benchmarks:
-        names = ", ".join(benchmarks.BENCHMARKS)
-        raise ConfigError(f"eval: benchmarks is empty; name one or more of {names}.")
     if not settings.features_dir:
         sources.check_image_roots("eval", settings.image_roots)
     made_with = {

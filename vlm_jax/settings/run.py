@@ -7,6 +7,18 @@ import dataclasses
 from vlm_jax.settings.model import ConfigError, VLMConfig, check_choice, check_positive
 
 
+def check_texts(owner: str, **fields: tuple[str, ...]) -> None:
+    """Raises ConfigError for an element that is not a string: a command line reads a name such as 2024 as a number."""
+    for name, values in fields.items():
+        for value in values:
+            if not isinstance(value, str):
+                quoted = tuple(map(str, values))
+                raise ConfigError(
+                    f"{owner}: {name} holds {value!r} ({type(value).__name__}), not a string; give it in quotes: "
+                    f'--config.{owner}.{name}="{quoted!r}".'
+                )
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where the samples are and how one becomes arrays. Sizes are static: nothing recompiles per batch."""
@@ -41,6 +53,9 @@ class DataConfig:
     ignored_fields: tuple[str, ...] = ()  # fields of records that are taken for absent
 
     def __post_init__(self):
+        check_texts(
+            "data", annotations=self.annotations, image_roots=self.image_roots, ignored_fields=self.ignored_fields
+        )  # fmt: skip
         check_choice("data", "sampling", self.sampling, ("shuffle", "modality_length"))
         check_choice("data", "turns", self.turns, ("dialogue", "independent"))
         check_choice("data", "query", self.query, ("first_turn", "last_turn", "none"))
