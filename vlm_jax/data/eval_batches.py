@@ -96,7 +96,7 @@ def _laid_out(replies: Sequence[np.ndarray], slots: int, pad_id: int) -> list[Un
     return [*units, Unit(np.full(gap, pad_id, np.int32), np.zeros(gap, bool), -1)]
 
 
-class _Layout(grain.transforms.Map):
+class _MakeBatch(grain.transforms.Map):
     """(width, row numbers) -> one batch of this process's rows, with the ids of all."""
 
     def __init__(
@@ -185,7 +185,7 @@ def prepare(
         shorter = width
     rows = batch_size // num_shards
     local = slice(shard * rows, (shard + 1) * rows)
-    layout = _Layout(parsed, units, len(prefix), encoder, features, batch_size, local)
+    make = _MakeBatch(parsed, units, len(prefix), encoder, features, batch_size, local)
     options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
-    batches = grain.MapDataset.source(work).map(layout).to_iter_dataset(options)
+    batches = grain.MapDataset.source(work).map(make).to_iter_dataset(options)
     return Prompts(prefix, buckets, slots, sum(lengths) + sum(spoken), iter(batches))

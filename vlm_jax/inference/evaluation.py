@@ -1,4 +1,4 @@
-"""An evaluation: asks a trained model what is not yet answered, scores the answers, and adds rows to the table of errors."""
+"""An evaluation: a trained model answers what is not yet answered, the answers are scored, and errors.csv gets its rows."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ Score = dict[str, Any]  # {"benchmark", "score", "error", "n", "details"}
 def evaluate(
     settings: EvalConfig, mesh: MeshConfig, workdir: str, say: Say = silent
 ) -> list[Score]:
-    """Asks what is not yet answered, scores what has gold answers, and writes uploads, scores.json and errors.csv.
+    """Answers the questions that `workdir` has no answer to, scores them, and writes uploads, scores.json and errors.csv.
 
-    say: is given the lines that tell what is about to be asked and what was written.
+    Questions whose gold answers are hidden are answered but not scored. say: called with each line about what is going to
+    be asked and what was written.
 
     Raises ConfigError, before anything heavy is imported, for wrong settings, missing inputs or predictions of another run.
     """
@@ -48,7 +49,7 @@ def evaluate(
     known = {row.key: row for row in table.read(errors)} if errors.is_file() else {}
     scores, measured = [], []
     for task in tasks:
-        seconds = _ask(task, answerer, settings.batch_size)
+        seconds = _ask(task, answerer)
         answerer.wait()
         answers = [a for a in predictions.read(task.predictions) if a[0] not in task.beyond]
         if answerer.writes:
@@ -130,10 +131,10 @@ def _write_uploads(task: Task, answers: Sequence[predictions.Answer]) -> None:
         )
 
 
-def _ask(task: Task, answerer: Any, batch_size: int) -> float | None:
-    """Appends the answers that are missing, from an answer.Answerer; wall seconds per question (None: none was missing).
+def _ask(task: Task, answerer: Any) -> float | None:
+    """Appends the missing answers, from an answer.Answerer. Returns the seconds per question; None if none was missing.
 
-    Batches that were compiled are left out of the time, unless there are no others.
+    Batches during which something was compiled are left out of the time, unless there are no others.
     """
     if not task.unanswered:
         return None
@@ -141,9 +142,8 @@ def _ask(task: Task, answerer: Any, batch_size: int) -> float | None:
     start = last = time.perf_counter()
     before, compiled = answerer.counts, answerer.compilations
     with Bar(task.label, len(task.unanswered), shows=answerer.writes) as bar:
-        for answers in answerer.answer(
-            task.unanswered, task.image_root, batch_size, task.is_chosen, task.annotations
-        ):
+        where = (task.image_root, task.is_chosen, task.annotations)
+        for answers in answerer.answer(task.unanswered, *where):
             if answerer.writes:
                 task.keep(answers)
             now = time.perf_counter()
@@ -160,7 +160,7 @@ def _ask(task: Task, answerer: Any, batch_size: int) -> float | None:
 def _report(
     task: Task, questions: int, seconds: float, spent: Mapping[str, int], writes: bool
 ) -> None:
-    """One line for the reader, and one of speed.jsonl."""
+    """Logs one line about the speed, and appends one to speed.jsonl."""
     log.info(
         "%s: %d questions in %.1f s: %.1f questions/s, %.0f prompt and %.0f answer tokens/s; %d compilations",
         task.label, questions, seconds, questions / seconds, spent["prompt_tokens"] / seconds,
@@ -197,7 +197,7 @@ def _row(
 
 
 def lm_name(lm: LMConfig) -> str:
-    """The preset with this shape (its vocabulary may be another), or the size as the hub counts it: with embeddings."""
+    """The preset of this shape (vocabularies may differ), or the number of parameters, which on the hub includes embeddings."""
     free = (
         "vocab_size", "nominal_params", "dtype", "param_dtype", "remat", "attention", "lora_rank", "lora_alpha", "lora_targets",
     )  # fmt: skip

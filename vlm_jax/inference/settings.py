@@ -1,4 +1,4 @@
-"""How to evaluate: what to ask of which model, and how its answers are found."""
+"""The settings of an evaluation: which model is asked which benchmarks, and how its answers are found."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from vlm_jax.data.templates import QUERIES
 from vlm_jax.settings.model import ConfigError, check_choice, check_positive
 from vlm_jax.settings.run import check_texts
 
-# How answers are found -> what the names of their results end in. likelihood generates only where a row has no "replies".
+# How answers are found -> the ending of the names of their results. With likelihood, a row without "replies" is generated.
 MODES = {"generation": "", "likelihood": "_likelihood"}
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """A trained model, the benchmarks to ask it (none: the caller brings the questions), and how it answers."""
+    """A trained model, the benchmarks to ask (none where the caller has questions of its own), and how answers are found."""
 
     checkpoint: str  # workdir of the training run
     batch_size: int  # prompts per step, all devices together

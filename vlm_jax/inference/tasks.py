@@ -1,4 +1,4 @@
-"""What an evaluation asks, and what its workdir holds of it already: questions, and answers that still count."""
+"""The tasks of an evaluation: the questions of each benchmark, and which of them its workdir has answered already."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from vlm_jax.storage import run as experiment
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One benchmark of a run: its questions and where its answers are kept."""
+    """One benchmark of an evaluation: its questions, and the folder of its answers."""
 
     name: str
     mode: str
     annotations: str
     image_root: str
     folder: Path
-    rows: list[dict[str, Any]]  # those to be scored
-    beyond: frozenset[str]  # ids left out by the limit
-    unanswered: list[dict[str, Any]]
+    rows: list[dict[str, Any]]  # the questions to score
+    beyond: frozenset[str]  # ids of the questions that the limit leaves out
+    unanswered: list[dict[str, Any]]  # the rows without an answer in the folder
     features: CachedFeatures | None  # read instead of the images
-    ignored: tuple[str, ...]  # fields of rows that count as absent
-    with_questions: bool
+    ignored: tuple[str, ...]  # fields of rows that are treated as absent
+    with_questions: bool  # whether predictions.jsonl also holds questions and gold answers
 
     @property
     def predictions(self) -> Path:
@@ -43,11 +43,11 @@ class Task:
 
     @property
     def label(self) -> str:
-        """The name of its results."""
+        """The name under which results are reported: the benchmark's, with the ending of the mode."""
         return self.name + MODES[self.mode]
 
     def is_chosen(self, row: dict[str, Any]) -> bool:
-        """Whether the answer is the likeliest of the row's replies."""
+        """Whether the answer is chosen as the most likely of the row's replies, not generated."""
         return self.mode == "likelihood" and "replies" in row
 
     def mark(self, row: dict[str, Any]) -> str:
@@ -61,7 +61,7 @@ class Task:
         return {row["id"]: row for row in self.unanswered}
 
     def keep(self, answers: list[Answer]) -> None:
-        """Adds answers to the predictions, each with the fingerprint of its question, and the question if it is wanted."""
+        """Appends answers to predictions.jsonl, each with the fingerprint of its question, and the question if asked for."""
         beside: dict[str, dict[str, Any]] = {}
         for i, _ in answers:
             row = self._by_id[i]
@@ -73,9 +73,9 @@ class Task:
 
 
 def open_tasks(settings: EvalConfig, workdir: Path) -> list[Task]:
-    """Reads the questions and what `workdir` answers already.
+    """Reads the questions of each benchmark and the answers that `workdir` already holds.
 
-    Raises ConfigError when those are answers of another run or to other questions.
+    Raises ConfigError when those answers are by another run or to other questions.
     """
     if not settings.features_dir:
         sources.check_image_roots("eval", settings.image_roots)
@@ -127,7 +127,7 @@ def _open(
 
 
 def _describe(path: Path, made_with: Mapping[str, Any], checkpoint: str, annotations: str) -> None:
-    """Writes run.json; where things lay is for the reader, and not compared."""
+    """Writes run.json. The paths in it are for people; they are not compared."""
     places = {
         "checkpoint": str(Path(checkpoint).absolute()),
         "step": experiment.last_step(checkpoint),
@@ -143,7 +143,7 @@ CHANGED = {
 
 
 def _check_run(task: Task, checkpoint: str, made_with: Mapping[str, Any]) -> None:
-    """Raises ConfigError unless run.json says that the answers were made as they would be now."""
+    """Raises ConfigError unless run.json says that the answers were made with the present weights and settings."""
     path, advice = task.folder / "run.json", "give another workdir, or delete it"
     before = files.read_json(path) if path.is_file() else {}
     if not before.keys() >= content.PARTS:
@@ -162,10 +162,10 @@ def _check_run(task: Task, checkpoint: str, made_with: Mapping[str, Any]) -> Non
 
 
 def _check_questions(task: Task, rows: Mapping[str, dict[str, Any]]) -> None:
-    """Raises ConfigError when an answer in the predictions is to a question that is another one now, or gone."""
+    """Raises ConfigError when predictions.jsonl answers a question that has changed since, or no longer exists."""
     records = [line for _, line in predictions.read_lines(task.predictions)]
     known = [record for record in records if record["id"] in rows]
-    with ThreadPoolExecutor(8) as pool:  # pictures are read, mostly waiting for the disk
+    with ThreadPoolExecutor(8) as pool:  # threads, because reading images mostly waits for the disk
         now = pool.map(lambda record: task.mark(rows[record["id"]]), known)
         changed = [
             record["id"]
