@@ -1,6 +1,6 @@
-"""The one door to what users' paths name: text and JSON that are read or refused in one line, and the workdir as a disk.
+"""Files of the user: reading text and JSON, replacing a file or a folder in one step, and locking a workdir.
 
-One run at a time works in a workdir, and what cannot be written is told in one line.
+Every failure is a ConfigError of one line that names the file. Paths are local; buckets would be added here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ImageSource = (
     str | bytes | Callable[[], bytes]
 )  # a path, an encoded image, or what reads one when it is called
 
-# Byte-order marks; UTF-32's begins with UTF-16's, so it comes first.
+# Byte-order marks. The one of UTF-32 begins with that of UTF-16 and is therefore looked for first.
 MARKS = {
     codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
@@ -38,7 +38,7 @@ MARKS = {
 def read_text(path: str | Path) -> str:
     """The text of a file in UTF-8, or in the encoding that its byte-order mark names (UTF-8, UTF-16 or UTF-32).
 
-    Raises ConfigError with the file's name when it cannot be read, and with the line of a byte that is no text.
+    Raises ConfigError with the file's name when it cannot be read, and with the line number of an invalid byte.
     """
     try:
         data = Path(path).read_bytes()
@@ -56,14 +56,14 @@ def read_text(path: str | Path) -> str:
         raise ConfigError(
             f"{path}:{line}: byte 0x{byte} is no character in {name}; save the file as UTF-8."
         ) from error
-    if "\0" in text:  # UTF-16 without its mark, or no text at all
+    if "\0" in text:  # UTF-16 without a byte-order mark, or a binary file
         line = text.count("\n", 0, text.index("\0")) + 1
         raise ConfigError(f"{path}:{line}: byte 0x00 is in no text; save the file as UTF-8.")
     return text
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
-    """What JSON says. Raises ConfigError that begins with `where` when it is not valid or nested too deeply to be read."""
+    """Parses JSON. Raises ConfigError that begins with `where` when the text is invalid or nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -73,7 +73,7 @@ def parse_json(text: str | bytes, where: str) -> Any:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The object that a JSON file holds. Raises ConfigError with the file's name when it holds none."""
+    """The JSON object in a file. Raises ConfigError with the file's name when the file holds something else."""
     content = parse_json(read_text(path), str(path))
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
@@ -134,9 +134,9 @@ def whole_folder(out: Path) -> Generator[Path, None, None]:
 
 @contextlib.contextmanager
 def lock(workdir: Path) -> Generator[None, None, None]:
-    """Holds `workdir` for this process. The lock dies with the process, also by kill -9, so none is ever stale.
+    """Locks `workdir` for this process. The system releases the lock when the process ends, even by kill -9.
 
-    Raises ConfigError when another process holds it. A file system without locks is told in the log and not locked.
+    Raises ConfigError when another process holds it. On a file system without locks a warning is logged instead.
     """
     with writing(workdir):
         file = (workdir / "lock").open("a+", encoding="utf-8")
@@ -160,7 +160,7 @@ def lock(workdir: Path) -> Generator[None, None, None]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Generator[None, None, None]:
-    """Turns an OSError inside into a ConfigError about `path`."""
+    """Turns an OSError raised in the block into a ConfigError about `path`."""
     try:
         yield
     except OSError as error:
@@ -170,7 +170,7 @@ def writing(path: Path) -> Generator[None, None, None]:
 
 
 def check_room(folder: Path, num_bytes: int) -> None:
-    """Raises OSError when no file can be made in `folder` or fewer than `num_bytes` are free on its disk."""
+    """Raises OSError when `folder` is not writable, or its disk has fewer than `num_bytes` free."""
     with tempfile.TemporaryFile(dir=folder):
         free = shutil.disk_usage(folder).free
     if free < num_bytes:
@@ -179,7 +179,7 @@ def check_room(folder: Path, num_bytes: int) -> None:
 
 
 def reason(error: Exception) -> str:
-    """The system's words for what went wrong ("No space left on device"), from Python's errors and tensorstore's."""
+    """The system's description of an error of Python or tensorstore, such as "No space left on device"."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     code = re.search(r"os_error_code='(\d+)'", str(error))
@@ -189,7 +189,7 @@ def reason(error: Exception) -> str:
 
 
 def shown(path: str | Path) -> str:
-    """A path as short as it can be typed here."""
+    """A path relative to the current directory where it lies inside it, otherwise the absolute path."""
     absolute = os.path.abspath(path)
     inside = os.path.relpath(absolute)
     return absolute if inside.startswith("..") else inside

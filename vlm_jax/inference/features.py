@@ -32,7 +32,7 @@ TELL_EVERY = 30  # seconds between lines of the log
 
 @functools.partial(jax.jit, static_argnames="config")
 def encode(params: Any, images: UInt8[Array, "B H W 3"], config: VLMConfig) -> Features:
-    """What the encoder of a model makes of pixels. params: an argument, so that the program does not hold a copy of them."""
+    """The encoder's features of images. params is an argument, so that the compiled program holds no copy of them."""
     found: Any = VLM(config).apply({"params": params}, images, method=VLM.encode_images)
     return found
 
@@ -66,7 +66,7 @@ def cache(exp: Experiment, folder: Path) -> None:
 def _write_tables(
     exp: Experiment, params: Any, paths: Sequence[tuple[str, str]], mesh: Mesh, folder: Path
 ) -> dict[str, int]:
-    """Writes last.npy (and taps.npy) row by row; the row of each image."""
+    """Writes last.npy (and taps.npy) batch by batch. Returns the row of each image."""
     arrays: dict[str, Any] = {}
     rows: dict[str, int] = {}
     size = -(-min(BATCH, len(paths)) // mesh.size) * mesh.size

@@ -1,4 +1,4 @@
-"""What a training run is about to do, and what it did: the lines that a command prints at the start and at the end. No jax."""
+"""The lines that a training command prints at its start and its end: what it is going to do, and what it wrote. No jax."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Tree = Mapping[str, Any]  # parameters, or what has their shapes, as nested dict
 
 
 class Part(NamedTuple):
-    """A top-level part of the model: numbers of parameters, and where they come from ("": random)."""
+    """A top-level part of the model: how many parameters are trained and frozen, and their source ("": random)."""
 
     name: str
     trained: int
@@ -25,7 +25,7 @@ class Part(NamedTuple):
 
 
 def parts(exp: Experiment, trainable: Tree, frozen: Tree) -> list[Part]:
-    """The parts that have parameters, in the order in which an image passes them."""
+    """The parts of the model that have parameters, in the order in which an image passes through them."""
     found = []
     for name, source in exp.init.sources.items():
         learns, stays = (
@@ -37,9 +37,9 @@ def parts(exp: Experiment, trainable: Tree, frozen: Tree) -> list[Part]:
 
 
 def check_frozen(exp: Experiment, trainable: Tree, frozen: Tree) -> None:
-    """Raises ConfigError when a part that does not learn would keep random parameters, unless that was asked for.
+    """Raises ConfigError when frozen parameters would be random, unless train.random_frozen allows it.
 
-    Adapters do not count: they begin as nothing. A run on text alone uses the decoder only.
+    Frozen adapters are allowed, because new ones change nothing. Of a run on text alone only the decoder is checked.
     """
     if exp.train.random_frozen:
         return
@@ -70,7 +70,7 @@ def _sizes(tree: Tree, prefix: str = "") -> Iterator[tuple[str, int]]:
 
 
 def opening(num_files: int, workdir: str | Path, done: int | None) -> str:
-    """The first line, before anything slow."""
+    """The first line, printed before anything slow. done: the last step of a run to resume."""
     state = f"goes on after step {done}" if done else "a new run"
     return f"{files.shown(workdir)}: {state}; loading jax and opening {num_files} annotation file{'s' * (num_files > 1)} ..."
 
@@ -86,7 +86,7 @@ def start(
     done: int,
     devices: str,
 ) -> list[str]:
-    """The lines once all sizes are known, before weights are read and the step is compiled."""
+    """The lines printed once all sizes are known, before weights are read and the step is compiled."""
     data, vit, lm = exp.data, exp.model.vit, exp.model.lm
     names = ", ".join(files.shown(path) for path in data.annotations)
     roots = (
@@ -131,9 +131,9 @@ def _source(part: Part, origin: str) -> str:
 
 
 def end(exp: Experiment, workdir: Path, metrics: Mapping[str, float]) -> list[str]:
-    """What a finished run wrote, and the command that comes next."""
+    """The lines about what a finished run wrote, and the next command to give."""
     run, step = files.shown(workdir), int(metrics["step"])
-    # After an alignment stage, whose decoder is frozen, comes instruction tuning.
+    # A frozen decoder means an alignment stage; instruction tuning follows it.
     decoder = [f"lm/layers/mlp/up/{name}" for name in ("kernel", *LORA)]
     if not any(re.search(exp.optim.trainable, path) for path in decoder):
         following = f"train --config=configs/stage2.py --workdir=DIR --config.init.from={run} --config.data.annotations=.."
@@ -151,7 +151,7 @@ def end(exp: Experiment, workdir: Path, metrics: Mapping[str, float]) -> list[st
 
 
 def short(count: float) -> str:
-    """A number of parameters in three figures: 82.2k, 303M, 7.06B."""
+    """A number of parameters with three significant digits: 82.2k, 303M, 7.06B."""
     for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= 0.9995 * limit:
             return f"{count / limit:.3g}{unit}"
