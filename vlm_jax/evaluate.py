@@ -2,19 +2,19 @@
 
     DIR/<benchmark>/predictions.jsonl   {"id", "text"} per line, appended batch by batch; the same command continues it
     DIR/<benchmark>/run.json            what the predictions were made with: fingerprints of weights and prompts, settings
-    DIR/<benchmark>/speed.jsonl         one line per time something was asked: questions, seconds, tokens, compilations
-    DIR/<benchmark>/<upload>            what the official server or judge takes, where there is one
+    DIR/<benchmark>/speed.jsonl         one line per run that asked something: questions, seconds, tokens, compilations
+    DIR/<benchmark>/<upload>            the file for the official server or judge, where there is one
     DIR/scores.json                     [{"benchmark", "score", "error", "n", "details"}, ...]
     DIR/errors.csv                      one row per benchmark (laws/table.py)
 
-Answers of other weights, settings or questions are never continued: the workdir is refused by name. Changed gold answers
-alone are scored anew. A benchmark whose gold answers are hidden is answered and its upload is written; it has no score and no row.
-With eval.mode = likelihood the answer to a closed question is the likeliest of its replies, found in one forward pass;
-names and families then end in _likelihood, for these are not the official numbers.
+A workdir with answers by other weights, with other settings or to other questions is refused. If only gold answers changed,
+the saved answers are scored again. A benchmark with hidden gold answers gets predictions and an upload, but no score and no row.
+With eval.mode = likelihood the answer to a closed question is the most likely of its replies, found in one forward pass.
+Names and families then end in _likelihood, because these are not the official numbers.
 
 python -m vlm_jax.evaluate --score --benchmark=NAME --predictions=P --annotations=DIR [--out=F] [--allow-missing] [--convert=DIR]
-scores saved predictions, ours or LLaVA's answers.jsonl; it needs no model. --convert writes them to DIR as predictions.jsonl
-with our ids, and the official upload where there is one. With several processes, DIR is on a disk they share.
+scores saved predictions, in our format or as LLaVA's answers.jsonl, without a model. --convert writes them to DIR as
+predictions.jsonl with our ids, and the official upload where there is one. Several processes must share the disk of DIR.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from vlm_jax.settings import addresses, cli
 from vlm_jax.settings.model import build
 from vlm_jax.settings.run import MeshConfig
 
-log = logging.getLogger("vlm_jax.evaluate")  # run as a module, __name__ is "__main__"
+log = logging.getLogger("vlm_jax.evaluate")  # __name__ is "__main__" when it is run as a module
 
 
 def evaluate(cfg: ConfigDict, workdir: str, say: Say = silent) -> list[evaluation.Score]:

@@ -1,8 +1,8 @@
 """python -m vlm_jax.show --config=configs/eval.py --config.eval.checkpoint=RUN image.jpg --question "What is this?" [--out=F]
 
 Draws which patches of the image each visual token of a trained model is made of, as PNG or SVG (default IMAGE.tokens.png
-in the current directory), with the model's answer above it. RUN is the workdir of a training run; the other `eval` fields
-that shape an answer count too.
+in the current directory), with the model's answer above it. RUN is the workdir of a training run. Other fields of `eval`,
+such as temperature and visual_tokens, are used too.
 """
 
 from __future__ import annotations

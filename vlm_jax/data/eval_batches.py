@@ -32,7 +32,7 @@ SHARED_AT_LEAST = BUCKET_STEP  # tokens: a shorter prefix saves less than the ro
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """What is asked of a model."""
+    """The prompts of an evaluation, as batches."""
 
     prefix: Int32[np.ndarray, "P"]  # ids that all prompts begin with; empty: nothing is shared
     buckets: tuple[int, ...]  # widths of the batches, without prefix and replies
@@ -143,9 +143,9 @@ def prepare(
     shard: int = 0,
     num_shards: int = 1,
 ) -> Prompts:
-    """LLaVA records whose last turn is human as batches [batch_size / num_shards, bucket + reply_slots], shortest first.
+    """LLaVA records that end with a human turn, as batches [batch_size / num_shards, bucket + reply_slots], shortest first.
 
-    file: where the records come from, for messages. replies: texts whose likelihood as the answer is wanted, per record; None: answers are generated. shard: which rows of
+    file: where the records come from, for error messages. replies: texts whose likelihood as the answer is wanted, per record; None: answers are generated. shard: which rows of
     each batch are laid out here; images of others are not decoded. A bucket's last batch is filled up by repeating a row
     with id "", so that only len(buckets) shapes exist. Raises BadRecord whatever on_bad_record says: a dropped question
     would change the error that is measured.
