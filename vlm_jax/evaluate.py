@@ -42,7 +42,7 @@ log = logging.getLogger("vlm_jax.evaluate")  # __name__ is "__main__" when it is
 def evaluate(cfg: ConfigDict, workdir: str, say: Say = silent) -> list[evaluation.Score]:
     """`inference.evaluation.evaluate` with the blocks `eval` and `mesh` of a config. Raises ConfigError as it does."""
     addresses.check_settings(cfg.to_dict())
-    settings = build(EvalConfig, cfg.eval.to_dict())
+    settings = EvalConfig.from_block(cfg.eval.to_dict())
     return evaluation.evaluate(settings, build(MeshConfig, cfg.mesh.to_dict()), workdir, say)
 
 

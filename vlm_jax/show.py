@@ -73,7 +73,7 @@ def show(cfg: ConfigDict, image: str, question: str, out: str) -> Path:
     Raises ConfigError for a run without a checkpoint, an image that cannot be read, or a path that cannot be written.
     """
     addresses.check_settings(cfg.to_dict())
-    settings = build(EvalConfig, cfg.eval.to_dict())
+    settings = EvalConfig.from_block(cfg.eval.to_dict())
     checkpoint = settings.checkpoint
     run = experiment.read(checkpoint)
     if experiment.last_step(checkpoint) is None:

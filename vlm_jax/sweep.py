@@ -297,7 +297,7 @@ def evaluate_cell(
     names = tuple(cfg.sweep.benchmarks)
     asked = {"benchmarks": names, "annotations": (str(data),) * len(names)}
     model = {"checkpoint": str(folder), "features_dir": features_dir}
-    settings = build(EvalConfig, cfg.eval.to_dict() | asked | model)
+    settings = EvalConfig.from_block(cfg.eval.to_dict() | asked | model)
     evaluation.evaluate(settings, build(MeshConfig, cfg.mesh.to_dict()), str(out))
     return [dataclasses.replace(row, seed=seed) for row in table.read(out / "errors.csv")]
 

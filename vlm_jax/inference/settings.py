@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from vlm_jax import benchmarks
 from vlm_jax.data.templates import QUERIES
-from vlm_jax.settings.model import ConfigError, check_choice, check_positive
+from vlm_jax.settings.model import ConfigError, build, check_choice, check_positive
 from vlm_jax.settings.run import check_texts
 
 # How answers are found -> the ending of the names of their results. With likelihood, a row without "replies" is generated.
@@ -37,9 +39,6 @@ class EvalConfig:
     with_questions: bool = False  # predictions.jsonl holds each question and its gold answer too
 
     def __post_init__(self):
-        check_texts(
-            "eval", benchmarks=self.benchmarks, annotations=self.annotations, image_roots=self.image_roots
-        )  # fmt: skip
         check_positive("eval", batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
         if not self.checkpoint:
             raise ConfigError(
@@ -71,6 +70,12 @@ class EvalConfig:
             raise ConfigError(f"eval: limit must be 0 (all) or more, got {self.limit}.")
         for name in self.benchmarks:
             benchmarks.get(name)
+
+    @classmethod
+    def from_block(cls, block: Mapping[str, Any]) -> EvalConfig:
+        """The settings in the block `eval` of a config. Raises ConfigError for wrong names and values."""
+        check_texts("eval", block, ("benchmarks", "annotations", "image_roots"))
+        return build(cls, block)
 
     def image_root(self, number: int) -> str:
         """The folder that image paths of a benchmark start from."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from vlm_jax.settings.model import ConfigError, VLMConfig, check_choice, check_positive
 
 
-def check_texts(owner: str, **fields: tuple[str, ...]) -> None:
-    """Raises ConfigError for an element that is not a string: a command line reads a name such as 2024 as a number."""
-    for name, values in fields.items():
-        for value in values:
+def check_texts(owner: str, block: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raises ConfigError when a tuple of names holds something else: a command line reads 2024 as a number."""
+    for name in names:
+        for value in block[name]:
             if not isinstance(value, str):
-                quoted = tuple(map(str, values))
+                quoted = tuple(map(str, block[name]))
                 raise ConfigError(
                     f"{owner}: {name} holds {value!r} ({type(value).__name__}), not a string; give it in quotes: "
                     f'--config.{owner}.{name}="{quoted!r}".'
@@ -53,9 +55,6 @@ class DataConfig:
     ignored_fields: tuple[str, ...] = ()  # fields of records that are taken for absent
 
     def __post_init__(self):
-        check_texts(
-            "data", annotations=self.annotations, image_roots=self.image_roots, ignored_fields=self.ignored_fields
-        )  # fmt: skip
         check_choice("data", "sampling", self.sampling, ("shuffle", "modality_length"))
         check_choice("data", "turns", self.turns, ("dialogue", "independent"))
         check_choice("data", "query", self.query, ("first_turn", "last_turn", "none"))

@@ -32,6 +32,7 @@ from vlm_jax.settings.run import (
     MeshConfig,
     OptimConfig,
     TrainConfig,
+    check_texts,
 )
 from vlm_jax.storage.inherit import changed, inherit
 
@@ -49,6 +50,7 @@ def resolve(cfg: ConfigDict, given: Sequence[str] = ()) -> Experiment:
     if source:
         check_has_checkpoint("from", source)
         config = inherit(config, source, read(source), {*given, *changed(config)})
+    check_texts("data", config["data"], ("annotations", "image_roots", "ignored_fields"))
     return Experiment(
         model=named.vlm(config["model"]),
         data=build(DataConfig, config["data"]),
