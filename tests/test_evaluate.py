@@ -21,7 +21,7 @@ from vlm_jax.inference import answer, evaluation, features
 from vlm_jax.inference.settings import EvalConfig
 from vlm_jax.laws import table
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import InitConfig, MeshConfig
 from vlm_jax.storage import run as experiment
 

@@ -33,7 +33,7 @@ from vlm_jax.inference import evaluation
 from vlm_jax.inference.settings import EvalConfig
 from vlm_jax.progress import Say, silent
 from vlm_jax.settings import addresses, cli
-from vlm_jax.settings.model import build
+from vlm_jax.settings.checks import build
 from vlm_jax.settings.run import MeshConfig
 
 log = logging.getLogger("vlm_jax.evaluate")  # __name__ is "__main__" when it is run as a module

@@ -32,7 +32,7 @@ from vlm_jax.data import images
 from vlm_jax.inference.settings import EvalConfig
 from vlm_jax.laws import drawing as plot
 from vlm_jax.settings import addresses, cli
-from vlm_jax.settings.model import ConfigError, build
+from vlm_jax.settings.checks import ConfigError, build
 from vlm_jax.settings.run import MeshConfig
 from vlm_jax.storage import run as experiment
 

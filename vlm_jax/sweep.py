@@ -31,7 +31,8 @@ from vlm_jax.inference.settings import EvalConfig
 from vlm_jax.laws import fit, law, report, table
 from vlm_jax.miniworld import CAVEATS, generate
 from vlm_jax.settings import cli, presets
-from vlm_jax.settings.model import ConfigError, build, check_choice, stride_for
+from vlm_jax.settings.checks import ConfigError, build, check_choice
+from vlm_jax.settings.model import stride_for
 from vlm_jax.settings.run import MeshConfig
 from vlm_jax.storage import run as experiment
 from vlm_jax.train import train

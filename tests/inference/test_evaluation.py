@@ -5,7 +5,7 @@ import tiny
 
 from vlm_jax.inference import evaluation, tasks
 from vlm_jax.inference.settings import EvalConfig
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import MeshConfig
 from vlm_jax.storage import run as experiment
 

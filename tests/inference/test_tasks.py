@@ -13,7 +13,7 @@ from configs import eval as eval_config
 from vlm_jax.benchmarks import predictions
 from vlm_jax.inference import content, tasks
 from vlm_jax.inference.settings import EvalConfig
-from vlm_jax.settings.model import ConfigError, build
+from vlm_jax.settings.checks import ConfigError, build
 from vlm_jax.storage import checkpoint
 from vlm_jax.storage import run as experiment
 

@@ -18,7 +18,8 @@ from vlm_jax.inference.tasks import Task, open_tasks
 from vlm_jax.laws import table
 from vlm_jax.progress import Bar, Say, silent
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import ConfigError, LMConfig, with_tokens
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import LMConfig, with_tokens
 from vlm_jax.settings.run import Experiment, MeshConfig
 from vlm_jax.storage import run as experiment
 

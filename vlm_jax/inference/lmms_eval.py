@@ -22,7 +22,7 @@ from PIL import Image
 from vlm_jax.data import images, sources
 from vlm_jax.inference.settings import EvalConfig
 from vlm_jax.progress import Bar
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import MeshConfig
 from vlm_jax.storage import run as experiment
 

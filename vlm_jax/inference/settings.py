@@ -9,7 +9,7 @@ from typing import Any
 
 from vlm_jax import benchmarks
 from vlm_jax.data.templates import QUERIES
-from vlm_jax.settings.model import ConfigError, build, check_choice, check_positive
+from vlm_jax.settings.checks import ConfigError, build, check_choice, check_positive
 from vlm_jax.settings.run import check_texts
 
 # How answers are found -> the ending of the names of their results. With likelihood, a row without "replies" is generated.

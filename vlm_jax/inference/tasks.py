@@ -17,7 +17,7 @@ from vlm_jax.data import sources
 from vlm_jax.data.rows import CachedFeatures
 from vlm_jax.inference import content
 from vlm_jax.inference.settings import MODES, EvalConfig
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.storage import run as experiment
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlm_jax import files
-from vlm_jax.settings.model import LORA, ConfigError
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import LORA
 from vlm_jax.settings.run import Experiment
 
 Tree = Mapping[str, Any]  # parameters, or what has their shapes, as nested dicts
