@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from vlm_jax import files
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.storage.checkpoint import Checkpoints, load_params
 
 ROOT = Path(__file__).parents[1]

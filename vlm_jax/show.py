@@ -31,7 +31,7 @@ from vlm_jax.data import images
 from vlm_jax.data.templates import QUERIES
 from vlm_jax.laws import drawing
 from vlm_jax.settings import addresses, cli
-from vlm_jax.settings.model import ConfigError, build, check_choice
+from vlm_jax.settings.checks import ConfigError, build, check_choice
 from vlm_jax.settings.run import MeshConfig
 from vlm_jax.storage import run as experiment
 

@@ -15,15 +15,8 @@ from vlm_jax import compressors
 from vlm_jax.compressors import COMPRESSORS, tokenpacker, windows
 from vlm_jax.models.projector import Projector
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import (
-    ATTENDING,
-    ELASTIC,
-    SCORED,
-    WINDOWED,
-    CompressorConfig,
-    ConfigError,
-    VLMConfig,
-)
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import ATTENDING, ELASTIC, SCORED, WINDOWED, CompressorConfig, VLMConfig
 
 WIDTH, TEXT, HIDDEN, HEADS = 8, 12, 20, 2
 LEARNED = ("quecc", "tokenpacker")  # with parameters, inside windows

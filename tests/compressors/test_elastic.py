@@ -16,7 +16,8 @@ from vlm_jax.compressors import COMPRESSORS, m3, mqt, pool
 from vlm_jax.costs import flops
 from vlm_jax.models.projector import Projector
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import CompressorConfig, ConfigError, VLMConfig, with_tokens
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import CompressorConfig, VLMConfig, with_tokens
 
 WIDTH, HIDDEN, HEADS = 8, 12, 2
 

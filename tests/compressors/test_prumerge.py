@@ -18,7 +18,8 @@ from vlm_jax.compressors.visual import Visual
 from vlm_jax.layers import Scores
 from vlm_jax.models.vlm import VLM, Inputs, init_params
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import SCORED, CompressorConfig, ConfigError, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import SCORED, CompressorConfig, VLMConfig
 from vlm_jax.storage import run as experiment
 
 NAMES = ("prumerge", "prumerge_plus")

@@ -19,14 +19,8 @@ from vlm_jax.models.lm import LM, empty_cache
 from vlm_jax.models.vit import ViT
 from vlm_jax.models.vlm import VLM, Inputs, Layout, dummy_inputs
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import (
-    CompressorConfig,
-    ConfigError,
-    LMConfig,
-    ViTConfig,
-    VLMConfig,
-    stride_for,
-)
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import CompressorConfig, LMConfig, ViTConfig, VLMConfig, stride_for
 from vlm_jax.storage import run as experiment
 from vlm_jax.training import step
 

@@ -27,7 +27,8 @@ from vlm_jax.hf import directory, export, named, written
 from vlm_jax.hf.describe import describe
 from vlm_jax.models.vlm import VLM, Inputs, init_params
 from vlm_jax.settings import cli
-from vlm_jax.settings.model import CompressorConfig, ConfigError, RopeScaling, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import CompressorConfig, RopeScaling, VLMConfig
 from vlm_jax.settings.run import MeshConfig
 from vlm_jax.storage import weights
 

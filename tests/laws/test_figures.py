@@ -10,7 +10,7 @@ import pytest
 
 from vlm_jax.laws import cells, drawing, figures, fit, planning, plot, table
 from vlm_jax.laws.law import BILLION
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "vlm_jax" / "laws" / "data"

@@ -16,7 +16,7 @@ from vlm_jax.costs.price import Workload, exact_price
 from vlm_jax.laws import fit, law, plan, planning, table
 from vlm_jax.laws.budget import Budget, find_chip
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 PAPER = Path(fit.__file__).parent / "data" / "paper_reasoning.csv"
 

@@ -7,7 +7,7 @@ import pytest
 import tables
 
 from vlm_jax.laws import drawing, figures, fit, planning
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from vlm_jax import sharding
 from vlm_jax.models import attention
 from vlm_jax.models.attention import Visible, attend
 from vlm_jax.models.lm import visible
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import MeshConfig
 from vlm_jax.storage import run as experiment
 from vlm_jax.training import step

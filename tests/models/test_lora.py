@@ -33,7 +33,8 @@ from vlm_jax.models.lm import LM as Decoder
 from vlm_jax.models.lm import visible
 from vlm_jax.models.vlm import VLM, Inputs, init_params, shapes
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import LM_LINEARS, LORA, ConfigError
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import LM_LINEARS, LORA
 from vlm_jax.storage import run as experiment
 from vlm_jax.storage import weights
 from vlm_jax.storage.checkpoint import save_params

@@ -19,7 +19,8 @@ from vlm_jax.inference.generate import Decoding, make_generate
 from vlm_jax.models.lm import empty_cache
 from vlm_jax.models.vlm import VLM, Inputs, Layout, init_params
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import CompressorConfig, ConfigError, VLMConfig, with_tokens
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import CompressorConfig, VLMConfig, with_tokens
 from vlm_jax.storage import run as experiment
 from vlm_jax.training import losses, optim, step
 

@@ -13,7 +13,8 @@ import tiny
 
 from vlm_jax.data import pipeline
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import CompressorConfig, ConfigError, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import CompressorConfig, VLMConfig
 from vlm_jax.storage import checksums, weights
 from vlm_jax.storage import run as experiment
 from vlm_jax.storage.checkpoint import Checkpoints, load_params

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from vlm_jax import compressors, sharding
 from vlm_jax.models.lm import empty_cache
 from vlm_jax.models.vlm import VLM, Inputs, Layout
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import Experiment
 from vlm_jax.storage import weights
 from vlm_jax.training.step import Plan, make_step, plan

@@ -16,7 +16,7 @@ from vlm_jax.aot import programs, roofline
 from vlm_jax.aot.footprint import misfit
 from vlm_jax.aot.roofline import Need
 from vlm_jax.costs.chips import GIB
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import Experiment, MeshConfig
 
 TRIALS = 12  # compilations; a 7B decoder takes about a minute each

@@ -39,7 +39,8 @@ from jaxtyping import Array
 from vlm_jax.compressors import identity, m3, mqt, pool, prumerge, quecc, tokenpacker, windows
 from vlm_jax.compressors.visual import Visual
 from vlm_jax.layers import Scores
-from vlm_jax.settings.model import CompressorConfig, ConfigError, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import CompressorConfig, VLMConfig
 
 
 class Elastic(NamedTuple):

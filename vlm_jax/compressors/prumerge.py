@@ -30,7 +30,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.compressors.visual import Visual
 from vlm_jax.layers import Scores
-from vlm_jax.settings.model import CompressorConfig, ConfigError
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import CompressorConfig
 
 
 class Chosen(NamedTuple):

@@ -18,7 +18,8 @@ import numpy as np
 
 from vlm_jax.costs.chips import VALUE_BYTES, Chip
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import CompressorConfig, ConfigError, LMConfig, VLMConfig, with_tokens
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import CompressorConfig, LMConfig, VLMConfig, with_tokens
 
 Number = int | float
 

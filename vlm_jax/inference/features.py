@@ -22,7 +22,8 @@ from vlm_jax import sharding
 from vlm_jax.data import feature_cache, feature_images
 from vlm_jax.models.vit import Features
 from vlm_jax.models.vlm import VLM
-from vlm_jax.settings.model import ConfigError, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import VLMConfig
 from vlm_jax.settings.run import Experiment, MeshConfig
 from vlm_jax.storage import weights
 

@@ -20,7 +20,7 @@ from vlm_jax.laws import table
 from vlm_jax.laws.law import BILLION, Fit, Law
 from vlm_jax.laws.least_squares import solve
 from vlm_jax.laws.table import Row
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 ABOUT = 1.2  # costs within this factor of a budget are about equal to it
 HUBER = 1.345  # standard deviations; 95 % efficient on normal noise (Huber and Ronchetti 2009)

@@ -20,7 +20,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocat
 
 from vlm_jax.costs.price import Number
 from vlm_jax.laws.table import size_name
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 MARKERS = "osD^vP*Xp<>h"  # one per token count, fewest first
 FRONTIER = "#d55e00"  # vermilion of Okabe and Ito: apart from every shade of the size scale

@@ -38,7 +38,7 @@ from vlm_jax.laws.least_squares import Solutions, solve
 from vlm_jax.laws.table import GIVEN, SIZES, Row, counted
 from vlm_jax.laws.uncertainty import MODES, RESIDUALS, Profiles, profile
 from vlm_jax.settings import cli
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 PROFILE_POINTS = 21  # values of D looked at along the flat direction
 

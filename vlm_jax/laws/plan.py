@@ -21,7 +21,8 @@ from vlm_jax.laws.budget import UNITS, Budget, Plan, find_chip
 from vlm_jax.laws.law import Fit
 from vlm_jax.laws.planning import PAPER, Method, choose
 from vlm_jax.settings import cli, presets
-from vlm_jax.settings.model import ELASTIC, WINDOWED, ConfigError
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import ELASTIC, WINDOWED
 
 WIDE = 110  # columns of a terminal from which on every known amount is shown
 

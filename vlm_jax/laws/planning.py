@@ -35,7 +35,7 @@ from vlm_jax.laws.budget import (
 )
 from vlm_jax.laws.law import BILLION, Fit, Law
 from vlm_jax.laws.table import size_name
-from vlm_jax.settings.model import ConfigError, check_positive
+from vlm_jax.settings.checks import ConfigError, check_positive
 
 Point = tuple[str, Number, int]  # LM name, its parameters, visual tokens
 SIZES = 25  # of a free choice that stand for the whole range on the frontier

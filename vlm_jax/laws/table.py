@@ -21,7 +21,8 @@ import numpy as np
 from vlm_jax import files
 from vlm_jax.costs.price import Number
 from vlm_jax.settings import addresses, presets
-from vlm_jax.settings.model import ConfigError, LMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import LMConfig
 
 REQUIRED = ("lm_params", "visual_tokens", "error")
 DIVIDERS = ",;\t"  # of cells; of equally many the first

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
-from vlm_jax.settings.model import LM_LINEARS, LORA, ConfigError, LMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import LM_LINEARS, LORA, LMConfig
 
 Tree = dict[str, Any]
 

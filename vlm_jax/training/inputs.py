@@ -10,7 +10,8 @@ from typing import Any
 from vlm_jax.data import feature_cache, fingerprint, sources, tokenizer
 from vlm_jax.hf.describe import check_agrees
 from vlm_jax.hf.directory import is_model
-from vlm_jax.settings.model import ConfigError, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import VLMConfig
 from vlm_jax.settings.run import DataConfig, Experiment
 from vlm_jax.storage import run
 from vlm_jax.storage.inherit import check_part

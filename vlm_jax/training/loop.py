@@ -19,7 +19,7 @@ from vlm_jax.costs import chips
 from vlm_jax.costs.flops import batch_flops
 from vlm_jax.data import fingerprint, pipeline, tokenizer
 from vlm_jax.hf.directory import is_model
-from vlm_jax.settings.model import ConfigError, RunEnded
+from vlm_jax.settings.checks import ConfigError, RunEnded
 from vlm_jax.settings.run import Experiment
 from vlm_jax.storage import run as experiment
 from vlm_jax.storage import weights

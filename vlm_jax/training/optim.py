@@ -11,7 +11,8 @@ import jax
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vlm_jax.settings.model import LORA, ConfigError
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import LORA
 from vlm_jax.settings.run import OptimConfig
 
 Tree = dict[str, Any]

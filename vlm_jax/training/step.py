@@ -19,7 +19,8 @@ from vlm_jax.layers import constrain
 from vlm_jax.models import adapters
 from vlm_jax.models.attention import flash_kernel
 from vlm_jax.models.vlm import init_params, shapes
-from vlm_jax.settings.model import ELASTIC, SCORED, ConfigError
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import ELASTIC, SCORED
 from vlm_jax.settings.run import Experiment
 from vlm_jax.training import guard, optim
 from vlm_jax.training.losses import Batch, Scored, Tree, make_loss
