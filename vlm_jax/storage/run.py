@@ -12,19 +12,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vlm_jax import files
+from vlm_jax import compressors, files
 from vlm_jax.hf import named
 from vlm_jax.settings import addresses
 from vlm_jax.settings.checks import ConfigError, build
 from vlm_jax.settings.hub import hub_hint
-from vlm_jax.settings.model import (
-    LM_LINEARS,
-    CompressorConfig,
-    LMConfig,
-    RopeScaling,
-    ViTConfig,
-    VLMConfig,
-)
+from vlm_jax.settings.model import LM_LINEARS, LMConfig, RopeScaling, ViTConfig, VLMConfig
 from vlm_jax.settings.run import (
     DataConfig,
     Experiment,
@@ -50,7 +43,7 @@ def resolve(cfg: ConfigDict, given: Sequence[str] = ()) -> Experiment:
         check_has_checkpoint("from", source)
         config = inherit(config, source, read(source), {*given, *changed(config)})
     return Experiment(
-        model=named.vlm(config["model"]),
+        model=named.vlm(config["model"], given),
         data=build(DataConfig, config["data"]),
         optim=build(OptimConfig, config["optim"]),
         mesh=build(MeshConfig, config["mesh"]),
@@ -170,7 +163,7 @@ def _restored(saved: Mapping[str, Any]) -> Experiment:
     lm = dict(model["lm"], rope_scaling=build(RopeScaling, model["lm"]["rope_scaling"]))
     parts = {
         "vit": build(ViTConfig, model["vit"]),
-        "compressor": build(CompressorConfig, model["compressor"]),
+        "compressor": compressors.chosen(model["compressor"]),
         "lm": build(LMConfig, lm),
     }
     return Experiment(
