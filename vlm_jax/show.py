@@ -135,7 +135,9 @@ def look(answerer: Answerer, row: Mapping[str, Any], image_root: str) -> Shown:
 
     def see(params: Any, inputs: Inputs) -> Any:
         model = VLM(answerer.model)
-        _, kept = model.apply({"params": params}, inputs, method="see", mutable="intermediates")
+        _, kept = model.apply(
+            {"params": params}, inputs, method="encode_images", mutable="intermediates"
+        )
         return jax.tree.map(lambda x: x[0], kept)  # the first image's
 
     with sharding.use(answerer.mesh):

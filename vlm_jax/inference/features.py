@@ -36,7 +36,7 @@ TELL_EVERY = 30  # seconds between lines of the log
 @functools.partial(jax.jit, static_argnames="config")
 def encode(params: Any, images: UInt8[Array, "B H W 3"], config: VLMConfig) -> Features:
     """What the encoder of a model makes of pixels. params: an argument, so that the program does not hold a copy of them."""
-    found: Any = VLM(config).apply({"params": params}, images, method=VLM.encode_images)
+    found: Any = VLM(config).apply({"params": params}, images, method=VLM.image_features)
     return found
 
 
