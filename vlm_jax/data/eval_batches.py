@@ -150,10 +150,11 @@ def prepare(
 ) -> Prompts:
     """LLaVA records that end with a human turn, as batches [batch_size / num_shards, bucket + reply_slots], shortest first.
 
-    file: where the records come from, for error messages. replies: per record, the texts whose likelihood as the answer is wanted; None: answers are generated. shard: which rows of
-    each batch this process lays out; it decodes no image of the others. The last batch of a bucket is completed with copies
-    of its last row, whose ids are "", so that there are only len(buckets) shapes. Raises BadRecord whatever on_bad_record
-    says: a dropped question would change the error that is measured.
+    file: where the records come from, for error messages. replies: per record, the texts whose likelihood as the answer is
+    wanted; None: answers are generated. shard: which rows of each batch this process lays out; it decodes no image of the
+    others. The last batch of a bucket is completed with copies of its last row, whose ids are "", so that there are only
+    len(buckets) shapes. Raises BadRecord whatever on_bad_record says: a dropped question would change the error that is
+    measured.
     """
     features = open_features(cfg)
     encoder = make_encoder(cfg, visual_tokens, vit, features)
