@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tiny
+from compressor import compressor_config
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
@@ -20,7 +21,7 @@ from vlm_jax.models.vit import ViT
 from vlm_jax.models.vlm import VLM, Inputs, Layout, dummy_inputs
 from vlm_jax.settings import presets
 from vlm_jax.settings.checks import ConfigError
-from vlm_jax.settings.model import CompressorConfig, LMConfig, ViTConfig, VLMConfig, stride_for
+from vlm_jax.settings.model import LMConfig, ViTConfig, VLMConfig, stride_for
 from vlm_jax.storage import run as experiment
 from vlm_jax.training import step
 
@@ -46,7 +47,7 @@ def vlm_config(compressor: str, visual_tokens: int = 16, **changes) -> VLMConfig
     vit = changes.pop("vit", vit_config())
     stride = 1 if compressor == "identity" else stride_for(vit.grid, visual_tokens)
     return VLMConfig(
-        vit, CompressorConfig(compressor, stride=stride), changes.pop("lm", lm_config()), **changes
+        vit, compressor_config(compressor, stride=stride), changes.pop("lm", lm_config()), **changes
     )
 
 
@@ -151,7 +152,7 @@ def whole(compressor: dict, vit=(), lm=(), vlm=(), images: int = 1) -> VLMConfig
     wide = dict(width=512, num_layers=2)
     return VLMConfig(
         vit_config(**{**wide, "mlp_width": 2048, **dict(vit)}),
-        CompressorConfig(**compressor),
+        compressor_config(**compressor),
         lm_config(**{**wide, "num_heads": 8, "num_kv_heads": 8, "mlp_width": 1536, **dict(lm)}),
         **dict(vlm),
     )

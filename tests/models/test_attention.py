@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from vlm_jax import sharding
+from vlm_jax import compressors, sharding
 from vlm_jax.models import attention
 from vlm_jax.models.attention import Visible, attend
 from vlm_jax.models.lm import visible
@@ -65,7 +65,9 @@ def chosen(
     model = dataclasses.replace(
         exp.model,
         lm=dataclasses.replace(exp.model.lm, **{"dtype": "bfloat16"} | lm),
-        compressor=dataclasses.replace(exp.model.compressor, name=compressor),
+        compressor=compressors.chosen(
+            dataclasses.asdict(exp.model.compressor) | {"name": compressor}
+        ),
     )
     data = dataclasses.replace(exp.data, turns=turns, packing=packing)
     return step.attention_kernel(

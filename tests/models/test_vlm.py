@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from compressor import compressor_config
 from refs import hf_layout
 
 from vlm_jax.compressors import COMPRESSORS, num_tokens
@@ -16,7 +17,7 @@ from vlm_jax.models.lm import empty_cache
 from vlm_jax.models.projector import Projector
 from vlm_jax.models.vlm import VLM, Inputs, Layout, init_params
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import CompressorConfig, VLMConfig
+from vlm_jax.settings.model import VLMConfig
 
 PX, PATCH, VOCAB, IMAGE_ID = 28, 7, 37, 36
 GRID = PX // PATCH
@@ -35,7 +36,7 @@ def config(name: str, dtype: str = "float32") -> VLMConfig:
         vit=presets.vit(
             "clip-l-336", image_px=PX, patch_px=PATCH, width=12, num_layers=3, num_heads=2, mlp_width=20, dtype=dtype
         ),
-        compressor=CompressorConfig(name, stride, 2, taps, dtype=dtype, neighbours=4),
+        compressor=compressor_config(name, stride, 2, taps, dtype=dtype, neighbours=4),
         lm=presets.lm(
             "vicuna-7b", vocab_size=VOCAB, width=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, mlp_width=20,
             norm_eps=1e-6, dtype=dtype,

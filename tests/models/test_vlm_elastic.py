@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from compressor import compressor_config
 
 from vlm_jax import compressors, sharding
-from vlm_jax.compressors import m3
-from vlm_jax.compressors.visual import Visual
+from vlm_jax.compressors import with_tokens
+from vlm_jax.compressors.modules import m3
+from vlm_jax.compressors.modules.visual import Visual
 from vlm_jax.costs import flops
 from vlm_jax.data import pipeline
 from vlm_jax.inference.generate import Decoding, make_generate
@@ -20,7 +22,7 @@ from vlm_jax.models.lm import empty_cache
 from vlm_jax.models.vlm import VLM, Inputs, Layout, init_params
 from vlm_jax.settings import presets
 from vlm_jax.settings.checks import ConfigError
-from vlm_jax.settings.model import CompressorConfig, VLMConfig, with_tokens
+from vlm_jax.settings.model import VLMConfig
 from vlm_jax.storage import run as experiment
 from vlm_jax.training import losses, optim, step
 
@@ -41,7 +43,7 @@ def config(name: str, count: int = 0, **fields) -> VLMConfig:
     )  # fmt: skip
     vit = presets.vit("mini", image_px=PX, patch_px=PATCH, width=8, num_heads=2, mlp_width=12)
     stride = 2 if name == "quecc" else 1
-    compressor = CompressorConfig(name, stride, 2, visual_tokens=count, query_grid=4, **fields)
+    compressor = compressor_config(name, stride, 2, visual_tokens=count, query_grid=4, **fields)
     return VLMConfig(vit, compressor, lm, projector_norm="rms", projector_positions="grid")
 
 
@@ -337,7 +339,7 @@ def test_flops_of_the_question_are_those_of_the_layers_that_read_it():
     assert cost(0, 7) == cost(-1, 0) == 0
     with pytest.raises(ConfigError, match=r"quecc: query_layers 3 must lie in \[-1, 2\]"):
         config("quecc", query_layers=3)
-    assert with_tokens(CompressorConfig("quecc"), 4, 4).stride == 2
+    assert with_tokens(compressor_config("quecc"), 4, 4).stride == 2
 
 
 PLACES = {"identity": 16, "quecc": 4, "m3": 16, "mqt": 16, "prumerge": 17}
@@ -358,7 +360,7 @@ def test_a_coarse_token_stands_in_the_middle_of_its_window():
     assert m3.centres(4, 2).tolist() == [5, 7, 13, 15]
     assert m3.centres(4, 4).tolist() == [10]
     assert m3.centres(3, 3).tolist() == [4]
-    shown = m3.show(jnp.arange(32.0).reshape(1, 16, 2), jnp.int32(4))
+    shown = m3.M3.show(jnp.arange(32.0).reshape(1, 16, 2), jnp.int32(4))
     assert shown.places[0, :4].tolist() == [5, 7, 13, 15]
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from vlm_jax import compressors, sharding
+from vlm_jax import sharding
 from vlm_jax.models.lm import empty_cache
 from vlm_jax.models.vlm import VLM, Inputs, Layout
 from vlm_jax.settings.checks import ConfigError
@@ -80,8 +80,8 @@ def batch(exp: Experiment, mesh: Mesh, rows: int, training: bool) -> Shapes:
         asked = (rows, images, 0 if data.query == "none" else data.max_query_tokens)
         found |= {"query_tokens": (asked, jnp.int32), "query_mask": (asked, jnp.bool_)}
         if data.features_dir:
-            taps = compressors.get(exp.model.compressor.name).uses_taps
-            wide = vit.width * (len(exp.model.compressor.taps) if taps else 1)
+            compressor = exp.model.compressor
+            wide = vit.width * (len(compressor.taps) if compressor.uses_taps else 1)
             for name, width in (("feature_last", vit.width), ("feature_taps", wide or vit.width)):
                 shape = (rows, images, vit.num_patches, width)
                 found[name] = (shape, vit.dtype)

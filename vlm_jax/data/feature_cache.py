@@ -19,7 +19,7 @@ import numpy as np
 from vlm_jax import files
 from vlm_jax.data.rows import make_pixels
 from vlm_jax.settings.checks import ConfigError
-from vlm_jax.settings.model import SCORED, VLMConfig
+from vlm_jax.settings.model import VLMConfig
 from vlm_jax.settings.run import DataConfig
 
 FORMAT = 1
@@ -89,7 +89,7 @@ def check(directory: str, model: VLMConfig, data: DataConfig) -> None:
 
 def check_cacheable(model: VLMConfig) -> None:
     """Raises ConfigError when the compressor needs more of the encoder than a feature cache holds."""
-    if model.compressor.name in SCORED:
+    if model.compressor.uses_scores:
         raise ConfigError(
             f"features_dir: a cache has no queries and keys, which {model.compressor.name} looks at; use '' to encode the images."
         )

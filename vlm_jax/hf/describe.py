@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vlm_jax.compressors.identity import IdentityConfig
 from vlm_jax.hf import directory, reference, settings
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.model import CompressorConfig, LMConfig, ViTConfig, VLMConfig
@@ -125,7 +126,7 @@ def _llava(raw: Mapping[str, Any], folder: Path, where: str) -> tuple[Described,
     ignored += _inside(
         "vision_config", settings.ignored(vision, vision_type, settings.ENCODER_READ)
     )
-    return Described(vit, lm, CompressorConfig("identity"), projector_layers=2), ignored
+    return Described(vit, lm, IdentityConfig(), projector_layers=2), ignored
 
 
 def check_same_model(path: str, config: VLMConfig) -> None:
@@ -133,9 +134,11 @@ def check_same_model(path: str, config: VLMConfig) -> None:
     found = describe(Path(path))
     if found.compressor is None:
         return
-    pairs = [
-        (f"compressor.{name}", getattr(config.compressor, name), getattr(found.compressor, name))
+    ours, theirs = dataclasses.asdict(config.compressor), dataclasses.asdict(found.compressor)
+    pairs: list[tuple[str, Any, Any]] = [
+        (f"compressor.{name}", ours[name], theirs[name])
         for name in ("name", "stride", "query_grid")
+        if name in ours and name in theirs
     ]
     layer = found.vit.feature_layer if found.vit else found.select_layer
     pairs.append(("vit.feature_layer", config.vit.feature_layer, layer))

@@ -100,8 +100,9 @@ def _settings(
 def _named(what: str, params: Tree, config: VLMConfig) -> Iterator[tuple[str, np.ndarray]]:
     """(name in the file, tensor) of everything to be stored."""
     prefixes = PREFIXES[what]
-    if what == "reference" and config.compressor.name == "mqt":
-        prefixes = {directory.REFERENCE: "model.query_abstractor."}
+    layout = config.compressor.reference
+    if what == "reference" and layout:
+        prefixes = {directory.REFERENCE: f"model.{layout.module}."}
     rules: dict[str, list[Rule]] = {
         directory.VIT: maps.vit(config.vit, flat_patches=False, scores=False), directory.LM: maps.lm(config.lm, fused=False),
         directory.PROJECTOR: maps.projector(maps.LLAVA_PROJECTOR),

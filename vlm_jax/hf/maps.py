@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
-from vlm_jax.settings.model import LMConfig, ViTConfig
+from vlm_jax.settings.model import LMConfig, Reference, ViTConfig
 
 LINEAR = "o i -> i o"
 HEADS_OUT = "(n h) i -> i n h"  # a linear map whose output axis is split into heads
@@ -189,59 +189,32 @@ def _attention(tensor: str, path: str, width: int, num_heads: int) -> list[Rule]
     return [*rules, Rule(f"{tensor}.out_proj.bias", f"{path}out/bias")]
 
 
-def _normed_mlp(tensor: str, norm: str, path: str) -> list[Rule]:
-    first, second = _linear(f"{tensor}.0", f"{path}/fc1"), _linear(f"{tensor}.2", f"{path}/fc2")
-    return first + second + _norm(norm, f"{path}/norm")
-
-
 def mlp(num_layers: int) -> list[Rule]:
     """LLaVA's "mlp2x_gelu" (indices 0, 2, ...), or its "linear", which has no index."""
     return projector([str(2 * i) for i in range(num_layers)] if num_layers > 1 else [""])
 
 
-def quecc(width: int, num_heads: int) -> list[Rule]:
-    """QueCC's release: index 0 of the sequence; its projector is at 1 and 3."""
-    rules = _linear("0.text_projection.0", "text") + _norm("0.text_projection.1", "text_norm")
-    for n, path in (("q", "query_mlp"), ("k", "key_mlp"), ("v", "value_mlp")):
-        rules += _normed_mlp(f"0.{n}_proj", f"0.{n}_proj.3", path)
-    rules.append(Rule("0.q_downsample.weight", "downsample/filter", "c 1 y x -> y x c"))
-    rules.append(Rule("0.q_downsample.bias", "downsample/bias"))
-    rules += _attention("0.clip_attn", "attention/", width, num_heads)
-    return _of_part("compressor", rules) + projector(("1", "3"))
-
-
-def tokenpacker(width: int, num_heads: int) -> list[Rule]:
-    """TokenPacker's release; its projector is at mlp.0 and mlp.2."""
-    rules = _linear("q_proj_1", "query", bias=False) + _norm("ln_q_1", "query_norm")
-    for n, path in (("k", "key_mlp"), ("v", "value_mlp")):
-        rules += _normed_mlp(f"{n}_proj_1", f"ln_{n}_1", path)
-    rules += _attention("clip_attn", "attention/", width, num_heads)
-    return _of_part("compressor", rules) + projector(("mlp.0", "mlp.2"))
-
-
-def mqt(width: int, num_heads: int) -> list[Rule]:
-    """MQT's release, stored as query_abstractor; it has no projector, and its position table is computed."""
-    rules = _attention("attn", "", width, num_heads)
-    for n in "qkv":
-        rules += _norm(f"ln_{n}", f"{n}_norm")
-    return _of_part("compressor", [*rules, Rule("query", "query"), Rule("proj", "project/kernel")])
-
-
-# compressor -> (rules of compressor and projector, given the encoder's width, its heads and the projector's layers)
-REFERENCE: dict[str, Callable[[int, int, int], list[Rule]]] = {
-    "identity": lambda width, num_heads, num_layers: mlp(num_layers),
-    "quecc": lambda width, num_heads, num_layers: quecc(width, num_heads),
-    "tokenpacker": lambda width, num_heads, num_layers: tokenpacker(width, num_heads),
-    "mqt": lambda width, num_heads, num_layers: mqt(width, num_heads),
-    # These have no parameters; what is stored is LLaVA's projector.
-    "m3": lambda width, num_heads, num_layers: mlp(num_layers),
-    "pool": lambda width, num_heads, num_layers: mlp(num_layers),
-    "prumerge": lambda width, num_heads, num_layers: mlp(num_layers),
-    "prumerge_plus": lambda width, num_heads, num_layers: mlp(num_layers),
+# The kinds of stored tensors that a compressor's `Reference` names -> (stored name, our path, more) to rules.
+KINDS: dict[str, Callable[..., list[Rule]]] = {
+    "linear": _linear,
+    "bare": lambda tensor, path: _linear(tensor, path, bias=False),
+    "norm": _norm,
+    "array": lambda tensor, path, layout=AS_IT_IS: [Rule(tensor, path, layout)],
 }
 
 
-# --- Tensors that a file may hold and that the model does not use. -------------------------------------------------
+def reference(layout: Reference, width: int, num_heads: int, num_layers: int) -> list[Rule]:
+    """Compressor and projector as a release stores them.
+
+    width: of the encoder; num_heads: of the compressor's attention; num_layers: maps of LLaVA's projector.
+    """
+    kinds = KINDS | {"attention": lambda tensor, path: _attention(tensor, path, width, num_heads)}
+    rules = [rule for kind, *names in layout.tensors for rule in kinds[kind](*names)]
+    behind = mlp(num_layers) if layout.projector is None else projector(layout.projector)
+    return _of_part("compressor", rules) + behind
+
+
+# --- Tensors that a file may hold and that the model has no use for. -------------------------------------------------
 
 
 def unneeded(name: str, rules: Sequence[Rule]) -> bool:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+from vlm_jax.compressors import COMPRESSORS
 from vlm_jax.hf import directory, io, maps
 from vlm_jax.hf.directory import Directory, Names
 from vlm_jax.hf.io import Sources, Tree
 from vlm_jax.hf.maps import Rule
 from vlm_jax.settings.checks import ConfigError
-from vlm_jax.settings.model import SCORED, VLMConfig
+from vlm_jax.settings.model import VLMConfig
 
 
 def group_rules(opened: Directory, names: dict[str, Names], config: VLMConfig) -> dict[str, list[Rule]]:  # fmt: skip
@@ -21,7 +22,7 @@ def group_rules(opened: Directory, names: dict[str, Names], config: VLMConfig) -
     flat = bool(patch) and len(opened.tensors[patch].shape) == 2
     fused = "model.layers.0.self_attn.qkv_proj.weight" in names[directory.LM]
     rules = {
-        directory.VIT: maps.vit(config.vit, flat, config.compressor.name in SCORED),
+        directory.VIT: maps.vit(config.vit, flat, config.compressor.uses_scores),
         directory.LM: maps.lm(config.lm, fused),
         directory.PROJECTOR: maps.projector(maps.LLAVA_PROJECTOR),
         directory.REFERENCE: reference_rules(config) if names[directory.REFERENCE] else [],
@@ -41,12 +42,14 @@ def held(opened: Directory, config: VLMConfig) -> set[str]:
 
 def reference_rules(config: VLMConfig) -> list[Rule]:
     """Compressor and projector in the reference layout. Raises ConfigError for a compressor that has none."""
-    name = config.compressor.name
-    if name not in maps.REFERENCE:
+    if config.compressor.reference is None:
+        stored = [name for name, entry in COMPRESSORS.items() if entry.reference]
         raise ConfigError(
-            f"{name} has no reference layout; the compressors that have one: {', '.join(maps.REFERENCE)}."
+            f"{config.compressor.name} has no reference layout; the compressors that have one: {', '.join(stored)}."
         )
-    return maps.REFERENCE[name](config.vit.width, config.compressor.num_heads, config.projector_layers)  # fmt: skip
+    return maps.reference(
+        config.compressor.reference, config.vit.width, config.compressor.num_heads, config.projector_layers
+    )  # fmt: skip
 
 
 def sources(opened: Directory, config: VLMConfig, wanted: Collection[str]) -> Sources:

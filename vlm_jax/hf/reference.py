@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from vlm_jax.compressors import COMPRESSORS
+from vlm_jax.compressors.identity import IdentityConfig
 from vlm_jax.hf import settings
 from vlm_jax.hf.directory import Names, short
 from vlm_jax.settings.checks import ConfigError
@@ -17,12 +18,6 @@ WRITTEN = {
     "llama": "llava_llama", "mistral": "llava_mistral", "qwen2": "llava_qwen", "qwen3": "llava_qwen3", "phi3": "llava_phi",
 }  # fmt: skip
 NAMES = {name: own for own, name in WRITTEN.items()} | {"llava": "llama"}
-
-# A tensor that only this compressor has -> the compressor. A directory with none of them has no compressor.
-MARKS = {"0.q_downsample.weight": "quecc", "q_proj_1.weight": "tokenpacker", "ln_q.weight": "mqt"}
-TAPS = (12, 16, 22, 23)  # of QueCC and TokenPacker, fixed in their releases
-# These are fixed in the releases, too.
-QUECC_HEADS, TOKENPACKER_HEAD_DIM, TOKENPACKER_STRIDE, MQT_HEAD_DIM = 8, 128, 2, 64
 
 FIXED: dict[str, tuple[Any, ...]] = {
     "mm_use_im_start_end": (False,), "mm_vision_select_feature": ("patch",), "mm_patch_merge_type": ("flat",),
@@ -98,46 +93,37 @@ def ignored(raw: Mapping[str, Any], where: str) -> list[str]:
 def projector_layers(raw: Mapping[str, Any], names: Names, where: str) -> int:
     """The number of linear layers of the projector. names: the tensors of the mm_projector.
 
-    2 where a compressor's module contains them (0 for MQT, whose last layer `proj` replaces the projector); else 1 for
-    "linear" and k for "mlp{k}x_gelu". Raises ConfigError for another mm_projector_type.
+    A compressor's release may hold them under names of its own, or none; else 1 for "linear", k for "mlp{k}x_gelu". Raises
+    ConfigError for another mm_projector_type.
     """
-    found = _compressors(names)
-    if found:
-        return 0 if found == ["mqt"] else 2
+    layout = _stored(names).reference
+    if layout and layout.projector is not None:
+        return len(layout.projector)
     kind = raw.get("mm_projector_type") or "linear"
     match = re.fullmatch(r"mlp(\d+)x_gelu", kind)
     if not match and kind != "linear":
         raise ConfigError(
             f"{where}: mm_projector_type {kind!r} is not computed here; allowed: linear, mlp2x_gelu, mlp3x_gelu, ..., and those of "
-            f"the compressors {', '.join(MARKS.values())} beside their weights."
+            f"the compressors {', '.join(_marked())} beside their weights."
         )
     return int(match[1]) if match else 1
 
 
-def _compressors(names: Names) -> list[str]:
-    return [name for mark, name in MARKS.items() if mark in names]
+def _marked() -> dict[str, str]:
+    """The compressors with parameters in a release -> a tensor that no other one has."""
+    layouts = {name: entry.reference for name, entry in COMPRESSORS.items()}
+    return {name: layout.mark for name, layout in layouts.items() if layout and layout.mark}
+
+
+def _stored(names: Names) -> type[CompressorConfig]:
+    """The compressor that the tensors of an mm_projector belong to."""
+    found = [name for name, mark in _marked().items() if mark in names]
+    return COMPRESSORS[found[0]] if found else IdentityConfig
 
 
 def compressor(
     raw: Mapping[str, Any], names: Names, shapes: Mapping[str, tuple[int, ...]], where: str
 ) -> CompressorConfig:
-    """The compressor that the tensors belong to. names: the tensors of the mm_projector; shapes: by the names in the files."""
-    found = _compressors(names)
-    if not found:
-        return CompressorConfig("identity")
-    if found == ["tokenpacker"]:
-        width = shapes[names["q_proj_1.weight"]][0]
-        stride = raw.get("scale_factor") or TOKENPACKER_STRIDE
-        heads = max(width // TOKENPACKER_HEAD_DIM, 1)
-        return CompressorConfig("tokenpacker", stride=stride, num_heads=heads, taps=TAPS)
-    if found == ["mqt"]:
-        queries, width = shapes[names["query"]]
-        heads = max(width // MQT_HEAD_DIM, 1)
-        return CompressorConfig("mqt", num_heads=heads, query_grid=math.isqrt(queries))
-    kernel = shapes[names["0.q_downsample.weight"]][-1]
-    stride = raw.get("mm_vision_token_compression_stride") or kernel
-    if kernel != stride:
-        raise ConfigError(
-            f"{where}: quecc: kernel {kernel} differs from stride {stride}; only kernel = stride is computed here."
-        )
-    return CompressorConfig("quecc", stride=stride, num_heads=QUECC_HEADS, taps=TAPS)
+    """Which compressor the tensors belong to, and its settings. names: of the mm_projector; shapes: by the files' names."""
+    own = {name: shapes[stored] for name, stored in names.items()}
+    return _stored(names).from_reference(raw, own, where)

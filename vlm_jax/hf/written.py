@@ -136,18 +136,7 @@ def original(c: VLMConfig, encoder_name: str) -> Json:
         "mm_hidden_size": c.vit.width, "mm_vision_tower": encoder_name, "mm_vision_select_layer": c.vit.feature_layer,
         "mm_vision_select_feature": "patch", "image_aspect_ratio": "pad",
     }  # fmt: skip
-    if c.compressor.name == "quecc":
-        stride = c.compressor.stride
-        fields |= {
-            "mm_vision_token_compression_type": "quecc", "mm_vision_output_token_count": c.vit.num_patches,
-            "mm_vision_output_text_embedding_size": c.lm.width, "mm_vision_token_compression_kernel_size": stride,
-            "mm_vision_token_compression_stride": stride,
-        }  # fmt: skip
-    if c.compressor.name == "tokenpacker":
-        fields["scale_factor"] = c.compressor.stride
-    if c.compressor.name == "mqt":
-        fields |= {"query_abstractor_type": "matry_query", "num_visual_tokens": c.compressor.visual_tokens or c.compressor.query_grid**2}  # fmt: skip
-    return fields
+    return fields | c.compressor.reference_fields(c.vit.num_patches, c.lm.width)
 
 
 def preprocessor(c: ViTConfig, image_mode: str) -> Json:

@@ -12,6 +12,7 @@ from typing import Any
 
 from vlm_jax import benchmarks, files
 from vlm_jax.benchmarks import predictions
+from vlm_jax.compressors import with_tokens
 from vlm_jax.data import feature_cache, tokenizer
 from vlm_jax.inference.settings import MODES, EvalConfig
 from vlm_jax.inference.tasks import Task, open_tasks
@@ -19,7 +20,7 @@ from vlm_jax.laws import table
 from vlm_jax.progress import Bar, Say, silent
 from vlm_jax.settings import presets
 from vlm_jax.settings.checks import ConfigError
-from vlm_jax.settings.model import LMConfig, with_tokens
+from vlm_jax.settings.model import LMConfig
 from vlm_jax.settings.run import Experiment, MeshConfig
 from vlm_jax.storage import run as experiment
 

@@ -13,8 +13,7 @@ from einops import rearrange
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
-from vlm_jax.compressors import get as get_compressor
-from vlm_jax.compressors.visual import Visual
+from vlm_jax.compressors.modules.visual import Visual
 from vlm_jax.layers import constrain
 from vlm_jax.models.attention import Visible
 from vlm_jax.models.lm import LM, Cache, empty_cache, near, visible
@@ -60,18 +59,17 @@ class VLM(nn.Module):
 
     def setup(self):
         cfg = self.config
-        compressor = get_compressor(cfg.compressor.name)
-        taps = cfg.compressor.taps if compressor.uses_taps else ()
-        self.vit = ViT(cfg.vit, taps, compressor.uses_scores)
+        compressor = cfg.compressor
+        self.vit = ViT(cfg.vit, compressor.taps, compressor.uses_scores)
         width = (cfg.lm.width,) if compressor.place == "instead" else ()
-        self.compressor = compressor.module(cfg.compressor, cfg.vit.grid, *width)
+        self.compressor = compressor.module(cfg.vit.grid, *width)
         self.projector = Projector(
             cfg.lm.width,
             0 if compressor.place == "instead" else cfg.projector_layers,
             cfg.projector_norm,
             cfg.projector_positions,
             cfg.lm.dtype,
-            compressor.num_places(cfg.compressor, cfg.vit.grid),
+            compressor.num_places(cfg.vit.grid),
         )
         self.lm = LM(cfg.lm)
 
@@ -179,19 +177,19 @@ class VLM(nn.Module):
         features = self.features(inputs)
         if features is None:
             return None
-        entry = get_compressor(self.config.compressor.name)
+        place = self.config.compressor.place
         with jax.named_scope("compress"):
-            last = self.projector.early(features.last) if entry.place == "inside" else features.last
+            last = self.projector.early(features.last) if place == "inside" else features.last
             visual = self.compressor(last, features.taps, self.query(inputs), features.scores)
             tokens = visual.tokens
-            if entry.place == "before":
+            if place == "before":
                 tokens = self.projector.early(tokens)
             visual = visual._replace(tokens=self.projector.late(tokens))
         if inputs.count is None:
             return visual
-        if entry.elastic is None:
+        if not self.config.compressor.elastic:
             raise ValueError(f"{self.config.compressor.name} cannot show a part of its tokens")
-        return entry.elastic.show(visual.tokens, inputs.count)
+        return self.compressor.show(visual.tokens, inputs.count)
 
     def place(self, inputs: Inputs, visual: Visual | None) -> tuple[Float[Array, "B T D"], Layout]:
         """Token embeddings with the visual tokens put at their slots.
@@ -248,7 +246,7 @@ class VLM(nn.Module):
         decoder stops after k layers; after none a token knows no other, so the mean over the question stands for it.
         """
         cfg = self.config.compressor
-        if not get_compressor(cfg.name).uses_query:
+        if not cfg.uses_query:
             return None
         if inputs.query_tokens is None or inputs.query_mask is None:
             raise ValueError(f"{cfg.name} needs query_tokens and query_mask beside the images")

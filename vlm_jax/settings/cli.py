@@ -6,6 +6,7 @@ Imports nothing heavy, so that a mistake on the command line is reported before 
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import keyword
 import logging
@@ -24,6 +25,8 @@ from vlm_jax.settings.checks import ConfigError, RunEnded
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CONFIG_FLAG = re.compile(r"--?(?:no)?config(?:\.(?P<field>[^=]*))?(?:=(?P<value>.*))?$", re.DOTALL)
+# A block whose fields depend on its `name`: the file lists those of its own choice, and who reads the block knows the rest.
+OPEN_BLOCK = "model.compressor"
 HELP_FLAG = re.compile(r"(--?help(full|short)?|-h)(=true)?$")
 
 
@@ -89,7 +92,7 @@ def parse(
         flags.DEFINE_boolean(name, False, meaning, flag_values=values)
     flags.DEFINE_boolean("help", False, "show the flags", short_name="h", flag_values=values)
     config = check_overrides(argv)
-    kept, late = _keyword_fields(last_of_each(argv, config))
+    kept, late = _late_fields(last_of_each(argv, config), config)
     words = ["command", *kept]
     config_flags.DEFINE_config_file("config", None, config_help, flag_values=values, sys_argv=words)
     try:
@@ -101,7 +104,8 @@ def parse(
     except (flags.Error, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"command line: {error}") from error
     for field, value in late.items():
-        values.config.update_from_flattened_dict({field: value})
+        with values.config.unlocked():
+            values.config.update_from_flattened_dict({field: value})
     if rest and positional and not values[positional].value:
         values[positional].value = rest.pop(0)
     if rest:
@@ -211,22 +215,42 @@ def last_of_each(argv: Sequence[str], config: ConfigDict | None) -> list[str]:
     return [*first, *(word for group in kept.values() for word in group)]
 
 
-def _keyword_fields(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Splits off the flags of text fields whose name is a Python keyword (init.from): the other words, and field -> value.
+def _late_fields(
+    words: Sequence[str], config: ConfigDict | None
+) -> tuple[list[str], dict[str, Any]]:
+    """The words without those that ml_collections refuses, and the values of these fields.
 
-    ml_collections parses the path of a field as Python, which fails for these.
+    It reads a field's path as Python, and so refuses a text field named by a keyword (init.from); and it knows no fields of
+    OPEN_BLOCK beside those in the file, which are read as Python literals, else as text.
     """
     kept: list[str] = []
-    late: dict[str, str] = {}
+    late: dict[str, Any] = {}
     rest = iter(words)
     for word in rest:
         match = CONFIG_FLAG.match(word)
         field = match["field"] if match else None
         if match and field and any(keyword.iskeyword(name) for name in field.split(".")):
             late[field] = next(rest, "") if match["value"] is None else match["value"]
+        elif match and field and _is_open(field, config):
+            late[field] = _literal(next(rest, "") if match["value"] is None else match["value"])
         else:
             kept.append(word)
     return kept, late
+
+
+def _is_open(field: str, config: ConfigDict | None) -> bool:
+    """Whether a field lies in OPEN_BLOCK and is not in the file."""
+    block, _, name = field.rpartition(".")
+    if block != OPEN_BLOCK or config is None or "model" not in config:
+        return False
+    return name not in config.model.get("compressor", {name: None})
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def _config_path(argv: Sequence[str]) -> str:
@@ -347,6 +371,8 @@ def check_overrides(argv: Sequence[str]) -> ConfigDict | None:
         return None
     config = load_config(path)
     for field in fields:
+        if _is_open(field, config):
+            continue
         node, walked = config, "config"
         for name in field.split("."):
             if not isinstance(node, ConfigDict) or name not in node:

@@ -50,7 +50,9 @@ def changed(config: Mapping[str, Any]) -> set[str]:
         if name == "configs.default" or name.endswith(".configs.default"):
             usual = dict(_flat(module.get_config().to_dict()))
             return {
-                field for field, value in _flat(config) if field in usual and value != usual[field]
+                field
+                for field, value in _flat(config)
+                if field not in usual or value != usual[field]
             }
     return {field for field, _ in _flat(config)}
 
@@ -77,7 +79,7 @@ def _model(
                 origin = f"but model.{block}.preset {preset!r} has"
                 _check(source, f"model.{block}.{name}", getattr(theirs, name), value, origin)
         for name, value in _set_by_user(now[block], block, given).items():
-            if name in fields:
+            if name in fields or name not in model[block]:  # another compressor's: see named.vlm
                 model[block][name] = value
             else:
                 _check(source, f"model.{block}.{name}", getattr(theirs, name), value)
@@ -165,5 +167,6 @@ def _differing(
     part: str, free: Collection[str], theirs: VLMConfig, ours: VLMConfig
 ) -> list[tuple[str, Any, Any]]:
     old, new = getattr(theirs, part), getattr(ours, part)
-    names = [field.name for field in dataclasses.fields(old) if field.name not in free]
+    shared = {field.name for field in dataclasses.fields(new)}  # compressors have their own ones
+    names = [f.name for f in dataclasses.fields(old) if f.name in shared and f.name not in free]
     return [(f"model.{part}.{name}", getattr(old, name), getattr(new, name)) for name in names]

@@ -11,19 +11,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vlm_jax import files
+from vlm_jax import compressors, files
 from vlm_jax.hf import named
 from vlm_jax.settings import addresses
 from vlm_jax.settings.checks import ConfigError, build
 from vlm_jax.settings.hub import hub_hint
-from vlm_jax.settings.model import (
-    LM_LINEARS,
-    CompressorConfig,
-    LMConfig,
-    RopeScaling,
-    ViTConfig,
-    VLMConfig,
-)
+from vlm_jax.settings.model import LM_LINEARS, LMConfig, RopeScaling, ViTConfig, VLMConfig
 from vlm_jax.settings.run import (
     DataConfig,
     Experiment,
@@ -51,7 +44,7 @@ def resolve(cfg: ConfigDict, given: Sequence[str] = ()) -> Experiment:
         config = inherit(config, source, read(source), {*given, *changed(config)})
     check_texts("data", config["data"], ("annotations", "image_roots", "ignored_fields"))
     return Experiment(
-        model=named.vlm(config["model"]),
+        model=named.vlm(config["model"], given),
         data=build(DataConfig, config["data"]),
         optim=build(OptimConfig, config["optim"]),
         mesh=build(MeshConfig, config["mesh"]),
@@ -168,7 +161,7 @@ def _restored(saved: Mapping[str, Any]) -> Experiment:
     lm = dict(model["lm"], rope_scaling=build(RopeScaling, model["lm"]["rope_scaling"]))
     parts = {
         "vit": build(ViTConfig, model["vit"]),
-        "compressor": build(CompressorConfig, model["compressor"]),
+        "compressor": compressors.chosen(model["compressor"]),
         "lm": build(LMConfig, lm),
     }
     return Experiment(

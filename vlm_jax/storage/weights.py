@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, UInt32
 
-from vlm_jax import compressors, sharding
+from vlm_jax import sharding
 from vlm_jax.data import feature_cache
 from vlm_jax.hf import directory
 from vlm_jax.hf.parts import load_parts
@@ -71,7 +71,7 @@ def check_cached(directory: str, model: VLMConfig, vit: Any) -> None:
     vit: the encoder's parameters. Their settings are compared by `feature_cache.check`.
     """
     made = feature_cache.read_made(directory)
-    if compressors.get(model.compressor.name).uses_taps and tuple(made["taps"]) != taps_of(model):
+    if model.compressor.uses_taps and tuple(made["taps"]) != taps_of(model):
         raise ConfigError(
             f"features_dir: {directory!r} was made with model.compressor.taps = {tuple(made['taps'])}, this run has "
             f"{taps_of(model)}; {feature_cache.AGAIN}."
@@ -85,8 +85,8 @@ def check_cached(directory: str, model: VLMConfig, vit: Any) -> None:
 
 
 def taps_of(model: VLMConfig) -> tuple[int, ...]:
-    """The hidden states that the compressor reads besides the feature; () for a compressor that reads none."""
-    return model.compressor.taps if compressors.get(model.compressor.name).uses_taps else ()
+    """The hidden states that the compressor looks at beside the feature."""
+    return model.compressor.taps
 
 
 def fingerprint(params: Any) -> str:

@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax import compressors
-from vlm_jax.compressors.visual import Visual
+from vlm_jax.compressors.modules.visual import Visual
 from vlm_jax.layers import constrain, on_shards
 from vlm_jax.models.vlm import VLM, Inputs
 from vlm_jax.settings.run import Experiment
@@ -164,7 +164,7 @@ def make_loss(exp: Experiment, attention: str = "xla") -> Callable[[Tree, Batch,
     """
     config = compressors.for_training(exp.model)
     config = dataclasses.replace(config, lm=dataclasses.replace(config.lm, attention=attention))
-    model, elastic = VLM(config), compressors.get(config.compressor.name).elastic
+    model = VLM(config)
     counts = compressors.train_tokens(exp.model.compressor, config.vit.grid)
 
     def read(params: Tree, inputs: Inputs, visual: Visual | None, batch: Batch) -> Scored:
@@ -197,8 +197,7 @@ def make_loss(exp: Experiment, attention: str = "xla") -> Callable[[Tree, Batch,
         # With the passes kept, four scales of a small model took 4.5 times the memory and 1.4 times the CPU time.
         @jax.checkpoint
         def shown(count: Array) -> Scored:
-            assert elastic is not None  # else the decoder runs once
-            part = elastic.show(visual.tokens, count)
+            part = config.compressor.module_class().show(visual.tokens, count)
             return read(params, inputs, part, batch)
 
         return jax.tree.map(lambda x: x.mean(axis=0), jax.lax.map(shown, jnp.array(counts)))

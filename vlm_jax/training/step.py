@@ -20,7 +20,6 @@ from vlm_jax.models import adapters
 from vlm_jax.models.attention import flash_kernel
 from vlm_jax.models.vlm import init_params, shapes
 from vlm_jax.settings.checks import ConfigError
-from vlm_jax.settings.model import ELASTIC, SCORED
 from vlm_jax.settings.run import Experiment
 from vlm_jax.training import guard, optim
 from vlm_jax.training.losses import Batch, Scored, Tree, make_loss
@@ -127,7 +126,7 @@ def attention_kernel(exp: Experiment, flash: str) -> str:
     ConfigError when the config asks for a kernel that cannot.
     """
     asked, lm = exp.model.lm.attention, exp.model.lm
-    compressor = exp.model.compressor.name
+    compressor = exp.model.compressor
     reasons = {
         f"data.turns is {exp.data.turns}": exp.data.turns != "dialogue",
         f"its sliding_window {lm.sliding_window} is shorter than a row": 0
@@ -138,7 +137,8 @@ def attention_kernel(exp: Experiment, flash: str) -> str:
     if "cudnn" in (asked, flash):
         reasons |= {
             "data.packing puts several samples into a row": exp.data.packing,
-            f"compressor {compressor} hides visual slots": compressor in (*ELASTIC, *SCORED),
+            f"compressor {compressor.name} hides visual slots": compressor.elastic
+            or compressor.uses_scores,
             f"model.lm.dtype is {lm.dtype}": lm.dtype == "float32",
             f"head_dim {lm.head_dim} is no multiple of 8 up to 128": lm.head_dim % 8
             or lm.head_dim > 128,
