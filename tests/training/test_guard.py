@@ -25,8 +25,8 @@ def poison(monkeypatch):
     def poisoned(*settings):
         loss_of_batch = make_loss(*settings)
 
-        def loss_of(params, batch, taken):
-            loss, scalars = loss_of_batch(params, batch, taken)
+        def loss_of(params, batch, taken, *frozen):
+            loss, scalars = loss_of_batch(params, batch, taken, *frozen)
             return loss * jnp.where(taken == BAD_STEP - 1, jnp.nan, 1.0), scalars
 
         return loss_of

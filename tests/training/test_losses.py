@@ -113,7 +113,9 @@ def gradients(folder, trainable="^(compressor|projector|lm)/", **train):
     iterator.close()
     with sharding.use(p.mesh):
         state = step.fresh_state(p)
-        (loss, scalars), grads = jax.jit(step.make_gradients(p))(state, batch)
+        (loss, scalars), grads = jax.jit(step.make_gradients(p))(
+            state.trainable, batch, state.step, state.frozen
+        )
     return loss, scalars, grads
 
 

@@ -33,8 +33,8 @@ TELL_EVERY = 30  # seconds between lines of the log
 
 @functools.partial(jax.jit, static_argnames="config")
 def encode(params: Any, images: UInt8[Array, "B H W 3"], config: VLMConfig) -> Features:
-    """The encoder's features of images. params is an argument, so that the compiled program holds no copy of them."""
-    found: Any = VLM(config).apply({"params": params}, images, method=VLM.encode_images)
+    """What the encoder of a model makes of pixels. params: an argument, so that the program does not hold a copy of them."""
+    found: Any = VLM(config).apply({"params": params}, images, method=VLM.image_features)
     return found
 
 

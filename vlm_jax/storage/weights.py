@@ -29,7 +29,7 @@ Tree = dict[str, Any]
 
 def abstract(config: VLMConfig, mesh: Mesh) -> Tree:
     """Shapes, dtypes and shardings of a model's parameters on a mesh, as ShapeDtypeStructs."""
-    return sharding.place(shapes(config), mesh)
+    return sharding.sharded_shapes(shapes(config), mesh)
 
 
 def load(source: str, config: VLMConfig, wanted: Tree) -> Tree:
