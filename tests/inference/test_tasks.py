@@ -171,7 +171,7 @@ def test_fields_that_the_run_ignores_are_no_part_of_a_question(world):
 
 def test_replies_to_choose_from_are_part_of_a_question(world):
     row = {**opened(world).rows[0], "replies": ("A", "B")}
-    given = (row, str(world / "data"), None)
+    given = (row, "data.json", str(world / "data"), None)
     marks = [content.of_question(*given, replies) for replies in (None, ("A", "B"), ("B", "A"))]
     assert len(set(marks)) == 3
     assert content.of_question({**row, "answer": "x"}, *given[1:], ("A", "B")) == marks[1]

@@ -142,7 +142,7 @@ def prepare(
     vit: ViTConfig,
     batch_size: int,
     *,
-    file: str = "questions",
+    file: str = "evaluation records",
     replies: Sequence[Sequence[str]] | None = None,
     most_buckets: int = MAX_BUCKETS,
     shard: int = 0,

@@ -30,7 +30,7 @@ from vlm_jax.storage import weights
 Rows = Sequence[dict[str, Any]]
 Batch = Mapping[str, jax.Array]
 
-FILE = "questions"  # stands for the file in error messages about rows that come from none
+FILE = "evaluation records"  # stands for the file in error messages about rows that come from none
 
 
 class Answerer:

@@ -78,9 +78,7 @@ def evaluate(
 
 def _check(settings: EvalConfig) -> tuple[Experiment, int]:
     """The trained run and its last step. Raises ConfigError for settings that do not fit it or ask nothing."""
-    if not settings.benchmarks:
-        names = ", ".join(benchmarks.BENCHMARKS)
-        raise ConfigError(f"eval: benchmarks is empty; name one or more of {names}.")
+    settings.check_benchmarks()
     run, step = experiment.read(settings.checkpoint), experiment.last_step(settings.checkpoint)
     if step is None:
         raise ConfigError(

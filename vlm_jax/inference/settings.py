@@ -44,6 +44,8 @@ class EvalConfig:
             raise ConfigError(
                 "eval: checkpoint is empty; give the workdir of a training run: --config.eval.checkpoint=DIR."
             )
+        if self.annotations:
+            self.check_benchmarks()
         if len(self.benchmarks) != len(self.annotations):
             raise ConfigError(
                 f"eval: {len(self.benchmarks)} benchmarks but {len(self.annotations)} annotations; give one "
@@ -76,6 +78,12 @@ class EvalConfig:
         """The settings in the block `eval` of a config. Raises ConfigError for wrong names and values."""
         check_texts("eval", block, ("benchmarks", "annotations", "image_roots"))
         return build(cls, block)
+
+    def check_benchmarks(self) -> None:
+        """Raises ConfigError when no benchmark is named."""
+        if not self.benchmarks:
+            names = ", ".join(benchmarks.BENCHMARKS)
+            raise ConfigError(f"eval: benchmarks is empty; name one or more of {names}.")
 
     def image_root(self, number: int) -> str:
         """The folder that image paths of a benchmark start from."""
