@@ -26,7 +26,7 @@ from vlm_jax import compressors, sweep  # noqa: E402
 from vlm_jax.hf import named  # noqa: E402
 from vlm_jax.laws import table  # noqa: E402
 from vlm_jax.settings import cli  # noqa: E402
-from vlm_jax.settings.model import ConfigError  # noqa: E402
+from vlm_jax.settings.checks import ConfigError  # noqa: E402
 from vlm_jax.storage import run as experiment  # noqa: E402
 from vlm_jax.train import train  # noqa: E402
 

@@ -26,16 +26,13 @@ from ml_collections import ConfigDict  # noqa: E402
 
 from vlm_jax import compressors, files  # noqa: E402
 from vlm_jax.data import templates, tokenizer  # noqa: E402
-from vlm_jax.hf import (  # noqa: E402
-    directory,
-    named,
-    naming,
-)
+from vlm_jax.hf import directory, named  # noqa: E402
 from vlm_jax.hf.describe import describe  # noqa: E402
 from vlm_jax.hf.settings import feature_layer, preprocessing  # noqa: E402
 from vlm_jax.settings import cli  # noqa: E402
+from vlm_jax.settings.checks import ConfigError  # noqa: E402
 from vlm_jax.settings.hub import hub_hint  # noqa: E402
-from vlm_jax.settings.model import DTYPES, ConfigError  # noqa: E402
+from vlm_jax.settings.model import DTYPES  # noqa: E402
 from vlm_jax.storage import run as experiment  # noqa: E402
 
 log = logging.getLogger("vlm_jax.convert_hf")
@@ -115,7 +112,7 @@ def sources_of(given: Path, found: Any, vit: str | None) -> dict[str, str]:
     if found.vit:
         sources["vit"] = str(given)
     elif found.encoder:
-        inside = naming.sort(directory.open_directory(given).tensors)[naming.VIT]
+        inside = directory.sort(directory.open_directory(given).tensors)[directory.VIT]
         sources["vit"] = str(given) if inside and not vit else vit or found.encoder
         if not directory.is_model(sources["vit"]):
             raise ConfigError(

@@ -30,7 +30,8 @@ from vlm_jax.models.projector import Projector
 from vlm_jax.models.vit import Features, ViT
 from vlm_jax.models.vlm import VLM, Inputs
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import ConfigError, LMConfig, ViTConfig, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import LMConfig, ViTConfig, VLMConfig
 
 TOLERANCE = 2e-5  # of the largest absolute reference value
 ROOT = Path(__file__).resolve().parents[1]

@@ -127,7 +127,7 @@ def compare_encoder(folder: Path) -> Compared:
         config, params = load(folder, ("vit",), **fields)
         vit = config.vit
         images = np.random.default_rng(1).integers(0, 256, (2, vit.image_px, vit.image_px, 3), dtype=np.uint8)  # fmt: skip
-        encode = jax.jit(lambda p, x, c=config: VLM(c).apply(p, x, method=VLM.encode_images).last)
+        encode = jax.jit(lambda p, x, c=config: VLM(c).apply(p, x, method=VLM.image_features).last)
         ours = encode({"params": params}, jnp.asarray(images))
         pixels = torch.tensor((images / 255 - np.array(vit.mean)) / np.array(vit.std)).float()
         with torch.no_grad():

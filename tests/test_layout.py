@@ -14,11 +14,12 @@ MAX_FUNCTION_LINES = 70
 COMMANDS = {"train", "evaluate", "sweep", "show", "features"}
 
 # The rooms from the ground up -> what each may import of the project. Nothing imports a command, but sweep train and evaluate.
-GROUND = {"settings", "files"}
+GROUND = {"settings", "files", "progress"}
 MODEL = {"settings", "layers", "compressors", "models", "sharding"}
 ROOMS: dict[str, set[str]] = {
     "settings": set(),
     "files": {"settings"},
+    "progress": set(),
     "layers": {"settings"},
     "sharding": {"settings"},
     "compressors": {"settings", "layers"},
@@ -31,7 +32,7 @@ ROOMS: dict[str, set[str]] = {
     "laws": {*GROUND, "costs"},
     "storage": {*GROUND, *MODEL, "hf", "data"},
     "training": {*GROUND, *MODEL, "hf", "data", "storage", "costs"},
-    "inference": {*GROUND, *MODEL, "hf", "data", "storage", "costs", "benchmarks"},
+    "inference": {*GROUND, *MODEL, "hf", "data", "storage", "costs", "benchmarks", "laws"},
     "aot": {*GROUND, *MODEL, "hf", "data", "storage", "costs", "training", "inference"},
 }
 EVERYTHING = set(ROOMS)
@@ -43,7 +44,17 @@ ALLOWED = ROOMS | {
     "features": EVERYTHING,
 }
 # grain loads jax by itself. Of a compressor, what runs loads it, not what is known without running it.
-NO_JAX = ("settings", "files", "data", "miniworld", "benchmarks", "laws", "costs", "compressors")
+NO_JAX = (
+    "settings",
+    "files",
+    "progress",
+    "data",
+    "miniworld",
+    "benchmarks",
+    "laws",
+    "costs",
+    "compressors",
+)
 LOADS_JAX = {"data": {"pipeline", "feature_images", "eval_batches"}}
 
 

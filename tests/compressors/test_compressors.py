@@ -18,7 +18,8 @@ from vlm_jax.compressors.modules import tokenpacker, windows
 from vlm_jax.layers import Scores
 from vlm_jax.models.projector import Projector
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import ConfigError, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import VLMConfig
 
 WIDTH, TEXT, HIDDEN, HEADS = 8, 12, 20, 2
 LEARNED = ("quecc", "tokenpacker")  # with parameters, inside windows

@@ -18,7 +18,8 @@ from vlm_jax.compressors.modules import m3, mqt, pool
 from vlm_jax.costs import flops
 from vlm_jax.models.projector import Projector
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import ConfigError, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import VLMConfig
 
 WIDTH, HIDDEN, HEADS = 8, 12, 2
 

@@ -16,11 +16,12 @@ from refs import prumerge_numpy as twin
 from vlm_jax import compressors, features, train
 from vlm_jax.compressors import COMPRESSORS
 from vlm_jax.compressors.modules import prumerge
-from vlm_jax.compressors.modules.visual import Visual
+from vlm_jax.compressors.modules.visual import VisualTokens
 from vlm_jax.layers import Scores
 from vlm_jax.models.vlm import VLM, Inputs, init_params
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import CompressorConfig, ConfigError, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import CompressorConfig, VLMConfig
 from vlm_jax.storage import run as experiment
 
 NAMES = ("prumerge", "prumerge_plus")
@@ -392,12 +393,12 @@ def test_empty_slots_change_no_logit_of_the_text(name, preset):
     images = rng.integers(0, 256, (2, 1, 1, PX, PX, 3)).astype(np.uint8)
     counts = []
     for image in map(jnp.asarray, images):
-        visual = apply(row(slots, image), method="see")
+        visual = apply(row(slots, image), method="encode_images")
         filled = np.flatnonzero(visual.valid[0])
         counts.append(len(filled))
         places = visual.places[:, filled]
-        tight = Visual(visual.tokens[:, filled], places=places)
-        reference = np.asarray(apply(row(counts[-1], image), tight, method="read"))[:, -5:]
+        tight = VisualTokens(visual.tokens[:, filled], places=places)
+        reference = np.asarray(apply(row(counts[-1], image), tight, method="logits"))[:, -5:]
         ours = np.asarray(apply(row(slots, image)))[:, -5:]
         np.testing.assert_allclose(ours, reference, atol=2e-5 * np.abs(reference).max())
     assert len(set(counts)) == 2 and max(counts) < slots, counts

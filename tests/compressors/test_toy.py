@@ -14,7 +14,7 @@ from vlm_jax.compressors import COMPRESSORS
 from vlm_jax.hf import export
 from vlm_jax.hf.describe import describe
 from vlm_jax.laws import table
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import MeshConfig
 from vlm_jax.storage import run as experiment
 from vlm_jax.storage import weights

@@ -15,12 +15,13 @@ from vlm_jax.aot import programs
 from vlm_jax.costs import flops, memory
 from vlm_jax.costs.price import paper_flops
 from vlm_jax.models import attention
-from vlm_jax.models.attention import Visible
+from vlm_jax.models.attention import AttentionMask
 from vlm_jax.models.lm import LM, empty_cache
 from vlm_jax.models.vit import ViT
 from vlm_jax.models.vlm import VLM, Inputs, Layout, dummy_inputs
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import ConfigError, LMConfig, ViTConfig, VLMConfig, stride_for
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import LMConfig, ViTConfig, VLMConfig, stride_for
 from vlm_jax.storage import run as experiment
 from vlm_jax.training import step
 
@@ -105,7 +106,7 @@ def test_the_decoders_count_is_within_two_percent_of_xla(config):
     model = LM(config)
 
     def run(module, ids, mask):
-        hidden = module.hidden(module.embed(ids), ids, Visible(mask))
+        hidden = module.hidden(module.embed(ids), ids, AttentionMask(mask))
         return module.logits(hidden[:, -1:])
 
     ids, mask = int_array(1, tokens), jax.ShapeDtypeStruct((1, tokens, tokens), jnp.bool_)
@@ -194,7 +195,9 @@ def test_an_answer_behind_a_cached_text_is_within_two_percent_of_xla(lm):
 
     def run(module, ids, mask, cache):
         slot = cache.length - ids.shape[1]
-        hidden, cache = module.cached_hidden(module.embed(ids), ids, Visible(mask), cache, slot)
+        hidden, cache = module.cached_hidden(
+            module.embed(ids), ids, AttentionMask(mask), cache, slot
+        )
         return module.logits(hidden[:, -1:]), cache
 
     def measured(tokens: int, keys: int) -> float:
@@ -298,7 +301,9 @@ def step_of(case: dict, folder):
     batch = programs.batch(exp, plan.mesh, 2, training=True)
     if not has_images:
         batch = {k: x for k, x in batch.items() if "image" not in k and "query" not in k}
-    lowered = jax.jit(step.make_gradients(plan)).lower(plan.state, batch)
+    lowered = jax.jit(step.make_gradients(plan)).lower(
+        plan.state.trainable, batch, plan.state.step, plan.state.frozen
+    )
     learning = flatten_dict(plan.state.trainable, sep="/").keys()
     return flops.batch_flops(exp, learning, tokens, has_images), lowered.cost_analysis()["flops"]
 

@@ -11,7 +11,8 @@ from vlm_jax.costs.price import Phase, Price, Workload
 from vlm_jax.laws.budget import Budget, find_chip
 from vlm_jax.models.lm import empty_cache
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import ConfigError, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import VLMConfig
 
 H100 = find_chip("H100")
 

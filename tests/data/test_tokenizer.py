@@ -14,7 +14,7 @@ from vlm_jax.data import tokenizer
 from vlm_jax.data.chat import Chat
 from vlm_jax.data.records import Record, Turn
 from vlm_jax.data.templates import TEMPLATES, chat_template
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 TEXTS = ["What is this?", " Red cat.\n\nyes", "ein Haus \u2603 \U0001f600", "a</s>b", ""]
 
@@ -149,7 +149,7 @@ def row_ids(chat, record):
     """The row's ids, -1 in the slots of visual tokens."""
     if record.turns[-1].answer is None:
         units = chat.prompt(record)
-        row = chat.pack(record, units, chat.length(units))
+        row = chat.lay_out(record, units, chat.length(units))
     else:
         row = chat.encode(record)
     return np.where(row.visual_index >= 0, -1, row.tokens)[row.segments >= 0].tolist()

@@ -10,7 +10,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from vlm_jax.compressors.modules import pool
-from vlm_jax.compressors.modules.visual import Visual
+from vlm_jax.compressors.modules.visual import VisualTokens
 from vlm_jax.compressors.windowed import WindowedConfig
 from vlm_jax.layers import weight
 from vlm_jax.settings.model import Reference
@@ -48,7 +48,7 @@ class Scaled(nn.Module):
         taps: Float[Array, "B P Z"],
         query: None = None,
         scores: None = None,
-    ) -> Visual:
+    ) -> VisualTokens:
         init = nn.initializers.constant(self.config.gain)
         scale = weight(self, "scale", init, (last.shape[-1],), ("vision",))
-        return Visual(pool.mean(last, self.grid, self.config.stride) * scale)
+        return VisualTokens(pool.mean(last, self.grid, self.config.stride) * scale)

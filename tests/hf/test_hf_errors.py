@@ -18,7 +18,7 @@ from test_hf_parity import load
 
 from vlm_jax import train
 from vlm_jax.hf import describe, directory, named
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.storage import run as experiment
 
 

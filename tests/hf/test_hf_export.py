@@ -28,7 +28,8 @@ from vlm_jax.hf import directory, export, named, written
 from vlm_jax.hf.describe import describe
 from vlm_jax.models.vlm import VLM, Inputs, init_params
 from vlm_jax.settings import cli
-from vlm_jax.settings.model import CompressorConfig, ConfigError, RopeScaling, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import CompressorConfig, RopeScaling, VLMConfig
 from vlm_jax.settings.run import MeshConfig
 from vlm_jax.storage import weights
 
@@ -155,7 +156,7 @@ def test_an_encoder_of_ours_ends_at_its_feature_layer(vit, fields, tmp_path):
     given = torch.tensor((images / 255 - np.array(vit_config.mean)) / np.array(vit_config.std))
     with torch.no_grad(), jax.default_matmul_precision("highest"):
         out = model(given.float().permute(0, 3, 1, 2), output_hidden_states=True)
-        ours = VLM(config).apply({"params": params}, jnp.asarray(images), method=VLM.encode_images)
+        ours = VLM(config).apply({"params": params}, jnp.asarray(images), method=VLM.image_features)
     normed = vit_config.post_norm and vit_config.feature_layer == -1
     theirs = out.last_hidden_state if normed else out.hidden_states[-1]
     assert relative(ours.last, theirs[:, int(vit_config.cls_token) :]) < 2e-5

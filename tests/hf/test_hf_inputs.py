@@ -15,7 +15,7 @@ from refs import tokenizers
 from vlm_jax.data import images, sources, tokenizer
 from vlm_jax.data.chat import Chat
 from vlm_jax.hf import settings
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 PX = 24
 CLIP = dict(image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711])  # fmt: skip

@@ -22,7 +22,8 @@ from vlm_jax.hf import export, named, settings
 from vlm_jax.hf.describe import describe
 from vlm_jax.models.vlm import init_params
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import ConfigError, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import VLMConfig
 from vlm_jax.settings.run import MeshConfig
 from vlm_jax.storage import run as experiment
 from vlm_jax.storage import weights

@@ -13,7 +13,8 @@ from flax import linen as nn
 from vlm_jax.inference.generate import Decoding, choose, make_generate, nucleus_floor
 from vlm_jax.models.vlm import VLM, Inputs, init_params
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import ConfigError, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import VLMConfig
 
 VOCAB, EOS, PAD, NEW = 48, 2, 0, 12
 GREEDY = Decoding(max_new_tokens=NEW, eos_ids=(EOS,), pad_id=PAD)

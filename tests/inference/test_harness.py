@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from vlm_jax.benchmarks import predictions
 from vlm_jax.data import eval_batches as prompts
 from vlm_jax.laws import table
 from vlm_jax.models.vlm import init_params
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.storage.checkpoint import save_params
 from vlm_jax.storage.run import resolve, write
 
@@ -202,6 +203,7 @@ def test_a_killed_evaluation_goes_on_in_either_mode(run, files, generated, chose
         (tmp_path / label).mkdir()
         torn = "".join(lines[:kept]) + lines[kept][:7]
         (tmp_path / label / "predictions.jsonl").write_text(torn)
+        shutil.copy(workdir / label / "run.json", tmp_path / label)
         result = evaluate.evaluate(config(run, files, ["pope"], mode=mode), str(tmp_path))
         assert result == [score for score in scores if score["benchmark"] == label]
         assert texts(tmp_path, label) == texts(workdir, label)

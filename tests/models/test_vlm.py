@@ -196,7 +196,7 @@ def placed(cfg, params, inputs):
     """What the decoder is given: embeddings and layout."""
 
     def place(module, inputs):
-        return module.place(inputs, module.see(inputs))
+        return module.insert_visual_tokens(inputs, module.encode_images(inputs))
 
     made = jax.jit(functools.partial(VLM(cfg).apply, method=place))({"params": params}, inputs)
     return jax.tree.map(np.asarray, made)
@@ -273,7 +273,11 @@ def test_no_gradient_flows_through_the_query_into_the_decoder():
     @jax.jit
     @jax.grad
     def gradient(params):
-        x, _ = VLM(cfg).apply({"params": params}, inputs, method=lambda m, i: m.place(i, m.see(i)))
+        x, _ = VLM(cfg).apply(
+            {"params": params},
+            inputs,
+            method=lambda m, i: m.insert_visual_tokens(i, m.encode_images(i)),
+        )
         return jnp.sum(x * visual)
 
     grads = gradient(params)

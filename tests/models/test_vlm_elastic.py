@@ -14,14 +14,15 @@ from compressor import compressor_config
 from vlm_jax import compressors, sharding
 from vlm_jax.compressors import with_tokens
 from vlm_jax.compressors.modules import m3
-from vlm_jax.compressors.modules.visual import Visual
+from vlm_jax.compressors.modules.visual import VisualTokens
 from vlm_jax.costs import flops
 from vlm_jax.data import pipeline
 from vlm_jax.inference.generate import Decoding, make_generate
 from vlm_jax.models.lm import empty_cache
 from vlm_jax.models.vlm import VLM, Inputs, Layout, init_params
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import ConfigError, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import VLMConfig
 from vlm_jax.storage import run as experiment
 from vlm_jax.training import losses, optim, step
 
@@ -155,12 +156,12 @@ def test_any_set_of_filled_slots_equals_a_row_of_those_alone():
     valid = rng.permuted(np.tile(np.arange(16) < count, (4, 1)), axis=1)
     tokens = rng.standard_normal((4, 16, 24))
     places = np.tile(np.arange(16), (4, 1))
-    visual = Visual(jnp.asarray(tokens, jnp.float32), jnp.asarray(valid), jnp.asarray(places))
-    kept = Visual(
+    visual = VisualTokens(jnp.asarray(tokens, jnp.float32), jnp.asarray(valid), jnp.asarray(places))
+    kept = VisualTokens(
         jnp.asarray(tokens[valid].reshape(4, count, 24), jnp.float32),
         places=jnp.asarray(places[valid].reshape(4, count)),
     )
-    read = method(config("m3"), "read")
+    read = method(config("m3"), "logits")
     short = batch(count)
     assert_same(
         text_logits(read(params, inputs, visual), inputs),
@@ -369,7 +370,7 @@ def test_a_kept_patch_brings_the_position_of_its_place():
     params = random_params(cfg)
     inputs = batch(5)
     model = VLM(cfg).bind({"params": params})
-    visual = model.see(inputs)
+    visual = model.encode_images(inputs)
     assert visual.places.shape == (4, 5) and visual.places[:, -1].tolist() == [16] * 4
     assert all(len(set(row)) == 5 for row in visual.places.tolist())
     plain = model.projector.finish(visual.tokens * 0, visual.places)

@@ -14,7 +14,8 @@ from compressor import compressor_config
 
 from vlm_jax.data import pipeline
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import ConfigError, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import VLMConfig
 from vlm_jax.storage import checksums, weights
 from vlm_jax.storage import run as experiment
 from vlm_jax.storage.checkpoint import Checkpoints, load_params

@@ -14,7 +14,7 @@ from configs import mini
 from vlm_jax import compressors
 from vlm_jax.hf import named
 from vlm_jax.models.vlm import init_params
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import OptimConfig
 from vlm_jax.training.optim import make_optimizer, merge, muon_axes, partition, schedule
 

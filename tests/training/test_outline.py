@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from vlm_jax import train
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import InitConfig
 from vlm_jax.storage import run as experiment
 from vlm_jax.training import outline
@@ -103,19 +103,6 @@ def test_the_end_names_what_was_written_and_the_next_command(exp, tmp_path):
     )[2]
     assert (
         "vlm_jax.train --config=configs/stage2.py --workdir=DIR --config.init.from=a" in following
-    )
-
-
-def test_an_evaluation_says_what_it_asks_and_where_it_writes(exp, tmp_path):
-    left = {"pope": (9000, 9000), "mme": (2374, 74)}
-    lines = outline.asking(exp, str(tmp_path / "run"), 6, tmp_path / "eval", left)
-    assert lines == [
-        "  model    run, step 6: images of 16 px -> tokenpacker -> decoder of 2 layers, width 16",
-        "  asked    pope (9,000 questions), mme (2,374 questions, 2,300 answered already)",
-        "  written  eval/<benchmark>/predictions.jsonl, then scores.json and errors.csv; loading jax ...",
-    ]
-    assert outline.asked(tmp_path / "eval", 2)[0] == (
-        "  wrote    eval/scores.json and errors.csv (2 rows of this run)"
     )
 
 

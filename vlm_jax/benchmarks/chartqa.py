@@ -10,15 +10,15 @@ import functools
 from pathlib import Path
 
 from vlm_jax.benchmarks import files, metrics, records
-from vlm_jax.benchmarks.records import Record, Row
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.benchmarks.records import Question, RawRecord
+from vlm_jax.settings.checks import ConfigError
 
 SPLITS = ("human", "augmented")
 WORD = "\nAnswer the question with a single word."
 TOLERANCE = 0.05  # of the gold number: arXiv 2203.10244, section 5.1
 
 
-def rows(path: str | Path) -> list[Row]:
+def rows(path: str | Path) -> list[Question]:
     """Ids "<human|augmented>/<row>", rows counted from 0 in each split; human questions first."""
     found = files.find("chartqa", path, "test_*.json", *files.shards("test"))
     if found[0].suffix == ".parquet":
@@ -30,8 +30,8 @@ def rows(path: str | Path) -> list[Row]:
     return records.distinct(made, f"chartqa: {path}")
 
 
-def _split(path: Path, split: str) -> list[Record]:
-    """Those of test_<split>.json; none where another file is named."""
+def _split(path: Path, split: str) -> list[RawRecord]:
+    """The records of test_<split>.json; none if `path` is a file of the other split."""
     file = path / f"test_{split}.json" if path.is_dir() else path
     if file.stem != f"test_{split}":
         return []
@@ -40,17 +40,17 @@ def _split(path: Path, split: str) -> list[Record]:
     return list(files.read("chartqa", [file]))
 
 
-def _row(record: Record, split: str, number: int) -> Row:
+def _row(record: RawRecord, split: str, number: int) -> Question:
     image = record.image("imgname", "image", folder="png" if record.has("imgname") else "")
     question, gold = record.text("query", "question") + WORD, record.text("label", "answer")
     return records.row(f"{split}/{number}", image, question, gold, split=split)
 
 
-def score(text: str, row: Row) -> float:
-    """Relaxed accuracy: 1.0 for a number within 5 % of the gold one, or for the same text but for its case.
+def score(text: str, row: Question) -> float:
+    """Relaxed accuracy: 1.0 for a number within 5 % of the gold one, or for a text that equals the gold one except for case.
 
-    A percentage is its hundredth. A gold number of 0, and anything beside a number ("5 cm", "1,000"), is text. As lmms-eval
-    does (tasks/chartqa), once white space around both texts is taken off.
+    "5%" is 0.05. A gold number of 0 is compared as text, and so is any text that is not just a number ("5 cm", "1,000").
+    White space around both texts is removed first; the rest is as in lmms-eval (tasks/chartqa).
     """
     said, gold = text.strip(), row["answer"].strip()
     number, target = _number(said), _number(gold)

@@ -13,7 +13,7 @@ from pathlib import Path
 from rapidfuzz.distance import Levenshtein
 
 from vlm_jax.benchmarks import files, prompts, records
-from vlm_jax.benchmarks.records import Record, Row
+from vlm_jax.benchmarks.records import Question, RawRecord
 
 DOCVQA = (
     "val_v1.0*.json", "test_v1.0*.json", "validation-*.parquet", "DocVQA/validation-*.parquet", "test-*.parquet",
@@ -27,17 +27,17 @@ INFOVQA_IMAGES = "infographicsvqa_images"  # the folder of the official archive
 THRESHOLD = 0.5  # a similarity below it is 0: arXiv 1907.00490, section 4
 
 
-def rows(path: str | Path) -> list[Row]:
+def rows(path: str | Path) -> list[Question]:
     """DocVQA: val_v1.0*.json, or test_v1.0*.json where there is no validation file. Ids are questionId."""
     return _rows("docvqa", path, DOCVQA)
 
 
-def rows_info(path: str | Path) -> list[Row]:
+def rows_info(path: str | Path) -> list[Question]:
     """InfographicVQA: info*VQA_val_v1.0*.json, or the test file where there is no validation file."""
     return _rows("infovqa", path, INFOVQA)
 
 
-def _rows(name: str, path: str | Path, patterns: Sequence[str]) -> list[Row]:
+def _rows(name: str, path: str | Path, patterns: Sequence[str]) -> list[Question]:
     found = files.find(name, path, *patterns)
     if found[0].suffix == ".json":
         found = [files.only(name, path, found)]
@@ -45,7 +45,7 @@ def _rows(name: str, path: str | Path, patterns: Sequence[str]) -> list[Row]:
     return records.distinct(made, f"{name}: {path}")
 
 
-def _row(record: Record) -> Row:
+def _row(record: RawRecord) -> Question:
     answers = record.texts("answers") if record.has("answers") else None
     if answers == []:
         raise record.fault("'answers' is empty")
@@ -56,10 +56,10 @@ def _row(record: Record) -> Row:
 
 
 def anls(text: str, golds: Sequence[str]) -> float:
-    """The similarity with the nearest gold answer, 0 below 0.5. Source: the evaluation script of rrc.cvc.uab.es.
+    """The largest similarity with a gold answer, 0 if it is below 0.5. Source: the evaluation script of rrc.cvc.uab.es.
 
-    The edits are counted in lower case with runs of white space as one blank, and divided by the length of the longer
-    text as it was written (in upper case: "ß" counts twice). Exactly 0.5 is kept (the paper would drop it).
+    The edit distance of the lower-case texts, with runs of white space as one blank, is divided by the length of the longer
+    original text in upper case, where "ß" has two characters. A similarity of exactly 0.5 is kept; the paper drops it.
     """
     best = 1.0 - min(_distance(text, gold) for gold in golds)
     return best if best >= THRESHOLD else 0.0
@@ -75,25 +75,23 @@ def _plain(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def score(text: str, row: Row) -> float:
+def score(text: str, row: Question) -> float:
     return anls(text, row["answer"])
 
 
-def submission_docvqa(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, str | bytes]:
+def submission_docvqa(rows: Sequence[Question], texts: Sequence[str]) -> dict[str, str | bytes]:
     """The JSON list that the server takes: [{"questionId", "answer"}]."""
     return {"docvqa_submission.json": _upload(rows, texts)}
 
 
-def submission_infovqa(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, str | bytes]:
+def submission_infovqa(rows: Sequence[Question], texts: Sequence[str]) -> dict[str, str | bytes]:
     """The JSON list that the server takes: [{"questionId", "answer"}]."""
     return {"infovqa_submission.json": _upload(rows, texts)}
 
 
-def _upload(rows: Sequence[Row], texts: Sequence[str]) -> str:
-    pairs = zip(rows, texts, strict=True)
-    return json.dumps([{"questionId": _id(row["id"]), "answer": text} for row, text in pairs])
-
-
-def _id(name: str) -> int | str:
-    """As in the native files, where ids are whole numbers."""
-    return int(name) if name.isascii() and name.isdigit() else name
+def _upload(rows: Sequence[Question], texts: Sequence[str]) -> str:
+    answers = [
+        {"questionId": records.native_id(row["id"]), "answer": text}
+        for row, text in zip(rows, texts, strict=True)
+    ]
+    return json.dumps(answers)

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.benchmarks import files, records
-from vlm_jax.benchmarks.records import Record, Row, shown
+from vlm_jax.benchmarks.records import Question, RawRecord, shown
 
 
-def rows(annotations: str | Path) -> list[Row]:
+def rows(annotations: str | Path) -> list[Question]:
     """Rows with ids "<record id>/<turn>", turns counted from 0.
 
     annotations: a .json or .jsonl file, or a directory that holds exactly one; image paths are relative to the
-    directory. A record whose last question has no answer contributes the turns before it. An answer that is null is hidden.
+    directory. Of a record whose last question has no answer, the turns before it are asked. An answer that is null is hidden.
     """
     path = files.find_one("llava", annotations, "*.json", "*.jsonl")
     return [
@@ -26,7 +26,7 @@ def rows(annotations: str | Path) -> list[Row]:
     ]
 
 
-def rows_asked_alone(directory: str | Path, file: str) -> list[Row]:
+def rows_asked_alone(directory: str | Path, file: str) -> list[Question]:
     """Each answered turn of `file` on its own: the images, then the question, no dialogue before it."""
     rows = []
     for record in read_records("miniature", Path(directory) / file):
@@ -40,7 +40,7 @@ def rows_asked_alone(directory: str | Path, file: str) -> list[Row]:
     return rows
 
 
-def read_records(name: str, path: Path) -> list[Row]:
+def read_records(name: str, path: Path) -> list[Question]:
     """LLaVA records {"id", "image"?, "conversations"}; ids are unique strings (a missing one is its index). "messages" with
     "role" and "content" are renamed to LLaVA's words.
 
@@ -55,7 +55,7 @@ def read_records(name: str, path: Path) -> list[Row]:
     return records.distinct(found, f"{name}: {path}")
 
 
-def _check(record: Record) -> None:
+def _check(record: RawRecord) -> None:
     messages = record.field("conversations")
     if not isinstance(messages, list) or not all(
         isinstance(message, dict) and {"from", "value"} <= set(message) for message in messages
@@ -64,7 +64,7 @@ def _check(record: Record) -> None:
     for number, message in enumerate(messages):
         value, hidden = message["value"], number == len(messages) - 1 and message["from"] == "gpt"
         if isinstance(value, list):
-            continue  # parts, which whoever lays the question out checks
+            continue  # a list of parts, which data.records checks when the question is laid out
         if not isinstance(value, str) and not (value is None and hidden):
             reason = f"'value' must be a string, got {shown(value)}"
             raise record.fault(f"message {number} of 'conversations': {reason}")
@@ -94,11 +94,11 @@ def _renamed(messages: Any) -> Any:
     ]
 
 
-def _row(record: Row, turn: int, messages: list[dict[str, Any]], answer: Any) -> Row:
-    """All fields go along: whoever lays the question out reads them, or says which one it cannot read."""
+def _row(record: Question, turn: int, messages: list[dict[str, Any]], answer: Any) -> Question:
+    """One question. The record's other fields are kept, so that data.records can read or refuse them."""
     own = {name: record[name] for name in record if name not in ("messages", "answer", "replies")}
     seen, every = _pictures(messages), _pictures(record["conversations"])
-    for name in {"image", "images"} & own.keys():  # of several pictures those seen so far
+    for name in {"image", "images"} & own.keys():  # of several pictures only those shown so far
         value = own[name]
         if isinstance(value, list) and len(value) == every:
             own[name] = value[:seen]

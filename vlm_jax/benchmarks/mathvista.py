@@ -1,8 +1,8 @@
 """MathVista testmini without a language model as a judge.
 
 Native files: testmini.json {pid: problem} with "image" as its path, or the hub's testmini-*.parquet. The official
-scoring lets GPT-4 cut the answer out of the text first. Here the whole text is the answer: exact, the same everywhere,
-and a lower bound for a model that answers in sentences.
+scoring first lets GPT-4 extract the answer from the text. Here the whole text is the answer: deterministic, and a lower bound
+for a model that answers in sentences.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from rapidfuzz.distance import Levenshtein
 
 from vlm_jax.benchmarks import files, metrics, prompts, records
-from vlm_jax.benchmarks.records import Record, Row
+from vlm_jax.benchmarks.records import Question, RawRecord
 
 FILES = ("testmini.json", *files.shards("testmini"), "data/testmini.json")
 CHOICE, FREE = "multi_choice", "free_form"
@@ -30,13 +30,13 @@ HINTS = {
 }
 
 
-def rows(path: str | Path) -> list[Row]:
+def rows(path: str | Path) -> list[Question]:
     """Ids are MathVista's pid. The question is the file's own "query", or built as MathVista builds it."""
     found = files.read("mathvista", files.find("mathvista", path, *FILES))
     return records.distinct([_row(record) for record in found], f"mathvista: {path}")
 
 
-def _row(record: Record) -> Row:
+def _row(record: RawRecord) -> Question:
     kind, answer_type = record.text("question_type"), record.text("answer_type")
     if kind not in (CHOICE, FREE):
         raise record.fault(f"'question_type' must be {CHOICE} or {FREE}, got {kind!r:.60}")
@@ -63,7 +63,7 @@ def _row(record: Record) -> Row:
     )
 
 
-def _query(record: Record, choices: Sequence[str], answer_type: str, precision: int) -> str:
+def _query(record: RawRecord, choices: Sequence[str], answer_type: str, precision: int) -> str:
     hint = HINT
     if not choices:
         key = f"float{precision}" if answer_type == "float" else answer_type
@@ -76,12 +76,12 @@ def _query(record: Record, choices: Sequence[str], answer_type: str, precision: 
     return "\n".join([*lines, *(["Choices:", *options] if options else [])])
 
 
-def normalise(text: str, row: Row) -> str | None:
-    """The answer as MathVista compares it; None when it is no number where one is asked for.
+def normalise(text: str, row: Question) -> str | None:
+    """The answer as MathVista compares it; None when the question asks for a number and the text is none.
 
-    Of options: the one named as "(B)", wherever that stands first, or as "B"; else the nearest in edit distance, the first
-    of equals. So a letter is the option's, also where an option's text is another's letter, or "(A)". An integer is cut,
-    not rounded; a float is rounded to the question's precision. Source: lupantech/MathVista, evaluation/calculate_score.py.
+    With options: the option of the first "(B)" in the text, or of a text that is just "B"; else the option with the smallest
+    edit distance, of equals the first. A letter always means the option with that letter, even if the text of another option
+    is that letter. An integer is truncated, not rounded; a float is rounded to the question's precision. Source: lupantech/MathVista, evaluation/calculate_score.py.
     # Differs from it: precision is 1.0 in its files, which its round() refuses, so that each float would be wrong.
     """
     text = text.strip()
@@ -105,7 +105,7 @@ def _option(text: str, options: Mapping[str, str]) -> str:
     return min(options.values(), key=lambda choice: Levenshtein.distance(letter, choice))
 
 
-def score(text: str, row: Row) -> float:
+def score(text: str, row: Question) -> float:
     """1.0 if the normalised answer equals the gold one as text."""
     said = normalise(text, row)
     return float(said is not None and said.strip() == row["answer"])

@@ -1,19 +1,18 @@
 """TextVQA validation: questions about text in pictures, asked alone or with OCR tokens in the prompt.
 
 Files: TextVQA_0.5.1_val.json {"data": [{"question_id", "image_id", "question", "answers" x 10}]}; for the second variant
-TextVQA_Rosetta_OCR_v0.2_val.json {"data": [{"image_id", "ocr_tokens"}]}, or LLaVA's question file, which holds the same tokens
-in its prompts; train_images/<image_id>.jpg. Or the hub's parquet files validation-*.parquet, whose records have all of it.
-The two are different benchmarks: LLaVA-1.5-7B scores 46.07 alone and 58.27 with OCR tokens.
+TextVQA_Rosetta_OCR_v0.2_val.json {"data": [{"image_id", "ocr_tokens"}]}, or LLaVA's question file, whose prompts contain the
+same tokens; train_images/<image_id>.jpg. Or the hub's parquet files validation-*.parquet, which contain all of these
+fields. The two variants are different benchmarks: LLaVA-1.5-7B scores 46.07 alone and 58.27 with OCR tokens.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vlm_jax.benchmarks import files, prompts, records, vqa
-from vlm_jax.benchmarks.records import Image, Record, Row
+from vlm_jax.benchmarks.records import ImageSource, Question, RawRecord
 
 QUESTIONS, TOKENS = "TextVQA_0.5.1_val.json", "TextVQA_Rosetta_OCR_v0.2_val.json"
 LLAVA = "llava_textvqa_val_v051_ocr.jsonl"
@@ -21,12 +20,12 @@ IMAGES = "train_images"
 LINE = "\nReference OCR token: "
 
 
-def rows(annotations: str | Path) -> list[Row]:
+def rows(annotations: str | Path) -> list[Question]:
     """The question alone. Ids are the native question_id; the test file has no answers."""
     return _rows("textvqa", _find("textvqa", annotations), None)
 
 
-def rows_with_tokens(annotations: str | Path) -> list[Row]:
+def rows_with_tokens(annotations: str | Path) -> list[Question]:
     """The question and "Reference OCR token: t1, t2": those of Rosetta, in its order, as LLaVA-1.5 asked."""
     found = _find("textvqa_ocr", annotations)
     if found[0].suffix == ".parquet":
@@ -48,12 +47,12 @@ def _rosetta(file: Path) -> dict[str, str]:
     return {record.text("image_id"): _joined(record) for record in found}
 
 
-def _joined(record: Record) -> str:
+def _joined(record: RawRecord) -> str:
     return ", ".join(record.texts("ocr_tokens"))
 
 
 def _llava_tokens(file: Path) -> dict[str, str]:
-    """image_id (there it is the question_id) -> what stands between LINE and the prompt's ending."""
+    """image_id, which that file calls question_id -> the text between LINE and the prompt's ending."""
     tokens = {}
     for record in files.read_lines("textvqa_ocr", file):
         _, line, rest = record.text("text").partition(LINE)
@@ -63,13 +62,13 @@ def _llava_tokens(file: Path) -> dict[str, str]:
     return tokens
 
 
-def _rows(name: str, found: Sequence[Path], tokens: Mapping[str, str] | None) -> list[Row]:
-    """tokens: by image_id, where the records do not hold their own; None: none are shown."""
+def _rows(name: str, found: Sequence[Path], tokens: Mapping[str, str] | None) -> list[Question]:
+    """tokens: by image_id, for records that have none; None: the prompt shows no OCR tokens."""
     made = [_row(r, tokens) for r in files.read(name, found, inside="data")]
     return records.distinct(made, f"{name}: {found[0]}")
 
 
-def _row(record: Record, tokens: Mapping[str, str] | None) -> Row:
+def _row(record: RawRecord, tokens: Mapping[str, str] | None) -> Question:
     line = "" if tokens is None else LINE + _tokens(record, tokens)
     question = record.text("question") + line + prompts.SHORT
     golds = vqa.human_answers(record) if record.has("answers") else None
@@ -80,12 +79,12 @@ def _row(record: Record, tokens: Mapping[str, str] | None) -> Row:
     return records.row(question_id, _image(record), question, golds, **more)
 
 
-def _image(record: Record) -> Image:
+def _image(record: RawRecord) -> ImageSource:
     hub = record.has("image")
     return record.image("image") if hub else f"{IMAGES}/{record.text('image_id')}.jpg"
 
 
-def _tokens(record: Record, tokens: Mapping[str, str]) -> str:
+def _tokens(record: RawRecord, tokens: Mapping[str, str]) -> str:
     if record.has("ocr_tokens"):
         return _joined(record)
     image_id = record.text("image_id")
@@ -94,9 +93,5 @@ def _tokens(record: Record, tokens: Mapping[str, str]) -> str:
     return tokens[image_id]
 
 
-def submission(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, str | bytes]:
-    answers = [
-        {"question_id": row["question_id"], "answer": vqa.normalise(text)}
-        for row, text in zip(rows, texts, strict=True)
-    ]
-    return {"textvqa_answers.json": json.dumps(answers)}
+def submission(rows: Sequence[Question], texts: Sequence[str]) -> dict[str, str | bytes]:
+    return {"textvqa_answers.json": vqa.upload("question_id", rows, "question_id", texts)}

@@ -8,14 +8,14 @@ A compressor is one file, its flax module, and one line of COMPRESSORS. NAME.py 
 - num_tokens, the number of slots of one image: static, so that image slots, jitted shapes and FLOPs agree. A compressor
   whose number of tokens depends on the image marks the slots it fills;
 - num_places, rows of the table of learned positions that `projector_positions` adds to the tokens: where a token stands is
-  its slot, or `Visual.places`. It does not change with the number of tokens that an elastic compressor shows;
+  its slot, or `VisualTokens.places`. It does not change with the number of tokens that an elastic compressor shows;
 - num_params, and flops of one image, a multiply-add counted as 2, norms and activations as 0. While the encoder is frozen
   nothing flows back through the maps of `entry_flops`: a training step spends them once less;
 - check, which refuses sizes that do not fit before anything is built;
 - reference, the names under which its release stores it, with reference_fields and from_reference, its config.json.
 
 `flax_module` is the dotted path of what runs: `M(config, grid)`, called as `module(last [B P C], taps [B P Z],
-query [B D] | None, scores | None)` and returning a `visual.Visual(tokens [B M C], valid [B M] | None)`. It stands in
+query [B D] | None, scores | None)` and returning a `visual.VisualTokens(tokens [B M C], valid [B M] | None)`. It stands in
 modules/, because flax loads jax, and settings, costs and laws must not.
 
   last: the feature layer; taps: the hidden states `config.taps` side by side (`last` again when none is tapped);
@@ -24,7 +24,7 @@ modules/, because flax loads jax, and settings, costs and laws must not.
   place "before" the projector (C is the encoder's width), "inside" it (before its last linear map: `last` is what enters
   that map) or "instead" of it (`M(config, grid, decoder width)` gives tokens as wide as the decoder).
   Patches and visual tokens are in row-major order where they stand on a grid.
-  An elastic module has a static method show(tokens [B M C], count) -> Visual of as many slots that shows `count` tokens, a
+  An elastic module has a static method show(tokens [B M C], count) -> VisualTokens of as many slots that shows `count` tokens, a
   traced number, instead of M.
 """
 
@@ -41,7 +41,8 @@ from vlm_jax.compressors.pool import PoolConfig
 from vlm_jax.compressors.prumerge import PruMergeConfig, PruMergePlusConfig
 from vlm_jax.compressors.quecc import QueCCConfig
 from vlm_jax.compressors.tokenpacker import TokenPackerConfig
-from vlm_jax.settings.model import CompressorConfig, ConfigError, VLMConfig, build
+from vlm_jax.settings.checks import ConfigError, build
+from vlm_jax.settings.model import CompressorConfig, VLMConfig
 
 COMPRESSORS: dict[str, type[CompressorConfig]] = {
     "identity": IdentityConfig,

@@ -9,15 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.compressors.windowed import check_heads
-from vlm_jax.settings.model import (
-    CompressorConfig,
-    ConfigError,
-    LMConfig,
-    Reference,
-    ViTConfig,
-    check_choice,
-    check_positive,
-)
+from vlm_jax.settings.checks import ConfigError, check_choice, check_positive
+from vlm_jax.settings.model import CompressorConfig, LMConfig, Reference, ViTConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,15 +7,8 @@ import dataclasses
 import math
 from typing import ClassVar
 
-from vlm_jax.settings.model import (
-    CompressorConfig,
-    ConfigError,
-    LMConfig,
-    Reference,
-    ViTConfig,
-    check_choice,
-    check_positive,
-)
+from vlm_jax.settings.checks import ConfigError, check_choice, check_positive
+from vlm_jax.settings.model import CompressorConfig, LMConfig, Reference, ViTConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""QueCC: query-based convolutional cross-attention (Li et al. 2024, "Inference Optimal VLMs Need Fewer Visual Tokens and
+"""QueCC: query-based convolutional cross-attention (Li et al. 2024, "Inference Optimal VLMs Need Fewer VisualTokens Tokens and
 More Parameters", section 4; locuslab/llava-token-compression). What it computes: modules/quecc.py."""
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.compressors.windowed import AttendingConfig, mlp_flops, mlp_params, stored_mlp
-from vlm_jax.settings.model import ConfigError, LMConfig, Reference, ViTConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import LMConfig, Reference, ViTConfig
 
 
 @dataclasses.dataclass(frozen=True)

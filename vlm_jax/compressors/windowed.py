@@ -4,15 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from vlm_jax.settings.model import (
-    CompressorConfig,
-    ConfigError,
-    LMConfig,
-    ViTConfig,
-    check_positive,
-    stride_for,
-    valid_strides,
-)
+from vlm_jax.settings.checks import ConfigError, check_positive
+from vlm_jax.settings.model import CompressorConfig, LMConfig, ViTConfig, stride_for, valid_strides
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,8 @@ import dataclasses
 from collections.abc import Collection
 
 from vlm_jax import compressors
-from vlm_jax.settings.model import ConfigError, LMConfig, ViTConfig, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import LMConfig, ViTConfig, VLMConfig
 from vlm_jax.settings.run import Experiment
 
 QUERIES = 128  # models.attention cuts queries into blocks of at least so many,

@@ -21,7 +21,8 @@ from vlm_jax.compressors import with_tokens
 from vlm_jax.costs import flops, memory
 from vlm_jax.costs.chips import VALUE_BYTES, Chip
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import CompressorConfig, ConfigError, LMConfig, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import CompressorConfig, LMConfig, VLMConfig
 
 Number = int | float
 

@@ -1,8 +1,9 @@
 """Questions as left-padded batches of few static shapes, for generation and for the likelihood of given replies.
 
-What every prompt begins with (the system prompt, mostly) stands in no batch: it is read once and its keys and values are
-shared. A batch has the entries of `pipeline` but loss_mask, and seeds int32 [B] made of the ids; its positions count the
-shared prefix. With replies the last `reply_slots` columns hold them, each its own segment that sees the prompt and itself:
+The prefix that all prompts have in common (usually the system prompt) is in no batch: its keys and values are computed once
+and shared. A batch has the entries of `pipeline` except loss_mask, and seeds int32 [B], hashes of the ids; its positions
+start after the shared prefix. With replies, the last `reply_slots` columns hold them, each as a segment of its own that
+attends to the prompt and to itself:
 
     prefix | - - v v What is ?  A </s> B </s> -
     segments  . 0 0  0   0  0   1  1   2  2  -1
@@ -21,7 +22,7 @@ from jaxtyping import Int32
 
 from vlm_jax.data.chat import Unit, common_length
 from vlm_jax.data.records import Record, parse
-from vlm_jax.data.rows import Batch, Encoder, Features, make_encoder, open_features, stack
+from vlm_jax.data.rows import Batch, CachedFeatures, Encoder, make_encoder, open_features, stack
 from vlm_jax.settings.model import ViTConfig
 from vlm_jax.settings.run import DataConfig
 
@@ -32,7 +33,7 @@ SHARED_AT_LEAST = BUCKET_STEP  # tokens: a shorter prefix saves less than the ro
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """What is asked of a model."""
+    """The prompts of an evaluation as batches."""
 
     prefix: Int32[np.ndarray, "P"]  # ids that all prompts begin with; empty: nothing is shared
     buckets: tuple[int, ...]  # widths of the batches, without prefix and replies
@@ -44,7 +45,11 @@ class Prompts:
 def choose_buckets(
     lengths: Sequence[int], batch_size: int, most: int = MAX_BUCKETS
 ) -> tuple[int, ...]:
-    """At most `most` widths (multiples of 8) that hold the lengths, at their quantiles; none for less than a batch."""
+    """At most `most` batch widths, multiples of 8, at the quantiles of the lengths.
+
+    The largest holds the longest prompt. Another one is kept only if it gets at least a whole batch of prompts and leaves one
+    for the wider ones.
+    """
     rounded = sorted(-(-n // BUCKET_STEP) * BUCKET_STEP for n in lengths)
     quantiles = [rounded[max(0, len(rounded) * k // most - 1)] for k in range(1, most + 1)]
     buckets: list[int] = []
@@ -69,7 +74,7 @@ def common_prefix(prompts: Sequence[Sequence[Unit]]) -> Int32[np.ndarray, "P"]:
 
 
 def _head(units: Sequence[Unit]) -> list[int]:
-    """The ids before the first image; a prompt without one keeps its last id, from which the answer is predicted."""
+    """The ids before the first image. Without an image, all ids but the last, whose logits predict the answer."""
     head: list[int] = []
     for ids, _, _ in units:
         if ids is None:
@@ -89,14 +94,14 @@ def _without(units: Sequence[Unit], count: int) -> list[Unit]:
 
 
 def _laid_out(replies: Sequence[np.ndarray], slots: int, pad_id: int) -> list[Unit]:
-    """One segment per reply, then padding up to `slots` columns."""
+    """The replies as one segment each, then padding up to `slots` columns."""
     lengths = [len(ids) for ids in replies]
     units = [Unit(ids, np.zeros(len(ids), bool), i) for i, ids in enumerate(replies, start=1)]
     gap = slots - sum(lengths)
     return [*units, Unit(np.full(gap, pad_id, np.int32), np.zeros(gap, bool), -1)]
 
 
-class _Layout(grain.transforms.Map):
+class _MakeBatch(grain.transforms.Map):
     """(width, row numbers) -> one batch of this process's rows, with the ids of all."""
 
     def __init__(
@@ -105,7 +110,7 @@ class _Layout(grain.transforms.Map):
         units: list[list[Unit]],
         prefix: int,
         encoder: Encoder,
-        features: Features | None,
+        features: CachedFeatures | None,
         size: int,
         local: slice,
     ):
@@ -123,7 +128,7 @@ class _Layout(grain.transforms.Map):
 
     def _row(self, number: int, width: int) -> Batch:
         record = self.records[number]
-        row = self.encoder.chat.pack(record, self.units[number], width, left=True)._asdict()
+        row = self.encoder.chat.lay_out(record, self.units[number], width, left=True)._asdict()
         del row["loss_mask"]
         row["positions"] += self.prefix
         return {**row, **self.encoder.visual(record)}
@@ -137,16 +142,17 @@ def prepare(
     vit: ViTConfig,
     batch_size: int,
     *,
+    file: str = "questions",
     replies: Sequence[Sequence[str]] | None = None,
     most_buckets: int = MAX_BUCKETS,
     shard: int = 0,
     num_shards: int = 1,
 ) -> Prompts:
-    """LLaVA records whose last turn is human as batches [batch_size / num_shards, bucket + reply_slots], shortest first.
+    """LLaVA records that end with a human turn, as batches [batch_size / num_shards, bucket + reply_slots], shortest first.
 
-    replies: texts whose likelihood as the answer is wanted, per record; None: answers are generated. shard: which rows of
-    each batch are laid out here; images of others are not decoded. A bucket's last batch is filled up by repeating a row
-    with id "", so that only len(buckets) shapes exist. Raises BadRecord whatever on_bad_record says: a dropped question
+    file: where the records come from, for error messages. replies: per record, the texts whose likelihood as the answer is wanted; None: answers are generated. shard: which rows of
+    each batch this process lays out; it decodes no image of the others. The last batch of a bucket is completed with copies of
+    its last row, whose ids are "", so that there are only len(buckets) shapes. Raises BadRecord whatever on_bad_record says: a dropped question
     would change the error that is measured.
     """
     features = open_features(cfg)
@@ -155,7 +161,7 @@ def prepare(
     parsed = [
         parse(
             raw,
-            "evaluation records",
+            file,
             image_root,
             f"#{i}",
             generate=True,
@@ -184,7 +190,7 @@ def prepare(
         shorter = width
     rows = batch_size // num_shards
     local = slice(shard * rows, (shard + 1) * rows)
-    layout = _Layout(parsed, units, len(prefix), encoder, features, batch_size, local)
+    make = _MakeBatch(parsed, units, len(prefix), encoder, features, batch_size, local)
     options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
-    batches = grain.MapDataset.source(work).map(layout).to_iter_dataset(options)
+    batches = grain.MapDataset.source(work).map(make).to_iter_dataset(options)
     return Prompts(prefix, buckets, slots, sum(lengths) + sum(spoken), iter(batches))

@@ -3,7 +3,8 @@
     {"id", "image" or "images", "system", "conversations": [{"from": "human" | "gpt" | "system", "value"}, ...]}
     {"messages": [{"role": "user" | "assistant" | "system", "content": text or [{"type": "text" | "image", ...}]}, ...]}
 
-An answer with "loss", "weight" or "train" 0 or false is read but not learnt. What else a record may hold: `fields`.
+An answer whose "loss", "weight" or "train" is 0 or false is read but not supervised. `fields` says what other fields may be
+in a record.
 """
 
 from __future__ import annotations
@@ -13,15 +14,14 @@ import binascii
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from vlm_jax.data import fields
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.files import ImageSource
+from vlm_jax.settings.checks import ConfigError
 
 IMAGE = "<image>"
-# A path, an encoded image, or what reads one when it is called.
-Image = str | bytes | Callable[[], bytes]
 HUMAN, GPT, SYSTEM = "human", "gpt", "system"
 SPEAKERS = {HUMAN: HUMAN, GPT: GPT, SYSTEM: SYSTEM}  # of messages with from and value
 ROLES = {"user": HUMAN, "assistant": GPT, "system": SYSTEM}  # of messages with role and content
@@ -46,7 +46,7 @@ class BadRecord(ConfigError):
 class Turn:
     """A question with its pictures, and its answer (None: to be generated).
 
-    places: the characters of the question before each picture, ascending; (): all of them stand before the question.
+    places: the character offset of each picture in the question, ascending; (): all pictures precede the question.
     """
 
     images: int
@@ -63,7 +63,7 @@ class Record:
     file: str
     id: str
     root: str
-    images: tuple[Image, ...]
+    images: tuple[ImageSource, ...]
     system: str | None
     turns: tuple[Turn, ...]
 
@@ -85,10 +85,10 @@ def parse(
     generate: bool = False,
     ignored: Collection[str] = (),
 ) -> Record:
-    """A record as a Record, or BadRecord.
+    """The Record of a parsed JSON object. Raises BadRecord.
 
-    A leading gpt turn is dropped, as LLaVA does; an optional system message comes first; then human and gpt alternate,
-    ending with gpt, or with human if `generate`. ignored: fields that are taken for absent.
+    An optional system message comes first. A gpt turn before the first human one is dropped, as LLaVA does. Then human and gpt
+    turns alternate; the last one is gpt, or human if `generate`. ignored: fields that are read as if they were absent.
     """
     if not isinstance(raw, dict):
         raise BadRecord(file, fallback_id, f"expected an object, got {type(raw).__name__}")
@@ -100,7 +100,7 @@ def parse(
             record_id = str(raw["id"])
         if ignored:
             raw = {name: value for name, value in raw.items() if name not in ignored}
-        inside: list[Image] = []
+        inside: list[ImageSource] = []
         messages = _messages(_conversation(raw), ignored, inside)
         images = _images(raw, inside)
         if not raw.keys() <= fields.RECORD:
@@ -116,7 +116,7 @@ def parse(
 
 
 def _check_images(
-    images: tuple[Image, ...], turns: tuple[Turn, ...], root: str, raw: Mapping[str, Any]
+    images: tuple[ImageSource, ...], turns: tuple[Turn, ...], root: str, raw: Mapping[str, Any]
 ) -> None:
     placeholders = sum(turn.images for turn in turns)
     if placeholders != len(images):
@@ -132,7 +132,7 @@ def _check_images(
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def _images(raw: Mapping[str, Any], inside: list[Image]) -> tuple[Image, ...]:
+def _images(raw: Mapping[str, Any], inside: list[ImageSource]) -> tuple[ImageSource, ...]:
     """The pictures of a record, named by 'image', 'images' or the messages themselves (`inside`)."""
     given = {name: raw[name] for name in ("image", "images") if raw.get(name) is not None}
     found = {
@@ -148,7 +148,7 @@ def _images(raw: Mapping[str, Any], inside: list[Image]) -> tuple[Image, ...]:
     return tuple(images)
 
 
-def _image(value: Any, name: str) -> Image:
+def _image(value: Any, name: str) -> ImageSource:
     if isinstance(value, bytes) or callable(value):
         return value
     if not isinstance(value, str):
@@ -188,7 +188,7 @@ def _conversation(raw: Mapping[str, Any]) -> list:
 
 
 def _agree(read: list, other: list) -> bool:
-    """Whether two lists of messages say the same, and the other one has no weights that the one that is read lacks."""
+    """Whether two lists of messages are equal in role and content, and in their weights if `other` has any."""
 
     def plain(message: Any, weights: bool) -> Any:
         if not isinstance(message, dict):
@@ -202,8 +202,10 @@ def _agree(read: list, other: list) -> bool:
     return [plain(m, weighted) for m in read] == [plain(m, weighted) for m in other]
 
 
-def _messages(conversation: list, ignored: Collection[str], images: list[Image]) -> list[Message]:
-    """The messages from the system's or the first human one on. `images` gets the pictures that parts of them name."""
+def _messages(
+    conversation: list, ignored: Collection[str], images: list[ImageSource]
+) -> list[Message]:
+    """The messages, without an answer before the first question. Pictures that are named inside them are appended to `images`."""
     messages = []
     for number, message in enumerate(conversation):
         if not isinstance(message, dict):
@@ -230,9 +232,9 @@ def _messages(conversation: list, ignored: Collection[str], images: list[Image])
     return messages
 
 
-def _text(content: Any, number: int, key: str, images: list[Image]) -> str:
-    """A message's text with a placeholder per picture. Pictures before the text are followed by a newline each, as LLaVA
-    writes them; those inside it stand where they are."""
+def _text(content: Any, number: int, key: str, images: list[ImageSource]) -> str:
+    """A message's text with a placeholder per picture. A newline follows each picture before the text, as in LLaVA; a picture
+    inside the text keeps its position."""
     if isinstance(content, str):
         if "<img>" in content and _TAGGED.search(content):
             raise ValueError(
@@ -288,7 +290,7 @@ def _learnt(message: Mapping[str, Any], role: str, number: int) -> bool:
 
 
 def _system(raw: Mapping[str, Any], messages: list[Message]) -> str | None:
-    """The record's own system prompt: its first message, which is taken out of `messages`, or its field."""
+    """The record's own system prompt: its first message, which is removed from `messages`, or its field "system"."""
     given = raw.get("system")
     if given is not None and not isinstance(given, str):
         raise ValueError(f"'system' must be a string, got {given!r:.60}")
@@ -318,7 +320,7 @@ def _turns(messages: list[Message], generate: bool) -> tuple[Turn, ...]:
 
 
 def _turn(question: str, reply: Message | None, number: int) -> Turn:
-    """Placeholders are taken out of the question: a single one stands before it, several stand where they are.
+    """A turn. Placeholders are removed from its question: a single picture precedes the question, several keep their offsets.
 
     # Differs from haotian-liu/LLaVA@c121f04 preprocess_multimodal: there two placeholders of a turn collapse into one,
     # which shifts the images of all later rows of the batch. LLaVA-NeXT leaves them in place, as here.

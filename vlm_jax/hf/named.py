@@ -1,4 +1,4 @@
-"""Models by name or by directory: what the `preset` keys of a config stand for.
+"""Models by name or by directory, as the `preset` keys of a config give them.
 
 A preset is a name of `settings/presets.py`, or a model directory of the Hugging Face hub, whose config.json then gives the
 fields.
@@ -15,14 +15,8 @@ from vlm_jax import compressors
 from vlm_jax.hf.describe import describe
 from vlm_jax.hf.settings import feature_layer
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import (
-    ConfigError,
-    LMConfig,
-    RopeScaling,
-    ViTConfig,
-    VLMConfig,
-    build,
-)
+from vlm_jax.settings.checks import ConfigError, build
+from vlm_jax.settings.model import LMConfig, RopeScaling, ViTConfig, VLMConfig
 
 
 def vit(preset: str, **overrides: Any) -> ViTConfig:

@@ -8,13 +8,12 @@ from typing import Any
 
 from vlm_jax.compressors import COMPRESSORS
 from vlm_jax.compressors.identity import IdentityConfig
-from vlm_jax.hf import fields, settings
-from vlm_jax.hf.fields import short
-from vlm_jax.hf.naming import Names
-from vlm_jax.settings.model import CompressorConfig, ConfigError, LMConfig
+from vlm_jax.hf import settings
+from vlm_jax.hf.directory import Names, short
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import CompressorConfig, LMConfig
 
-# The decoder -> what LLaVA's code calls a model of it. It may also be called by the decoder's own name, which a training
-# script that did not register its own leaves there.
+# model_type of the decoder -> model_type in LLaVA's code. Some training scripts leave the decoder's own there.
 WRITTEN = {
     "llama": "llava_llama", "mistral": "llava_mistral", "qwen2": "llava_qwen", "qwen3": "llava_qwen3", "phi3": "llava_phi",
 }  # fmt: skip
@@ -31,11 +30,11 @@ READ = frozenset({
     "mm_vision_token_compression_stride",
 })  # fmt: skip
 KINDS = {"mm_vision_tower": str, "mm_vision_select_layer": int, "mm_projector_type": str, "scale_factor": int}  # fmt: skip
-# Of training alone; other fields that begin with mm_ may change what is computed.
+# Fields of training only; any other field that begins with mm_ could change what is computed.
 NEUTRAL = frozenset({
     "mm_projector_lr", "mm_tunable_parts", "mm_use_im_patch_token", "mm_vision_tower_lr",
 })  # fmt: skip
-# Without mm_, and LLaVA's too: nothing to name in the log.
+# Other fields of LLaVA, without mm_, which are not named in the log as ignored.
 KNOWN = frozenset({
     "freeze_mm_mlp_adapter", "freeze_mm_vision_resampler", "image_aspect_ratio", "image_crop_resolution",
     "image_grid_pinpoints", "image_split_resolution", "num_visual_tokens", "pretrain_mm_mlp_adapter", "query_abstractor_type",
@@ -62,7 +61,8 @@ def decoder_type(raw: Mapping[str, Any], where: str) -> str:
 
 
 def decoder(raw: Mapping[str, Any], where: str) -> LMConfig:
-    """The decoder of a config.json in which its fields stand beside those of the images. Raises ConfigError as usual."""
+    """The decoder of a config.json that holds its fields beside those of the image parts. Raises ConfigError as
+    `settings.decoder` does, and for an mm_ field that could change what is computed."""
     own = decoder_type(raw, where)
     for name, allowed in FIXED.items():
         if raw.get(name) and raw[name] not in allowed:
@@ -80,18 +80,18 @@ def decoder(raw: Mapping[str, Any], where: str) -> LMConfig:
             raise ConfigError(
                 f"{where}: {name} {short(raw[name])} is not computed here; it must be one {kind.__name__}."
             )
-    # auto_map names the training repository's own code, which this layout is of.
+    # auto_map names code of the training repository, which is what defines this layout.
     return settings.decoder({k: v for k, v in raw.items() if k != "auto_map"}, where, own)
 
 
 def ignored(raw: Mapping[str, Any], where: str) -> list[str]:
     """The fields with a value that neither LLaVA nor its decoder knows."""
     rest = {k: v for k, v in raw.items() if not k.startswith("mm_") and k not in KNOWN}
-    return fields.ignored(rest, decoder_type(raw, where), fields.DECODER_READ)
+    return settings.ignored(rest, decoder_type(raw, where), settings.DECODER_READ)
 
 
 def projector_layers(raw: Mapping[str, Any], names: Names, where: str) -> int:
-    """Linear maps between encoder or compressor and decoder. names: of the mm_projector.
+    """The number of linear layers of the projector. names: the tensors of the mm_projector.
 
     A compressor's release may hold them under names of its own, or none; else 1 for "linear", k for "mlp{k}x_gelu". Raises
     ConfigError for another mm_projector_type.

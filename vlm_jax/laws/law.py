@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from vlm_jax import files
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 BILLION = 1e9
 LAW_FORMAT = 2
@@ -236,7 +236,7 @@ def provenance(source: str, command: str, options: Mapping[str, Any]) -> dict[st
 
 def save(path: str | os.PathLike[str], fits: Mapping[str, Fit], made_by: Mapping[str, Any]) -> None:
     """Writes law.json; numbers keep 8 digits, resamples 6."""
-    files.write_text(path, json.dumps(as_dict(fits, made_by), indent=1, allow_nan=False) + "\n")
+    files.write_whole(path, json.dumps(as_dict(fits, made_by), indent=1, allow_nan=False) + "\n")
 
 
 def as_dict(fits: Mapping[str, Fit], made_by: Mapping[str, Any]) -> dict[str, Any]:

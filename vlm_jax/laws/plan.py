@@ -23,7 +23,7 @@ from vlm_jax.laws.budget import UNITS, Budget, find_chip
 from vlm_jax.laws.law import Fit
 from vlm_jax.laws.planning import PAPER, Candidate, Method, Plan, choose
 from vlm_jax.settings import cli, presets
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 WIDE = 110  # columns of a terminal from which on every known amount is shown
 HEADS = {"gflops": "GFLOPs", "ms": "ms", "gib": "GiB", "dollars": "$ / 1M"}

@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from vlm_jax import files
 from vlm_jax.laws import drawing as plot
 from vlm_jax.laws import planning
 from vlm_jax.laws.law import Fit
 from vlm_jax.laws.table import Row, family_mean, size_name
 from vlm_jax.laws.terminal import constant_rows
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 FLAG = "†"
 NAMES = {"ocr": "OCR", "reasoning": "Reasoning"}  # as headings write families
@@ -81,9 +82,9 @@ def write_report(
         parts = [[name, f"{value:.0f}"] for name, value in seconds.items()]
         parts.append(["all", f"{sum(seconds.values()):.0f}"])
         blocks += [Heading(2, "Wall time"), Table(["part", "seconds"], parts)]
-    (folder / "report.md").write_text("\n\n".join(map(_markdown, blocks)) + "\n", encoding="utf-8")
+    files.write_whole(folder / "report.md", "\n\n".join(map(_markdown, blocks)) + "\n")
     page = PAGE.format(title=html.escape(title), body="\n".join(map(_html, blocks)))
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    files.write_whole(folder / "report.html", page)
     return folder / "report.html"
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from vlm_jax import files
 from vlm_jax.costs.price import Number
 from vlm_jax.settings import addresses
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 REQUIRED = ("lm_params", "visual_tokens", "error")
 DIVIDERS = ",;\t"  # of cells; of equally many the first
@@ -237,15 +237,7 @@ def write(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     writer.writerows([_format(getattr(row, name)) for name in COLUMNS] for row in rows)
-    part = Path(f"{os.fspath(path)}.part")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}.") from error
+    files.write_whole(path, text.getvalue())
 
 
 def append(path: str | os.PathLike[str], rows: Iterable[Row]) -> list[Row]:

@@ -1,6 +1,6 @@
-"""What every command shares: flags with a config file behind them, and one-line errors with exit code 2.
+"""The command line of every command: flags, the config file and its overrides, one-line errors with exit code 2.
 
-Imports nothing heavy, so that a mistake on the command line is answered before jax wakes up.
+Imports nothing heavy, so that a mistake on the command line is reported before jax is loaded.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from vlm_jax.settings import addresses
-from vlm_jax.settings.model import ConfigError, RunEnded
+from vlm_jax.settings.checks import ConfigError, RunEnded
 
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parents[1]
 CONFIG_FLAG = re.compile(r"--?(?:no)?config(?:\.(?P<field>[^=]*))?(?:=(?P<value>.*))?$", re.DOTALL)
 # A block whose fields depend on its `name`: the file lists those of its own choice, and who reads the block knows the rest.
 OPEN_BLOCK = "model.compressor"
@@ -33,18 +33,15 @@ HELP_FLAG = re.compile(r"(--?help(full|short)?|-h)(=true)?$")
 def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Calls `command(argv)` (default: the process's arguments) and returns the exit code.
 
-    What it returned (None: 0), or 0: a run was asked to end; 1: a run lost another process; 2: a ConfigError, the user's
-    to mend. The one line of an error goes to stderr.
+    The exit code is what `command` returned (None: 0); that of a RunEnded: 0 when the run was asked to end, 1 when it lost
+    another process; or 2 after a ConfigError. An error is one line on stderr.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     for name in ("vlm_jax", "__main__"):  # a command's own module runs as __main__
         logging.getLogger(name).setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(
-        logging.CRITICAL
-    )  # orbax calls every normal step of a restore a warning
-    os.environ.setdefault(
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
-    )  # that PyTorch is absent is no news
+    # orbax logs normal steps of a restore as warnings, and transformers warns that PyTorch is not installed.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     words = sys.argv[1:] if argv is None else argv
     try:
         addresses.check_words(words)
@@ -56,7 +53,7 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | No
             return _tell(str(end), 0)
         _tell(f"error: {end}", end.exit_code)
         sys.stderr.flush()
-        os._exit(end.exit_code)  # jax's farewell would wait for the processes that are gone
+        os._exit(end.exit_code)  # jax's shutdown would wait for processes that no longer exist
 
 
 def _tell(text: str, exit_code: int) -> int:
@@ -74,11 +71,11 @@ def parse(
 ) -> flags.FlagValues:
     """Flags `--config=FILE --config.x.y=VALUE`, one text flag per `texts`, one boolean per `switches` (name -> help).
 
-    positional: the one of `texts` that may be given as a word without its `--name=`, anywhere among the flags.
-    about: what `--help` says first, a command's docstring.
+    positional: the one of `texts` that may be given without its `--name=`, anywhere among the flags.
+    about: the beginning of `--help`, usually a command's docstring.
 
-    The result has an attribute per flag: `config` is the locked ConfigDict with the overrides applied (None when it was
-    not given), a text flag that was not given is "". `required` flags must be given. A flag that is given twice has its
+    The result has one attribute per flag. `config` is the locked ConfigDict with the overrides applied, None when it was not
+    given; a text flag that was not given is "". `required` flags must be given. A flag that is given twice has its
     last value. Raises ConfigError for anything unknown, and SystemExit(0) after `--help`.
     """
     example = re.search(r"--config=(\S+)", about)
@@ -174,7 +171,7 @@ def help_text(
     positional: str,
     about: str,
 ) -> str:
-    """The usage, what the command is about, its flags and, when `argv` names a config file, the fields of it."""
+    """The usage, the description, the flags and, when `argv` names a config file, the fields of that file."""
     width = max(len(name) for name in meanings) + 4
     lines = [usage(required, positional), "", *about.strip().splitlines(), ""]
     lines += [f"{f'--{name}:':{width}}{meaning}" for name, meaning in meanings.items()]
@@ -198,9 +195,9 @@ def given_fields(argv: Sequence[str]) -> tuple[str, ...]:
 
 
 def last_of_each(argv: Sequence[str], config: ConfigDict | None) -> list[str]:
-    """`argv` with the config file first, and each `--config.x.y` once, as it was given last.
+    """`argv` with the config file first and, for each `--config.x.y`, only the last value.
 
-    ml_collections would join the values of a tuple that is given twice.
+    ml_collections would otherwise concatenate the values of a tuple that is given twice.
     """
     leaves = _leaves(config) if config is not None else {}
     kept: dict[str, list[str]] = {}
@@ -267,7 +264,7 @@ def _config_path(argv: Sequence[str]) -> str:
 
 
 def _leaves(config: ConfigDict, prefix: str = "") -> dict[str, object]:
-    """Dotted name -> value of every field; None where a preset supplies it."""
+    """Dotted name -> value of every field; the value is None where a preset supplies it."""
     found: dict[str, object] = {}
     for name in config:
         value = config[name]
@@ -277,7 +274,7 @@ def _leaves(config: ConfigDict, prefix: str = "") -> dict[str, object]:
 
 
 def _nearest(field: str, config: ConfigDict | None) -> list[str]:
-    """The flags that a wrong one may have meant: a field of that name in another block, else names spelt alike."""
+    """Up to two flags that a wrong one may have meant: fields of that name in other blocks, else similar names."""
     if config is None:
         return []
     names, wrong = list(_leaves(config)), field.removeprefix("--config.")
@@ -292,9 +289,9 @@ def _nearest(field: str, config: ConfigDict | None) -> list[str]:
 
 
 def find_config(path: str) -> str:
-    """`path` where that file exists, else the path of the package's own config of that name, else `path`.
+    """`path` if that file exists, else the path of the package's own config of that name, else `path`.
 
-    The own configs stand in configs/ beside the package in a checkout, and inside the package after `pip install`.
+    The package's configs are in configs/ beside it in a checkout, and in vlm_jax/bundled/configs after `pip install`.
     """
     name, colon, text = path.partition(":")
     file = Path(name)
@@ -331,9 +328,7 @@ def load_config(path: str) -> ConfigDict:
         found = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
         hint = f"; found {', '.join(found)}" if found else ""
         raise ConfigError(f"--config: no file {str(file)!r}{hint}.")
-    root = str(
-        file.resolve().parent.parent
-    )  # configs start from their neighbours: `from configs import default`
+    root = str(file.resolve().parent.parent)  # config files contain `from configs import default`
     if root not in sys.path:
         sys.path.append(root)
     values = flags.FlagValues()
@@ -362,7 +357,7 @@ def load_config(path: str) -> ConfigDict:
 
 
 def check_overrides(argv: Sequence[str]) -> ConfigDict | None:
-    """The config file as it stands, None when none is given.
+    """The config without its overrides; None when no file is given.
 
     Raises ConfigError for the first `--config.x.y` whose field the file does not have, naming its siblings and the
     fields that are spelt alike.

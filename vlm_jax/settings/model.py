@@ -10,53 +10,9 @@ import importlib
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
-
-class ConfigError(ValueError):
-    """A setting or an input the user can mend; its text is one line that names the fix."""
-
-
-class RunEnded(Exception):
-    """A run stopped early, but not because of its settings. exit_code: 0 when it was asked to, 1 when something failed."""
-
-    def __init__(self, text: str, exit_code: int):
-        super().__init__(text)
-        self.exit_code = exit_code
-
-
-Config = TypeVar("Config")
-
-
-def build(cls: type[Config], fields: Mapping[str, Any]) -> Config:
-    """`cls(**fields)`, with unknown and missing names turned into a ConfigError that lists the allowed ones."""
-    known = {f.name: f for f in dataclasses.fields(cls)}  # pyrefly: ignore[bad-argument-type]
-    unknown = sorted(set(fields) - set(known))
-    if unknown:
-        raise ConfigError(
-            f"{cls.__name__}: unknown field {unknown[0]!r}; allowed: {', '.join(known)}."
-        )
-    required = [n for n, f in known.items() if f.default is dataclasses.MISSING]
-    missing = [n for n in required if n not in fields]
-    if missing:
-        raise ConfigError(
-            f"{cls.__name__}: field {missing[0]!r} has no value; set it or name a preset."
-        )
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-
-
-def check_choice(owner: str, field: str, value: str, allowed: Any) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{owner}: {field} {value!r} is not one of {sorted(allowed)}.")
-
-
-def check_positive(owner: str, **values: float) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise ConfigError(f"{owner}: {name} must be positive, got {value!r}.")
-        if value == math.inf:
-            raise ConfigError(f"{owner}: {name} must be finite, got {value!r}.")
-
+from vlm_jax.settings.checks import ConfigError, check_choice, check_positive
 
 DTYPES = ("float32", "bfloat16", "float16")
 REMAT = ("none", "dots", "full", "offload")
@@ -88,7 +44,7 @@ class ViTConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"
-    sharded: bool = False  # weights split over devices as the decoder's are; else a copy on each
+    sharded: bool = False  # True: weights are sharded as the decoder's are; False: replicated
 
     def __post_init__(self):
         check_choice("vit", "activation", self.activation, ("gelu_tanh", "gelu", "quick_gelu"))
@@ -138,7 +94,7 @@ class ViTConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary angles are stretched: none | linear | llama3 (field names as in Hugging Face)."""
+    """How rotary angles are scaled for longer contexts: none | linear | llama3 (field names as in Hugging Face)."""
 
     kind: str = "none"
     factor: float = 1.0
@@ -159,7 +115,7 @@ class Adapter(NamedTuple):
 
 
 LORA = ("lora_a", "lora_b")  # an adapter's parameters A and B, beside its map's `kernel`
-# The decoder's linear maps, as paths below "lm/": where adapters may stand.
+# The decoder's linear maps that may have adapters, as paths below "lm/".
 LM_LINEARS = tuple(
     f"layers/{name}"
     for name in ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up", "mlp/down")
@@ -185,12 +141,14 @@ class LMConfig:
     rope_scaling: RopeScaling = RopeScaling()
     o_bias: bool = False  # with qkv_bias: `attention_bias` of Llama and Qwen3
     mlp_bias: bool = False  # of gate, up and down: Llama's
-    sliding_window: int = 0  # keys a query may look back on, itself included (Mistral); 0 = all
+    sliding_window: int = (
+        0  # the number of last keys that a query attends to, its own included (Mistral); 0 = all
+    )
     nominal_params: float = 0.0  # the size in the model's name, in parameters; 0 = count them
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"
-    attention: str = "auto"  # the training kernel; auto: the platform's (see step.attention_kernel)
+    attention: str = "auto"  # the training kernel; auto: by platform (see step.attention_kernel)
     lora_rank: int = 0  # of the adapters; 0 = none
     lora_alpha: float = 16.0  # an adapter's output is scaled by lora_alpha / lora_rank
     lora_targets: str = "."  # regex searched in LM_LINEARS: which maps have adapters

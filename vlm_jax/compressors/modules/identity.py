@@ -5,7 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from vlm_jax.compressors.modules.visual import Visual
+from vlm_jax.compressors.modules.visual import VisualTokens
 from vlm_jax.settings.model import CompressorConfig
 
 
@@ -21,5 +21,5 @@ class Identity(nn.Module):
         taps: Float[Array, "B P Z"],
         query: None = None,
         scores: None = None,
-    ) -> Visual:
-        return Visual(last)
+    ) -> VisualTokens:
+        return VisualTokens(last)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax.compressors.m3 import M3Config
 from vlm_jax.compressors.modules import pool
-from vlm_jax.compressors.modules.visual import Visual
+from vlm_jax.compressors.modules.visual import VisualTokens
 from vlm_jax.settings.model import valid_strides
 
 
@@ -35,16 +35,16 @@ class M3(nn.Module):
         taps: Float[Array, "B P Z"],
         query: None = None,
         scores: None = None,
-    ) -> Visual:
+    ) -> VisualTokens:
         """last: what enters the projector's last map."""
         side = math.isqrt(self.config.num_tokens(self.grid))
         tokens = pool.mean(last, self.grid, self.grid // side)
         finest = math.isqrt(self.config.num_places(self.grid))
         places = centres(finest, max(finest // side, 1))  # finer than trained for: as if trained
-        return Visual(tokens, places=jnp.broadcast_to(places, tokens.shape[:2]))
+        return VisualTokens(tokens, places=jnp.broadcast_to(places, tokens.shape[:2]))
 
     @staticmethod
-    def show(tokens: Float[Array, "B M C"], count: Int[Array, ""]) -> Visual:
+    def show(tokens: Float[Array, "B M C"], count: Int[Array, ""]) -> VisualTokens:
         """All tokens pooled to `count`, which must be the number that some stride gives (unchecked: it is not static)."""
         slots = tokens.shape[1]
         side = math.isqrt(slots)
@@ -59,7 +59,7 @@ class M3(nn.Module):
         branches = [lambda stride=stride: pooled(stride) for stride in strides]
         shown, places = jax.lax.switch(jnp.argmax(counts == count), branches)
         valid = jnp.broadcast_to(jnp.arange(slots) < count, shown.shape[:2])
-        return Visual(shown, valid, jnp.broadcast_to(places, shown.shape[:2]))
+        return VisualTokens(shown, valid, jnp.broadcast_to(places, shown.shape[:2]))
 
 
 def centres(side: int, stride: int) -> Int[np.ndarray, "M"]:

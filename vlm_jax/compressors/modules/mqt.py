@@ -21,7 +21,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from vlm_jax.compressors.modules import windows
-from vlm_jax.compressors.modules.visual import Visual
+from vlm_jax.compressors.modules.visual import VisualTokens
 from vlm_jax.compressors.mqt import MQTConfig
 from vlm_jax.layers import LayerNorm, Linear, resize_matrix, sincos_positions, weight
 
@@ -44,7 +44,7 @@ class MQT(nn.Module):
         taps: Float[Array, "B P Z"],
         query: None = None,
         scores: None = None,
-    ) -> Visual:
+    ) -> VisualTokens:
         cfg, width, count = self.config, last.shape[-1], self.config.num_tokens(self.grid)
 
         def normed(name: str, x: Array) -> Array:
@@ -72,12 +72,12 @@ class MQT(nn.Module):
         project = Linear(
             (self.text_width,), ("vision", "embed"), use_bias=False, kernel_init=init, dtype=cfg.dtype, name="project",
         )  # fmt: skip
-        return Visual(project(out))
+        return VisualTokens(project(out))
 
     @staticmethod
-    def show(tokens: Float[Array, "B M D"], count: Int[Array, ""]) -> Visual:
+    def show(tokens: Float[Array, "B M D"], count: Int[Array, ""]) -> VisualTokens:
         """The first `count` tokens."""
-        return Visual(
+        return VisualTokens(
             tokens, jnp.broadcast_to(jnp.arange(tokens.shape[1]) < count, tokens.shape[:2])
         )
 

@@ -6,7 +6,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from vlm_jax.compressors.modules import windows
-from vlm_jax.compressors.modules.visual import Visual
+from vlm_jax.compressors.modules.visual import VisualTokens
 from vlm_jax.compressors.windowed import WindowedConfig
 
 
@@ -20,8 +20,8 @@ class Pool(nn.Module):
         taps: Float[Array, "B P Z"],
         query: None = None,
         scores: None = None,
-    ) -> Visual:
-        return Visual(mean(last, self.grid, self.config.stride))
+    ) -> VisualTokens:
+        return VisualTokens(mean(last, self.grid, self.config.stride))
 
 
 def mean(x: Float[Array, "B P C"], grid: int, stride: int) -> Float[Array, "B M C"]:

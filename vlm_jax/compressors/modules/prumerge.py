@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from vlm_jax.compressors.modules.visual import Visual
+from vlm_jax.compressors.modules.visual import VisualTokens
 from vlm_jax.compressors.prumerge import PruMergeConfig
 from vlm_jax.layers import Scores
 
@@ -53,7 +53,7 @@ class PruMerge(nn.Module):
         taps: Float[Array, "B P Z"],
         query: None,
         scores: Scores,
-    ) -> Visual:
+    ) -> VisualTokens:
         """The question and the tapped states are not looked at. valid is None where the number of tokens is fixed."""
         cfg = self.config
         a = attention(scores)
@@ -69,9 +69,9 @@ class PruMerge(nn.Module):
         ).astype(cfg.dtype)
         places = jnp.pad(chosen.kept, ((0, 0), (0, 1)), constant_values=self.grid**2)
         if cfg.prune_ratio == "fixed":
-            return Visual(tokens, places=places)
+            return VisualTokens(tokens, places=places)
         valid = jnp.pad(chosen.valid, ((0, 0), (0, 1)), constant_values=True)
-        return Visual(tokens, valid, places)
+        return VisualTokens(tokens, valid, places)
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------

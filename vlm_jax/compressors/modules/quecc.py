@@ -1,4 +1,4 @@
-"""QueCC: query-based convolutional cross-attention (Li et al. 2024, "Inference Optimal VLMs Need Fewer Visual Tokens and
+"""QueCC: query-based convolutional cross-attention (Li et al. 2024, "Inference Optimal VLMs Need Fewer VisualTokens Tokens and
 More Parameters", section 4; locuslab/llava-token-compression).
 
 The question's state is added to every patch, a depth-wise convolution down-samples the result to one query per window,
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vlm_jax.compressors.modules import windows
-from vlm_jax.compressors.modules.visual import Visual
+from vlm_jax.compressors.modules.visual import VisualTokens
 from vlm_jax.compressors.quecc import QueCCConfig
 from vlm_jax.layers import LayerNorm, Linear, uniform_fan_in, weight
 
@@ -35,7 +35,7 @@ class QueCC(nn.Module):
         taps: Float[Array, "B P Z"],
         query: Float[Array, "B D"],
         scores: None = None,
-    ) -> Visual:
+    ) -> VisualTokens:
         """query: the decoder's final-norm state at the last token of the question."""
         cfg, width = self.config, last.shape[-1]
 
@@ -51,7 +51,7 @@ class QueCC(nn.Module):
         k = windows.split(mlp("key_mlp")(taps), self.grid, cfg.stride)
         v = windows.split(mlp("value_mlp")(taps), self.grid, cfg.stride)
         attention = windows.WindowAttention(cfg.num_heads, cfg.dtype, name="attention")
-        return Visual(attention(q, k, v))
+        return VisualTokens(attention(q, k, v))
 
 
 class DepthwiseConv(nn.Module):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vlm_jax.compressors.modules import windows
-from vlm_jax.compressors.modules.visual import Visual
+from vlm_jax.compressors.modules.visual import VisualTokens
 from vlm_jax.compressors.tokenpacker import TokenPackerConfig
 from vlm_jax.layers import LayerNorm, Linear
 
@@ -34,7 +34,7 @@ class TokenPacker(nn.Module):
         taps: Float[Array, "B P Z"],
         query: None = None,
         scores: None = None,
-    ) -> Visual:
+    ) -> VisualTokens:
         """The question is not looked at."""
         cfg, width = self.config, last.shape[-1]
 
@@ -51,7 +51,7 @@ class TokenPacker(nn.Module):
         k = windows.split(mlp("key_mlp")(taps), self.grid, cfg.stride)
         v = windows.split(mlp("value_mlp")(taps), self.grid, cfg.stride)
         attention = windows.WindowAttention(cfg.num_heads, cfg.dtype, KERNEL_INIT, name="attention")
-        return Visual(attention(q, k, v))
+        return VisualTokens(attention(q, k, v))
 
 
 def bilinear(x: Float[Array, "B M s s C"]) -> Float[Array, "B M C"]:
