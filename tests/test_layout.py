@@ -192,3 +192,14 @@ def test_mesh_axes_are_named_in_one_file():
                 raise AssertionError(
                     f"{path.relative_to(ROOT)}:{node.lineno} names the mesh axis {node.value!r}"
                 )
+
+
+def test_in_laws_only_the_three_commands_print():
+    writes = ("print", "console.print", "sys.stdout.write")
+    found = {
+        path.stem
+        for path in (PACKAGE / "laws").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in writes
+    }
+    assert found == {"fit", "plan", "plot"}

@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 from vlm_jax import compressors
 from vlm_jax.data import images
 from vlm_jax.inference.settings import EvalConfig
-from vlm_jax.laws import drawing as plot
+from vlm_jax.laws import drawing
 from vlm_jax.settings import addresses, cli
 from vlm_jax.settings.checks import ConfigError, build
 from vlm_jax.settings.run import MeshConfig
@@ -83,7 +83,7 @@ def show(cfg: ConfigDict, image: str, question: str, out: str) -> Path:
         )
     if run.data.max_images < 1:
         raise ConfigError(f"eval: checkpoint {checkpoint!r} is of a run without images.")
-    path = plot.check_path(out or f"{Path(image).stem}.tokens.png")
+    path = drawing.check_path(out or f"{Path(image).stem}.tokens.png")
     vit, data = run.model.vit, run.data
     side = vit.image_px * math.ceil(PICTURE_PX / vit.image_px)
     try:
@@ -111,7 +111,7 @@ def show(cfg: ConfigDict, image: str, question: str, out: str) -> Path:
     cut = side * vit.grid * vit.patch_px // vit.image_px
     name = run.model.compressor.name
     figure = draw(name, picture[:cut, :cut], vit.grid, shown, question, answer)
-    return plot.save(figure, path)
+    return drawing.save(figure, path)
 
 
 def look(answerer: Answerer, row: Mapping[str, Any], image_root: str) -> Shown:
