@@ -262,7 +262,9 @@ def test_compressor_and_projector_go_out_and_come_back_in_the_reference_layout(n
     described = describe(tmp_path / "out")
     stored = ("name", "stride", "query_grid")
     sizes = {k: v for k, v in dataclasses.asdict(compressor).items() if k in stored}
-    assert sizes["name"] == name and sizes.items() <= vars(described.compressor).items()
+    assert (
+        sizes["name"] == name and sizes.items() <= dataclasses.asdict(described.compressor).items()
+    )
     assert (described.projector_layers == 2) == ("projector" in own)
     assert described.lm == config.lm
 
