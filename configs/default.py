@@ -65,7 +65,9 @@ def get_config() -> ml_collections.ConfigDict:
     )
     c.eval.with_questions = False  # predictions.jsonl with each question and its gold answer
     c.eval.query = ""  # first_turn | last_turn | none; "" = as in training
-    return c.lock()
+    c.lock()
+    c.model.compressor.unlock()  # takes the settings of whichever compressor is named
+    return c
 
 
 def model() -> ml_collections.ConfigDict:
@@ -101,23 +103,13 @@ def model() -> ml_collections.ConfigDict:
     )
 
     m.compressor = ml_collections.ConfigDict()
-    m.compressor.name = "quecc"  # a key of compressors.COMPRESSORS
+    # A key of compressors.COMPRESSORS and, where they are not its defaults, its settings: each compressor's own are in
+    # vlm_jax/compressors/NAME.py. Those that the chosen one does not have are left out.
+    m.compressor.name = "quecc"
     m.compressor.stride = 4  # patches per window side; visual tokens = (grid / stride)^2
-    m.compressor.visual_tokens = 0  # M3, MQT: shown at inference; 0 = all
-    m.compressor.train_tokens = ()  # M3, MQT: the numbers trained for; () = the paper's
-    m.compressor.query_grid = 16  # MQT: queries along one side (the paper's)
-    m.compressor.key_source = "positions"  # MQT: positions (as released) | image (positions added)
-    m.compressor.query_layers = -1  # QueCC: decoder layers that read the question; -1 = all
     m.compressor.num_heads = 8  # of its attention (QueCC, TokenPacker: 8; MQT: 16)
     m.compressor.taps = (12, 16, 22, 23)  # encoder states seen side by side; () = the feature alone
-    m.compressor.norm_eps = 1e-6
     m.compressor.dtype = "bfloat16"
-    # PruMerge and PruMerge+ (1/8 and 32 are the release's)
-    m.compressor.prune_ratio = "adaptive"  # adaptive (outliers of each image) | batch | fixed
-    m.compressor.fixed_ratio = 0.125  # share of the patches that "fixed" keeps by score
-    m.compressor.max_kept = 0  # patches per image, at most, with the other two; 0 = no limit
-    m.compressor.neighbours = 32  # patches merged into each kept one
-    m.compressor.sample_last = True  # PruMerge+: the last patch may be sampled (released: never)
 
     m.projector_layers = 2  # LLaVA-1.5's mlp2x_gelu
     m.projector_norm = "none"  # none | rms: RMSNorm of the visual tokens (the miniature's)

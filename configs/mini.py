@@ -12,6 +12,7 @@ def get_config():
     c = default.get_config()
     with c.unlocked():
         c.sweep = sweep()
+    c.model.compressor.unlock()  # as in default.py
 
     c.model.vit.preset = "mini"
     c.model.vit.dtype = "float32"

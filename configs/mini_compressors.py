@@ -18,4 +18,5 @@ def get_config():
                 "m3": (1, 4, 16, 64), "mqt": (1, 4, 16, 64), "prumerge": (4, 16), "prumerge_plus": (5, 17),
             }
         )  # fmt: skip
+    c.model.compressor.unlock()  # as in default.py
     return c

@@ -11,6 +11,7 @@ counts. Writes compressors.csv (schema of laws/table.py) and compressors.md.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import shlex
 import sys
@@ -25,7 +26,7 @@ from vlm_jax import compressors, sweep  # noqa: E402
 from vlm_jax.hf import named  # noqa: E402
 from vlm_jax.laws import table  # noqa: E402
 from vlm_jax.settings import cli  # noqa: E402
-from vlm_jax.settings.model import ELASTIC, SCORED, ConfigError, with_tokens  # noqa: E402
+from vlm_jax.settings.checks import ConfigError  # noqa: E402
 from vlm_jax.storage import run as experiment  # noqa: E402
 from vlm_jax.train import train  # noqa: E402
 
@@ -35,12 +36,13 @@ log = logging.getLogger("vlm_jax.compare_compressors")
 def rows_of(cfg: Any, name: str, shared: sweep.Shared, seed: int) -> list[table.Row]:
     """Trains one compressor at each of its counts (once, if it is elastic) and evaluates it at each."""
     counts, rows = cfg.compare.visual_tokens[name], []
+    elastic = compressors.get(name).elastic
     for count in counts:
         c = training(cfg, name, count, shared, seed)
-        folder = shared.root / "compared" / (name if name in ELASTIC else f"{name}-v{count}")
+        folder = shared.root / "compared" / (name if elastic else f"{name}-v{count}")
         train(c, str(folder))
         asked = copy.deepcopy(cfg)
-        if name in ELASTIC:
+        if elastic:
             asked.eval.visual_tokens = count
         out = folder / f"eval-v{count}"
         found = sweep.evaluate_cell(asked, folder, out, shared.data, c.data.features_dir, seed)
@@ -51,24 +53,26 @@ def rows_of(cfg: Any, name: str, shared: sweep.Shared, seed: int) -> list[table.
 
 def training(cfg: Any, name: str, count: int, shared: sweep.Shared, seed: int) -> Any:
     """The stage of the miniature's cells with another compressor."""
-    query_aware = compressors.get(name).uses_query
-    c = sweep.stage(cfg, seed, "query_aware_vlm" if query_aware else "vlm", shared)
+    entry = compressors.get(name)
+    c = sweep.stage(cfg, seed, "query_aware_vlm" if entry.uses_query else "vlm", shared)
+    c.model.compressor.unlock()  # the settings of all compressors; each takes its own ones
     c.model.compressor.name = name
     c.model.compressor.query_grid = cfg.compare.query_grid
     c.model.compressor.neighbours = cfg.compare.neighbours
     grid = named.vlm(c.model.to_dict()).vit.grid
     c.data.features_dir = str(shared.features)
-    if name in SCORED:
+    if entry.uses_scores:
         c.data.features_dir = (
             ""  # they look at the encoder's queries and keys, which are not cached
         )
         c.model.compressor.prune_ratio = "fixed"
         c.model.compressor.fixed_ratio = ratio_for(c, grid, count)
-    if name in ELASTIC:
+    if entry.elastic:
         c.model.compressor.train_tokens = tuple(cfg.compare.visual_tokens[name])
-    elif name not in SCORED:
+    elif not entry.uses_scores:
         model = named.vlm(c.model.to_dict())
-        c.model.compressor.stride = with_tokens(model.compressor, grid, count).stride
+        sized = compressors.with_tokens(model.compressor, grid, count)
+        c.model.compressor.update(dataclasses.asdict(sized))
     model = experiment.resolve(c).model
     c.data.max_tokens += compressors.num_tokens(
         compressors.for_training(model).compressor, model.vit.grid

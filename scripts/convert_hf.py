@@ -11,6 +11,7 @@ A decoder, an encoder or a projector need not be converted before training: set 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import shutil
@@ -21,18 +22,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the package and its configs, from a checkout
 
-from vlm_jax import files  # noqa: E402
+from ml_collections import ConfigDict  # noqa: E402
+
+from vlm_jax import compressors, files  # noqa: E402
 from vlm_jax.data import templates, tokenizer  # noqa: E402
-from vlm_jax.hf import (  # noqa: E402
-    directory,
-    named,
-    naming,
-)
+from vlm_jax.hf import directory, named  # noqa: E402
 from vlm_jax.hf.describe import describe  # noqa: E402
 from vlm_jax.hf.settings import feature_layer, preprocessing  # noqa: E402
 from vlm_jax.settings import cli  # noqa: E402
+from vlm_jax.settings.checks import ConfigError  # noqa: E402
 from vlm_jax.settings.hub import hub_hint  # noqa: E402
-from vlm_jax.settings.model import DTYPES, ConfigError  # noqa: E402
+from vlm_jax.settings.model import DTYPES  # noqa: E402
 from vlm_jax.storage import run as experiment  # noqa: E402
 
 log = logging.getLogger("vlm_jax.convert_hf")
@@ -112,7 +112,7 @@ def sources_of(given: Path, found: Any, vit: str | None) -> dict[str, str]:
     if found.vit:
         sources["vit"] = str(given)
     elif found.encoder:
-        inside = naming.sort(directory.open_directory(given).tensors)[naming.VIT]
+        inside = directory.sort(directory.open_directory(given).tensors)[directory.VIT]
         sources["vit"] = str(given) if inside and not vit else vit or found.encoder
         if not directory.is_model(sources["vit"]):
             raise ConfigError(
@@ -133,20 +133,9 @@ def settings_of(given: Path, folder: Path, found: Any, sources: dict[str, str], 
     if found.encoder:
         layers = named.vit(presets_of["vit"]).num_layers
         c.model.vit.feature_layer = feature_layer(found.select_layer, layers)
-    compressor = found.compressor
-    c.model.compressor.name = "identity" if compressor is None else compressor.name
-    c.model.compressor.dtype = c.model.vit.dtype
-    if compressor is not None:
-        c.model.compressor.update(
-            {
-                "stride": compressor.stride,
-                "num_heads": compressor.num_heads,
-                "taps": compressor.taps,
-                "query_grid": compressor.query_grid,
-            }
-        )
-    else:
-        c.model.compressor.taps = ()
+    compressor = found.compressor or compressors.settings("identity")
+    compressor = dataclasses.replace(compressor, dtype=c.model.vit.dtype)
+    c.model.compressor = ConfigDict(dataclasses.asdict(compressor))
     c.model.projector_layers = found.projector_layers or c.model.projector_layers
     if "vit" in sources:
         vit = named.vit(presets_of["vit"])

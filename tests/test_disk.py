@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from vlm_jax import files
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.storage.checkpoint import Checkpoints, load_params
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +26,7 @@ from pathlib import Path
 import grain, jax, jax.numpy as jnp
 from vlm_jax.training import telemetry
 from vlm_jax.storage.checkpoint import Checkpoints
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 folder, limit = Path(sys.argv[1]), int(sys.argv[2])

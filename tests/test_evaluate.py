@@ -20,7 +20,7 @@ from vlm_jax.benchmarks import vqa
 from vlm_jax.inference import answer, features
 from vlm_jax.laws import table
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import InitConfig, MeshConfig
 from vlm_jax.storage import run as experiment
 

@@ -7,7 +7,7 @@ import tiny
 
 from vlm_jax import evaluate, files, show, train
 from vlm_jax.settings import addresses, cli
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.storage import run as experiment
 
 

@@ -18,17 +18,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compressor import compressor_config
 from refs import compressors_numpy as twin
 from refs import elastic_numpy, hf_layout, prumerge_numpy, reference_layout
 
-from vlm_jax.compressors import COMPRESSORS, mqt, prumerge
+from vlm_jax.compressors import COMPRESSORS
+from vlm_jax.compressors.modules import mqt, prumerge
 from vlm_jax.data import sources, templates
 from vlm_jax.layers import Scores
 from vlm_jax.models.projector import Projector
 from vlm_jax.models.vit import Features, ViT
 from vlm_jax.models.vlm import VLM, Inputs
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import CompressorConfig, ConfigError, LMConfig, ViTConfig, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import LMConfig, ViTConfig, VLMConfig
 
 TOLERANCE = 2e-5  # of the largest absolute reference value
 ROOT = Path(__file__).resolve().parents[1]
@@ -140,7 +143,7 @@ def text_of(case: Case) -> jax.Array:
         qkv_bias=False, qk_norm=False, tied_embeddings=False,
     )  # fmt: skip
     params = {"lm": hf_layout.decoder(state, lm.num_heads, lm.num_kv_heads, tied=False)}
-    model = VLM(VLMConfig(tiny_vit(1), CompressorConfig("quecc", num_heads=1), lm))
+    model = VLM(VLMConfig(tiny_vit(1), compressor_config("quecc", num_heads=1), lm))
     ids, mask = case.inputs["input_ids"], case.inputs["attention_mask"] > 0
     order = np.argsort(~mask, axis=1, kind="stable")  # ours are padded on the right
     ids, mask = (np.take_along_axis(x, order, axis=1) for x in (ids, mask))
@@ -166,7 +169,7 @@ def compressed(
     grid = round(last.shape[1] ** 0.5)
     heads = case.config.get("num_heads", 1)
     eps = case.config.get("ln_eps", 1e-6)
-    config = CompressorConfig(name, stride, heads, norm_eps=eps)
+    config = compressor_config(name, stride, heads, norm_eps=eps)
     VLMConfig(tiny_vit(grid, last.shape[-1]), config, presets.lm("mini-45k"))
     entry = COMPRESSORS[name]
     query = text_of(case) if entry.uses_query else None
@@ -217,7 +220,7 @@ def run_prumerge(case: Case) -> dict:
         states, q, k = (jnp.asarray(case.inputs[n]) for n in ("hidden_states_m2", "q", "k"))
         last, scores = states[:, 1:], Scores(q[:, 0], k[:, 1:], k[:, 0])
     grid, patches = round(last.shape[1] ** 0.5), last.shape[1]
-    config = CompressorConfig(
+    config = compressor_config(
         name, prune_ratio="batch" if adaptive else "fixed", fixed_ratio=ratio or 0.125,
         neighbours=case.config.get("k_neighbours", 32), sample_last=False,
     )  # fmt: skip
@@ -261,7 +264,7 @@ def run_mqt(case: Case) -> dict:
     params = jax.tree.map(jnp.asarray, reference_layout.mqt(case.params, heads))
     made = {"pos_embed_interpolated": np.asarray(mqt.resized(table, side, grid))}
     for count in counts(case, "m"):
-        config = CompressorConfig(
+        config = compressor_config(
             "mqt", num_heads=heads, norm_eps=case.config.get("ln_eps", 1e-6), query_grid=side, visual_tokens=count
         )  # fmt: skip
         VLMConfig(tiny_vit(grid, width), config, presets.lm("mini-45k"))
@@ -280,7 +283,7 @@ def run_m3(case: Case) -> dict:
         given = case.inputs.get("projected_features")
         last = jnp.asarray(features_of(case)[0] if given is None else given)
         grid = round(last.shape[1] ** 0.5)
-        config = CompressorConfig("m3", visual_tokens=count)
+        config = compressor_config("m3", visual_tokens=count)
         VLMConfig(tiny_vit(grid, 8), config, presets.lm("mini-45k"))
         module = COMPRESSORS["m3"].module(config, grid)
         if given is None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from compressor import compressor_config
 from einops import rearrange
 
 from vlm_jax import sharding
@@ -22,7 +23,7 @@ from vlm_jax.hf import named
 from vlm_jax.hf.describe import describe
 from vlm_jax.inference.generate import Decoding, make_generate
 from vlm_jax.models.vlm import VLM, Inputs
-from vlm_jax.settings.model import CompressorConfig, VLMConfig
+from vlm_jax.settings.model import VLMConfig
 from vlm_jax.settings.run import MeshConfig
 from vlm_jax.storage import weights
 
@@ -50,7 +51,7 @@ def load(folder: Path, parts: tuple[str, ...], **fields) -> tuple[VLMConfig, dic
     found = describe(folder)
     vit = named.vit(str(folder) if "vit" in parts else "mini", **fields)
     lm = named.lm(str(folder) if "lm" in parts else "mini-38k")
-    config = VLMConfig(vit, CompressorConfig("identity"), lm, found.projector_layers or 2)
+    config = VLMConfig(vit, compressor_config("identity"), lm, found.projector_layers or 2)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     wanted = weights.abstract(config, mesh)
     return config, weights.load(str(folder), config, {part: wanted[part] for part in parts})
@@ -126,7 +127,7 @@ def compare_encoder(folder: Path) -> Compared:
         config, params = load(folder, ("vit",), **fields)
         vit = config.vit
         images = np.random.default_rng(1).integers(0, 256, (2, vit.image_px, vit.image_px, 3), dtype=np.uint8)  # fmt: skip
-        encode = jax.jit(lambda p, x, c=config: VLM(c).apply(p, x, method=VLM.encode_images).last)
+        encode = jax.jit(lambda p, x, c=config: VLM(c).apply(p, x, method=VLM.image_features).last)
         ours = encode({"params": params}, jnp.asarray(images))
         pixels = torch.tensor((images / 255 - np.array(vit.mean)) / np.array(vit.std)).float()
         with torch.no_grad():

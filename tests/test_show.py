@@ -191,7 +191,7 @@ def test_queries_are_drawn_with_the_models_own_weights(world, trained, tmp_path,
 
 def test_queries_are_drawn_one_by_one_and_on_average():
     weights = np.random.default_rng(0).dirichlet(np.ones(16), (2, 40)).astype(np.float32)
-    shown = show.VIEWS["mqt"].read({"weights": (weights,)}, GRID, 40)
+    shown = show.VIEWS["queries"].read({"weights": (weights,)}, GRID, 40)
     np.testing.assert_allclose(shown.weights, weights.mean(axis=0))
     figure = show.draw("mqt", np.zeros((8, 8, 3), np.uint8), GRID, shown, "Why ?", "")
     np.testing.assert_allclose(array(figure.axes[0]).ravel(), 16 * shown.weights.mean(axis=0))
@@ -206,7 +206,7 @@ def test_queries_are_drawn_one_by_one_and_on_average():
 
 
 def test_a_mean_is_drawn_as_its_window():
-    shown = show.VIEWS["pool"].read({}, GRID, 4)
+    shown = show.VIEWS["means"].read({}, GRID, 4)
     window = np.zeros((GRID, GRID))
     window[:2, 2:] = 0.25
     np.testing.assert_array_equal(shown.weights[1].reshape(GRID, GRID), window)
@@ -218,7 +218,7 @@ def test_a_mean_is_drawn_as_its_window():
 
 
 def test_every_compressor_has_a_view():
-    assert show.VIEWS.keys() == COMPRESSORS.keys()
+    assert show.VIEWS.keys() == {entry.drawn for entry in COMPRESSORS.values()}
 
 
 # Mistakes

@@ -10,7 +10,7 @@ import pytest
 
 from configs import mini, mini_smoke
 from vlm_jax import sweep
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 

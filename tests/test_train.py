@@ -16,7 +16,7 @@ import tiny
 
 from vlm_jax import sharding, train
 from vlm_jax.data import pipeline
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import InitConfig
 from vlm_jax.storage import run as experiment
 from vlm_jax.storage.checkpoint import load_params

@@ -35,11 +35,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vlm_jax import benchmarks, files
 from vlm_jax.benchmarks import answers as saved
 from vlm_jax.benchmarks import predictions
+from vlm_jax.compressors import with_tokens
 from vlm_jax.data import feature_cache, tokenizer
 from vlm_jax.inference.tasks import MODES, EvalConfig, Task, open_tasks
 from vlm_jax.laws import table
 from vlm_jax.settings import addresses, cli, presets
-from vlm_jax.settings.model import ConfigError, LMConfig, build, with_tokens
+from vlm_jax.settings.checks import ConfigError, build
+from vlm_jax.settings.model import LMConfig
 from vlm_jax.settings.run import Experiment, MeshConfig
 from vlm_jax.storage import run as experiment
 from vlm_jax.training import outline

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from vlm_jax.data import feature_cache
 from vlm_jax.hf.directory import is_model
 from vlm_jax.settings import cli
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.storage import run as experiment
 from vlm_jax.storage.inherit import check_part
 from vlm_jax.training import inputs

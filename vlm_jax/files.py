@@ -20,7 +20,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
-"""The blocks every module is made of: linear maps, norms, rotary positions, attention, gated MLP.
+"""The layers that the models share: linear maps, norms, rotary positions, gated MLP, and the scan over layers.
 
-Weights are born here with their logical axes; `sharding.RULES` alone says which mesh axis each one means.
-Parameters are float32; computation runs in `dtype`; norms, softmax and angles run in float32.
+Parameters are created with logical axis names; only `sharding.RULES` maps those to mesh axes.
+Parameters are float32 and computation runs in `dtype`, except norms, softmax and rotary angles, which run in float32.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def weight(
 
 
 def constrain(x: Array, *names: str | None) -> Array:
-    """Pins activation axes to logical names; does nothing without a mesh."""
+    """Constrains the sharding of an activation by the logical names of its axes; does nothing without a mesh."""
     return nn.with_logical_constraint(x, names)
 
 
@@ -62,10 +62,10 @@ Names = tuple[str | None, ...]
 def on_shards(
     function: Callable[..., Any], inputs: Sequence[Names], outputs: Sequence[Names]
 ) -> Callable[..., Any]:
-    """`function` called once per shard, on the piece that the shard holds; without a mesh it is called as it is.
+    """`function` mapped over shards with `jax.shard_map`; `function` itself without a mesh.
 
-    inputs, outputs: the logical axes of each argument and result. Mesh axes that none of them means stay automatic. The
-    function must not need what other shards hold.
+    inputs, outputs: the logical axes of each argument and result. Mesh axes that none of them maps to stay automatic. The
+    function sees its own shard only and must not communicate with others.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -93,8 +93,8 @@ def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 class Linear(nn.Module):
     """y[..., out] = x[..., in] @ kernel + bias, with one logical axis name per kernel axis.
 
-    `out` may have several axes (heads, head_dim); `in_axes` trailing axes of x are contracted. An adapter adds
-    scale (x lora_a) lora_b; lora_b starts at zero, so the map starts as it is without.
+    `out` may have several axes (heads, head_dim); the last `in_axes` axes of x are contracted. An adapter adds
+    scale (x lora_a) lora_b; lora_b is initialised to zero, so the adapter has no effect at first.
     """
 
     out: Sequence[int]
@@ -141,7 +141,7 @@ class Linear(nn.Module):
 
 
 def _flat(init: Initializer, fan_in: int) -> Initializer:
-    """Draws a many-axis kernel as the [in, out] matrix it stands for, so fans are right."""
+    """Draws a kernel of several axes as its [in, out] matrix, so that the initialiser sees the right fans."""
     return lambda key, shape, dtype=jnp.float32: init(
         key, (fan_in, math.prod(shape) // fan_in), dtype
     ).reshape(shape)
@@ -178,7 +178,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
-    """Angle per position of each rotary pair [H/2]; stretched as Hugging Face's `linear` and `llama3`."""
+    """Rotary frequencies [H/2], in radians per position, scaled as Hugging Face's `linear` or `llama3`."""
     freqs = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if scaling.kind == "linear":
         freqs = freqs / scaling.factor
@@ -203,16 +203,19 @@ def apply_rope(
 
 
 class Scores(NamedTuple):
-    """What an encoder layer's attention compares, its heads side by side: tells which patches matter and which are alike."""
+    """Queries and keys of an encoder layer's attention, heads concatenated: the importance and similarity of patches."""
 
-    query: Float[Array, "B C"]  # the class token's; without one the mean of all patches
+    query: Float[Array, "B C"]  # of the class token; without one, the mean of all patches
     keys: Float[Array, "B P C"]
-    class_key: Float[Array, "B C"] | None  # the class token's own, which the softmax counts
+    class_key: (
+        Float[Array, "B C"] | None
+    )  # of the class token itself, which takes part in the softmax
 
 
 def resize_matrix(size: int, source: int) -> np.ndarray:
-    """Bicubic interpolation [size, source] along one axis: half-pixel centres, a = -0.75, taps clamped to the border,
-    no anti-aliasing (what torch's `interpolate(mode="bicubic")` computes; jax.image.resize differs in all but the first).
+    """Bicubic interpolation along one axis as a matrix [size, source], equal to torch's `interpolate(mode="bicubic")`.
+
+    Half-pixel centres, a = -0.75, taps clamped to the border, no anti-aliasing. jax.image.resize shares only the first.
     """
     a = -0.75
     centre = (np.arange(size) + 0.5) * source / size - 0.5
@@ -228,8 +231,10 @@ def resize_matrix(size: int, source: int) -> np.ndarray:
 
 
 def sincos_positions(grid: int, width: int) -> np.ndarray:
-    """Fixed 2-D positions [grid * grid, width], row by row: the first half of the channels encodes the column, the
-    second the row, each as sines and cosines of geometrically spaced frequencies (10000^(-4 i / width)).
+    """Fixed 2-D positions [grid * grid, width] in row-major order.
+
+    The first half of the channels encodes the column and the second the row, each as sines and cosines with the frequencies
+    10000^(-4 i / width).
     """
     frequencies = 10000.0 ** (-np.arange(width // 4) / (width // 4))
     angles = np.arange(grid)[:, None] * frequencies
@@ -240,7 +245,7 @@ def sincos_positions(grid: int, width: int) -> np.ndarray:
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)). adapters: of gate, up and down; use_bias: all three have one."""
+    """down(silu(gate(x)) * up(x)). adapters: those of gate, up and down; use_bias: adds a bias to all three."""
 
     width: int
     dtype: str = "float32"
@@ -260,11 +265,10 @@ class GatedMLP(nn.Module):
         return linear(x.shape[-1:], ("mlp", "embed"), name="down", adapter=of_down)(hidden)
 
 
-UNROLLED_LAYERS = (
-    4  # a stack this short is unrolled: one program, no copies between layers (CPU step -25 % at 2)
-)
+# The scan over at most so many layers is unrolled, which avoids copies between layers (2 layers: CPU step -25 %).
+UNROLLED_LAYERS = 4
 
-# What the backward pass finds again; the rest is computed anew.
+# What the forward pass saves for the backward pass; everything else is recomputed.
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": None,
@@ -277,7 +281,7 @@ def scan_layers(
 ) -> type[nn.Module]:
     """`block` repeated `length` times with parameters stacked on a leading "layers" axis.
 
-    in_axes gives, per argument after the carry, 0 (one slice per layer) or nn.broadcast.
+    in_axes: for each argument after the carry, 0 (one slice per layer) or nn.broadcast.
     """
     if remat != "none":
         block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[remat])

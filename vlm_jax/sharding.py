@@ -1,9 +1,9 @@
-"""The mesh, and the one table that says which mesh axis each logical axis of a weight or an activation means.
+"""The mesh, and the table that maps logical axes of parameters and activations to mesh axes.
 
-data     copies of the model; each works on its own rows of the batch
-fsdp     rows of the batch too, but weights and optimiser state are split over it and gathered layer by layer
-tensor   heads, MLP and vocabulary are split over it (Megatron's cut)
-sequence positions of a row, for rows too long for one device; keys and values are gathered in each layer
+data     data parallelism: the rows of a batch are split, the model is replicated
+fsdp     rows are split as well; parameters and optimiser state are sharded and gathered layer by layer
+tensor   tensor parallelism (Megatron): heads, MLP and vocabulary are split
+sequence positions of a row are split, for rows too long for one device; each layer gathers keys and values
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import Experiment, MeshConfig
 
 AXES = ("data", "fsdp", "tensor", "sequence")
@@ -33,7 +33,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("vocab", "tensor"),
-    ("vision", None),  # encoder and compressor widths: small beside the decoder, replicated
+    ("vision", None),  # encoder and compressor widths: small compared to the decoder, so replicated
     ("embed_activation", None),
     ("length", "sequence"),
     ("layers", None),
@@ -41,11 +41,11 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 
 
 def start_processes(timeout: int = 100) -> None:
-    """Joins the other processes of a run, if the environment says that there are any; call it before any jax operation.
+    """Joins the other processes of a run if the environment names any. Call it before any JAX operation.
 
-    Several TPU hosts and SLURM tasks are found by jax itself; elsewhere set JAX_COORDINATOR_ADDRESS (host:port),
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID. timeout: seconds after which a process that gives no sign (a heartbeat; at the
-    end: its farewell) counts as dead and ends all others.
+    JAX detects TPU hosts and SLURM tasks; elsewhere set JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID. timeout: seconds without a heartbeat, or waiting for a process at shutdown, after which that process
+    counts as dead and all others end.
     """
     environment = os.environ
     limits = {"heartbeat_timeout_seconds": timeout, "shutdown_timeout_seconds": timeout}
@@ -68,8 +68,8 @@ def start_processes(timeout: int = 100) -> None:
 def mesh_sizes(config: MeshConfig, count: int, rows: int = 0) -> tuple[int, ...]:
     """(data, fsdp, tensor, sequence) of a mesh of `count` devices.
 
-    rows: of the batch (of a micro-batch), from which a tensor of 0 follows: the least for which data * fsdp divides them; 1
-    without rows, or where no number helps. Raises ConfigError when the sizes do not multiply to `count`.
+    rows: of a batch, or of a micro-batch. A configured tensor size of 0 becomes the smallest for which data * fsdp divides
+    the rows, or 1 without rows or if there is none. Raises ConfigError when the product of the sizes is not `count`.
     """
     given = (config.data, config.fsdp, config.tensor or 1, config.sequence)
     if not config.tensor:
@@ -87,7 +87,7 @@ def mesh_sizes(config: MeshConfig, count: int, rows: int = 0) -> tuple[int, ...]
 
 
 def _filled(sizes: tuple[int, ...], count: int) -> tuple[int, ...]:
-    """The devices that are left in the place of -1."""
+    """The sizes with -1 replaced by the number of devices left for that axis."""
     known = math.prod(size for size in sizes if size != -1)
     return tuple(count // known if size == -1 else size for size in sizes)
 
@@ -97,33 +97,33 @@ def make_mesh(
 ) -> Mesh:
     """A (data, fsdp, tensor, sequence) mesh over all `devices` (default: every device of every process).
 
-    rows: as in `mesh_sizes`, which says what is raised.
+    rows, and errors: as in `mesh_sizes`.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = mesh_sizes(config, len(devices), rows)
-    # On a TPU the sizes need not be products of the torus's sides: one side may serve two axes.
+    # allow_split_physical_axes: on a TPU, one side of the torus may be split between two mesh axes.
     laid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    # Auto: the compiler completes the shardings; explicit ones reject a sharded-embedding gather.
+    # Auto: the compiler propagates shardings. Explicit axes reject the gather from a sharded embedding.
     return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def mesh_of(exp: Experiment, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of a training run; raises as `mesh_sizes`."""
+    """The mesh of a training run; errors as in `mesh_sizes`."""
     return make_mesh(exp.mesh, devices, exp.data.batch_size // exp.train.micro_batches)
 
 
 @contextlib.contextmanager
 def use(mesh: Mesh) -> Generator[None, None, None]:
-    """Inside, `layers.constrain` pins activations to `mesh` by RULES. Initialise parameters outside of it."""
+    """A context in which `layers.constrain` shards activations over `mesh` by RULES. Initialise parameters outside of it."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield
 
 
 def shardings_of(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """The NamedSharding of each leaf of a tree whose leaves are boxed with logical axes (bare leaves: replicated).
+    """The NamedSharding of each leaf of a tree boxed with logical axes (leaves that are not boxed are replicated).
 
-    The result has the structure of the unboxed tree. Shapes suffice (`jax.eval_shape`). Raises ConfigError naming the
-    parameter when a mesh axis does not divide the dimension it would split.
+    The result has the structure of the unboxed tree. Abstract leaves (`jax.eval_shape`) suffice. Raises ConfigError, naming
+    the parameter, when a mesh axis does not divide the dimension that it splits.
     """
     shardings = jax.tree.map(
         lambda spec: NamedSharding(mesh, spec),
@@ -144,8 +144,8 @@ def shardings_of(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
     return shardings
 
 
-def place(boxed: Any, mesh: Mesh) -> Any:
-    """Boxed shapes as ShapeDtypeStructs with the sharding of each on a mesh; raises as `shardings_of`."""
+def sharded_shapes(boxed: Any, mesh: Mesh) -> Any:
+    """Boxed shapes as ShapeDtypeStructs with their shardings on `mesh`; errors as in `shardings_of`."""
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         nn.unbox(boxed),
@@ -154,8 +154,9 @@ def place(boxed: Any, mesh: Mesh) -> Any:
 
 
 def shardings_like(tree: Any, params: Any, mesh: Mesh) -> Any:
-    """Shardings of an optimiser state: a leaf that stands for a parameter (same path end, same shape) is sharded as that
-    parameter, everything else is replicated. `params`: the parameters, or ShapeDtypeStructs with shardings.
+    """The shardings of an optimiser state. params: the parameters, or ShapeDtypeStructs with shardings.
+
+    A leaf whose path ends in a parameter's path, with that parameter's shape, is sharded like it; others are replicated.
     """
     by_path = {
         path_keys(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
@@ -174,21 +175,22 @@ def shardings_like(tree: Any, params: Any, mesh: Mesh) -> Any:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over data and fsdp; further axes whole."""
+    """Rows are split over data and fsdp; other axes are not split."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def batch_ways(mesh: Mesh | AbstractMesh) -> int:
-    """Into how many equal parts the rows of a batch are dealt."""
+    """The number of equal parts into which the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def check_batch(batch_size: int, mesh: Mesh | AbstractMesh, micro_batches: int = 1) -> None:
-    """Raises ConfigError when the global batch cannot be dealt out evenly, in as many parts as are computed in turn."""
+    """Raises ConfigError when the rows of the global batch do not split evenly over the mesh and the micro-batches."""
     ways = batch_ways(mesh)
     if batch_size % (ways * micro_batches):
         parts = f" * train.micro_batches {micro_batches}" if micro_batches > 1 else ""
@@ -199,9 +201,9 @@ def check_batch(batch_size: int, mesh: Mesh | AbstractMesh, micro_batches: int =
 
 
 def data_shard(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): which of `count` equal shares of a batch's rows the devices of this process hold.
+    """(index, count): the devices of this process hold share `index` of `count` equal shares of a batch's rows.
 
-    Processes along an axis that does not split the rows (tensor) hold, and must load, the same share.
+    Processes that differ only along an axis that does not split rows (tensor) hold, and must load, the same share.
     """
     ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     held: dict[int, set[int]] = {}
@@ -216,7 +218,7 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
 
 
 def put(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """One global batch [B ...] from every process's local rows; entries that are not arrays (record ids) stay behind."""
+    """The global batch [B ...] made of every process's local rows. Entries that are not arrays (record ids) are dropped."""
     sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, value)
@@ -226,7 +228,7 @@ def put(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def path_keys(path: tuple) -> tuple[str, ...]:
-    """The names along a key path, list indices as text."""
+    """The names along a key path; list indices become strings."""
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 

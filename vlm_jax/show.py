@@ -27,11 +27,12 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 from ml_collections import ConfigDict
 
+from vlm_jax import compressors
 from vlm_jax.data import images
 from vlm_jax.data.templates import QUERIES
 from vlm_jax.laws import drawing as plot
 from vlm_jax.settings import addresses, cli
-from vlm_jax.settings.model import ConfigError, build, check_choice
+from vlm_jax.settings.checks import ConfigError, build, check_choice
 from vlm_jax.settings.run import MeshConfig
 from vlm_jax.storage import run as experiment
 
@@ -126,7 +127,7 @@ def look(answerer: Answerer, row: Mapping[str, Any], image_root: str) -> Shown:
     from vlm_jax.data import eval_batches as prompts
     from vlm_jax.models.vlm import VLM, Inputs
 
-    vit, name = answerer.model.vit, answerer.model.compressor.name
+    vit = answerer.model.vit
     asked = prompts.prepare(
         [dict(row)], image_root, answerer.data, answerer.visual_tokens, vit, answerer.mesh.size
     )  # fmt: skip
@@ -134,14 +135,16 @@ def look(answerer: Answerer, row: Mapping[str, Any], image_root: str) -> Shown:
 
     def see(params: Any, inputs: Inputs) -> Any:
         model = VLM(answerer.model)
-        _, kept = model.apply({"params": params}, inputs, method="see", mutable="intermediates")
+        _, kept = model.apply(
+            {"params": params}, inputs, method="encode_images", mutable="intermediates"
+        )
         return jax.tree.map(lambda x: x[0], kept)  # the first image's
 
     with sharding.use(answerer.mesh):
         inputs = Inputs.from_batch(sharding.put(batch, answerer.mesh))
         kept = jax.device_get(jax.jit(see)(answerer.params, inputs))
     sown = kept["intermediates"]["compressor"] if kept else {}
-    return VIEWS[name].read(sown, vit.grid, answerer.visual_tokens)
+    return VIEWS[answerer.model.compressor.drawn].read(sown, vit.grid, answerer.visual_tokens)
 
 
 # --- what each compressor sows, for one image -------------------------------------------------------------------------
@@ -191,7 +194,7 @@ def draw(
     """One large picture of all tokens; beside it `picture`, which the patches cover, and single heads or tokens."""
     figure = Figure(layout="constrained")
     FigureCanvasAgg(figure)
-    VIEWS[name].draw(figure, picture, grid, shown)
+    VIEWS[compressors.get(name).drawn].draw(figure, picture, grid, shown)
     asked = textwrap.shorten(question, 110, placeholder=" …")
     said = textwrap.shorten(answer, 110, placeholder=" …") or "(nothing)"
     count = len(shown.weights)
@@ -355,15 +358,12 @@ def _colour_bar(figure: Figure, axes: Axes | list[Axes], drawn: AxesImage, label
     bar.ax.tick_params(labelsize=8)
 
 
+# How a compressor's tokens are drawn: its trait `drawn`.
 VIEWS: dict[str, View] = {
-    "identity": View(_means, _draw_means),
-    "pool": View(_means, _draw_means),
-    "m3": View(_means, _draw_means),
-    "quecc": View(_windows, _draw_windows),
-    "tokenpacker": View(_windows, _draw_windows),
-    "mqt": View(_queries, _draw_queries),
-    "prumerge": View(_merged, _draw_merged),
-    "prumerge_plus": View(_merged, _draw_merged),
+    "means": View(_means, _draw_means),
+    "windows": View(_windows, _draw_windows),
+    "queries": View(_queries, _draw_queries),
+    "merged": View(_merged, _draw_merged),
 }
 
 

@@ -30,7 +30,8 @@ from vlm_jax.hf import named
 from vlm_jax.laws import fit, law, report, table
 from vlm_jax.miniworld import CAVEATS, generate
 from vlm_jax.settings import cli, presets
-from vlm_jax.settings.model import ConfigError, check_choice, stride_for
+from vlm_jax.settings.checks import ConfigError, check_choice
+from vlm_jax.settings.model import stride_for
 from vlm_jax.storage import run as experiment
 from vlm_jax.train import train
 

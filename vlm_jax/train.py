@@ -32,8 +32,8 @@ def train(
 ) -> dict[str, float]:
     """Runs the stage that `cfg` describes and returns the metrics of its last step.
 
-    given: the fields that a command line set (see `experiment.resolve`). say: is given the lines that tell what the run
-    is about to do and what it wrote.
+    given: the fields that the command line sets (see `experiment.resolve`). say: is called with each line that reports what
+    the run is going to do and what it has written.
 
     Raises ConfigError, before any compilation, for a wrong setting, a missing input, a directory that cannot be written,
     or a workdir that belongs to a run with other settings or on other annotations.
@@ -56,9 +56,8 @@ def train(
         fingerprint.check(exp.data, folder)
     if not slow:
         say(first)
-    from vlm_jax.training import (
-        loop,  # here, not above: jax, orbax and grain take seconds, mistakes are answered before
-    )
+    # Imported late: JAX, Orbax and Grain take seconds, and mistakes are reported before.
+    from vlm_jax.training import loop
 
     return loop.run(exp, folder, say)
 

@@ -29,17 +29,17 @@ from vlm_jax.settings.model import CompressorConfig
 WIDTH, GRID = 1024, 24
 TAPS = (12, 16, 22, 23)
 CASES = [
-    ("identity", CompressorConfig("identity")),
-    ("pool s=4", CompressorConfig("pool", stride=4)),
-    ("tokenpacker s=2", CompressorConfig("tokenpacker", stride=2, taps=TAPS)),
-    ("tokenpacker s=4", CompressorConfig("tokenpacker", stride=4, taps=TAPS)),
-    ("quecc s=4", CompressorConfig("quecc", stride=4, taps=TAPS)),
-    ("quecc s=24", CompressorConfig("quecc", stride=24, taps=TAPS)),
-    ("m3 36", CompressorConfig("m3", visual_tokens=36)),
-    ("mqt 256", CompressorConfig("mqt", num_heads=16)),
-    ("mqt 36", CompressorConfig("mqt", num_heads=16, visual_tokens=36)),
-    ("prumerge 32", CompressorConfig("prumerge", max_kept=31)),
-    ("prumerge_plus 145", CompressorConfig("prumerge_plus", prune_ratio="fixed")),
+    ("identity", compressors.settings("identity")),
+    ("pool s=4", compressors.settings("pool", stride=4)),
+    ("tokenpacker s=2", compressors.settings("tokenpacker", stride=2, taps=TAPS)),
+    ("tokenpacker s=4", compressors.settings("tokenpacker", stride=4, taps=TAPS)),
+    ("quecc s=4", compressors.settings("quecc", stride=4, taps=TAPS)),
+    ("quecc s=24", compressors.settings("quecc", stride=24, taps=TAPS)),
+    ("m3 36", compressors.settings("m3", visual_tokens=36)),
+    ("mqt 256", compressors.settings("mqt", num_heads=16)),
+    ("mqt 36", compressors.settings("mqt", num_heads=16, visual_tokens=36)),
+    ("prumerge 32", compressors.settings("prumerge", max_kept=31)),
+    ("prumerge_plus 145", compressors.settings("prumerge_plus", prune_ratio="fixed")),
 ]  # fmt: skip
 TORCH = ("tokenpacker s=2", "tokenpacker s=4", "quecc s=4", "quecc s=24")
 

@@ -86,14 +86,14 @@ def measure(folder: Path, way: str) -> dict[str, float]:
     """Loads the checkpoint in this process."""
     import jax
 
-    from vlm_jax import sharding
+    from vlm_jax import compressors, sharding
     from vlm_jax.hf import directory, io, maps
-    from vlm_jax.settings.model import CompressorConfig, VLMConfig
+    from vlm_jax.settings.model import VLMConfig
     from vlm_jax.settings.run import MeshConfig
     from vlm_jax.storage import weights
 
     lm = named.lm(str(folder), param_dtype="bfloat16")
-    config = VLMConfig(named.vit("mini"), CompressorConfig("identity"), lm)
+    config = VLMConfig(named.vit("mini"), compressors.settings("identity"), lm)
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1))
     wanted = {"lm": weights.abstract(config, mesh)["lm"]}
     jax.block_until_ready(jax.numpy.zeros(8) + 1)

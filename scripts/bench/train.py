@@ -34,19 +34,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from vlm_jax import sharding
+from vlm_jax import compressors, sharding
 from vlm_jax.costs import chips
 from vlm_jax.costs.flops import step_flops
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import CompressorConfig, LMConfig, VLMConfig
-from vlm_jax.settings.run import (  # fmt: skip
-    DataConfig,
-    Experiment,
-    InitConfig,
-    MeshConfig,
-    OptimConfig,
-    TrainConfig,
-)
+from vlm_jax.settings.model import LMConfig, VLMConfig
+from vlm_jax.settings.run import Experiment, InitConfig, MeshConfig, OptimConfig, TrainConfig
 from vlm_jax.training import step
 
 VISUAL = 64  # the mini encoder's patches
@@ -62,7 +55,7 @@ class Case(NamedTuple):
 def toy(vocab: int, width: int, layers: int, heads: int, kv_heads: int, mlp: int, bias: bool) -> LMConfig:  # fmt: skip
     return LMConfig(
         vocab_size=vocab, width=width, num_layers=layers, num_heads=heads, num_kv_heads=kv_heads, head_dim=width // heads,
-        mlp_width=mlp, rope_theta=1e4, norm_eps=1e-6, qkv_bias=bias, qk_norm=False, tied_embeddings=False,
+        mlp_width=mlp, rope_theta=1e4, qkv_bias=bias, qk_norm=False, tied_embeddings=False,
     )  # fmt: skip
 
 
@@ -87,9 +80,7 @@ def gpu() -> dict[str, Case]:
 
 def experiment_of(case: Case, remat: str, loss_chunk: int) -> Experiment:
     lm = dataclasses.replace(case.lm, remat=remat)
-    model = VLMConfig(
-        presets.vit("mini"), CompressorConfig("identity", norm_eps=1e-6, dtype=lm.dtype), lm
-    )
+    model = VLMConfig(presets.vit("mini"), compressors.settings("identity", dtype=lm.dtype), lm)
     data = DataConfig(
         annotations=(), image_roots=(), tokenizer="", template="plain", system=None, turns="dialogue", max_tokens=case.length,
         max_query_tokens=1, max_images=1, image_mode="pad", max_image_pixels=1, batch_size=case.rows, seed=0, num_workers=0,

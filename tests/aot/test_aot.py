@@ -13,7 +13,7 @@ from vlm_jax.aot import hlo, programs, roofline, search
 from vlm_jax.costs import chips
 from vlm_jax.data import pipeline
 from vlm_jax.settings import cli
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.storage import run as experiment
 
 CONFIG = """

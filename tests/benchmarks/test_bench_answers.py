@@ -8,7 +8,7 @@ from native_files import FIXTURES, seed_question, write_json, write_lines
 
 from vlm_jax import benchmarks, evaluate
 from vlm_jax.benchmarks import answers
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 
 def line(question_id, text, prompt="", **more):

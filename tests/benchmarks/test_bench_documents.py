@@ -9,7 +9,7 @@ from native_files import DOCUMENTS, embedded, png, write_json, write_parquet
 
 from vlm_jax import benchmarks
 from vlm_jax.benchmarks import chartqa, docvqa
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 
 @pytest.mark.parametrize(

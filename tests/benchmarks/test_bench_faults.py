@@ -10,7 +10,7 @@ from native_files import FIXTURES, dialogue, write_json, write_lines, write_parq
 
 from vlm_jax import benchmarks, evaluate
 from vlm_jax.benchmarks import files, llava, predictions
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 # Those whose fixture is text, and the file that holds the questions.
 TEXTS = {

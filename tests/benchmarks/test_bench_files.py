@@ -10,7 +10,7 @@ from native_files import embedded, png, write_json, write_parquet, write_text
 from vlm_jax.benchmarks import files, records
 from vlm_jax.data import images, sources
 from vlm_jax.data import rows as rows_of
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 NAN = float("nan")
 

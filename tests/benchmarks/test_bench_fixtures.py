@@ -6,7 +6,7 @@ from native_files import FIXTURES
 
 from vlm_jax import benchmarks
 from vlm_jax.data import images
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 REPLIES = ("scienceqa", "mmbench", "mmbench_cn", "seed", "ai2d", "mmmu", "mathvista", "pope", "mme")
 LETTERS = ("A", "B", "C", "D", "E")

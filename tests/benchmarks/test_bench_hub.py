@@ -6,7 +6,7 @@ import pytest
 from native_files import embedded, png, write_json, write_lines, write_parquet, write_shards
 
 from vlm_jax import benchmarks
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 
 def test_gqa_finds_the_pictures_in_their_own_files(tmp_path):

@@ -12,7 +12,7 @@ from native_files import embedded, png, write_parquet, write_tsv
 
 from vlm_jax import benchmarks
 from vlm_jax.benchmarks import mmbench
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 OPTIONS = {"A": "red cat", "B": "blue dog", "C": "a tree", "D": "none of these"}
 

@@ -10,7 +10,7 @@ from native_files import png, write_json, write_parquet
 
 from vlm_jax import benchmarks
 from vlm_jax.benchmarks import mmmu
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 OPTIONS = {"A": "$6", "B": "the seven sisters", "C": "12 cm", "D": "Nothing"}
 

@@ -8,7 +8,7 @@ from native_files import math_problem as problem
 
 from vlm_jax import benchmarks
 from vlm_jax.benchmarks import ai2d, mathvista, seed
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 LETTER = "Answer with the option's letter from the given choices directly."
 

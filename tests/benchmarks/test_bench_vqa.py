@@ -9,7 +9,7 @@ from native_files import golds
 
 from vlm_jax import benchmarks
 from vlm_jax.benchmarks import vqa
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 SHORT = "\nAnswer the question using a single word or phrase."
 

@@ -9,7 +9,7 @@ from native_files import science_problem as problem
 
 from vlm_jax import benchmarks
 from vlm_jax.benchmarks import gqa, scienceqa
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from native_files import MME_QUESTION, POPE_LABELS, mme_task
 
 from vlm_jax import benchmarks
 from vlm_jax.benchmarks import mme, pope
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 # Per split of native_files.pope.
 ANSWERS = {

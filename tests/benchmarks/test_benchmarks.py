@@ -9,7 +9,7 @@ from native_files import dialogue
 
 from vlm_jax import benchmarks
 from vlm_jax.benchmarks import llava, metrics, predictions
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 
 def write(path, records):

@@ -7,23 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compressor import compressor_config
 from jax.flatten_util import ravel_pytree
 from refs import compressors_numpy as twin
 from refs import reference_layout
 
 from vlm_jax import compressors
-from vlm_jax.compressors import COMPRESSORS, tokenpacker, windows
+from vlm_jax.compressors import COMPRESSORS
+from vlm_jax.compressors.modules import tokenpacker, windows
+from vlm_jax.layers import Scores
 from vlm_jax.models.projector import Projector
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import (
-    ATTENDING,
-    ELASTIC,
-    SCORED,
-    WINDOWED,
-    CompressorConfig,
-    ConfigError,
-    VLMConfig,
-)
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import VLMConfig
 
 WIDTH, TEXT, HIDDEN, HEADS = 8, 12, 20, 2
 LEARNED = ("quecc", "tokenpacker")  # with parameters, inside windows
@@ -37,7 +33,7 @@ def highest_precision():
 
 def case(name: str, grid: int, stride: int, taps: int = 2, seed: int = 0, batch: int = 2):
     """(module, parameters, reference state, inputs) with random weights."""
-    config = CompressorConfig(name, stride, HEADS)
+    config = compressor_config(name, stride, HEADS)
     if name == "quecc":
         state = twin.random_state(
             twin.shapes_quecc(WIDTH, taps * WIDTH, TEXT, HIDDEN, stride), seed
@@ -143,7 +139,7 @@ def test_gradients_equal_finite_differences(name):
 @pytest.mark.parametrize("name", LEARNED)
 def test_bfloat16_survives_large_activations(name):
     module, params, _, inputs = case(name, 4, 2)
-    half = module.clone(config=CompressorConfig(name, 2, HEADS, dtype="bfloat16"))
+    half = module.clone(config=compressor_config(name, 2, HEADS, dtype="bfloat16"))
     large = [x if x is None else x.at[:, 0].mul(1e4).astype(jnp.bfloat16) for x in inputs]
     out = compiled(half)({"params": params}, *large).tokens
     assert out.dtype == jnp.bfloat16
@@ -182,7 +178,7 @@ FLOPS = {
 
 def full_size(name: str, stride: int):
     taps = (12, 16, 22, 23) if COMPRESSORS[name].uses_taps else ()
-    config = CompressorConfig(name, stride, 8, taps)
+    config = compressor_config(name, stride, 8, taps)
     vit, lm = presets.vit("clip-l-336"), presets.lm("vicuna-7b")
     VLMConfig(vit, config, lm)
     patches = jax.ShapeDtypeStruct((1, 576, 1024), jnp.float32)
@@ -217,7 +213,7 @@ def test_flops_of_the_true_size_are_the_published_number(name, stride):
 
 @pytest.mark.parametrize("name, stride", [("quecc", 4), ("tokenpacker", 2)])
 def test_flops_agree_with_what_the_compiler_counts(name, stride):
-    config = CompressorConfig(name, stride, 8, (0, 1, 2, 3))
+    config = compressor_config(name, stride, 8, (0, 1, 2, 3))
     entry, width, text = COMPRESSORS[name], 128, 256
     shapes = [(1, 576, width), (1, 576, 4 * width), (1, text)]
     inputs = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
@@ -233,13 +229,13 @@ def test_flops_agree_with_what_the_compiler_counts(name, stride):
     "stride, tokens", [(1, 576), (2, 144), (3, 64), (4, 36), (6, 16), (8, 9), (12, 4), (24, 1)]
 )
 def test_visual_tokens_of_each_stride(stride, tokens):
-    for name in WINDOWED:
-        assert compressors.num_tokens(CompressorConfig(name, stride), 24) == tokens
-    assert compressors.num_tokens(CompressorConfig("identity"), 24) == 576
+    for name in ("quecc", "tokenpacker", "pool"):
+        assert compressors.num_tokens(compressor_config(name, stride), 24) == tokens
+    assert compressors.num_tokens(compressor_config("identity"), 24) == 576
 
 
 def test_initial_weights_have_the_spread_of_the_references():
-    module = COMPRESSORS["quecc"].module(CompressorConfig("quecc", 4, 8), 8)
+    module = COMPRESSORS["quecc"].module(compressor_config("quecc", 4, 8), 8)
     patches, text = jnp.zeros((1, 64, 256)), jnp.zeros((1, 128))
     p = nn.unbox(jax.jit(module.init)(jax.random.key(0), patches, patches, text))["params"]
     peak = lambda x: float(jnp.abs(x).max())  # noqa: E731
@@ -251,7 +247,7 @@ def test_initial_weights_have_the_spread_of_the_references():
     assert peak(p["downsample"]["bias"]) == pytest.approx(1 / 4, rel=0.05)
     assert peak(p["text"]["kernel"]) == pytest.approx(128**-0.5, rel=0.01)
     assert peak(p["key_mlp"]["fc1"]["bias"]) == pytest.approx(1 / 16, rel=0.05)
-    module = COMPRESSORS["tokenpacker"].module(CompressorConfig("tokenpacker", 4, 8), 8)
+    module = COMPRESSORS["tokenpacker"].module(compressor_config("tokenpacker", 4, 8), 8)
     p = nn.unbox(jax.jit(module.init)(jax.random.key(0), patches, patches))["params"]
     for kernel in (p["query"], p["key_mlp"]["fc2"], p["attention"]["out"]):
         assert float(kernel["kernel"].std()) == pytest.approx(0.02, rel=0.02)
@@ -266,15 +262,51 @@ def test_sizes_that_do_not_fit_are_refused_with_the_allowed_ones():
         with pytest.raises(
             ConfigError, match=r"grid 24 .* stride 5; use one of \[1, 2, 3, 4, 6, 8, 12, 24\]"
         ):
-            VLMConfig(vit, CompressorConfig(name, 5), lm)
+            VLMConfig(vit, compressor_config(name, 5), lm)
         with pytest.raises(ConfigError, match="width 1024 is not divisible by num_heads 6"):
-            VLMConfig(vit, CompressorConfig(name, 4, 6), lm)
+            VLMConfig(vit, compressor_config(name, 4, 6), lm)
     with pytest.raises(ConfigError, match="'qecc'; use one of identity, quecc, tokenpacker"):
         compressors.get("qecc")
 
 
-def test_the_names_in_the_config_are_those_registered():
-    assert {*WINDOWED, *ATTENDING} <= COMPRESSORS.keys()
-    assert [n for n, c in COMPRESSORS.items() if c.elastic] == list(ELASTIC)
-    assert [n for n, c in COMPRESSORS.items() if c.uses_scores] == list(SCORED)
-    assert [n for n, c in COMPRESSORS.items() if c.uses_query] == ["quecc"]
+def test_traits_say_what_each_compressor_is():
+    named = lambda trait: [n for n, c in COMPRESSORS.items() if getattr(c, trait)]  # noqa: E731
+    assert named("elastic") == ["m3", "mqt"]
+    assert named("draws") == ["mqt"]
+    assert named("uses_scores") == ["prumerge", "prumerge_plus"]
+    assert named("uses_query") == ["quecc"]
+    assert named("uses_taps") == ["quecc", "tokenpacker"]
+    assert named("sizable") == ["quecc", "tokenpacker", "pool", "m3", "mqt"]
+    assert {n: c.place for n, c in COMPRESSORS.items() if c.place != "before"} == {
+        "m3": "inside",
+        "mqt": "instead",
+    }
+    for name in COMPRESSORS:
+        assert compressors.settings(name).name == name
+
+
+@pytest.mark.parametrize("fields", [{}, {"taps": (1, 2), "stride": 2, "query_grid": 3}])
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_the_number_of_parameters_is_that_of_the_module(name, fields):
+    config = compressor_config(name, num_heads=HEADS, **fields)
+    entry, width, text = COMPRESSORS[name], 16, 24
+    array = lambda *shape: jax.ShapeDtypeStruct((1, *shape), jnp.float32)  # noqa: E731
+    taps = width * max(1, len(config.taps))
+    scores = Scores(array(width), array(36, width), None)
+    module = entry.module(config, 6, *(text,) * (entry.place == "instead"))
+    query = array(text) if entry.uses_query else None
+    given = array(36, width), array(36, taps), query, scores if entry.uses_scores else None
+    params = initial(module, *given)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == config.num_params(width, text)
+
+
+def test_a_setting_of_another_compressor_is_refused_with_its_own_ones():
+    with pytest.raises(ConfigError) as told:
+        compressors.settings("pool", query_grid=4)
+    assert str(told.value) == "pool: has no setting 'query_grid'; it has dtype, stride."
+    block = {"name": "pool", "stride": 2, "query_grid": 4, "taps": [1], "dtype": "float32"}
+    assert compressors.chosen(block) == compressors.settings("pool", stride=2)
+    with pytest.raises(ConfigError, match=r"pool: has no setting 'taps'; it has dtype, stride."):
+        compressors.chosen(block, {"taps"})
+    with pytest.raises(ConfigError, match=r"pool: has no setting 'strid'; it has dtype, stride."):
+        compressors.chosen({"name": "pool", "strid": 2})

@@ -7,16 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compressor import compressor_config
 from jax.flatten_util import ravel_pytree
 from refs import compressors_numpy, reference_layout
 from refs import elastic_numpy as twin
 
 from vlm_jax import compressors
-from vlm_jax.compressors import COMPRESSORS, m3, mqt, pool
+from vlm_jax.compressors import COMPRESSORS, with_tokens
+from vlm_jax.compressors.modules import m3, mqt, pool
 from vlm_jax.costs import flops
 from vlm_jax.models.projector import Projector
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import CompressorConfig, ConfigError, VLMConfig, with_tokens
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import VLMConfig
 
 WIDTH, HIDDEN, HEADS = 8, 12, 2
 
@@ -39,7 +42,7 @@ def patches(grid: int, width: int = WIDTH, batch: int = 2):
 
 def mqt_case(grid: int, side: int, **fields):
     """(module, parameters, reference state, features) with random weights."""
-    config = CompressorConfig("mqt", num_heads=HEADS, query_grid=side, **fields)
+    config = compressor_config("mqt", num_heads=HEADS, query_grid=side, **fields)
     state = compressors_numpy.random_state(twin.shapes_mqt(WIDTH, side, HIDDEN), 3)
     params = jax.tree.map(jnp.asarray, reference_layout.mqt(state, HEADS))
     return mqt.MQT(config, grid, HIDDEN), params, state, patches(grid)
@@ -61,8 +64,8 @@ def run(module, params, features):
 def test_pool_and_m3_are_the_mean_of_each_window(grid, stride):
     x, tokens = patches(grid), (grid // stride) ** 2
     for config in (
-        CompressorConfig("pool", stride),
-        with_tokens(CompressorConfig("m3"), grid, tokens),
+        compressor_config("pool", stride),
+        with_tokens(compressor_config("m3"), grid, tokens),
     ):
         entry = COMPRESSORS[config.name]
         assert entry.num_tokens(config, grid) == tokens
@@ -105,14 +108,14 @@ def test_fewer_mqt_tokens_are_the_first_of_all():
     for count in (1, 5, 16):
         some = module.clone(config=with_tokens(module.config, 6, count))
         np.testing.assert_allclose(run(some, params, x), everything[:, :count], atol=1e-6)
-        visual = mqt.show(jnp.asarray(everything), jnp.int32(count))
+        visual = mqt.MQT.show(jnp.asarray(everything), jnp.int32(count))
         np.testing.assert_array_equal(visual.valid, [[True] * count + [False] * (16 - count)] * 2)
 
 
 @pytest.mark.parametrize("count", [1, 4, 9, 36])
 def test_m3_shows_what_it_would_pool_to(count):
     x = patches(6)
-    visual = jax.jit(m3.show)(x, jnp.int32(count))
+    visual = jax.jit(m3.M3.show)(x, jnp.int32(count))
     np.testing.assert_allclose(
         visual.tokens[:, :count], twin.pooled(np.asarray(x), 6 // round(count**0.5)), atol=1e-6
     )
@@ -166,7 +169,7 @@ def test_gradients_of_pooling_spread_evenly():
 def test_bfloat16_survives_large_activations(source):
     module, params, _, x = mqt_case(4, 3, key_source=source)
     half = module.clone(
-        config=CompressorConfig(
+        config=compressor_config(
             "mqt", num_heads=HEADS, query_grid=3, key_source=source, dtype="bfloat16"
         )
     )
@@ -188,7 +191,7 @@ def test_pooling_bfloat16_adds_in_float32():
 
 
 def test_initial_weights_of_mqt_have_the_spread_of_the_reference():
-    module = mqt.MQT(CompressorConfig("mqt", num_heads=8), 4, 1024)
+    module = mqt.MQT(compressor_config("mqt", num_heads=8), 4, 1024)
     x = jnp.zeros((1, 16, 256))
     p = nn.unbox(jax.jit(module.init)(jax.random.key(0), x, x))["params"]
     assert float(p["query"].std()) == pytest.approx(0.02, rel=0.02)
@@ -202,7 +205,7 @@ def test_initial_weights_of_mqt_have_the_spread_of_the_reference():
 
 
 def full_size(name: str, **fields) -> VLMConfig:
-    config = CompressorConfig(name, num_heads=16, **fields)
+    config = compressor_config(name, num_heads=16, **fields)
     return VLMConfig(presets.vit("clip-l-336"), config, presets.lm("vicuna-7b"))
 
 
@@ -224,7 +227,7 @@ def test_parameters_of_the_true_size_are_the_published_number(name, count):
 def test_flops_of_mqt_are_the_published_number(count, straight, shared):
     config = full_size("mqt", visual_tokens=count)
     found = flops.forward_flops(config, text_tokens=8)
-    weights = mqt.weights_flops(config.compressor, 24, 1024)
+    weights = config.compressor.weights_flops(24, 1024)
     assert found.projector == 0
     assert round(found.compressor / 1e9, 2) == straight
     assert round((found.compressor - weights) / 1e9, 2) == shared
@@ -243,12 +246,12 @@ def test_flops_of_m3_are_those_of_the_first_map_on_patches_and_the_last_on_token
 
 @pytest.mark.parametrize("images", [1, 6])
 def test_flops_of_mqt_agree_with_what_the_compiler_counts(images):
-    config, width, hidden = CompressorConfig("mqt", num_heads=8, visual_tokens=100), 128, 256
+    config, width, hidden = compressor_config("mqt", num_heads=8, visual_tokens=100), 128, 256
     module, x = mqt.MQT(config, 24, hidden), jax.ShapeDtypeStruct((images, 576, 128), jnp.float32)
     params = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), x, x))["params"]
     counted = jax.jit(module.apply).lower({"params": params}, x, x).compile().cost_analysis()
-    once = mqt.weights_flops(config, 24, width)  # for all images of a batch
-    expected = once + images * (mqt.flops(config, 24, width, hidden) - once)
+    once = config.weights_flops(24, width)  # for all images of a batch
+    expected = once + images * (config.flops(24, width, hidden) - once)
     assert counted["flops"] == pytest.approx(expected, rel=0.1)
 
 
@@ -270,18 +273,22 @@ def test_counts_that_cannot_be_shown_are_refused_with_the_allowed_ones():
         full_size("mqt", query_grid=3, train_tokens=(2, 10))
     with pytest.raises(ConfigError, match="width 1024 is not divisible by num_heads 6"):
         VLMConfig(
-            presets.vit("clip-l-336"), CompressorConfig("mqt", num_heads=6), presets.lm("vicuna-7b")
+            presets.vit("clip-l-336"),
+            compressor_config("mqt", num_heads=6),
+            presets.lm("vicuna-7b"),
         )
-    with pytest.raises(ConfigError, match="pool: visual_tokens and train_tokens are for m3, mqt"):
-        CompressorConfig("pool", visual_tokens=4)
+    with pytest.raises(
+        ConfigError, match="pool: has no setting 'visual_tokens'; it has dtype, stride"
+    ):
+        compressors.settings("pool", visual_tokens=4)
     with pytest.raises(ConfigError, match="identity: its visual tokens cannot be chosen; use one"):
-        with_tokens(CompressorConfig("identity"), 24, 4)
+        with_tokens(compressor_config("identity"), 24, 4)
     with pytest.raises(ConfigError, match="pool: grid 24 is not divisible by stride 5; use one of"):
         full_size("pool", stride=5)
 
 
 def test_the_numbers_trained_for_are_the_papers_unless_given():
-    tokens = lambda name, grid, **f: compressors.train_tokens(CompressorConfig(name, **f), grid)  # noqa: E731
+    tokens = lambda name, grid, **f: compressors.train_tokens(compressor_config(name, **f), grid)  # noqa: E731
     assert tokens("m3", 24) == (576, 144, 36, 9, 1)
     assert tokens("m3", 27) == (729, 81, 9, 1)
     assert tokens("m3", 14) == (196, 49, 1)

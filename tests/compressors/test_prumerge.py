@@ -10,15 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from compressor import compressor_config
 from refs import prumerge_numpy as twin
 
 from vlm_jax import compressors, features, train
-from vlm_jax.compressors import COMPRESSORS, prumerge
-from vlm_jax.compressors.visual import Visual
+from vlm_jax.compressors import COMPRESSORS
+from vlm_jax.compressors.modules import prumerge
+from vlm_jax.compressors.modules.visual import VisualTokens
 from vlm_jax.layers import Scores
 from vlm_jax.models.vlm import VLM, Inputs, init_params
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import SCORED, CompressorConfig, ConfigError, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import CompressorConfig, VLMConfig
 from vlm_jax.storage import run as experiment
 
 NAMES = ("prumerge", "prumerge_plus")
@@ -49,7 +52,7 @@ def given(arrays: list[np.ndarray], cls: bool = True) -> tuple:
 
 
 def settings(name: str, ratio: str, **fields) -> CompressorConfig:
-    return CompressorConfig(name, prune_ratio=ratio, **({"neighbours": 5} | fields))
+    return compressor_config(name, prune_ratio=ratio, **({"neighbours": 5} | fields))
 
 
 @functools.cache
@@ -209,8 +212,8 @@ def test_whatever_an_image_keeps_fits_and_nothing_is_lost(name, max_kept):
     config = settings(name, "adaptive", max_kept=max_kept)
     place = jax.random.permutation(jax.random.key(0), 49)
     a = (place + jnp.zeros((13, 1))) / 1e3 + 1.0
-    choose = jax.jit(prumerge._choose_adaptive, static_argnums=(2, 3, 4))
-    chosen = choose(a, jnp.arange(13), config, 7, name == "prumerge_plus")
+    choose = jax.jit(prumerge._choose_adaptive, static_argnums=(2, 3))
+    chosen = choose(a, jnp.arange(13), config, 7)
     for b in range(13):
         kept = np.asarray(chosen.kept[b])[np.asarray(chosen.valid[b])]
         assert len(kept) == len(set(kept.tolist())) >= 1
@@ -271,7 +274,7 @@ def test_bfloat16_survives_large_activations():
     ],
 )  # fmt: skip
 def test_slots_of_the_true_size_are_the_published_number(name, fields, tokens):
-    assert compressors.num_tokens(CompressorConfig(name, **fields), 24) == tokens
+    assert compressors.num_tokens(compressor_config(name, **fields), 24) == tokens
 
 
 def published_flops(kept: int, width: int = 1024, hidden: int = 4096) -> float:
@@ -284,7 +287,7 @@ def published_flops(kept: int, width: int = 1024, hidden: int = 4096) -> float:
 @pytest.mark.parametrize("name, kept, total", [("prumerge", 31, 3.8), ("prumerge_plus", 143, 8.6)])
 def test_flops_are_the_published_number_without_the_queries_nobody_reads(name, kept, total):
     assert round(published_flops(kept) / 1e9, 1) == total
-    config = CompressorConfig(name, max_kept=kept)
+    config = compressor_config(name, max_kept=kept)
     projector = 2 * (kept + 1) * (1024 * 4096 + 4096**2)
     ours = COMPRESSORS[name].flops(config, 24, 1024, 4096) + projector
     # 576 of the 577 queries are saved; merging as one matrix product costs kept x 576 x width instead of a gather.
@@ -294,7 +297,7 @@ def test_flops_are_the_published_number_without_the_queries_nobody_reads(name, k
 
 
 def test_flops_agree_with_what_the_compiler_counts():
-    config, width = CompressorConfig("prumerge", max_kept=60), 256
+    config, width = compressor_config("prumerge", max_kept=60), 256
     patches, row = jnp.zeros((1, 576, width)), jnp.zeros((1, width))
     module = COMPRESSORS["prumerge"].module(config, 24)
     assert jax.eval_shape(module.init, jax.random.key(0), patches, patches, None, Scores(row, patches, row)) == {}  # fmt: skip
@@ -335,7 +338,10 @@ def test_a_feature_cache_is_refused_wherever_it_could_come_in(tmp_path):
     cfg.data.features_dir = str(tmp_path)
     with pytest.raises(ConfigError, match=match):
         train.train(cfg, str(tmp_path / "run"))
-    assert set(SCORED) == {name for name, entry in COMPRESSORS.items() if entry.uses_scores}
+    assert {name for name, entry in COMPRESSORS.items() if entry.uses_scores} == {
+        "prumerge",
+        "prumerge_plus",
+    }
 
 
 # Through the whole model
@@ -387,12 +393,12 @@ def test_empty_slots_change_no_logit_of_the_text(name, preset):
     images = rng.integers(0, 256, (2, 1, 1, PX, PX, 3)).astype(np.uint8)
     counts = []
     for image in map(jnp.asarray, images):
-        visual = apply(row(slots, image), method="see")
+        visual = apply(row(slots, image), method="encode_images")
         filled = np.flatnonzero(visual.valid[0])
         counts.append(len(filled))
         places = visual.places[:, filled]
-        tight = Visual(visual.tokens[:, filled], places=places)
-        reference = np.asarray(apply(row(counts[-1], image), tight, method="read"))[:, -5:]
+        tight = VisualTokens(visual.tokens[:, filled], places=places)
+        reference = np.asarray(apply(row(counts[-1], image), tight, method="logits"))[:, -5:]
         ours = np.asarray(apply(row(slots, image)))[:, -5:]
         np.testing.assert_allclose(ours, reference, atol=2e-5 * np.abs(reference).max())
     assert len(set(counts)) == 2 and max(counts) < slots, counts

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tiny
+from compressor import compressor_config
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
@@ -14,19 +15,13 @@ from vlm_jax.aot import programs
 from vlm_jax.costs import flops, memory
 from vlm_jax.costs.price import paper_flops
 from vlm_jax.models import attention
-from vlm_jax.models.attention import Visible
+from vlm_jax.models.attention import AttentionMask
 from vlm_jax.models.lm import LM, empty_cache
 from vlm_jax.models.vit import ViT
 from vlm_jax.models.vlm import VLM, Inputs, Layout, dummy_inputs
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import (
-    CompressorConfig,
-    ConfigError,
-    LMConfig,
-    ViTConfig,
-    VLMConfig,
-    stride_for,
-)
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import LMConfig, ViTConfig, VLMConfig, stride_for
 from vlm_jax.storage import run as experiment
 from vlm_jax.training import step
 
@@ -52,7 +47,7 @@ def vlm_config(compressor: str, visual_tokens: int = 16, **changes) -> VLMConfig
     vit = changes.pop("vit", vit_config())
     stride = 1 if compressor == "identity" else stride_for(vit.grid, visual_tokens)
     return VLMConfig(
-        vit, CompressorConfig(compressor, stride=stride), changes.pop("lm", lm_config()), **changes
+        vit, compressor_config(compressor, stride=stride), changes.pop("lm", lm_config()), **changes
     )
 
 
@@ -111,7 +106,7 @@ def test_the_decoders_count_is_within_two_percent_of_xla(config):
     model = LM(config)
 
     def run(module, ids, mask):
-        hidden = module.hidden(module.embed(ids), ids, Visible(mask))
+        hidden = module.hidden(module.embed(ids), ids, AttentionMask(mask))
         return module.logits(hidden[:, -1:])
 
     ids, mask = int_array(1, tokens), jax.ShapeDtypeStruct((1, tokens, tokens), jnp.bool_)
@@ -157,7 +152,7 @@ def whole(compressor: dict, vit=(), lm=(), vlm=(), images: int = 1) -> VLMConfig
     wide = dict(width=512, num_layers=2)
     return VLMConfig(
         vit_config(**{**wide, "mlp_width": 2048, **dict(vit)}),
-        CompressorConfig(**compressor),
+        compressor_config(**compressor),
         lm_config(**{**wide, "num_heads": 8, "num_kv_heads": 8, "mlp_width": 1536, **dict(lm)}),
         **dict(vlm),
     )
@@ -200,7 +195,9 @@ def test_an_answer_behind_a_cached_text_is_within_two_percent_of_xla(lm):
 
     def run(module, ids, mask, cache):
         slot = cache.length - ids.shape[1]
-        hidden, cache = module.cached_hidden(module.embed(ids), ids, Visible(mask), cache, slot)
+        hidden, cache = module.cached_hidden(
+            module.embed(ids), ids, AttentionMask(mask), cache, slot
+        )
         return module.logits(hidden[:, -1:]), cache
 
     def measured(tokens: int, keys: int) -> float:
@@ -304,7 +301,9 @@ def step_of(case: dict, folder):
     batch = programs.batch(exp, plan.mesh, 2, training=True)
     if not has_images:
         batch = {k: x for k, x in batch.items() if "image" not in k and "query" not in k}
-    lowered = jax.jit(step.make_gradients(plan)).lower(plan.state, batch)
+    lowered = jax.jit(step.make_gradients(plan)).lower(
+        plan.state.trainable, batch, plan.state.step, plan.state.frozen
+    )
     learning = flatten_dict(plan.state.trainable, sep="/").keys()
     return flops.batch_flops(exp, learning, tokens, has_images), lowered.cost_analysis()["flops"]
 

@@ -2,21 +2,24 @@
 
 import jax
 import pytest
+from compressor import compressor_config
 
+from vlm_jax.compressors import with_tokens
 from vlm_jax.costs import chips, flops, memory
 from vlm_jax.costs import price as cost
 from vlm_jax.costs.price import Phase, Price, Workload
 from vlm_jax.laws.budget import Budget, find_chip
 from vlm_jax.models.lm import empty_cache
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import CompressorConfig, ConfigError, VLMConfig, with_tokens
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import VLMConfig
 
 H100 = find_chip("H100")
 
 
 def llava(lm: str, visual_tokens: int) -> VLMConfig:
     vit = presets.vit("clip-l-336")
-    packed = with_tokens(CompressorConfig("tokenpacker"), vit.grid, visual_tokens)
+    packed = with_tokens(compressor_config("tokenpacker"), vit.grid, visual_tokens)
     return VLMConfig(vit, packed, presets.lm(lm))
 
 
@@ -91,7 +94,7 @@ def test_weights_of_a_published_model_are_its_parameters():
     """LLaVA-1.5-7B: 6.74 G of Vicuna, 0.29 G of 23 CLIP layers, 21 M of projector."""
     vit = presets.vit("clip-l-336")
     weights = memory.weight_bytes(
-        VLMConfig(vit, CompressorConfig("identity"), presets.lm("vicuna-7b"))
+        VLMConfig(vit, compressor_config("identity"), presets.lm("vicuna-7b"))
     )
     assert weights.stored == pytest.approx(2 * (6.738e9 + 0.291e9 + 0.021e9), rel=0.002)
     assert weights.compressor == 0

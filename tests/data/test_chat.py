@@ -10,7 +10,7 @@ from refs import llava_labels, tokenizers
 from vlm_jax.data import sources, templates, tokenizer
 from vlm_jax.data.chat import TEMPLATES, Chat
 from vlm_jax.data.records import BadRecord, Record, Turn
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 KIND = {
     "vicuna_v1": "llama",

@@ -10,7 +10,7 @@ import tiny
 
 from vlm_jax import train
 from vlm_jax.data import fingerprint
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.storage import run as experiment
 from vlm_jax.training import inputs
 

@@ -10,7 +10,7 @@ from packed import VIT, M
 
 from vlm_jax.data import packing, pipeline
 from vlm_jax.data.records import BadRecord
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 TEXT = ("tokens", "positions", "segments", "loss_mask")
 

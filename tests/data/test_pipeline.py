@@ -14,7 +14,7 @@ from refs import tokenizers
 from vlm_jax.data import feature_images, pipeline
 from vlm_jax.data.records import BadRecord
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import DataConfig
 
 M = 4  # visual tokens per image

@@ -10,7 +10,7 @@ from packed import VIT, M
 
 from vlm_jax.data import pipeline, sampling
 from vlm_jax.data.records import BadRecord
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.storage import run as experiment
 from vlm_jax.training import loop, step, telemetry
 

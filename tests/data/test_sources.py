@@ -13,7 +13,7 @@ from refs import tokenizers
 from vlm_jax.data import sources
 from vlm_jax.data.records import BadRecord, Turn, parse
 from vlm_jax.data.sources import JsonSource, TfdsSource
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import DataConfig
 
 

@@ -14,7 +14,7 @@ from vlm_jax.data import tokenizer
 from vlm_jax.data.chat import Chat
 from vlm_jax.data.records import Record, Turn
 from vlm_jax.data.templates import TEMPLATES, chat_template
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 TEXTS = ["What is this?", " Red cat.\n\nyes", "ein Haus \u2603 \U0001f600", "a</s>b", ""]
 

@@ -18,7 +18,7 @@ from test_hf_parity import load
 
 from vlm_jax import train
 from vlm_jax.hf import describe, directory, named
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.storage import run as experiment
 
 
@@ -224,12 +224,13 @@ def test_parameters_have_the_dtype_that_the_config_says(llama):
     _, params = load(llama, ("lm",))
     assert params["lm"]["embed"].dtype == np.float32
     from vlm_jax import sharding
-    from vlm_jax.settings.model import CompressorConfig, VLMConfig
+    from vlm_jax.compressors import settings as compressor_settings
+    from vlm_jax.settings.model import VLMConfig
     from vlm_jax.settings.run import MeshConfig
     from vlm_jax.storage import weights
 
     lm = named.lm(str(llama), param_dtype="bfloat16")
-    config = VLMConfig(named.vit("mini"), CompressorConfig("identity"), lm)
+    config = VLMConfig(named.vit("mini"), compressor_settings("identity"), lm)
     wanted = weights.abstract(config, sharding.make_mesh(MeshConfig()))
     half = weights.load(str(llama), config, {"lm": wanted["lm"]})["lm"]["embed"]
     np.testing.assert_array_equal(half, params["lm"]["embed"].astype(ml_dtypes.bfloat16))

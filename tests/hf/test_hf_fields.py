@@ -14,7 +14,7 @@ from test_hf_parity import check, compare_decoder, compare_encoder, compare_llav
 
 from vlm_jax.hf import named
 from vlm_jax.hf.describe import describe
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from refs import tokenizers
 from vlm_jax.data import images, sources, tokenizer
 from vlm_jax.data.chat import Chat
 from vlm_jax.hf import settings
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 PX = 24
 CLIP = dict(image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711])  # fmt: skip
@@ -116,12 +116,13 @@ importlib.machinery.PathFinder.find_spec = hidden
 from vlm_jax import sharding
 from vlm_jax.hf import named
 from vlm_jax.storage import weights
-from vlm_jax.settings.model import CompressorConfig, VLMConfig
+from vlm_jax.compressors import settings as compressor_settings
+from vlm_jax.settings.model import VLMConfig
 from vlm_jax.settings.run import MeshConfig
 from vlm_jax.data import tokenizer
 folder = sys.argv[1]
 known = tokenizer.load(folder)
-config = VLMConfig(named.vit("mini"), CompressorConfig("identity"), named.lm(folder))
+config = VLMConfig(named.vit("mini"), compressor_settings("identity"), named.lm(folder))
 wanted = weights.abstract(config, sharding.make_mesh(MeshConfig()))
 embed = weights.load(folder, config, {"lm": wanted["lm"]})["lm"]["embed"]
 print(known.encode("What colour is this ?")[0], embed.shape, float(embed[3, 4]))

@@ -13,7 +13,7 @@ from test_hf_inputs import CLIP, EDGE, HALF, PX
 
 from vlm_jax.data import images
 from vlm_jax.hf import pixels
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 SQUARE = dict(size={"height": PX, "width": PX})
 CROP, STRETCH, PAD = ("crop", "bicubic"), ("stretch", "bicubic"), ("pad", "bicubic")

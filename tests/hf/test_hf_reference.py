@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from compressor import compressor_config
 from refs import reference_layout
 from safetensors.numpy import load_file, save_file
 from test_hf_export import convert  # noqa: F401 (a fixture)
@@ -21,7 +22,8 @@ from vlm_jax.hf import export, named, settings
 from vlm_jax.hf.describe import describe
 from vlm_jax.models.vlm import init_params
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import CompressorConfig, ConfigError, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import VLMConfig
 from vlm_jax.settings.run import MeshConfig
 from vlm_jax.storage import run as experiment
 from vlm_jax.storage import weights
@@ -167,7 +169,7 @@ def test_a_tokenpacker_as_its_scripts_save_it_is_imported(tmp_path, convert):  #
     """Pickled, with its own name as mm_projector_type, a projector file beside the model and the model_type of its decoder."""
     lm = dict(vocab_size=40, width=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8, mlp_width=24, rope_theta=1e4, norm_eps=1e-5, qkv_bias=False, qk_norm=False, tied_embeddings=False)  # fmt: skip
     vit = dict(width=16, num_layers=24, num_heads=2, mlp_width=24, image_px=32, patch_px=8)
-    compressor = CompressorConfig("tokenpacker", stride=2, num_heads=1, taps=(12, 16, 22, 23))
+    compressor = compressor_config("tokenpacker", stride=2, num_heads=1, taps=(12, 16, 22, 23))
     config = VLMConfig(named.vit("clip-l-336", **vit), compressor, named.lm("", **lm))
     whole = dataclasses.replace(config, vit=dataclasses.replace(config.vit, feature_layer=-1))
     shapes, rng = nn.unbox(jax.eval_shape(lambda: init_params(whole, jax.random.key(0)))), np.random.default_rng(0)  # fmt: skip
@@ -222,7 +224,7 @@ def test_a_release_s_compressor_and_projector_are_read_by_name(name, tmp_path):
     out = {"quecc": "3.weight", "tokenpacker": "mlp.2.weight", "mqt": "proj"}[kind]
     out = state[out].shape[1 if kind == "mqt" else 0]
     stride = {"quecc": 4, "tokenpacker": 2, "mqt": 1}[kind]
-    compressor = CompressorConfig(kind, stride, sizes["num_heads"], (1, 2, 3, 4))
+    compressor = compressor_config(kind, stride, sizes["num_heads"], (1, 2, 3, 4))
     vit = named.vit("clip-l-336", width=width, num_layers=5, num_heads=2, mlp_width=8)
     config = VLMConfig(vit, compressor, named.lm("mini-38k", width=out))
     module = "query_abstractor" if kind == "mqt" else "mm_projector"

@@ -19,11 +19,12 @@ def main(folder: str) -> None:
     import numpy as np
 
     from vlm_jax import sharding
-    from vlm_jax.settings.model import CompressorConfig, VLMConfig
+    from vlm_jax.compressors import settings as compressor_settings
+    from vlm_jax.settings.model import VLMConfig
     from vlm_jax.settings.run import MeshConfig
     from vlm_jax.storage import weights
 
-    config = VLMConfig(named.vit(folder), CompressorConfig("identity"), named.lm(folder))
+    config = VLMConfig(named.vit(folder), compressor_settings("identity"), named.lm(folder))
     report = {}
     alone = None
     for sizes in MESHES:

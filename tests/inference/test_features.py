@@ -17,7 +17,7 @@ from vlm_jax.data import feature_cache, feature_images, pipeline, rows
 from vlm_jax.inference import features as inference
 from vlm_jax.models.vlm import shapes
 from vlm_jax.settings import cli
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.storage import run as experiment
 from vlm_jax.storage import weights
 from vlm_jax.storage.checkpoint import save_params

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compressor import compressor_config
 from flax import linen as nn
 
 from vlm_jax.inference.generate import Decoding, choose, make_generate, nucleus_floor
 from vlm_jax.models.vlm import VLM, Inputs, init_params
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import CompressorConfig, ConfigError, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import VLMConfig
 
 VOCAB, EOS, PAD, NEW = 48, 2, 0, 12
 GREEDY = Decoding(max_new_tokens=NEW, eos_ids=(EOS,), pad_id=PAD)
@@ -24,7 +26,7 @@ def model():
     """A tiny model whose weights are large enough that its answers differ from prompt to prompt."""
     config = VLMConfig(
         vit=presets.vit("mini", image_px=16, num_layers=1, width=16, num_heads=2, mlp_width=16),
-        compressor=CompressorConfig(name="identity"),
+        compressor=compressor_config(name="identity"),
         lm=presets.lm("mini-45k", vocab_size=VOCAB, width=32, head_dim=16),
     )
     params = nn.unbox(jax.jit(init_params, static_argnums=0)(config, jax.random.key(0)))

@@ -19,7 +19,7 @@ from vlm_jax.benchmarks import predictions
 from vlm_jax.data import eval_batches as prompts
 from vlm_jax.laws import table
 from vlm_jax.models.vlm import init_params
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.storage.checkpoint import save_params
 from vlm_jax.storage.run import resolve, write
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from configs import eval as eval_config
 from vlm_jax import benchmarks, evaluate, train
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 TASK, SPLIT = "colours", "test"
 GREEDY = {"max_new_tokens": 3, "temperature": 0, "top_p": 1.0, "num_beams": 1, "do_sample": False}

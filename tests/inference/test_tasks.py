@@ -12,7 +12,7 @@ from PIL import Image
 from configs import eval as eval_config
 from vlm_jax.benchmarks import predictions
 from vlm_jax.inference import content, tasks
-from vlm_jax.settings.model import ConfigError, build
+from vlm_jax.settings.checks import ConfigError, build
 from vlm_jax.storage import checkpoint
 from vlm_jax.storage import run as experiment
 

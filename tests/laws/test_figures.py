@@ -12,7 +12,7 @@ from vlm_jax.laws import drawing as plot
 from vlm_jax.laws import figures, fit, table
 from vlm_jax.laws import plot as plot_command
 from vlm_jax.laws.law import BILLION
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "vlm_jax" / "laws" / "data"

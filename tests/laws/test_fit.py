@@ -12,7 +12,7 @@ import pytest
 from vlm_jax.laws import fit, law, least_squares, sizes, table
 from vlm_jax.laws.law import Law
 from vlm_jax.laws.table import Row
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 PAPER = Path(table.__file__).parent / "data"
 SIZES = {"tiny": 25e3, "small": 100e3, "big": 400e3}

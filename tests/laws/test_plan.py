@@ -18,7 +18,7 @@ from vlm_jax.laws import plan as plan_command
 from vlm_jax.laws import planning as plan
 from vlm_jax.laws.budget import Budget, find_chip
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 PAPER = Path(fit.__file__).parent / "data" / "paper_reasoning.csv"
 

@@ -9,7 +9,7 @@ import tables
 from vlm_jax.laws import drawing as plot
 from vlm_jax.laws import fit
 from vlm_jax.laws import planning as plan
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 
 @pytest.fixture(scope="module")

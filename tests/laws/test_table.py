@@ -7,7 +7,7 @@ import pytest
 
 from vlm_jax.laws import table
 from vlm_jax.laws.table import Row
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 PAPER = Path(table.__file__).parent / "data"
 

@@ -10,7 +10,7 @@ from vlm_jax.laws import fit, weighting
 from vlm_jax.laws.cells import select
 from vlm_jax.laws.law import Law
 from vlm_jax.laws.table import Row
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 TRUE = Law(0.6, 0.2, 0.1, 0.0)
 SIZES, TOKENS = (0.5e9, 1.8e9, 4e9, 7e9), (1, 4, 16, 64, 576)

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from vlm_jax.miniworld import generate, questions, rendering, scenes
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 SIZES = dict(num_train_images=400, num_test_images=160, num_encoder_images=80, num_text_records=400)
 COLOURS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "white"]

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import tiny
 
-from vlm_jax import sharding
+from vlm_jax import compressors, sharding
 from vlm_jax.models import attention
-from vlm_jax.models.attention import Visible, attend
-from vlm_jax.models.lm import visible
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.models.attention import AttentionMask, attend
+from vlm_jax.models.lm import causal_mask
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import MeshConfig
 from vlm_jax.storage import run as experiment
 from vlm_jax.training import step
@@ -36,7 +36,7 @@ def test_splash_attention_equals_the_masked_softmax_and_so_do_its_gradients(leng
     segments[0, -20:] = -1  # padding
     segments[0, 10:14] = -1  # hidden visual slots
     ids = jnp.asarray(np.where(segments < 0, -1, samples))
-    mask = visible(jnp.asarray(segments), jnp.asarray(segments))
+    mask = causal_mask(jnp.asarray(segments), jnp.asarray(segments))
     mask &= samples[:, :, None] == samples[:, None, :]
     real = jnp.asarray(segments >= 0)[:, :, None, None]
 
@@ -44,7 +44,7 @@ def test_splash_attention_equals_the_masked_softmax_and_so_do_its_gradients(leng
         return jnp.square(jnp.where(real, kernel(q, k, v), 0)).mean()
 
     of = lambda kernel: jax.value_and_grad(loss, (1, 2, 3))(kernel, q, k, v)  # noqa: E731
-    want, grads = of(lambda *x: attend(*x, Visible(mask)))
+    want, grads = of(lambda *x: attend(*x, AttentionMask(mask)))
     found, made = of(lambda *x: attention.splash_shard(*x, ids, interpret=True)[0])
     np.testing.assert_allclose(found, want, rtol=1e-5)
     for mine, theirs in zip(made, grads, strict=True):
@@ -65,7 +65,9 @@ def chosen(
     model = dataclasses.replace(
         exp.model,
         lm=dataclasses.replace(exp.model.lm, **{"dtype": "bfloat16"} | lm),
-        compressor=dataclasses.replace(exp.model.compressor, name=compressor),
+        compressor=compressors.chosen(
+            dataclasses.asdict(exp.model.compressor) | {"name": compressor}
+        ),
     )
     data = dataclasses.replace(exp.data, turns=turns, packing=packing)
     return step.attention_kernel(
@@ -93,7 +95,7 @@ def test_blocks_of_queries_give_the_whole_softmax_and_its_gradients(length):
         wanted = lambda *x: jnp.sum(jnp.sin(attention(*x)))  # noqa: E731
         return attention(q, k, v), jax.grad(wanted, (0, 1, 2))(q, k, v)
 
-    got, want = of(lambda *x: attend(*x, Visible(jnp.asarray(mask)))), of(whole)
+    got, want = of(lambda *x: attend(*x, AttentionMask(jnp.asarray(mask)))), of(whole)
     for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-6)
     assert not np.asarray(got[1][1])[:, length + 20 :].any()  # unused slots

@@ -11,8 +11,8 @@ import torch
 import transformers
 from refs import hf_layout
 
-from vlm_jax.models.attention import Visible
-from vlm_jax.models.lm import LM, empty_cache, visible
+from vlm_jax.models.attention import AttentionMask
+from vlm_jax.models.lm import LM, causal_mask, empty_cache
 from vlm_jax.settings.model import LMConfig, RopeScaling
 
 SIZE = dict(
@@ -83,7 +83,7 @@ def build(name: str):
 
 
 def forward(lm: LM, tokens, positions, segments):
-    hidden = lm.hidden(lm.embed(tokens), positions, Visible(visible(segments, segments)))
+    hidden = lm.hidden(lm.embed(tokens), positions, AttentionMask(causal_mask(segments, segments)))
     return lm.logits(hidden), hidden
 
 
@@ -178,7 +178,7 @@ def test_independent_turns_see_the_prefix_and_themselves_only(llama):
 
 def test_the_mask_is_the_picture_in_its_docstring():
     segments = jnp.array([[0, 0, 1, 1, 2, 2, -1]])
-    mask = np.asarray(visible(segments, segments)[0]).astype(int)
+    mask = np.asarray(causal_mask(segments, segments)[0]).astype(int)
     rows = ["1000000", "1100000", "1110000", "1111000", "1100100", "1100110"]
     assert ["".join(map(str, row)) for row in mask[:6]] == rows
     assert not mask[:, 6].any()
@@ -187,7 +187,7 @@ def test_the_mask_is_the_picture_in_its_docstring():
 @functools.cache
 def compiled_cached(cfg: LMConfig):
     def step(lm, tokens, positions, key_segments, segments, slot, cache):
-        seen = Visible(visible(segments, key_segments, slot))
+        seen = AttentionMask(causal_mask(segments, key_segments, slot))
         hidden, cache = lm.cached_hidden(lm.embed(tokens), positions, seen, cache, slot)
         return lm.logits(hidden), cache
 

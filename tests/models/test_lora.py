@@ -28,12 +28,13 @@ from vlm_jax import sharding, train
 from vlm_jax.hf import named
 from vlm_jax.inference import generate
 from vlm_jax.models import adapters
-from vlm_jax.models.attention import Visible
+from vlm_jax.models.attention import AttentionMask
 from vlm_jax.models.lm import LM as Decoder
-from vlm_jax.models.lm import visible
+from vlm_jax.models.lm import causal_mask
 from vlm_jax.models.vlm import VLM, Inputs, init_params, shapes
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import LM_LINEARS, LORA, ConfigError
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import LM_LINEARS, LORA
 from vlm_jax.storage import run as experiment
 from vlm_jax.storage import weights
 from vlm_jax.storage.checkpoint import save_params
@@ -75,8 +76,8 @@ def decoder(seed=0, **fields):
 
 def forward(model, tokens, extra):
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    seen = Visible(visible(positions * 0, positions * 0))
-    return model.logits(model.hidden(model.embed(tokens) + extra, positions, seen))
+    mask = AttentionMask(causal_mask(positions * 0, positions * 0))
+    return model.logits(model.hidden(model.embed(tokens) + extra, positions, mask))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -5,10 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compressor import compressor_config
 
 from vlm_jax.models.vlm import VLM, Inputs, init_params
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import CompressorConfig, VLMConfig
+from vlm_jax.settings.model import VLMConfig
 from vlm_jax.training.losses import next_token_loss
 
 VOCAB, SLOTS = 32, 4
@@ -18,7 +19,7 @@ LENGTHS = (9, 7, 8)  # three samples, the last one without a picture; 2 slots of
 def config(compressor: str, **lm) -> VLMConfig:
     return VLMConfig(
         vit=presets.vit("mini", image_px=16, patch_px=8, width=8, num_layers=1, num_heads=2, mlp_width=16),
-        compressor=CompressorConfig(compressor, num_heads=2, query_grid=2),
+        compressor=compressor_config(compressor, num_heads=2, query_grid=2),
         lm=presets.lm(
             "qwen2.5-0.5b", vocab_size=VOCAB, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4,
             mlp_width=32, **lm,

@@ -76,13 +76,15 @@ def compute(mesh, name: str) -> dict[str, np.ndarray]:
 
 
 def model_config(name: str):
+    from vlm_jax.compressors import settings as compressor_settings
     from vlm_jax.settings import presets
-    from vlm_jax.settings.model import CompressorConfig, VLMConfig
+    from vlm_jax.settings.model import VLMConfig
 
     if name == "quecc":
-        compressor = CompressorConfig("quecc", 2, 2, taps=(1, 2))
+        compressor = compressor_settings("quecc", stride=2, num_heads=2, taps=(1, 2))
     else:
-        compressor = CompressorConfig(name, 1, 2, visual_tokens=4, query_grid=2)
+        fields = {"num_heads": 2, "query_grid": 2} if name == "mqt" else {}
+        compressor = compressor_settings(name, visual_tokens=4, **fields)
     return VLMConfig(
         vit=presets.vit("mini", image_px=16, patch_px=4, width=8, num_layers=2, num_heads=4, mlp_width=16),
         compressor=compressor,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from compressor import compressor_config
 from refs import hf_layout
 
 from vlm_jax.compressors import COMPRESSORS, num_tokens
@@ -16,7 +17,7 @@ from vlm_jax.models.lm import empty_cache
 from vlm_jax.models.projector import Projector
 from vlm_jax.models.vlm import VLM, Inputs, Layout, init_params
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import CompressorConfig, VLMConfig
+from vlm_jax.settings.model import VLMConfig
 
 PX, PATCH, VOCAB, IMAGE_ID = 28, 7, 37, 36
 GRID = PX // PATCH
@@ -35,7 +36,7 @@ def config(name: str, dtype: str = "float32") -> VLMConfig:
         vit=presets.vit(
             "clip-l-336", image_px=PX, patch_px=PATCH, width=12, num_layers=3, num_heads=2, mlp_width=20, dtype=dtype
         ),
-        compressor=CompressorConfig(name, stride, 2, taps, dtype=dtype, neighbours=4),
+        compressor=compressor_config(name, stride, 2, taps, dtype=dtype, neighbours=4),
         lm=presets.lm(
             "vicuna-7b", vocab_size=VOCAB, width=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, mlp_width=20,
             norm_eps=1e-6, dtype=dtype,
@@ -195,7 +196,7 @@ def placed(cfg, params, inputs):
     """What the decoder is given: embeddings and layout."""
 
     def place(module, inputs):
-        return module.place(inputs, module.see(inputs))
+        return module.insert_visual_tokens(inputs, module.encode_images(inputs))
 
     made = jax.jit(functools.partial(VLM(cfg).apply, method=place))({"params": params}, inputs)
     return jax.tree.map(np.asarray, made)
@@ -272,7 +273,11 @@ def test_no_gradient_flows_through_the_query_into_the_decoder():
     @jax.jit
     @jax.grad
     def gradient(params):
-        x, _ = VLM(cfg).apply({"params": params}, inputs, method=lambda m, i: m.place(i, m.see(i)))
+        x, _ = VLM(cfg).apply(
+            {"params": params},
+            inputs,
+            method=lambda m, i: m.insert_visual_tokens(i, m.encode_images(i)),
+        )
         return jnp.sum(x * visual)
 
     grads = gradient(params)

@@ -9,17 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from compressor import compressor_config
 
 from vlm_jax import compressors, sharding
-from vlm_jax.compressors import m3
-from vlm_jax.compressors.visual import Visual
+from vlm_jax.compressors import with_tokens
+from vlm_jax.compressors.modules import m3
+from vlm_jax.compressors.modules.visual import VisualTokens
 from vlm_jax.costs import flops
 from vlm_jax.data import pipeline
 from vlm_jax.inference.generate import Decoding, make_generate
 from vlm_jax.models.lm import empty_cache
 from vlm_jax.models.vlm import VLM, Inputs, Layout, init_params
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import CompressorConfig, ConfigError, VLMConfig, with_tokens
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import VLMConfig
 from vlm_jax.storage import run as experiment
 from vlm_jax.training import losses, optim, step
 
@@ -40,7 +43,7 @@ def config(name: str, count: int = 0, **fields) -> VLMConfig:
     )  # fmt: skip
     vit = presets.vit("mini", image_px=PX, patch_px=PATCH, width=8, num_heads=2, mlp_width=12)
     stride = 2 if name == "quecc" else 1
-    compressor = CompressorConfig(name, stride, 2, visual_tokens=count, query_grid=4, **fields)
+    compressor = compressor_config(name, stride, 2, visual_tokens=count, query_grid=4, **fields)
     return VLMConfig(vit, compressor, lm, projector_norm="rms", projector_positions="grid")
 
 
@@ -153,12 +156,12 @@ def test_any_set_of_filled_slots_equals_a_row_of_those_alone():
     valid = rng.permuted(np.tile(np.arange(16) < count, (4, 1)), axis=1)
     tokens = rng.standard_normal((4, 16, 24))
     places = np.tile(np.arange(16), (4, 1))
-    visual = Visual(jnp.asarray(tokens, jnp.float32), jnp.asarray(valid), jnp.asarray(places))
-    kept = Visual(
+    visual = VisualTokens(jnp.asarray(tokens, jnp.float32), jnp.asarray(valid), jnp.asarray(places))
+    kept = VisualTokens(
         jnp.asarray(tokens[valid].reshape(4, count, 24), jnp.float32),
         places=jnp.asarray(places[valid].reshape(4, count)),
     )
-    read = method(config("m3"), "read")
+    read = method(config("m3"), "logits")
     short = batch(count)
     assert_same(
         text_logits(read(params, inputs, visual), inputs),
@@ -336,7 +339,7 @@ def test_flops_of_the_question_are_those_of_the_layers_that_read_it():
     assert cost(0, 7) == cost(-1, 0) == 0
     with pytest.raises(ConfigError, match=r"quecc: query_layers 3 must lie in \[-1, 2\]"):
         config("quecc", query_layers=3)
-    assert with_tokens(CompressorConfig("quecc"), 4, 4).stride == 2
+    assert with_tokens(compressor_config("quecc"), 4, 4).stride == 2
 
 
 PLACES = {"identity": 16, "quecc": 4, "m3": 16, "mqt": 16, "prumerge": 17}
@@ -357,7 +360,7 @@ def test_a_coarse_token_stands_in_the_middle_of_its_window():
     assert m3.centres(4, 2).tolist() == [5, 7, 13, 15]
     assert m3.centres(4, 4).tolist() == [10]
     assert m3.centres(3, 3).tolist() == [4]
-    shown = m3.show(jnp.arange(32.0).reshape(1, 16, 2), jnp.int32(4))
+    shown = m3.M3.show(jnp.arange(32.0).reshape(1, 16, 2), jnp.int32(4))
     assert shown.places[0, :4].tolist() == [5, 7, 13, 15]
 
 
@@ -367,7 +370,7 @@ def test_a_kept_patch_brings_the_position_of_its_place():
     params = random_params(cfg)
     inputs = batch(5)
     model = VLM(cfg).bind({"params": params})
-    visual = model.see(inputs)
+    visual = model.encode_images(inputs)
     assert visual.places.shape == (4, 5) and visual.places[:, -1].tolist() == [16] * 4
     assert all(len(set(row)) == 5 for row in visual.places.tolist())
     plain = model.projector.finish(visual.tokens * 0, visual.places)

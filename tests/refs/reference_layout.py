@@ -9,7 +9,7 @@ import numpy as np
 from einops import rearrange
 from refs.hf_layout import State, heads_in, heads_out, linear, norm
 
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 
 def maps(state: State, prefix: str = "", first: int = 0) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vlm_jax.settings import cli
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,10 +10,12 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from compressor import compressor_config
 
 from vlm_jax.data import pipeline
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import CompressorConfig, ConfigError, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import VLMConfig
 from vlm_jax.storage import checksums, weights
 from vlm_jax.storage import run as experiment
 from vlm_jax.storage.checkpoint import Checkpoints, load_params
@@ -101,7 +103,7 @@ def test_parts_come_from_the_newest_checkpoint_and_no_others_are_read(tmp_path):
     save(tmp_path, 2, state(2.0), numbers())
     experiment.write(experiment.resolve(tiny.config(tmp_path)), tmp_path)
     wanted = abstract(state()["params"])
-    model = VLMConfig(presets.vit("mini"), CompressorConfig("identity"), presets.lm("mini-38k"))
+    model = VLMConfig(presets.vit("mini"), compressor_config("identity"), presets.lm("mini-38k"))
     sources = {"lm": str(tmp_path), "projector": "", "vit": ""}
     loaded = weights.load_by_part(sources, model, wanted)
     np.testing.assert_array_equal(loaded["lm"]["embed"], 2 * np.arange(6.0).reshape(2, 3))

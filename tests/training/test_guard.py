@@ -10,7 +10,7 @@ import tiny
 
 from vlm_jax import sharding, train
 from vlm_jax.data import pipeline
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.storage import run as experiment
 from vlm_jax.training import guard, step
 from vlm_jax.training.telemetry import read_lines
@@ -25,8 +25,8 @@ def poison(monkeypatch):
     def poisoned(*settings):
         loss_of_batch = make_loss(*settings)
 
-        def loss_of(params, batch, taken):
-            loss, scalars = loss_of_batch(params, batch, taken)
+        def loss_of(params, batch, taken, *frozen):
+            loss, scalars = loss_of_batch(params, batch, taken, *frozen)
             return loss * jnp.where(taken == BAD_STEP - 1, jnp.nan, 1.0), scalars
 
         return loss_of

@@ -9,7 +9,7 @@ import tiny
 from vlm_jax import sharding
 from vlm_jax.data import pipeline
 from vlm_jax.models.lm import _logits
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.storage import run as experiment
 from vlm_jax.training import losses, step
 
@@ -113,7 +113,9 @@ def gradients(folder, trainable="^(compressor|projector|lm)/", **train):
     iterator.close()
     with sharding.use(p.mesh):
         state = step.fresh_state(p)
-        (loss, scalars), grads = jax.jit(step.make_gradients(p))(state, batch)
+        (loss, scalars), grads = jax.jit(step.make_gradients(p))(
+            state.trainable, batch, state.step, state.frozen
+        )
     return loss, scalars, grads
 
 

@@ -11,9 +11,10 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from configs import mini
+from vlm_jax import compressors
 from vlm_jax.hf import named
 from vlm_jax.models.vlm import init_params
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import OptimConfig
 from vlm_jax.training.optim import make_optimizer, merge, muon_axes, partition, schedule
 
@@ -153,7 +154,8 @@ def test_muon_takes_hidden_kernels_as_matrices_and_nothing_else():
 def test_muon_leaves_quecc_s_filter_and_the_patch_embedding_to_adam():
     model = named.vlm(mini.get_config().model.to_dict())
     model = dataclasses.replace(
-        model, compressor=dataclasses.replace(model.compressor, name="quecc")
+        model,
+        compressor=compressors.chosen(dataclasses.asdict(model.compressor) | {"name": "quecc"}),
     )
     boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     axes = flatten_dict(muon_axes(boxed), sep="/")

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from vlm_jax import train
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import InitConfig
 from vlm_jax.storage import run as experiment
 from vlm_jax.training import outline

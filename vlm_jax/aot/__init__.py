@@ -1,10 +1,10 @@
 """python -m vlm_jax.aot --config=configs/stage2.py --topology=v5e:16x16 [--search] [--train_only] [--json=FILE] [--config.x.y=..]
 
-Compiles the train step, the prefill and the decode step for chips that need not exist, and prints what each chip would
-hold, compute, move and send. --topology=local takes this machine's devices. Exit code 1: it does not fit in the chip's memory.
+Compiles the train step, the prefill and the decode step for chips that need not exist, and prints the memory, FLOPs, memory
+traffic and communication of each chip. --topology=local is this machine's devices. Exit code 1: the chip's memory is too small.
 
-The prompts are as long as data.max_tokens, eval.max_new_tokens tokens follow, and eval.batch_size is raised to a multiple
-of the mesh's data * fsdp. Nothing is read but the config: data, tokenizer and weights need not be there.
+Prompts have data.max_tokens tokens, followed by eval.max_new_tokens more; eval.batch_size is rounded up to a multiple of the
+mesh's data * fsdp. Only the config is read: data, tokenizer and weights need not exist.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from vlm_jax.settings import cli
 from vlm_jax.storage.run import resolve
 
-# libtpu looks for a TPU machine around it; without one each look-up waits or warns.
+# libtpu queries the TPU machine it runs on; without one each query waits or warns.
 QUIET = {
     "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -25,7 +25,7 @@ QUIET = {
 
 
 def quiet_environment(topology: str) -> None:
-    """Before jax wakes up: a described topology is compiled for on the CPU, whatever devices there are."""
+    """Selects the CPU backend, on which described topologies are compiled. Call it before JAX is initialised."""
     if topology != "local":
         os.environ["JAX_PLATFORMS"] = "cpu"
         for name, value in QUIET.items():
@@ -33,7 +33,7 @@ def quiet_environment(topology: str) -> None:
 
 
 def _say(text: str) -> None:
-    """At once, into a pipe too: a search takes minutes."""
+    """Writes without buffering, also into a pipe, because a search takes minutes."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
@@ -50,7 +50,11 @@ def command(argv: Sequence[str]) -> int:
     flags = cli.parse(argv, texts, switches, required=("config", "topology"), about=__doc__ or "")
     exp = resolve(flags.config, cli.given_fields(argv))
     quiet_environment(flags.topology)
-    from vlm_jax.aot import footprint, programs, search  # jax takes seconds: mistakes come first
+    from vlm_jax.aot import (  # JAX takes seconds: mistakes are reported before
+        footprint,
+        programs,
+        search,
+    )
 
     devices = programs.devices(flags.topology)
     if flags.search:

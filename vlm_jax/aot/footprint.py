@@ -1,4 +1,4 @@
-"""What the three programs of a run need of each chip of a topology: a table for people, JSON for scripts."""
+"""The resources that the three programs of a run need per chip, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ The bound is the largest of FLOP / peak, traffic / bandwidth and links / bandwid
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The programs in the order they are compiled; a program that the compiler refused is a TooBig."""
+    """Measured programs in the order of compilation; a TooBig is one that the compiler rejected."""
 
     experiment: Experiment
     topology: str
     mesh: Mesh
-    chip: Chip | None  # None: not in chips.CHIPS (a CPU), so neither limits nor bounds
+    chip: Chip | None  # None: not in chips.CHIPS (a CPU), so limits and bounds are unknown
     programs: tuple[Need | TooBig, ...]
 
     @property
@@ -44,7 +44,7 @@ class Report:
         return [line for need in self.programs if (line := misfit(need, self.chip))]
 
     def table(self) -> str:
-        """A column per program, a verdict, notes."""
+        """One column per program, then notes and the verdict."""
         chip, model = self.chip, self.experiment.model
         shape = ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
         kind = f"{chip.name}, {chip.hbm_bytes / GIB:.4g} GiB each" if chip else "no known chip"
@@ -67,7 +67,7 @@ class Report:
         return "\n".join([*head, *lines, "", *notes, NOTES, *verdict]) + "\n"
 
     def as_dict(self) -> dict[str, Any]:
-        """All numbers, with what follows from the chip's."""
+        """All numbers, including those derived from the chip's specification."""
         return {
             "topology": self.topology,
             "devices": self.mesh.size,
@@ -86,7 +86,7 @@ class Report:
 def measure(
     exp: Experiment, topology: str, devices: list[Any], prompts: int, new_tokens: int
 ) -> Report:
-    """Compiles for `devices`. prompts: answered together, raised to what the mesh can deal out evenly; 0: train step alone.
+    """Compiles for `devices`. prompts: the batch of prefill and decode, rounded up to split evenly; 0: train step only.
 
     Raises ConfigError when mesh, batch and parameters do not divide.
     """
@@ -128,7 +128,7 @@ def _entry(need: Need | TooBig, chip: Chip | None) -> dict[str, Any]:
 
 
 def _rows(chip: Chip | None, needs: list[Need]) -> list[tuple[str, Callable[[Need], str]]]:
-    """Label and cell of every line of the table."""
+    """The label of each line of the table, with a function that makes its cells."""
 
     def size(name: str) -> Callable[[Need], str]:
         return lambda need: f"{getattr(need, name) / GIB:.3f}"

@@ -1,7 +1,7 @@
-"""What a compiled program does on one chip, counted in XLA's text of it (`jax.stages.Compiled.as_text()`). Imports no jax.
+"""Costs of a compiled program per chip, counted from its HLO text (`jax.stages.Compiled.as_text()`). Imports no JAX.
 
-XLA's own `cost_analysis()` counts the body of a loop once, so a scanned decoder of 32 layers shows 1/32 of its work. Here a
-loop's body counts as often as it runs, nested loops multiply, and of a conditional the costliest branch counts.
+XLA's `cost_analysis()` counts the body of a loop once, so a scanned decoder of 32 layers shows 1/32 of its FLOPs. Here the
+body counts once per iteration, nested loops multiply, and a conditional costs as much as its most expensive branch.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ SLICES = ("dynamic-slice", "slice", "gather")
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A custom call, whose work the text does not show."""
+    """A custom call, whose cost is not visible in the text."""
 
     target: str
     operands: tuple[Shape, ...]
-    op_name: str  # where in the model it stands
+    op_name: str  # its scope in the model
 
 
 @dataclasses.dataclass
@@ -37,7 +37,7 @@ class Costs:
     collectives: dict[str, float] = dataclasses.field(default_factory=dict)  # kind -> times
     sent_bytes: dict[str, float] = dataclasses.field(default_factory=dict)  # kind -> bytes
     kernels: dict[Kernel, float] = dataclasses.field(default_factory=dict)  # kernel -> times
-    open_loops: int = 0  # loops whose number of turns is not in the text: counted once
+    open_loops: int = 0  # loops with an unknown number of iterations, counted once
 
     def add(self, other: Costs, times: float = 1) -> None:
         self.flops += times * other.flops
@@ -54,23 +54,23 @@ class Costs:
 
 
 def count(text: str) -> Costs:
-    """The costs of one run of the program `text`."""
+    """The costs of running the program once."""
     return Counter(Program(text)).costs()
 
 
 class Counter:
-    """Counts each computation once and adds it as often as it is called."""
+    """Counts each computation once and adds it once per call."""
 
     def __init__(self, program: Program):
         self.computations, self.program = program.computations, program
         self._costs: dict[str, Costs] = {}
 
     def costs(self) -> Costs:
-        """Of one run of the program."""
+        """The costs of running the program once."""
         return self._of(self.program.entry)
 
     def _of(self, name: str) -> Costs:
-        """One run of a computation and everything it calls."""
+        """The costs of running a computation once, including the computations it calls."""
         if name not in self._costs:
             total, here = Costs(), self.computations[name]
             for instruction in here.by_name.values():
@@ -92,7 +92,7 @@ class Counter:
         if i.op == "dot":
             total.flops += _dot_flops(i, here)
         elif i.op == "reduce" and 'dot_general"' in i.attributes:
-            # One row by a matrix is multiplied and summed without the matrix unit.
+            # A product of one row and a matrix, computed without the matrix unit.
             total.flops += 2.0 * here.operand(i, 0).shapes[0].size
         elif i.op == "convolution":
             total.flops += _convolution_flops(i, here)
@@ -106,7 +106,7 @@ class Counter:
         total.memory_bytes += self._traffic(i, here)
 
     def _turns(self, loop: Instruction, here: Computation) -> int | None:
-        """How often a loop runs: as annotated, else read from `counter < limit`, `counter + step` and the start."""
+        """The number of iterations: as annotated, else derived from `counter < limit`, `counter + step` and the start."""
         known = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', loop.attributes)
         if known:
             return int(known[1])
@@ -128,10 +128,10 @@ class Counter:
         return None if start is None or not step else max(-(-(limit - start) // step), 0)
 
     def _collective(self, kind: str, i: Instruction, here: Computation, total: Costs) -> None:
-        """Counts what a chip sends when the group works as a ring.
+        """Counts the bytes that a chip sends in a ring algorithm.
 
-        A TPU's asynchronous gather stands once more in each fusion that runs beside it: only its start counts. Its
-        reduce-scatter is an all-reduce in a fusion that keeps a slice.
+        A TPU's asynchronous all-gather is repeated in each fusion that overlaps with it; only its start counts. Its
+        reduce-scatter appears as an all-reduce in a fusion that keeps a slice.
         """
         if here.fused:
             targets = {_target(x) for x in here.by_name.values() if x.op == "custom-call"}
@@ -146,7 +146,7 @@ class Counter:
         total.send(kind, 1, given * share.get(kind, part))
 
     def _group(self, attributes: str) -> int:
-        """Chips that take part in a collective together, of whichever notation."""
+        """The number of chips in each group of a collective, in any of XLA's three notations."""
         text = attributes.partition("replica_groups=")[2]
         if listed := re.match(r"\{\{([\d,]*)", text):
             return len(listed[1].split(","))
@@ -159,7 +159,7 @@ class Counter:
         return self.program.devices
 
     def _traffic(self, i: Instruction, here: Computation) -> float:
-        """Bytes an instruction reads from and writes to the main memory."""
+        """The bytes that an instruction reads from and writes to main memory."""
         if here.fused or i.op in FREE or i.op.endswith(("-done", "-update")):
             return 0
         if i.op == "custom-call" and _target(i) in NO_WORK:
@@ -178,7 +178,7 @@ class Counter:
         return read + sum(shape.bytes for shape in i.shapes)
 
     def _fusion_traffic(self, i: Instruction, inner: Computation, here: Computation) -> float:
-        """Of an operand that is only sliced inside, the slices; of one updated in place, the update."""
+        """As `_traffic`, but an operand that the fusion only slices counts its slices, and one updated in place the update."""
         total = 0.0
         for number, name in enumerate(i.operands):
             source = here.by_name[name].shapes[0]
@@ -202,7 +202,7 @@ FREE = frozenset((
     "after-all", "partition-id", "replica-id", "optimization-barrier", "opt-barrier",
 ))  # fmt: skip
 
-# Custom calls that mark a place or a promise and compute nothing.
+# Custom calls that are annotations and compute nothing.
 NO_WORK = frozenset((
     "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveDone", "AsyncCollectiveStart",
     "ConcatBitcast", "GatherScatterIndicesBitpacked", "Sharding", "annotate_device_placement",
@@ -210,7 +210,7 @@ NO_WORK = frozenset((
 
 
 def _parts_read(inner: Computation, name: str) -> list[Shape] | None:
-    """What is read of a fusion's parameter if every use takes a slice of it or updates it in place; else None."""
+    """The slices that a fusion reads of a parameter, if every use slices it or updates it in place; otherwise None."""
     parts: list[Shape] = []
     for user in inner.users[name]:
         first = user.operands[0] == name
@@ -239,7 +239,7 @@ def _target(i: Instruction) -> str:
 
 
 def _constant(here: Computation, name: str) -> int | None:
-    """The integer behind `name`, through copies; None if it is computed."""
+    """The integer constant `name`, possibly copied or converted; None if it is computed."""
     i = here.by_name[name]
     while i.op in ("copy", "bitcast", "convert"):
         i = here.operand(i, 0)
@@ -247,7 +247,7 @@ def _constant(here: Computation, name: str) -> int | None:
 
 
 def _element(here: Computation, name: str) -> int | None:
-    """Which element of a loop's state `name` is."""
+    """The index of `name` in the state of a loop, if it is an element of it."""
     i = here.by_name[name]
     match = re.search(r"index=(\d+)", i.attributes)
     return int(match[1]) if i.op == "get-tuple-element" and match else None
@@ -265,8 +265,9 @@ def _dot_flops(i: Instruction, here: Computation) -> float:
 
 
 def _convolution_flops(i: Instruction, here: Computation) -> float:
-    """A TPU writes every matrix product as a convolution, its batch axes as dilated windows most of whose places are empty:
-    along each axis only the pairs of a result's and a kernel's place that meet an input count.
+    """FLOPs of a convolution, counting along each axis only the pairs of output and kernel positions that meet an input.
+
+    TPUs express every matrix product as a convolution whose batch axes are dilated windows, most of which are empty.
     """
     left, right = (here.operand(i, n).shapes[0] for n in (0, 1))
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes)
@@ -301,7 +302,7 @@ def _convolution_flops(i: Instruction, here: Computation) -> float:
 
 
 def _custom_call(i: Instruction, here: Computation, total: Costs) -> None:
-    """A GPU's matrix products are custom calls whose shapes tell all; other kernels are listed."""
+    """Matrix products of a GPU are custom calls, counted from their shapes; other kernels are listed in `total.kernels`."""
     target = _target(i)
     if target in NO_WORK:
         return

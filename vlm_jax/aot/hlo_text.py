@@ -1,4 +1,4 @@
-"""XLA's text of a compiled program, read: computations of instructions with their shapes. Imports no jax."""
+"""A parser of HLO text: computations, their instructions and shapes. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMMENT = re.compile(r"/\*.*?\*/")
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """An array on one chip. space: 0 is the main memory; a TPU's vector memory is 1, the host's 5."""
+    """An array on one chip. space: 0 for main memory, 1 for a TPU's vector memory, 5 for the host's memory."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -33,7 +33,7 @@ class Shape:
 
     @property
     def bytes(self) -> float:
-        """In the main memory; 0 for what lives elsewhere."""
+        """The bytes of an array in main memory; 0 if it is in another memory."""
         return 0 if self.space else self.anywhere_bytes
 
     @property
@@ -51,7 +51,7 @@ class Instruction:
     attributes: str
 
     def called(self, key: str) -> str | None:
-        """The computation behind `key=%name`."""
+        """The name of the computation in the attribute `key=%name`."""
         match = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
         return match and match[1]
 
@@ -67,7 +67,7 @@ def shapes_of(text: str) -> tuple[Shape, ...]:
 
 
 def _lines(text: str) -> Iterator[str]:
-    """Lines, with what a line break inside of quoted metadata cut apart joined again."""
+    """Lines of the text. Quoted metadata may contain line breaks; the pieces are joined."""
     held = ""
     for line in text.splitlines():
         if held and not line.startswith(("  %", "  ROOT ")) and line != "}":
@@ -83,7 +83,7 @@ def _lines(text: str) -> Iterator[str]:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis opened at `start` is closed."""
+    """The index of the parenthesis that closes the one at `start`."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, start):
         depth += 1 if match[0] == "(" else -1
@@ -108,7 +108,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 class Computation:
-    """Instructions in order, by name; `root` is the last result."""
+    """Instructions by name, in program order; `root` is the name of the result."""
 
     def __init__(self) -> None:
         self.by_name: dict[str, Instruction] = {}
@@ -133,7 +133,7 @@ class Computation:
 
 
 class Program:
-    """A parsed module."""
+    """A parsed HLO module."""
 
     def __init__(self, text: str):
         self.computations: dict[str, Computation] = {}

@@ -1,4 +1,4 @@
-"""The three programs of a run, lowered from shapes alone: train step, prefill and decode step. Nothing is computed."""
+"""The three programs of a run (train step, prefill, decode step), lowered from shapes without computing anything."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from vlm_jax import compressors, sharding
+from vlm_jax import sharding
 from vlm_jax.models.lm import empty_cache
 from vlm_jax.models.vlm import VLM, Inputs, Layout
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import Experiment
 from vlm_jax.storage import weights
-from vlm_jax.training.step import Plan, make_step, plan
+from vlm_jax.training.step import TrainPlan, make_step, plan
 
 TOPOLOGY = re.compile(r"(v4|v5e|v5p|v6e):(\d+(?:x\d+){1,2})$")
 SCHEDULE_STEPS = (
-    1000  # of the learning rate's schedule when the config counts epochs; no shape depends on it
+    1000  # of the learning rate if the config counts epochs; shapes do not depend on it
 )
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
 def devices(topology: str) -> list[Any]:
-    """The devices of a described TPU topology such as "v5e:16x16", none of which need exist, or of this machine ("local").
+    """The devices of a TPU topology such as "v5e:16x16", which need not exist, or those of this machine ("local").
 
     Raises ConfigError when libtpu is missing or knows no such topology.
     """
@@ -46,7 +46,7 @@ def devices(topology: str) -> list[Any]:
             "--topology: the TPU compiler is not installed; pip install libtpu, or use --topology=local."
         )
     sides = [int(side) for side in match[2].split("x")]
-    # A host of the compiler's default has 2x2 chips; a smaller slice is a host of its own.
+    # By default a host has 2x2 chips; a smaller slice needs a smaller host.
     small = math.prod(sides) < 4
     bounds = {"chips_per_host_bounds": [*sides, 1, 1][:3]} if small else {}
     try:
@@ -59,13 +59,13 @@ def devices(topology: str) -> list[Any]:
 
 
 def rows_of(mesh: Mesh, wanted: int) -> int:
-    """The smallest batch >= `wanted` that the mesh can deal out evenly."""
+    """The smallest batch >= `wanted` that splits evenly over the mesh."""
     ways = sharding.batch_ways(mesh)
     return -(-wanted // ways) * ways
 
 
 def batch(exp: Experiment, mesh: Mesh, rows: int, training: bool) -> Shapes:
-    """Shapes, dtypes and shardings of what data/pipeline.py makes of `rows` samples as long as max_tokens."""
+    """Shapes, dtypes and shardings of a batch of data/pipeline.py with `rows` samples of max_tokens tokens."""
     data, vit = exp.data, exp.model.vit
     length = (rows, data.max_tokens)
     images = data.image_slots if training else data.max_images
@@ -80,8 +80,8 @@ def batch(exp: Experiment, mesh: Mesh, rows: int, training: bool) -> Shapes:
         asked = (rows, images, 0 if data.query == "none" else data.max_query_tokens)
         found |= {"query_tokens": (asked, jnp.int32), "query_mask": (asked, jnp.bool_)}
         if data.features_dir:
-            taps = compressors.get(exp.model.compressor.name).uses_taps
-            wide = vit.width * (len(exp.model.compressor.taps) if taps else 1)
+            compressor = exp.model.compressor
+            wide = vit.width * (len(compressor.taps) if compressor.uses_taps else 1)
             for name, width in (("feature_last", vit.width), ("feature_taps", wide or vit.width)):
                 shape = (rows, images, vit.num_patches, width)
                 found[name] = (shape, vit.dtype)
@@ -94,20 +94,20 @@ def batch(exp: Experiment, mesh: Mesh, rows: int, training: bool) -> Shapes:
     }
 
 
-def train_plan(exp: Experiment, mesh: Mesh) -> Plan:
-    """Raises ConfigError when the mesh divides a parameter or the batch unevenly."""
+def train_plan(exp: Experiment, mesh: Mesh) -> TrainPlan:
+    """The plan of step.py. Raises ConfigError when a parameter or the batch does not split evenly over the mesh."""
     return plan(exp, mesh, exp.train.num_steps or SCHEDULE_STEPS)
 
 
-def train(p: Plan) -> jax.stages.Lowered:
-    """The jitted, donated update of step.make_step."""
+def train(p: TrainPlan) -> jax.stages.Lowered:
+    """The step of step.make_step, lowered."""
     rows = p.experiment.data.batch_size
     with sharding.use(p.mesh):
         return make_step(p).lower(p.state, batch(p.experiment, p.mesh, rows, training=True))
 
 
 def prefill(exp: Experiment, mesh: Mesh, rows: int, new_tokens: int) -> jax.stages.Lowered:
-    """What generate.py does before its loop: prompts of max_tokens into a cache with room for `new_tokens` more."""
+    """The prefill of generate.py: prompts of max_tokens tokens, in a cache with `new_tokens` more slots."""
     model, params = VLM(exp.model), weights.abstract(exp.model, mesh)
 
     def run(params: Any, inputs: Inputs) -> Any:
@@ -122,7 +122,7 @@ def prefill(exp: Experiment, mesh: Mesh, rows: int, new_tokens: int) -> jax.stag
 def decode(
     exp: Experiment, mesh: Mesh, rows: int, new_tokens: int, prefilled: jax.stages.Compiled
 ) -> jax.stages.Lowered:
-    """One token per row, as in generate.py's loop: the cache is sharded as `prefilled` leaves it and updated in place."""
+    """One iteration of generate.py's loop: the cache has the sharding that `prefilled` returns and is updated in place."""
     model, params = VLM(exp.model), weights.abstract(exp.model, mesh)
     slots = exp.data.max_tokens + new_tokens
     cache = jax.eval_shape(lambda: empty_cache(exp.model.lm, rows, slots))

@@ -1,4 +1,4 @@
-"""What a compiled program needs of each chip, and the shortest time it can take there."""
+"""The resources that a compiled program needs per chip, and the lower bound of its time there."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """One program, per chip; bytes from the compiler, work from `hlo.count`."""
+    """Resources of one program per chip: bytes from the compiler, costs from `hlo.count`."""
 
     name: str
-    work: str  # what one run does, for people
+    work: str  # a description: rows x tokens
     argument_bytes: int
     output_bytes: int
     temporary_bytes: int
-    alias_bytes: int  # outputs that take an argument's place (donated)
-    host_bytes: int  # in the host's memory: what was offloaded
+    alias_bytes: int  # outputs that reuse the memory of a donated argument
+    host_bytes: int  # offloaded to host memory
     flops: float  # kernels included
-    kernel_flops: float  # of these, in custom kernels, from their shapes
-    unknown_kernels: tuple[str, ...]  # custom kernels whose work is not counted
+    kernel_flops: float  # the part in custom kernels, derived from their shapes
+    unknown_kernels: tuple[str, ...]  # custom kernels whose FLOPs are not counted
     memory_bytes: float  # read and written, an estimate
     collectives: dict[str, tuple[float, float]]  # kind -> times, bytes sent
-    open_loops: int  # loops without a known number of turns, counted once
-    model_flops: float  # analytic, without recomputation, this chip's part
+    open_loops: int  # loops with an unknown number of iterations, counted once
+    model_flops: float  # analytic, without recomputation, divided by the number of chips
     compile_seconds: float
 
     @property
@@ -50,7 +50,7 @@ class Need:
         return sum(sent for _, sent in self.collectives.values())
 
     def seconds(self, chip: Chip) -> dict[str, float]:
-        """The least time for the arithmetic, the memory traffic and the links; the largest bounds the run."""
+        """Lower bounds of the time from arithmetic, memory traffic and communication."""
         return {
             "compute": self.flops / chip.peak_flops,
             "memory": self.memory_bytes / chip.hbm_bandwidth_bytes,
@@ -58,7 +58,7 @@ class Need:
         }
 
     def bound(self, chip: Chip) -> float:
-        """Seconds that no run can beat, if all three overlap perfectly."""
+        """The lower bound in seconds: the largest of the three, which overlap at best."""
         return max(self.seconds(chip).values())
 
     def bounded_by(self, chip: Chip) -> str:
@@ -77,14 +77,14 @@ class Need:
 
 @dataclasses.dataclass(frozen=True)
 class TooBig:
-    """A program that the compiler refused, or that needs more than the memory."""
+    """A program that the compiler rejected because it exceeds the memory."""
 
     name: str
     reason: str
 
 
 def chip_of(devices: list[Any]) -> Chip | None:
-    """What one of `devices` can do; None for a CPU. A v4 chip shows as two devices, each with half of everything."""
+    """The specification of one of `devices`; None for a CPU. A v4 chip appears as two devices, each with half of it."""
     chip = chips.find(devices[0].device_kind)
     if chip is None or devices[0].platform != "tpu":
         return chip
@@ -93,7 +93,7 @@ def chip_of(devices: list[Any]) -> Chip | None:
 
 
 def train(exp: Experiment, mesh: Mesh) -> Need | TooBig:
-    """The update of one batch."""
+    """The training step."""
     data = exp.data
     p = programs.train_plan(exp, mesh)
     learning = flatten_dict(p.state.trainable, sep="/").keys()
@@ -103,7 +103,7 @@ def train(exp: Experiment, mesh: Mesh) -> Need | TooBig:
 
 
 def answer(exp: Experiment, mesh: Mesh, rows: int, new_tokens: int) -> list[Need | TooBig]:
-    """Prefill and one decode step of `rows` prompts as long as max_tokens (no decode step if the prefill does not fit)."""
+    """Prefill and one decode step for `rows` prompts of max_tokens tokens; no decode step if the prefill does not fit."""
     data, lm = exp.data, exp.model.lm
     slots = data.max_tokens + new_tokens
     visual = data.max_images * compressors.num_tokens(exp.model.compressor, exp.model.vit.grid)
@@ -112,8 +112,8 @@ def answer(exp: Experiment, mesh: Mesh, rows: int, new_tokens: int) -> list[Need
         exp.model, text_tokens=max(data.max_tokens - visual, 0), query_tokens=question, images=data.max_images
     )  # fmt: skip
     encoder = 0 if data.features_dir else spent.encoder
-    seen = encoder + spent.query + spent.compressor + spent.projector
-    flops = rows * (seen + decoder_flops(lm, data.max_tokens, data.max_tokens, logits=1))
+    vision = encoder + spent.query + spent.compressor + spent.projector
+    flops = rows * (vision + decoder_flops(lm, data.max_tokens, data.max_tokens, logits=1))
     lowered = programs.prefill(exp, mesh, rows, new_tokens)
     first, compiled = _need("prefill", f"{rows} x {data.max_tokens}", lowered, mesh, flops)
     if compiled is None:
@@ -159,7 +159,7 @@ def _need(
 
 
 def _kernels(costs: hlo.Costs) -> tuple[float, tuple[str, ...]]:
-    """FLOPs of the attention kernels, and a line per kernel that is not known."""
+    """FLOPs of the attention kernels, and a line for each unknown kernel."""
     flops, unknown = 0.0, []
     for kernel, times in costs.kernels.items():
         found = attention_flops(kernel)
@@ -173,8 +173,8 @@ def _kernels(costs: hlo.Costs) -> tuple[float, tuple[str, ...]]:
 def attention_flops(kernel: hlo.Kernel) -> float | None:
     """FLOPs of a causal flash kernel from its operands' shapes; None for another kernel.
 
-    Two products per pair of blocks forward (scores, values), five backward (scores anew, and four gradients). splash skips
-    the blocks above the diagonal and computes those on it whole; cudnn's blocks are small enough to count half.
+    A pair of blocks needs two products forward (scores, values) and five backward (scores again, four gradients). splash
+    skips blocks above the diagonal and computes the diagonal ones in full; cudnn's blocks are so small that half counts.
     """
     backward = "dkv" in kernel.op_name or "Backward" in kernel.target
     products = 5 if backward else 2

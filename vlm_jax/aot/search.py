@@ -1,4 +1,4 @@
-"""Which mesh and remat policy train fastest, by the roofline bound, among those that fit: a short guided search."""
+"""A guided search for the mesh, remat policy and micro-batches that fit and have the lowest roofline bound."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vlm_jax.aot import programs, roofline
 from vlm_jax.aot.footprint import misfit
 from vlm_jax.aot.roofline import Need
 from vlm_jax.costs.chips import GIB
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import Experiment, MeshConfig
 
 TRIALS = 12  # compilations; a 7B decoder takes about a minute each
@@ -27,7 +27,7 @@ REMAT_BY_MEMORY = ("none", "dots", "full")  # the lightest recomputation first
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A setting and what came of it; seconds is infinite when it does not fit, peak_bytes too if only the compiler knew."""
+    """A setting and its result. seconds is infinite if it does not fit; peak_bytes too, if compiling was needed to know."""
 
     experiment: Experiment
     seconds: float
@@ -61,7 +61,7 @@ class Search:
         return min(fitting, key=lambda trial: trial.rank, default=None)
 
     def try_(self, mesh: MeshConfig, remat: str, micro_batches: int) -> Trial | None:
-        """None when the trials are used up."""
+        """Compiles a setting, or returns its earlier result; None when no trials are left."""
         exp = changed(self.exp, mesh, remat, micro_batches)
         name = flags(exp)
         if name in self.trials:
@@ -77,7 +77,7 @@ class Search:
         )
         told = (
             f"  ({seconds:.0f} s{left})" if self.left < before else ""
-        )  # else nothing was compiled
+        )  # otherwise nothing was compiled
         self.say(f"{name}  {trial.text}{told}\n")
         return trial
 
@@ -103,11 +103,13 @@ class Search:
 def search(
     exp: Experiment, devices: list[Any], say: Callable[[str], Any], limit: int = TRIALS
 ) -> Experiment | None:
-    """The fastest setting that fits; ties go to the one that needs less memory. None when no trial fits.
+    """The fastest setting that fits, of equally fast ones the one with the lower peak memory; None when no trial fits.
 
-    1 on the mesh that holds least per chip, the strongest recomputation; where it does not fit, more micro-batches;
-    2 there, lighter recomputation as long as it fits; 3 the other meshes with what was best; 4 on the best mesh, lighter
-    recomputation again. At most `limit` compilations; each is one line, as the flags that ask for it.
+    1. On the meshes that hold the least per chip: full recomputation, with more micro-batches until it fits.
+    2. On that mesh: lighter recomputation as long as it fits.
+    3. The other meshes, with the best setting so far.
+    4. On the best mesh: lighter recomputation again.
+    At most `limit` compilations; each is reported as a line of command-line flags.
     """
     run = Search(exp, devices, say, limit)
     meshes = [
@@ -138,7 +140,7 @@ def search(
 
 
 def _lighten(run: Search) -> None:
-    """Less recomputation on the best mesh so far, until it no longer fits."""
+    """Tries lighter recomputation on the best mesh so far, until it no longer fits."""
     assert run.best is not None
     best = run.best.experiment
     for remat in reversed(REMAT_BY_MEMORY[:-1]):
@@ -148,8 +150,9 @@ def _lighten(run: Search) -> None:
 
 
 def candidates(exp: Experiment, num_devices: int) -> Iterator[MeshConfig]:
-    """Sizes that multiply to the number of devices and deal out the batch, those that hold least per chip first:
-    little tensor parallelism (its links are used twice per layer), then few copies of the weights.
+    """Meshes of `num_devices` devices over which the batch splits evenly.
+
+    They are ordered by tensor size (tensor parallelism communicates twice per layer), then by copies of the weights.
     """
     divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
     for tensor, data in itertools.product(divisors, divisors):
@@ -163,7 +166,7 @@ def candidates(exp: Experiment, num_devices: int) -> Iterator[MeshConfig]:
 
 
 def _divides(exp: Experiment, mesh: MeshConfig, devices: list[Any]) -> bool:
-    """Whether every parameter and the batch can be dealt out."""
+    """Whether every parameter and the batch split evenly over the mesh."""
     try:
         programs.train_plan(exp, sharding.make_mesh(mesh, devices))
     except ConfigError:
@@ -172,7 +175,7 @@ def _divides(exp: Experiment, mesh: MeshConfig, devices: list[Any]) -> bool:
 
 
 def _micro_batches(exp: Experiment, mesh: MeshConfig) -> list[int]:
-    """1, 2, 4, 8: as far as each device keeps at least a row."""
+    """Of 1, 2, 4 and 8, those that divide the rows of a device."""
     rows = exp.data.batch_size // (mesh.data * mesh.fsdp)
     return [n for n in (1, 2, 4, 8) if rows % n == 0]
 
@@ -188,7 +191,7 @@ def changed(exp: Experiment, mesh: MeshConfig, remat: str, micro_batches: int) -
 
 
 def flags(exp: Experiment) -> str:
-    """What to add to a command line for this mesh, remat policy and number of micro-batches."""
+    """The command-line flags for this mesh, remat policy and number of micro-batches."""
     m = exp.mesh
     return (
         f"--config.mesh.data={m.data} --config.mesh.fsdp={m.fsdp} --config.mesh.tensor={m.tensor} "
@@ -197,7 +200,7 @@ def flags(exp: Experiment) -> str:
 
 
 def state_bytes(state: Any) -> float:
-    """Of parameters and optimiser state, per chip."""
+    """The bytes of parameters and optimiser state per chip."""
     leaves = jax.tree.leaves(state)
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves

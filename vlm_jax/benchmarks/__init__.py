@@ -1,16 +1,16 @@
-"""The benchmarks: a literal table, one line each. Nothing here imports jax; scoring needs no model.
+"""The benchmarks: a literal table with one line each. Nothing here imports jax; scoring needs no model.
 
 A benchmark reads its native files into rows, scores one answer, and reduces the scores. A row is a LLaVA-style record
 whose last message is the question, {"id", "image"?, "conversations", "answer"}; image paths are relative to the
 annotations directory. To add one: a file with its functions, a line in BENCHMARKS, a test with hand-worked cases.
 
-A row of a closed question also has "replies", a tuple of the texts to choose from as the model would write them ("A", "B",
-.. or "Yes", "No"): each is scored like any other answer, the gold one 1 and the others 0. An open question has no such key.
+A row of a closed question also has "replies", the possible answers as the model would write them ("A", "B", ... or "Yes",
+"No"). `score` gives 1 for the gold reply and 0 for the others. A row of an open question has no such key.
 
-A row may have "llava_id", the question_id of LLaVA's question file where that is not the row's id (answers.py).
+A row may have "llava_id": the question_id of LLaVA's question file, where it differs from the row's id (see answers.py).
 
-Where a gold answer is hidden, "answer" is None: such rows are left out of the score, and where all are (a server scores),
-there is none. `submission` writes the upload.
+Where a gold answer is hidden, "answer" is None and the row is left out of the score. Where all are hidden, only the official
+server can score; `submission` writes the files to upload.
 """
 
 from __future__ import annotations
@@ -45,26 +45,26 @@ from vlm_jax.benchmarks import (
     vqa,
     vqav2,
 )
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 log = logging.getLogger(__name__)
+
+
+Submission = Callable[[Sequence[dict[str, Any]], Sequence[str]], dict[str, str | bytes]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
     """How one benchmark asks and scores."""
 
-    family: str  # whose law it enters: reasoning | ocr | other
-    rows: Callable[
-        [str | Path], list[dict[str, Any]]
-    ]  # annotations directory -> questions with gold answers
+    family: str  # the law that its errors are fitted by: reasoning | ocr | other
+    # annotations directory -> questions with gold answers
+    rows: Callable[[str | Path], list[dict[str, Any]]]
     score: Callable[[str, dict[str, Any]], float]  # prediction, row -> 0..1
-    reduce: Callable[[Sequence[float], Sequence[dict[str, Any]]], dict[str, Any]]
     # scores, rows -> {"score" 0..1, "error" 0..1 as the law needs it, "n", "details"}
-    submission: (
-        Callable[[Sequence[dict[str, Any]], Sequence[str]], dict[str, str | bytes]] | None
-    ) = None
-    # rows, texts -> {file name: content} for the official server or judge; None: it is scored here only
+    reduce: Callable[[Sequence[float], Sequence[dict[str, Any]]], dict[str, Any]]
+    # rows, texts -> {file name: content} for the official server or judge; None: it is only scored here
+    submission: Submission | None = None
 
 
 def _asked_alone(file: str) -> Callable[[str | Path], list[dict[str, Any]]]:
@@ -91,7 +91,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "textvqa_ocr": Benchmark(
         "other", textvqa.rows_with_tokens, vqa.normalised_accuracy, metrics.mean, textvqa.submission
-    ),  # other: what it reads is in the prompt, and the ocr family has textvqa once
+    ),  # other: the prompt contains the text to read, and textvqa is in the ocr family already
     "vqav2": Benchmark("other", vqav2.rows, vqa.accuracy, _BY_TYPE, vqav2.submission),
     "vizwiz": Benchmark("other", vizwiz.rows, vqa.accuracy, _BY_TYPE, vizwiz.submission),
     "mmbench": Benchmark(
@@ -160,7 +160,7 @@ def score_answers(
 
 
 def check_scorable(name: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Raises ConfigError where no answers to these rows could be scored: too few of them, as a limit may leave."""
+    """Raises ConfigError when no answers to these rows could be scored, for instance because a limit left too few rows."""
     if has_gold(rows):
         score_answers(name, rows, [(row["id"], "") for row in rows])
 

@@ -14,7 +14,7 @@ from vlm_jax.benchmarks import files, prompts, records
 from vlm_jax.benchmarks.records import Record, Row
 
 FILES = (*files.shards("test"), "ai2d_test.json*")
-LEADING = re.compile(r"\s*([A-Z])\.")  # "B. a leaf"; a small letter leads nothing
+LEADING = re.compile(r"\s*([A-Z])\.")  # "B. a leaf"; a lower-case letter does not count
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -35,10 +35,11 @@ def _row(record: Record, number: int) -> Row:
 
 
 def score(text: str, row: Row) -> float:
-    """1.0 for the right letter: a capital that leads with its period ("B. a leaf"), or alone but for case and marks ("(b)").
+    """1.0 for the right letter.
 
-    "b. a leaf" is wrong, and "A .", for the blank stays. White space around the text is taken off first, as our decoder
-    and most of lmms-eval's models do.
+    The letter is a capital at the start with a period after it ("B. a leaf"), or else the whole text without punctuation, in
+    either case ("(b)"). "b. a leaf" is therefore wrong, and so is "A .", because its blank stays. White space around the text
+    is removed first, as our decoder and most of lmms-eval's models do.
     """
     text = text.strip()
     leading = LEADING.match(text)

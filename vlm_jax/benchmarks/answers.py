@@ -19,9 +19,9 @@ from typing import Any
 from vlm_jax.benchmarks import predictions
 from vlm_jax.benchmarks.predictions import Answer
 from vlm_jax.benchmarks.records import Row
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
-# The splits of POPE in LLaVA's question file: taken, with a warning, where the prompts bear out other orders as well.
+# The order of POPE's splits in LLaVA's question file. Used, with a warning, where the prompts also fit other orders.
 POPE_ORDER = ("adversarial", "popular", "random")
 _ENDINGS = re.compile(
     r"reference ocr token:|answer the question using|answer with the option's letter|please answer yes or no"
@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 def read(name: str, rows: Sequence[Row], path: str | Path) -> list[Answer]:
     """The answers of a file with the ids of `rows`, in the order of the file.
 
-    Raises ConfigError with the line's number for a line that is no answer, and for ids of LLaVA's that fit no question.
-    An id that comes again is that of the next question with it ("501", then "501#1").
+    Raises ConfigError with the line's number for a line that is no answer, and for question_ids that belong to no question.
+    An id that occurs again belongs to the next question with that id ("501", then "501#1").
     """
     lines = predictions.read_lines(path)
     if lines and "question_id" in lines[0][1] and "id" not in lines[0][1]:
@@ -54,7 +54,7 @@ def _numbered(rows: Sequence[Row], answers: Sequence[Answer]) -> list[Answer]:
 
 
 class _Line:
-    """One line of LLaVA's."""
+    """One line of an answer file of LLaVA."""
 
     def __init__(self, where: str, line: dict[str, Any]):
         name, prompt = line.get("question_id"), line.get("prompt", "")
@@ -75,7 +75,7 @@ def key(question_id: str) -> str:
 
 
 def question(prompt: str) -> str:
-    """What a prompt asks: lower case, without its OCR tokens, its ending, and the mark of the image."""
+    """The question of a prompt in lower case, without OCR tokens, the prompt's ending and the image placeholder."""
     lines = [" ".join(line.lower().split()) for line in prompt.split("\n")]
     asked = [_NOT_ASKED.sub("", line).strip() for line in lines if not _ENDINGS.match(line)]
     return " ".join(filter(None, asked))
@@ -132,7 +132,7 @@ def _group(rows: Sequence[Row], lines: Sequence[_Line]) -> Iterable[tuple[Row, _
 
 
 def _running(name: str, rows: Sequence[Row], lines: Sequence[_Line], path: Path) -> list[Answer]:
-    """Answers whose ids only count: in the order of the questions, which the prompts must bear out."""
+    """Pairs answers whose ids are running numbers with the questions in order. Raises ConfigError where a prompt differs."""
     numbers = [line.number for line in lines]
     if len(set(numbers)) == len(numbers) and all(isinstance(number, int) for number in numbers):
         lines = sorted(lines, key=lambda line: line.number)
@@ -143,19 +143,19 @@ def _running(name: str, rows: Sequence[Row], lines: Sequence[_Line], path: Path)
             [row for split in order for row in rows if row["split"] == split]
             for order in itertools.permutations(splits)
         ]
-    fitting = [order for order in orders if len(order) == len(lines) and _bear_out(order, lines)]
+    fitting = [order for order in orders if len(order) == len(lines) and _prompts_fit(order, lines)]
     if fitting:
         of_rows = [row.get("split", "") for row in fitting[0]]
-        told = " ".join(dict.fromkeys(filter(None, of_rows))) or "in the order of the file"
+        order = " ".join(dict.fromkeys(filter(None, of_rows))) or "in the order of the file"
         if len(fitting) > 1:
             log.warning(
                 "%s: several orders of the splits fit the prompts of %s: taken as %s",
                 name,
                 path,
-                told,
+                order,
             )
         else:
-            log.info("%s: the ids of %s count the questions: %s", name, path, told)
+            log.info("%s: the ids of %s count the questions: %s", name, path, order)
         return [(row["id"], line.text) for row, line in zip(fitting[0], lines, strict=True)]
     raise ConfigError(
         f"predictions: {path}: its {len(lines)} question ids (first {numbers[0]!r}) are not those of {name}, and its "
@@ -163,15 +163,15 @@ def _running(name: str, rows: Sequence[Row], lines: Sequence[_Line], path: Path)
     )
 
 
-def _bear_out(rows: Sequence[Row], lines: Sequence[_Line]) -> bool:
-    """Whether every prompt that is given is that of the question beside it."""
+def _prompts_fit(rows: Sequence[Row], lines: Sequence[_Line]) -> bool:
+    """Whether every line that has a prompt has that of its question."""
     return all(line.asked in ("", _asked(row)) for row, line in zip(rows, lines, strict=True))
 
 
 def write(
     folder: str | Path, answers: Sequence[Answer], uploads: dict[str, str | bytes]
 ) -> list[str]:
-    """Writes predictions.jsonl and the uploads into `folder`; their paths."""
+    """Writes predictions.jsonl and the uploads into `folder`; returns their paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "predictions.jsonl").unlink(missing_ok=True)

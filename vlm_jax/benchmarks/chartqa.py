@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vlm_jax.benchmarks import files, metrics, records
 from vlm_jax.benchmarks.records import Record, Row
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 SPLITS = ("human", "augmented")
 WORD = "\nAnswer the question with a single word."
@@ -31,7 +31,7 @@ def rows(path: str | Path) -> list[Row]:
 
 
 def _split(path: Path, split: str) -> list[Record]:
-    """Those of test_<split>.json; none where another file is named."""
+    """The records of test_<split>.json; none if `path` is a file of the other split."""
     file = path / f"test_{split}.json" if path.is_dir() else path
     if file.stem != f"test_{split}":
         return []
@@ -47,10 +47,10 @@ def _row(record: Record, split: str, number: int) -> Row:
 
 
 def score(text: str, row: Row) -> float:
-    """Relaxed accuracy: 1.0 for a number within 5 % of the gold one, or for the same text but for its case.
+    """Relaxed accuracy: 1.0 for a number within 5 % of the gold one, or for a text that equals the gold one except for case.
 
-    A percentage is its hundredth. A gold number of 0, and anything beside a number ("5 cm", "1,000"), is text. As lmms-eval
-    does (tasks/chartqa), once white space around both texts is taken off.
+    "5%" is 0.05. A gold number of 0 is compared as text, and so is any text that is not just a number ("5 cm", "1,000").
+    White space around both texts is removed first; the rest is as in lmms-eval (tasks/chartqa).
     """
     said, gold = text.strip(), row["answer"].strip()
     number, target = _number(said), _number(gold)

@@ -56,10 +56,10 @@ def _row(record: Record) -> Row:
 
 
 def anls(text: str, golds: Sequence[str]) -> float:
-    """The similarity with the nearest gold answer, 0 below 0.5. Source: the evaluation script of rrc.cvc.uab.es.
+    """The largest similarity with a gold answer, 0 if it is below 0.5. Source: the evaluation script of rrc.cvc.uab.es.
 
-    The edits are counted in lower case with runs of white space as one blank, and divided by the length of the longer
-    text as it was written (in upper case: "ß" counts twice). Exactly 0.5 is kept (the paper would drop it).
+    The edit distance of the lower-case texts, with runs of white space as one blank, is divided by the length of the longer
+    original text in upper case, where "ß" has two characters. A similarity of exactly 0.5 is kept; the paper drops it.
     """
     best = 1.0 - min(_distance(text, gold) for gold in golds)
     return best if best >= THRESHOLD else 0.0
@@ -90,10 +90,8 @@ def submission_infovqa(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, s
 
 
 def _upload(rows: Sequence[Row], texts: Sequence[str]) -> str:
-    pairs = zip(rows, texts, strict=True)
-    return json.dumps([{"questionId": _id(row["id"]), "answer": text} for row, text in pairs])
-
-
-def _id(name: str) -> int | str:
-    """As in the native files, where ids are whole numbers."""
-    return int(name) if name.isascii() and name.isdigit() else name
+    answers = [
+        {"questionId": records.native_id(row["id"]), "answer": text}
+        for row, text in zip(rows, texts, strict=True)
+    ]
+    return json.dumps(answers)

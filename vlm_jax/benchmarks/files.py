@@ -1,6 +1,6 @@
-"""The native files of a benchmark as records: JSON, JSON lines, TSV, and parquet as the hub ships it.
+"""The native files of a benchmark as records: JSON, JSON lines, TSV, and the hub's parquet files.
 
-Text is UTF-8, with or without a byte-order mark. Whatever is wrong in a file is a ConfigError of one line.
+Text is UTF-8, with or without a byte-order mark. Every error in a file is a ConfigError of one line.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.benchmarks.records import Record, fault, shown
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 Keyed = Iterator[tuple[str | int, Any]]  # a record's name or number, and the record
 SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})")
@@ -32,7 +32,7 @@ def shards(split: str) -> tuple[str, str]:
 def matches(name: str, path: str | Path, *patterns: str) -> list[Path]:
     """`path` itself where it is a file; else the files in it that match the first pattern with a match, by name.
 
-    Raises ConfigError when a shard of a parquet file is missing: a part would score as the whole.
+    Raises ConfigError when a shard of a parquet file is missing: a part would be scored as if it were the whole.
     """
     path = Path(path)
     if path.is_file():
@@ -57,7 +57,7 @@ def _check_shards(name: str, files: Sequence[Path]) -> None:
 
 
 def find(name: str, path: str | Path, *patterns: str) -> list[Path]:
-    """`matches`, of which there must be one at least, of a kind that the patterns name."""
+    """Like `matches`, but raises ConfigError if there is no match, or if `path` is a file with another suffix."""
     _check_kind(name, Path(path), patterns)
     found = matches(name, path, *patterns)
     if not found:
@@ -70,7 +70,7 @@ def find(name: str, path: str | Path, *patterns: str) -> list[Path]:
 def find_one(name: str, path: str | Path, *patterns: str) -> Path:
     """`path` itself where it is a file; else the only file in it that matches any of the patterns.
 
-    Raises ConfigError for several: which of them is meant, only the user knows.
+    Raises ConfigError for several, because only the user knows which one is meant.
     """
     _check_kind(name, Path(path), patterns)
     every = [file for pattern in patterns for file in matches(name, path, pattern)]
@@ -78,14 +78,14 @@ def find_one(name: str, path: str | Path, *patterns: str) -> Path:
 
 
 def _check_kind(name: str, path: Path, patterns: Sequence[str]) -> None:
-    """A file that is given by name must end as one of the patterns does (as .json* does, .jsonl too)."""
+    """Raises ConfigError for a file whose suffix no pattern has (.json* also matches .jsonl)."""
     kinds = [Path(pattern.rstrip("*")).suffix for pattern in patterns]
     if path.is_file() and not any(path.suffix.startswith(kind) for kind in kinds):
         raise ConfigError(f"{name}: {path} is not read here; give {' or '.join(patterns)}.")
 
 
 def only(name: str, path: str | Path, found: Sequence[Path]) -> Path:
-    """The one file of `found`, which may not be empty."""
+    """The only file of `found`, which must not be empty. Raises ConfigError for several."""
     if len(set(found)) > 1:
         names = ", ".join(sorted({file.name for file in found}))
         raise ConfigError(f"{name}: {path} holds {names}; name the file that is meant.")
@@ -93,7 +93,7 @@ def only(name: str, path: str | Path, found: Sequence[Path]) -> Path:
 
 
 def text(name: str, file: Path) -> str:
-    """A UTF-8 file without its byte-order mark."""
+    """The text of a UTF-8 file, without its byte-order mark."""
     data = _bytes(name, file)
     try:
         return data.decode("utf-8-sig")
@@ -103,7 +103,7 @@ def text(name: str, file: Path) -> str:
 
 
 def _bytes(name: str, file: Path, count: int = -1) -> bytes:
-    """The first `count` bytes of a file, all for -1. Raises ConfigError for UTF-16, which says so in the first two."""
+    """The first `count` bytes of a file, all for -1. Raises ConfigError for UTF-16, by its byte-order mark."""
     if not file.is_file():
         raise _absent(name, file)
     try:
@@ -137,7 +137,7 @@ def _parse(written: str, where: str) -> Any:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; json alone would keep the last of two values with one name."""
+    """A JSON object. Raises ValueError if a name occurs twice; json would silently keep the last value."""
     value = dict(pairs)
     if len(value) != len(pairs):
         twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
@@ -186,7 +186,8 @@ def _json(name: str, file: Path, inside: str) -> Keyed:
 
 def _json_lines(name: str, file: Path, inside: str) -> Keyed:
     """Blank lines are skipped."""
-    lines = text(name, file).split("\n")  # not splitlines: a string may hold U+2028
+    # splitlines would also split at U+2028 inside a string.
+    lines = text(name, file).split("\n")
     full = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     for row, (number, line) in enumerate(full):
         yield row, _parse(line, f"{name}: {file} line {number}")
@@ -198,8 +199,8 @@ def _tsv(name: str, file: Path, inside: str) -> Keyed:
     where = f"{name}: {file}"
     _bytes(name, file, 2)
     with file.open(encoding="utf-8-sig", newline="") as lines:
-        seen: list[str] = []  # lines of the record that is read
-        reader = csv.DictReader((seen.append(line) or line for line in lines), delimiter="\t")
+        pending: list[str] = []  # lines of the current record
+        reader = csv.DictReader((pending.append(line) or line for line in lines), delimiter="\t")
         try:
             columns = list(reader.fieldnames or ())
             for column, count in Counter(columns).items():
@@ -208,9 +209,9 @@ def _tsv(name: str, file: Path, inside: str) -> Keyed:
             for row, record in enumerate(reader):
                 if None in record or None in record.values():
                     raise fault(f"{where} row {row}", f"does not have {len(columns)} columns")
-                if _is_open(seen):
+                if _is_open(pending):
                     raise fault(f"{where} row {row}", "has a quote that is not closed")
-                seen.clear()
+                pending.clear()
                 yield row, record
         except UnicodeDecodeError as error:
             near = f"near line {reader.line_num + 1}"
@@ -222,7 +223,7 @@ def _tsv(name: str, file: Path, inside: str) -> Keyed:
 
 
 def _is_open(lines: Sequence[str]) -> bool:
-    """Whether a record of several lines ends inside a quote: it would hold the rest of the file without a word."""
+    """Whether a record of several lines ends inside a quote, which would silently swallow the rest of the file."""
     if len(lines) < 2:
         return False
     try:
@@ -233,7 +234,7 @@ def _is_open(lines: Sequence[str]) -> bool:
 
 
 def _parquet(name: str, file: Path, inside: str) -> Keyed:
-    import pyarrow  # a third of a second; only for those who use it
+    import pyarrow  # takes a third of a second to import, so only for parquet files
     import pyarrow.parquet
 
     row = 0
@@ -244,7 +245,10 @@ def _parquet(name: str, file: Path, inside: str) -> Keyed:
             for batch in table.iter_batches(batch_size=64, row_groups=[group]):
                 for record in batch.to_pylist():
                     cell = functools.partial(Embedded, file, group, at)
-                    yield row, {column: _seen(cell, column, v) for column, v in record.items()}
+                    yield (
+                        row,
+                        {column: _without_bytes(cell, column, v) for column, v in record.items()},
+                    )
                     row, at = row + 1, at + 1
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
@@ -252,8 +256,8 @@ def _parquet(name: str, file: Path, inside: str) -> Keyed:
         raise fault(f"{name}: {file}", f"is not valid parquet{place}: {reason}") from error
 
 
-def _seen(cell: functools.partial[Embedded], column: str, value: Any) -> Any:
-    """A value without the bytes of its picture, or of the first of several."""
+def _without_bytes(cell: functools.partial[Embedded], column: str, value: Any) -> Any:
+    """A value as it is, or a picture (of several the first) as an `Embedded` without its bytes."""
     first = value[0] if isinstance(value, list) and value else value
     if not isinstance(first, dict) or set(first) != {"bytes", "path"}:
         return value
@@ -262,9 +266,10 @@ def _seen(cell: functools.partial[Embedded], column: str, value: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Embedded:
-    """A picture inside a parquet file, read when it is called: 1,000 of 300 kB leave 250 MB in memory instead of 790.
+    """A picture inside a parquet file; calling it reads the bytes.
 
-    Its group of rows is read at once: with 100 rows 1 ms a picture in the order of the file, 40 ms in a random one.
+    With 1,000 pictures of 300 kB this takes 250 MB of memory instead of 790. The whole row group is read at once: with 100 rows
+    per group a picture takes 1 ms in the order of the file and 40 ms in random order.
     """
 
     file: Path
@@ -277,7 +282,9 @@ class Embedded:
         return (value[0] if isinstance(value, list) else value)["bytes"]
 
 
-@functools.lru_cache(maxsize=2)  # rows are asked nearly in order: a group, and its neighbour
+@functools.lru_cache(
+    maxsize=2
+)  # rows are read nearly in order: the current group and the one before or after it
 def _column(file: Path, group: int, column: str) -> Any:
     from pyarrow import parquet
 

@@ -42,7 +42,7 @@ def _hub_images(folder: Path) -> dict[str, Image]:
 
 
 def clean(text: str) -> str:
-    """What is compared: closing periods off, lower case. Source: LLaVA's convert_gqa_for_eval."""
+    """The text as it is compared: lower case, without periods at the end. Source: LLaVA's convert_gqa_for_eval."""
     return text.strip().rstrip(".").lower()
 
 

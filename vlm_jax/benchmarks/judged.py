@@ -1,6 +1,6 @@
 """MM-Vet and LLaVA-Bench (in the wild): free answers that a language model judges elsewhere.
 
-Here they are asked and written in the form that the official judging reads; there is no score.
+The questions are asked and the answers written in the format that the official judge reads; there is no score here.
 
 Native files: mm-vet.json {"v1_0": {"imagename", "question"}} and questions.jsonl {"question_id", "image", "text",
 "category"}; the images are in images/. Or the hub's parquet files {"question_id", "question", "image"}: test-* of MM-Vet,
@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from vlm_jax.benchmarks import files, records
+from vlm_jax.benchmarks import files, question_file, records
 from vlm_jax.benchmarks.records import Image, Record, Row
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 IMAGES = "images"
 
@@ -66,22 +66,10 @@ def submission_mmvet(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, str
 def submission_llava_bench(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, str | bytes]:
     """Lines {"question_id", "prompt", "text", ...}, which LLaVA's eval_gpt_review_bench.py takes."""
     lines = [
-        {
-            "question_id": _number(row["id"]),
-            "prompt": row["question"],
-            "text": text,
-            "answer_id": row["id"],
-            "model_id": "vlm_jax",
-            "metadata": {},
-        }
+        question_file.answer_line(records.native_id(row["id"]), row["question"], text, row["id"])
         for row, text in zip(rows, texts, strict=True)
     ]
-    return {"answers.jsonl": "".join(json.dumps(line) + "\n" for line in lines)}
-
-
-def _number(name: str) -> int | str:
-    """As in the native file, where ids are whole numbers."""
-    return int(name) if name.isascii() and name.isdigit() else name
+    return {"answers.jsonl": "".join(lines)}
 
 
 def score(text: str, row: Row) -> NoReturn:

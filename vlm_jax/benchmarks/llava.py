@@ -15,7 +15,7 @@ def rows(annotations: str | Path) -> list[Row]:
     """Rows with ids "<record id>/<turn>", turns counted from 0.
 
     annotations: a .json or .jsonl file, or a directory that holds exactly one; image paths are relative to the
-    directory. A record whose last question has no answer contributes the turns before it. An answer that is null is hidden.
+    directory. Of a record whose last question has no answer, the turns before it are asked. An answer that is null is hidden.
     """
     path = files.find_one("llava", annotations, "*.json", "*.jsonl")
     return [
@@ -64,7 +64,7 @@ def _check(record: Record) -> None:
     for number, message in enumerate(messages):
         value, hidden = message["value"], number == len(messages) - 1 and message["from"] == "gpt"
         if isinstance(value, list):
-            continue  # parts, which whoever lays the question out checks
+            continue  # a list of parts, which data.records checks when the question is laid out
         if not isinstance(value, str) and not (value is None and hidden):
             reason = f"'value' must be a string, got {shown(value)}"
             raise record.fault(f"message {number} of 'conversations': {reason}")
@@ -95,10 +95,10 @@ def _renamed(messages: Any) -> Any:
 
 
 def _row(record: Row, turn: int, messages: list[dict[str, Any]], answer: Any) -> Row:
-    """All fields go along: whoever lays the question out reads them, or says which one it cannot read."""
+    """One question. The record's other fields are kept, so that data.records can read or refuse them."""
     own = {name: record[name] for name in record if name not in ("messages", "answer", "replies")}
     seen, every = _pictures(messages), _pictures(record["conversations"])
-    for name in {"image", "images"} & own.keys():  # of several pictures those seen so far
+    for name in {"image", "images"} & own.keys():  # of several pictures only those shown so far
         value = own[name]
         if isinstance(value, list) and len(value) == every:
             own[name] = value[:seen]

@@ -1,8 +1,8 @@
 """MathVista testmini without a language model as a judge.
 
 Native files: testmini.json {pid: problem} with "image" as its path, or the hub's testmini-*.parquet. The official
-scoring lets GPT-4 cut the answer out of the text first. Here the whole text is the answer: exact, the same everywhere,
-and a lower bound for a model that answers in sentences.
+scoring first lets GPT-4 extract the answer from the text. Here the whole text is the answer: deterministic, and a lower bound
+for a model that answers in sentences.
 """
 
 from __future__ import annotations
@@ -77,11 +77,11 @@ def _query(record: Record, choices: Sequence[str], answer_type: str, precision: 
 
 
 def normalise(text: str, row: Row) -> str | None:
-    """The answer as MathVista compares it; None when it is no number where one is asked for.
+    """The answer as MathVista compares it; None when the question asks for a number and the text is none.
 
-    Of options: the one named as "(B)", wherever that stands first, or as "B"; else the nearest in edit distance, the first
-    of equals. So a letter is the option's, also where an option's text is another's letter, or "(A)". An integer is cut,
-    not rounded; a float is rounded to the question's precision. Source: lupantech/MathVista, evaluation/calculate_score.py.
+    With options: the option of the first "(B)" in the text, or of a text that is just "B"; else the option with the smallest
+    edit distance, of equals the first. A letter always means the option with that letter, even if the text of another option
+    is that letter. An integer is truncated, not rounded; a float is rounded to the question's precision. Source: lupantech/MathVista, evaluation/calculate_score.py.
     # Differs from it: precision is 1.0 in its files, which its round() refuses, so that each float would be wrong.
     """
     text = text.strip()

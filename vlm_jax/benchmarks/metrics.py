@@ -1,4 +1,4 @@
-"""From texts to numbers: what benchmarks share when they score one answer and reduce many."""
+"""Scoring functions and reductions that several benchmarks share."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 
 def normalise(text: str) -> str:
-    """Lower case, runs of white space as one blank, no blanks around, at most one closing period dropped.
+    """Lower case, runs of white space as one blank, none at the ends, and at most one period at the end removed.
 
-    Nothing else: articles, numbers in words and inner punctuation count ("a cat" is not "cat").
+    Nothing else is changed: articles, numbers in words and inner punctuation matter ("a cat" is not "cat").
     """
     return " ".join(text.lower().split()).removesuffix(".").rstrip()
 
@@ -29,7 +29,7 @@ def mean(scores: Sequence[float], rows: Sequence[dict[str, Any]]) -> dict[str, A
 
 
 def means(scores: Sequence[float], parts: Iterable[Iterable[str]]) -> dict[str, float]:
-    """Part -> mean of the scores that belong to it, sorted by name. parts: those of each score."""
+    """Part -> mean of the scores that belong to it, sorted by name. parts: the names of the parts of each score."""
     gathered: dict[str, list[float]] = defaultdict(list)
     for value, names in zip(scores, parts, strict=True):
         for name in names:
@@ -47,5 +47,5 @@ def mean_by_parts(
     scores: Sequence[float],
     rows: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
-    """`mean`, and in details the mean of each part that a row belongs to; "" is none."""
+    """`mean`, and in details the mean of each part that a row belongs to. A part named "" is left out."""
     return {**mean(scores, rows), "details": means(scores, (filter(None, names(r)) for r in rows))}

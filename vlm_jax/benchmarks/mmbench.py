@@ -4,9 +4,9 @@ Native files: the hub's en/dev-*.parquet and cn/dev-*.parquet, or a TSV with the
 answer, category, image (base64, or the index of a row with the same image), l2-category, split. The copy of question i
 with its options rotated k times has index i + k * 1,000,000. The test files have no column "answer".
 
-Letters are read as lmms-eval does (tasks/mmbench/mmbench_evals.py) before it asks its judge, a language model, which gets what
-these rules leave open; here that is wrong. (opencompass/VLMEvalKit, whose rules these were, now takes the marks .()[],:;!*#{}
-for blanks, so that "**C**" is C there and nothing here.)
+Letters are read by the rules of lmms-eval (tasks/mmbench/mmbench_evals.py). Where the rules find no letter, lmms-eval asks a
+language model; here the answer is wrong. (The rules come from opencompass/VLMEvalKit, which now replaces the marks
+.()[],:;!*#{} by blanks first, so that "**C**" is C there and no letter here.)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 from vlm_jax.benchmarks import files, metrics, prompts, records
 from vlm_jax.benchmarks.records import Image, Record, Row
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 TSV = "[mM][mM][bB]ench*.tsv"
 ROTATION = 1_000_000  # index of a rotated copy minus that of its original
@@ -57,7 +57,7 @@ def _rows(name: str, path: str | Path, chinese: bool) -> list[Row]:
     circles = Counter(row["question"] for row in made)
     for row in made:
         row["rotations"] = circles[row["question"]]
-    # A circle stands together, so that the first N rows hold whole ones.
+    # The rotations of a question are adjacent, so that the first N rows contain few incomplete questions.
     made.sort(key=lambda row: (row["question"], int(row["id"])))
     return records.distinct(made, f"{name}: {path}")
 
@@ -74,7 +74,7 @@ def _files(name: str, path: str | Path, chinese: bool) -> list[Path]:
 
 
 def _images(found: Sequence[Record]) -> Iterator[Image]:
-    """One per record; rows that repeat an image share its bytes (4,377 rows show 1,164 images)."""
+    """One image per record. Rows with the same image share its bytes (4,377 rows have 1,164 images)."""
     by_index = {record.text("index"): record for record in found}
     decoded: dict[str, bytes] = {}
     for record in found:
@@ -127,9 +127,9 @@ def _row(record: Record, image: Image, instruction: str) -> Row:
 def letter(text: str, options: Mapping[str, str]) -> str | None:
     """The chosen letter A..E, or None.
 
-    The first notation (A, then A. A, A: A) ...) in which exactly one letter is a word of the text; a lone A among more
-    than three words may be an article and decides nothing: the next notation is tried. Then the only option whose text is
-    part of the answer.
+    The notations A, then A. A, A: A) ... are tried in turn: the first one in which exactly one letter is a word of the text
+    decides. A bare A among more than three words may be an article and does not decide. If no notation decides, the letter of
+    the only option whose text is part of the answer is taken.
     """
     words = set(text.split())
     for before, after in AROUND:
@@ -174,7 +174,7 @@ def reduce(scores: Sequence[float], rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def submission(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, str | bytes]:
-    """The spreadsheet that the server at mmbench.opencompass.org.cn takes: the TSV's columns and "prediction"."""
+    """The spreadsheet for the server at mmbench.opencompass.org.cn: the columns of the TSV and "prediction"."""
     present = list(rows[0]["columns"]) if rows else []
     before = [name for name in present if name in ("index", "question", *OPTIONS)]
     columns = [*before, "prediction", *(name for name in present if name not in before)]
@@ -186,11 +186,11 @@ def submission(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, str | byt
 
 
 def _spreadsheet(lines: Sequence[Sequence[str | int]]) -> bytes:
-    """One sheet: an int becomes a number, a str a text, whatever it says ("=1+1" is no formula).
+    """A workbook with one sheet. An int becomes a number, a str always a text ("=1+1" is no formula).
 
-    What XML cannot hold is dropped; Excel's cells end at 32,767 characters, and openpyxl cuts there.
+    Characters that XML cannot represent are removed. openpyxl cuts a text after 32,767 characters, the most that Excel allows.
     """
-    import openpyxl  # 0.2 s; only for the upload
+    import openpyxl  # takes 0.2 s to import, so only for the upload
 
     book = openpyxl.Workbook()
     sheet = book.worksheets[0]

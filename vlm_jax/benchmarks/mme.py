@@ -1,11 +1,11 @@
-"""MME: fourteen tasks of yes-or-no questions, two per image; points for questions and for images with both right.
+"""MME: fourteen tasks of yes-or-no questions, two per image, with points for right answers and for images with both right.
 
 Files: <task>/<name>.txt, each with two lines "question<TAB>Yes|No", beside <task>/<name>.jpg or .png; or, where a task has
 these folders, <task>/questions_answers_YN/<name>.txt and <task>/images/<name>.jpg. Or the hub's parquet files
 test-*.parquet {"question_id" (task/image name, or task/images/image name), "question", "answer", "image", and "category", the
 task}.
 
-Answers are read as the official tool does (eval_tool/calculation.py) once white space around them is taken off.
+Answers are read as by the official tool (eval_tool/calculation.py), after white space around them is removed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from vlm_jax.benchmarks import files, prompts, records
 from vlm_jax.benchmarks.records import Image, Row
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 def rows(annotations: str | Path) -> list[Row]:
     """Ids "<task>/<image name with extension>/<0|1>", tasks in the order above, images by name.
 
-    The tasks that are there are read (the folder of one task may be tried alone); no task at all is an error.
+    All task folders that exist are read; one is enough. Raises ConfigError when there is none.
     """
     base = Path(annotations)
     tasks = [
@@ -59,10 +59,10 @@ def rows(annotations: str | Path) -> list[Row]:
     return records.distinct(found, f"mme: {base}")
 
 
-def _task_rows(base: Path, place: Path, task: str) -> list[Row]:
-    split = (base / place / "questions_answers_YN").is_dir()
-    texts = base / place / "questions_answers_YN" if split else base / place
-    pictures = place / "images" if split else place
+def _task_rows(base: Path, folder: Path, task: str) -> list[Row]:
+    split = (base / folder / "questions_answers_YN").is_dir()
+    texts = base / folder / "questions_answers_YN" if split else base / folder
+    pictures = folder / "images" if split else folder
     named: dict[str, list[str]] = collections.defaultdict(list)
     for image in sorted((base / pictures).glob("*")):
         if image.suffix != ".txt" and image.is_file() and not image.name.startswith("."):
@@ -83,8 +83,8 @@ def _task_rows(base: Path, place: Path, task: str) -> list[Row]:
             if not question or gold not in ("yes", "no"):
                 reason = f"must be question<TAB>Yes or No, got {line!r:.60}"
                 raise records.fault(f"mme: {path} line {number + 1}", reason)
-            seen = (pictures / images[0]).as_posix()
-            found.append(_row(task, images[0], number, seen, question, gold))
+            image = (pictures / images[0]).as_posix()
+            found.append(_row(task, images[0], number, image, question, gold))
     return found
 
 
@@ -103,17 +103,17 @@ def _hub_rows(shards: Sequence[Path]) -> list[Row]:
 
 
 def _row(task: str, picture: str, number: int, image: Image, question: str, gold: str) -> Row:
-    # Seven questions have two blanks before that sentence: LLaVA's file has none of them.
-    asked = question.strip().replace(" Please answer yes or no.", "").rstrip() + prompts.SHORT
+    # Seven questions have two blanks before that sentence, which LLaVA's file does not have.
+    text = question.strip().replace(" Please answer yes or no.", "").rstrip() + prompts.SHORT
     stem = Path(picture).stem
     more = {
         "replies": prompts.YES_NO, "task": task, "picture": picture, "llava_id": f"{task}/{stem}",
     }  # fmt: skip
-    return records.row(f"{task}/{picture}/{number}", image, asked, gold, **more)
+    return records.row(f"{task}/{picture}/{number}", image, text, gold, **more)
 
 
 def parse(text: str) -> str:
-    """yes or no where it stands in the first four characters, yes first; else other, which is wrong."""
+    """yes if the first four characters contain it, else no if they contain that, else other, which is wrong."""
     start = text.strip().lower()[:4]
     return "yes" if "yes" in start else "no" if "no" in start else "other"
 
@@ -123,10 +123,10 @@ def score(text: str, row: Row) -> float:
 
 
 def reduce(scores: Sequence[float], rows: Sequence[Row]) -> dict[str, Any]:
-    """score: (perception + cognition) / 2800 points. Tasks that were not asked count 0: a warning names them.
+    """score: (perception + cognition) / 2800 points. A task without answers has 0 points, and a warning names it.
 
-    A task gives 100 acc + 100 acc_plus: the share of questions and of images with both questions right. details also hold
-    perception_score = perception / 2000, the column of the usual tables.
+    A task has 100 acc + 100 acc_plus points: acc is the share of questions that are right, acc_plus that of images with both
+    right. details also contain perception_score = perception / 2000, which papers report.
     """
     right: dict[str, dict[str, list[float]]] = {}
     for value, row in zip(scores, rows, strict=True):

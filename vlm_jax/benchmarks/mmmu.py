@@ -22,22 +22,21 @@ from vlm_jax.benchmarks.records import Record, Row
 FILES = ("**/validation-*.parquet", "validation.json*", "**/test-*.parquet", "test.json*")
 MOST_IMAGES = 7
 SEED = 42  # of the choice for an answer that names no option; the official script's seed
-CHOICE, OPEN = (
-    "multiple-choice",
-    "open",
-)  # whatever is no choice is open, as "short-answer" in the official answers
-# What announces an answer, and what is no answer by itself.
+# Every question_type but "multiple-choice" is open, such as "short-answer" in the official answers.
+CHOICE, OPEN = "multiple-choice", "open"
+# Words before an answer, and texts that are no answer.
 ANNOUNCE = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 PUNCTUATION = (":", ",", ".", "!", "?", ";", "'")
+# 1,000 | 1.5e3 | other numbers
 NUMBERS = (
     re.compile(r"-?\b\d{1,3}(?:,\d{3})+\b"),
     re.compile(r"-?\d+(?:\.\d+)?[eE][+-]?\d+"),
     re.compile(r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])"),
-)  # 1,000 | 1.5e3 | what is neither
+)
 
 
 def rows(path: str | Path) -> list[Row]:
-    """Ids are MMMU's own. The images stand before the question, which keeps its "<image k>"; image k is the k-th."""
+    """Ids are MMMU's own. All images precede the question, whose "<image k>" refers to the k-th."""
     found = files.read("mmmu", files.find("mmmu", path, *FILES))
     return records.distinct([_row(record) for record in found], f"mmmu: {path}")
 
@@ -72,7 +71,7 @@ def _row(record: Record) -> Row:
 
 
 def _strings(record: Record, name: str) -> list[str]:
-    """A list of strings, also as the text of a Python list, which is how the hub stores it."""
+    """A field as a list of strings. The hub stores it as the source text of a Python list."""
     value = record.field(name)
     if isinstance(value, str) and value.startswith("["):
         try:
@@ -83,17 +82,18 @@ def _strings(record: Record, name: str) -> list[str]:
 
 
 def score(text: str, row: Row) -> float:
-    """1.0 for the right letter, or for an open answer that holds a gold one."""
+    """1.0 for the right letter, or for an open answer that contains a gold answer."""
     if row["type"] == CHOICE:
         return float(choice(text, row["options"], row["id"]) in row["answer"])
     return float(_is_right(open_answers(text), row["answer"]))
 
 
 def choice(text: str, options: Mapping[str, str], name: str) -> str:
-    """The letter that an answer names: "(B)", then " B ", then, beyond five words, an option's own text.
+    """The letter that an answer names: as "(B)", else as " B ", else, in answers of more than five words, by an option's text.
 
-    Marks around the answer go first, so that "B." is " B "; a "B." inside is no letter. The one that stands last wins. An answer that names none gets a random option; seeded with the question's id, so
-    that the score depends on neither order nor run.
+    Punctuation at the ends of the answer is removed first, so that "B." is " B "; a "B." inside is no letter. If several letters
+    are named, the last one counts. If none is, a random option is chosen; its seed is the question's id, so that the score
+    depends neither on the order of the answers nor on the run.
     # Differs from MMMU-Benchmark/MMMU: there one generator runs through all answers.
     """
     for mark in (",", ".", "!", "?", ";", ":", "'"):
@@ -111,18 +111,19 @@ def choice(text: str, options: Mapping[str, str], name: str) -> str:
     return random.Random(f"{SEED}/{name}").choice(sorted(options))
 
 
-def _last(letters: Sequence[str], places: Sequence[int]) -> str:
-    """The letter with the greatest place, the first of equals."""
-    return letters[places.index(max(places))]
+def _last(letters: Sequence[str], offsets: Sequence[int]) -> str:
+    """The letter that occurs at the largest offset, of equals the first."""
+    return letters[offsets.index(max(offsets))]
 
 
 def open_answers(text: str) -> list[str | float]:
-    """What an open answer may mean: the tail of each sentence that announces a result, and every number in it.
+    """The possible meanings of an open answer: the end of each sentence after a word of ANNOUNCE, and every number in it.
 
     Texts are lower case; numbers are rounded to 2 decimals.
     """
     text = text.strip().strip(".").lower()
-    sentences = re.split(r"\.\s(?=[A-Z])|\n", text)  # after lower(): only at line ends, as there
+    # The text is lower case already, so this splits at line ends only, as the official script does.
+    sentences = re.split(r"\.\s(?=[A-Z])|\n", text)
     tails = []
     for index, sentence in enumerate(sentences):
         marks = ANNOUNCE + (("=",) if index == len(sentences) - 1 else ())
@@ -139,7 +140,7 @@ def open_answers(text: str) -> list[str | float]:
 
 
 def _normal(text: str) -> list[str | float]:
-    """A number with 2 decimals, or the text; a single character is sought with a blank beside it."""
+    """A number with 2 decimals, or the lower-case text. A single character must have a blank before or after it."""
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]
@@ -149,7 +150,7 @@ def _normal(text: str) -> list[str | float]:
 
 
 def _is_right(said: Sequence[str | float], golds: Sequence[str]) -> bool:
-    """Whether a gold text is part of a text said, or a gold number is a number said."""
+    """Whether a gold text is part of a text of the answer, or a gold number equals a number of the answer."""
     wanted = [value for gold in golds for value in _normal(gold)]
     texts = [value for value in wanted if isinstance(value, str)]
     return any(

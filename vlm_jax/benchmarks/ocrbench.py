@@ -16,7 +16,7 @@ from vlm_jax.benchmarks.records import Record, Row
 
 FILES = ("OCRBench.json", *files.shards("test"))
 IMAGES = "OCRBench_Images"
-FORMULAS = "HME100k"  # handwritten mathematical expressions: blanks mean nothing, case does
+FORMULAS = "HME100k"  # handwritten mathematical expressions, compared without blanks but with case
 
 
 def rows(path: str | Path) -> list[Row]:
@@ -40,7 +40,7 @@ def _row(record: Record, number: int) -> Row:
 
 
 def score(text: str, row: Row) -> float:
-    """1.0 if the answer contains a gold one: lower case and line breaks as blanks; formulas without blanks."""
+    """1.0 if the text contains a gold answer, compared in lower case with line breaks as blanks; formulas without blanks."""
     plain = _formula if row["dataset"] == FORMULAS else _plain
     return float(any(plain(gold) in plain(text) for gold in row["answer"]))
 

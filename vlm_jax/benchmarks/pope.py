@@ -15,7 +15,7 @@ from typing import Any
 
 from vlm_jax.benchmarks import files, prompts, records
 from vlm_jax.benchmarks.records import Image, Record, Row
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 SPLITS = ("random", "popular", "adversarial")
 IMAGES = {"coco": "val2014", "aokvqa": "val2014", "gqa": "images"}  # of the files that begin so
@@ -99,7 +99,7 @@ def _row(record: Record, split: str, image: Image, question: str, label: str) ->
 def parse(text: str) -> str:
     """ "no" if the first sentence holds the word No, no or not, else "yes". Source: LLaVA's eval_pope.py.
 
-    White space around the text is taken off first, as LLaVA does before it writes an answer.
+    White space around the text is removed first, as LLaVA does before it writes an answer.
     """
     words = text.strip().split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"} & set(words) else "yes"
@@ -112,7 +112,7 @@ def score(text: str, row: Row) -> float:
 def reduce(scores: Sequence[float], rows: Sequence[Row]) -> dict[str, Any]:
     """The mean F1 of the splits that were asked; "yes" is positive and yes_ratio is that of the predictions.
 
-    A ratio without cases (no prediction is yes, no label is yes) is 0.
+    Precision is 0 if no prediction is yes, and recall is 0 if no label is yes.
     """
     details: dict[str, float] = {}
     f1 = []

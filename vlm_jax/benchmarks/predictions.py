@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 Answer = tuple[str, str]  # id, text
 
@@ -35,7 +35,7 @@ def read_lines(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def resume(path: Path) -> list[Answer]:
-    """What a killed run left: a torn last line (no newline at its end) is cut off the file; no file means no answers."""
+    """The answers of an interrupted run. An incomplete last line (without a newline) is removed from the file."""
     if not path.exists():
         return []
     data = path.read_bytes()
@@ -49,14 +49,14 @@ def resume(path: Path) -> list[Answer]:
 def append(
     path: Path, answers: Iterable[Answer], beside: Mapping[str, Mapping[str, Any]] | None = None
 ) -> None:
-    """Adds the answers in one write that ends with a newline, so that a kill tears at most the last line.
+    """Appends the answers in one write that ends with a newline, so that a kill leaves at most one incomplete line.
 
-    beside: other fields of a line, by id.
+    beside: further fields of a line, by id.
     """
     more = beside or {}
     records = [{"id": i, "text": text, **more.get(i, {})} for i, text in answers]
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    # A lone surrogate, which a JSON file may hold and UTF-8 may not, becomes its JSON escape.
+    # A lone surrogate, which JSON can express and UTF-8 cannot, becomes its JSON escape.
     with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write("".join(lines))
 
@@ -103,7 +103,7 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
 
 
 def answer(where: str, line: dict[str, Any]) -> Answer:
-    """Of one line. Raises ConfigError for one that is not {"id": str, "text": str}."""
+    """The answer of one line. Raises ConfigError for a line that is not {"id": str, "text": str}."""
     if not all(isinstance(line.get(k), str) for k in ("id", "text")):
         raise ConfigError(
             f'predictions: {where} must be {{"id": str, "text": str}}, got {line!r:.80}.'

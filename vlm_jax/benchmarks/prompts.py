@@ -11,7 +11,7 @@ LETTERS = string.ascii_uppercase
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 
-YES_NO = ("Yes", "No")  # the replies to a yes-or-no question that ends in SHORT
+YES_NO = ("Yes", "No")  # the possible replies to a yes-or-no question that ends with SHORT
 
 
 def with_options(question: str, options: Sequence[str]) -> str:
@@ -20,7 +20,7 @@ def with_options(question: str, options: Sequence[str]) -> str:
 
 
 def lettered(options: Sequence[str]) -> dict[str, str]:
-    """{"A": option, ...}; what follows "Z" is left out."""
+    """{"A": option, ...}; options after "Z" are left out."""
     return dict(zip(LETTERS, options, strict=False))
 
 

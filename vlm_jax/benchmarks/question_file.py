@@ -1,4 +1,4 @@
-"""LLaVA's question files: asked as they stand, answered in LLaVA's answer file, scored by whichever script reads that.
+"""LLaVA's question files: asked without changes; the answers are written as LLaVA's answer file, for other scripts to score.
 
 File: one {"question_id", "image"?, "text"} per line; the text is the whole prompt. Images are relative to the file's folder.
 """
@@ -14,7 +14,7 @@ from vlm_jax.benchmarks.records import Row
 
 
 def rows(annotations: str | Path) -> list[Row]:
-    """Ids are question_id, and "<question_id>#1", "#2" where it comes again (MME and TextVQA repeat the image's)."""
+    """Ids are question_id, and "<question_id>#1", "#2" where it occurs again (that of MME and TextVQA is the image's)."""
     path = files.find_one("llava_questions", annotations, "*.jsonl")
     found, times = [], {}
     for record in files.read_lines("llava_questions", path):
@@ -29,13 +29,16 @@ def rows(annotations: str | Path) -> list[Row]:
 def submission(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, str | bytes]:
     """answers.jsonl, one line per question in the order of the questions, with the keys that LLaVA writes."""
     lines = [
-        json.dumps(
-            {
-                "question_id": row["question_id"], "prompt": row["prompt"], "text": text, "answer_id": row["id"],
-                "model_id": "vlm_jax", "metadata": {},
-            }
-        )
-        + "\n"
+        answer_line(row["question_id"], row["prompt"], text, row["id"])
         for row, text in zip(rows, texts, strict=True)
-    ]  # fmt: skip
+    ]
     return {"answers.jsonl": "".join(lines)}
+
+
+def answer_line(question_id: int | str, prompt: str, text: str, answer_id: str) -> str:
+    """One line of an answer file, with the keys that LLaVA's model_vqa.py writes."""
+    line = {
+        "question_id": question_id, "prompt": prompt, "text": text, "answer_id": answer_id, "model_id": "vlm_jax",
+        "metadata": {},
+    }  # fmt: skip
+    return json.dumps(line) + "\n"

@@ -1,4 +1,4 @@
-"""One record of a native file: its fields, checked, and the row that is made of it."""
+"""One record of a native file, whose fields are checked as they are read, and the row that is made from it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.benchmarks import prompts
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 Row = dict[str, Any]
 # A path, an encoded image, or what reads one when it is called.
 Image = str | bytes | Callable[[], bytes]
-# What pandas reads as a missing value, lower case; the official scripts of TSV benchmarks read with it.
+# The texts that pandas reads as a missing value, in lower case. The official scripts of TSV benchmarks use pandas.
 MISSING = {
     "", "#n/a", "#n/a n/a", "#na", "-1.#ind", "-1.#qnan", "-nan", "1.#ind", "1.#qnan", "<na>", "n/a", "na", "nan",
     "none", "null",
@@ -24,7 +24,7 @@ MEND = "correct the file or download it again"
 
 
 def fault(where: str | Path, reason: str, mend: str = MEND) -> ConfigError:
-    """The one wording for what is wrong in a file. where: benchmark and file, and the row or the line."""
+    """The error for a faulty file. where: benchmark and file, and the row or the line."""
     return ConfigError(f"{where}: {reason}; {mend}.")
 
 
@@ -54,7 +54,7 @@ class Record:
         return self.key
 
     def has(self, name: str) -> bool:
-        """Whether the field is there with a value: neither null nor, as pandas writes a missing one, a number NaN."""
+        """Whether the field has a value: neither null nor NaN, which pandas writes for a missing one."""
         value = self.values.get(name)
         return value is not None and value == value
 
@@ -73,7 +73,7 @@ class Record:
         return self.unicode(names[0], str(value))
 
     def unicode(self, name: str, value: str) -> str:
-        """The same, if it can be written: JSON's escapes can make half of a pair of surrogates."""
+        """`value`, if it is valid Unicode. Raises ConfigError for a lone surrogate, which JSON's escapes can express."""
         try:
             value.encode()
         except UnicodeEncodeError:
@@ -81,7 +81,7 @@ class Record:
         return value
 
     def optional(self, name: str) -> str:
-        """As a string, "" where it is absent, null, or what pandas calls missing ("nan", "None", ...)."""
+        """As a string; "" where it is absent, null, or a text that pandas reads as missing ("nan", "None", ...)."""
         value = str(self.values[name]) if self.has(name) else ""
         return "" if value.strip().lower() in MISSING else value
 
@@ -108,7 +108,7 @@ class Record:
         return value
 
     def image(self, *names: str, folder: str = "") -> Image:
-        """A path, put under `folder`, or an image that the file holds itself; of a list, the first."""
+        """The path of an image, joined to `folder`, or an image inside the file; the first of a list."""
         value = self.field(*names)
         if isinstance(value, list) and value:
             value = value[0]
@@ -120,19 +120,24 @@ class Record:
 
 
 def _is_text(value: Any) -> bool:
-    """A string, or a number that is one when it is written."""
+    """Whether a value is a string, or a number other than NaN."""
     return isinstance(value, (str, int, float)) and not isinstance(value, bool) and value == value
 
 
 def row(row_id: str, image: Image | None, question: str, /, answer: Any, **more: Any) -> Row:
     """One question about at most one image, asked alone. answer: None where the gold is hidden."""
-    seen = {} if image is None else {"image": image}
-    asked = prompts.ask(question, images=int(image is not None))
-    return {"id": row_id, **seen, "conversations": asked, "answer": answer, **more}
+    image_field = {} if image is None else {"image": image}
+    messages = prompts.ask(question, images=int(image is not None))
+    return {"id": row_id, **image_field, "conversations": messages, "answer": answer, **more}
+
+
+def native_id(name: str) -> int | str:
+    """A row's id as the native file has it, for files whose ids are whole numbers."""
+    return int(name) if name.isascii() and name.isdigit() else name
 
 
 def distinct(rows: list[Row], where: str | Path) -> list[Row]:
-    """The rows, if there is one at least and no id occurs twice. where: their file or directory."""
+    """The rows themselves. Raises ConfigError if there is none or an id occurs twice. where: their file or directory."""
     if not rows:
         raise fault(where, "holds no question")
     seen: set[str] = set()

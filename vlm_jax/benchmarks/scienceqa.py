@@ -1,4 +1,4 @@
-"""ScienceQA: school questions with two to five options, some with a picture; the score is that of those with one.
+"""ScienceQA: school questions with two to five options; the score is that of the questions with a picture.
 
 Files: problems.json {id: {"question", "choices", "answer" (index), "hint", "image"}}, pid_splits.json {"test": [ids]};
 images/test/<id>/image.png. Or the hub's test-*.parquet {"question", "choices", "answer", "hint", "image"}, of all questions
@@ -14,7 +14,7 @@ from typing import Any
 
 from vlm_jax.benchmarks import files, metrics, prompts, records
 from vlm_jax.benchmarks.records import Image, Record, Row
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 LETTERS = "ABCDE"
 HUB = (
@@ -26,7 +26,7 @@ _SAID = re.compile(r"The answer is ([A-Z]).")  # the last dot is any character, 
 def rows(annotations: str | Path) -> list[Row]:
     """The test split in the order of pid_splits.json; ids are the problems' ids. Prompts as lmms-eval writes them.
 
-    The hub's files have no ids: there they are the numbers of the rows, from 0.
+    The hub's files have no ids; the ids are then row numbers from 0.
     """
     (path, *shards) = files.find("scienceqa", annotations, "problems.json", *HUB)
     if path.suffix == ".parquet":
@@ -61,9 +61,10 @@ def _row(record: Record, pid: str, image: Image | None) -> Row:
 
 
 def parse(text: str) -> str:
-    """The letter that was chosen, "" where none can be told. Source: LLaVA's eval_science_qa.py.
+    """The chosen letter, "" if there is none. Source: LLaVA's eval_science_qa.py.
 
-    The whole answer; or its start, "B. "; or the only "The answer is B." (a character must follow the letter).
+    It is the whole text, or the text starts with it ("B. "), or the text contains "The answer is B." exactly once (any character
+    may replace the last period).
     """
     text = text.strip()
     if len(text) == 1 and text in LETTERS:

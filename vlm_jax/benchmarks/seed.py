@@ -21,7 +21,7 @@ OPTIONS = ("choice_a", "choice_b", "choice_c", "choice_d")
 
 
 def rows(path: str | Path) -> list[Row]:
-    """Ids are SEED-Bench's question_id, and "<question_id>#1" where it comes again: version 1 gives one to two questions."""
+    """Ids are SEED-Bench's question_id, and "<question_id>#1" where it occurs again: version 1 has one id for two questions."""
     found = files.find("seed", path, *FILES)
     names = _dimensions(found[0]) if found[0].suffix == ".json" else {}
     made = [

@@ -3,11 +3,11 @@
     python -m vlm_jax.benchmarks.tables RUN... [--format=md|csv|latex]
 
 RUN is the workdir of an evaluation (scores.json, and errors.csv for the compressor and its tokens) or a file that
-`vlm_jax.evaluate --score --out` wrote. NAME=RUN gives the row a name; else it is the directory's.
+`vlm_jax.evaluate --score --out` wrote. NAME=RUN names the row; the default is the name of the directory.
 
-Table 1's eight columns come first and in its order, then the other benchmarks; what no run has is left out, what one
-run lacks is "-". Numbers are percentages; MME is the points of perception, of 2000, as there; TextVQA is the variant
-with OCR tokens in the prompt, as there, and the one without is named so.
+The eight columns of Table 1 come first, in its order, then the other benchmarks. A benchmark that no run has is left out; a
+score that one run lacks is "-". Numbers are percentages, but for MME they are the points of perception, out of 2000, as in
+Table 1. TextVQA is the variant with OCR tokens in the prompt, as there; the variant without them has a column of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vlm_jax import files
 from vlm_jax.benchmarks import BENCHMARKS
 from vlm_jax.benchmarks.records import shown
 from vlm_jax.settings import cli
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 # key of BENCHMARKS -> heading
 TABLE_1 = {
@@ -69,7 +69,7 @@ def read(argument: str) -> Run:
 
 
 def _is_score(result: Any) -> bool:
-    """Whether it has what `cell` prints."""
+    """Whether a result has the numbers that `cell` prints."""
     if not isinstance(result, dict) or not isinstance(result.get("benchmark"), str):
         return False
     details = result.get("details")
@@ -82,7 +82,7 @@ def _is_score(result: Any) -> bool:
 
 
 def _model(errors: Path) -> tuple[str, str]:
-    """Compressor and visual tokens of an errors.csv; several, if it has rows of several models, joined by "/"."""
+    """Compressor and visual tokens of an errors.csv; those of several models are joined by "/"."""
     if not errors.is_file():
         return "", ""
     lines = [line for line in files.read_text(errors).splitlines() if line[:1] != "#"]
@@ -130,7 +130,7 @@ def table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
 
 
 def _across(columns: Sequence[Sequence[str]], count: int) -> list[list[str]]:
-    """Columns as `count` lines."""
+    """The columns transposed to `count` lines."""
     return [[column[i] for column in columns] for i in range(count)]
 
 

@@ -1,14 +1,13 @@
 """TextVQA validation: questions about text in pictures, asked alone or with OCR tokens in the prompt.
 
 Files: TextVQA_0.5.1_val.json {"data": [{"question_id", "image_id", "question", "answers" x 10}]}; for the second variant
-TextVQA_Rosetta_OCR_v0.2_val.json {"data": [{"image_id", "ocr_tokens"}]}, or LLaVA's question file, which holds the same tokens
-in its prompts; train_images/<image_id>.jpg. Or the hub's parquet files validation-*.parquet, whose records have all of it.
-The two are different benchmarks: LLaVA-1.5-7B scores 46.07 alone and 58.27 with OCR tokens.
+TextVQA_Rosetta_OCR_v0.2_val.json {"data": [{"image_id", "ocr_tokens"}]}, or LLaVA's question file, whose prompts contain the
+same tokens; train_images/<image_id>.jpg. Or the hub's parquet files validation-*.parquet, which contain all of these
+fields. The two variants are different benchmarks: LLaVA-1.5-7B scores 46.07 alone and 58.27 with OCR tokens.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -53,7 +52,7 @@ def _joined(record: Record) -> str:
 
 
 def _llava_tokens(file: Path) -> dict[str, str]:
-    """image_id (there it is the question_id) -> what stands between LINE and the prompt's ending."""
+    """image_id, which that file calls question_id -> the text between LINE and the prompt's ending."""
     tokens = {}
     for record in files.read_lines("textvqa_ocr", file):
         _, line, rest = record.text("text").partition(LINE)
@@ -64,7 +63,7 @@ def _llava_tokens(file: Path) -> dict[str, str]:
 
 
 def _rows(name: str, found: Sequence[Path], tokens: Mapping[str, str] | None) -> list[Row]:
-    """tokens: by image_id, where the records do not hold their own; None: none are shown."""
+    """tokens: by image_id, for records that have none; None: the prompt shows no OCR tokens."""
     made = [_row(r, tokens) for r in files.read(name, found, inside="data")]
     return records.distinct(made, f"{name}: {found[0]}")
 
@@ -95,8 +94,4 @@ def _tokens(record: Record, tokens: Mapping[str, str]) -> str:
 
 
 def submission(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, str | bytes]:
-    answers = [
-        {"question_id": row["question_id"], "answer": vqa.normalise(text)}
-        for row, text in zip(rows, texts, strict=True)
-    ]
-    return {"textvqa_answers.json": json.dumps(answers)}
+    return {"textvqa_answers.json": vqa.upload("question_id", rows, "question_id", texts)}

@@ -7,7 +7,6 @@ name without .jpg), "question", "image", and, but for test, "answers" x 10, "cat
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +27,7 @@ def rows(annotations: str | Path) -> list[Row]:
 
 
 def _row(record: Record, split: str) -> Row:
-    """split: the folder of the images that the file names."""
+    """split: the folder of the images."""
     hub = record.has("question_id")
     name = record.text("question_id").removesuffix(".jpg") + ".jpg" if hub else record.text("image")
     image = record.image("image") if hub else record.image("image", folder=split)
@@ -41,8 +40,4 @@ def _row(record: Record, split: str) -> Row:
 
 def submission(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, str | bytes]:
     """The challenge server's file, [{"image", "answer"}] normalised as LLaVA does."""
-    answers = [
-        {"image": row["id"], "answer": vqa.normalise(text)}
-        for row, text in zip(rows, texts, strict=True)
-    ]
-    return {"vizwiz_answers.json": json.dumps(answers)}
+    return {"vizwiz_answers.json": vqa.upload("image", rows, "id", texts)}

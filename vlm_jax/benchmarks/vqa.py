@@ -1,11 +1,12 @@
 """VQA accuracy and its normaliser: what VQAv2, VizWiz and TextVQA share.
 
-An answer that n of the ten humans gave scores, on average over the ten ways to leave one human out and with
-min(1, matches / 3) for each: 0, .3, .6, .9 for n = 0 .. 3 and 1 from n = 4.
+The accuracy of an answer is the mean of min(1, matches / 3) over the ten subsets of nine human answers. For an answer that n of
+the ten humans gave it is 0, .3, .6, .9 for n = 0, 1, 2, 3, and 1 for n >= 4.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -32,8 +33,8 @@ _CONTRACTIONS = """
 def _misspelt(words: str) -> dict[str, str]:
     """Each contraction with one apostrophe left out -> the contraction.
 
-    The official table also has the reverse, somebody'd -> somebodyd, and I'd've, I'm and I've, which no lower-case word
-    meets.
+    The official table also has the reverse for somebody'd -> somebodyd, and entries for I'd've, I'm and I've, which no
+    lower-case word matches.
     """
     table = {"somebody'd": "somebodyd"}
     for word in words.split():
@@ -47,9 +48,9 @@ CONTRACTIONS = _misspelt(_CONTRACTIONS)
 
 
 def strip_punctuation(text: str) -> str:
-    """A mark beside a blank (or anywhere, where the text has a number like 1,000) goes; else it becomes a blank.
+    """Removes a mark if the text has it beside a blank or contains a number like 1,000; else replaces it by a blank.
 
-    Then periods go that no digit follows, 32 at most: the official code passes re.UNICODE as the count.
+    Then removes the first 32 periods that no digit follows: the official code passes re.UNICODE (32) as the count.
     """
     numbered = re.search(r"\d,\d", text) is not None
     out = text
@@ -85,17 +86,23 @@ def human_answers(record: Record) -> list[str]:
     return texts
 
 
+def upload(field: str, rows: Sequence[dict[str, Any]], key: str, texts: Sequence[str]) -> str:
+    """The servers' JSON list [{field: row[key], "answer"}], with the answers through `normalise`, as LLaVA uploads them."""
+    pairs = zip(rows, texts, strict=True)
+    return json.dumps([{field: row[key], "answer": normalise(text)} for row, text in pairs])
+
+
 def agreement(answer: str, golds: Sequence[str]) -> float:
-    """0, .3, .6, .9 or 1: the accuracy of an answer that stands so often among the ten `golds`."""
+    """The accuracy 0, .3, .6, .9 or 1 of an answer, by how often it occurs in the ten `golds`."""
     return _POINTS[min(golds.count(answer), len(_POINTS) - 1)]
 
 
 def accuracy(text: str, row: dict[str, Any]) -> float:
-    """What the VQAv2 server gives to the normalised answer: row["answer"] holds the ten golds.
+    """The accuracy that the VQAv2 server gives to the answer as we upload it, after `normalise`.
 
-    Source: the newer official evaluator: golds and answer lose punctuation and articles unless the ten golds are equal;
-    then the strings are compared as they are. (In the older one the answer is always changed, and golds only lose
-    punctuation.) The answer goes in as it is uploaded, through `normalise`.
+    row["answer"] holds the ten golds. Source: the newer official evaluator. If the ten golds are equal, the strings are compared
+    as they are; else punctuation and articles are removed from golds and answer first. (The older evaluator always changes the
+    answer, and removes only punctuation from the golds.)
     """
     golds, answer = [trim(gold) for gold in row["answer"]], normalise(text)
     if len(set(golds)) > 1:

@@ -8,14 +8,13 @@ testdev-* before test-*.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from vlm_jax.benchmarks import files, prompts, records, vqa
 from vlm_jax.benchmarks.records import Record, Row
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 # The hub's name of a split -> the challenge's.
 HUB = {"validation": "val2014", "testdev": "test-dev2015", "test": "test2015"}
@@ -23,7 +22,7 @@ _FILE = re.compile(r"v2_OpenEnded_mscoco_([a-z]+(?:-dev)?\d{4})_questions\.json"
 
 
 def rows(annotations: str | Path) -> list[Row]:
-    """Ids are the question_id. With several question files in the directory, name the one that is meant."""
+    """Ids are the question_id. If the directory has several question files, `annotations` must name one."""
     shards = [pattern for split in HUB for pattern in files.shards(split)]
     found = files.find("vqav2", annotations, "v2_OpenEnded_mscoco_*_questions.json", *shards)
     if found[0].suffix == ".parquet":
@@ -80,9 +79,5 @@ def _golds(path: Path, split: str) -> dict[int, Row]:
 
 def submission(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, str | bytes]:
     """The challenge server's file, [{"question_id", "answer"}] normalised as LLaVA does."""
-    answers = [
-        {"question_id": row["question_id"], "answer": vqa.normalise(text)}
-        for row, text in zip(rows, texts, strict=True)
-    ]
     name = f"v2_OpenEnded_mscoco_{rows[0]['split']}_vlmjax_results.json"
-    return {name: json.dumps(answers)}
+    return {name: vqa.upload("question_id", rows, "question_id", texts)}

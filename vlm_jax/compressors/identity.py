@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import flax.linen as nn
-from jaxtyping import Array, Float
+import dataclasses
 
-from vlm_jax.compressors.visual import Visual
-from vlm_jax.settings.model import CompressorConfig
+from vlm_jax.settings.model import CompressorConfig, Reference
 
 
-class Identity(nn.Module):
-    """Hands the feature layer on; has no parameters."""
+@dataclasses.dataclass(frozen=True)
+class IdentityConfig(CompressorConfig):
+    name: str = dataclasses.field(default="identity", init=False)
 
-    config: CompressorConfig
-    grid: int
+    flax_module = "vlm_jax.compressors.modules.identity.Identity"
+    reference = Reference()
 
-    def __call__(
-        self,
-        last: Float[Array, "B P C"],
-        taps: Float[Array, "B P Z"],
-        query: None = None,
-        scores: None = None,
-    ) -> Visual:
-        return Visual(last)
-
-
-def num_tokens(config: CompressorConfig, grid: int) -> int:
-    return grid**2
-
-
-def flops(config: CompressorConfig, grid: int, width: int, text_width: int) -> int:
-    return 0
+    def num_tokens(self, grid: int) -> int:
+        return grid**2

@@ -1,91 +1,64 @@
 """M3, Matryoshka Multimodal Models (Cai et al. 2024, arXiv 2405.17430; mu-cai/matryoshka-mm): nested average pooling.
-
-The projected patches are averaged over windows; one model is trained for all scales at once and shows any of them later.
-A mean commutes with the projector's last linear map (not with the GELU before it), so the pooling stands in front of
-that map: with 36 of 576 tokens the projector costs a fifth.
-"""
+What it computes: modules/m3.py."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int
-
-from vlm_jax.compressors import pool
-from vlm_jax.compressors.visual import Visual
-from vlm_jax.settings.model import CompressorConfig, valid_strides
-
-
-class M3(nn.Module):
-    """Differs from the release: a number of tokens that no stride gives is refused (there 100 of 576 silently becomes
-    144). No parameters.
-    """
-
-    config: CompressorConfig
-    grid: int
-
-    def __call__(
-        self,
-        last: Float[Array, "B P C"],
-        taps: Float[Array, "B P Z"],
-        query: None = None,
-        scores: None = None,
-    ) -> Visual:
-        """last: what enters the projector's last map."""
-        side = math.isqrt(num_tokens(self.config, self.grid))
-        tokens = pool.mean(last, self.grid, self.grid // side)
-        finest = math.isqrt(num_places(self.config, self.grid))
-        places = centres(finest, max(finest // side, 1))  # finer than trained for: as if trained
-        return Visual(tokens, places=jnp.broadcast_to(places, tokens.shape[:2]))
+from vlm_jax.settings.model import (
+    CompressorConfig,
+    LMConfig,
+    Reference,
+    ViTConfig,
+    stride_for,
+    valid_strides,
+)
 
 
-def num_tokens(config: CompressorConfig, grid: int) -> int:
-    return config.visual_tokens or grid**2
+@dataclasses.dataclass(frozen=True)
+class M3Config(CompressorConfig):
+    """Its FLOPs are additions alone, counted as 0."""
 
+    name: str = dataclasses.field(default="m3", init=False)
+    visual_tokens: int = 0  # shown at inference; 0 = all patches
+    train_tokens: tuple[int, ...] = ()  # the numbers trained for; () = the paper's
 
-def num_places(config: CompressorConfig, grid: int) -> int:
-    """Those of the finest scale trained for; a coarser token stands in the middle of its window."""
-    return max(train_tokens(config, grid))
+    flax_module = "vlm_jax.compressors.modules.m3.M3"
+    place = "inside"
+    elastic = True
+    sizable = True
+    reference = Reference()
 
+    def check(self, vit: ViTConfig, lm: LMConfig) -> None:
+        self.check_counts(vit.grid)
+        super().check(vit, lm)
 
-def centres(side: int, stride: int) -> Int[np.ndarray, "M"]:
-    """The middle place of each stride x stride window of side x side places."""
-    middle = np.arange(0, side, stride) + stride // 2
-    return (middle[:, None] * side + middle).ravel().astype(np.int32)
+    def check_counts(self, grid: int) -> None:
+        """Raises ConfigError for a number of visual tokens that it cannot give."""
+        largest = math.isqrt(max(self.train_tokens, default=grid**2))
+        for count in filter(None, (self.visual_tokens, *self.train_tokens)):
+            stride_for(grid, count)
+        for count in self.train_tokens:
+            stride_for(largest, count)  # training pools the others from the largest
 
+    def num_tokens(self, grid: int) -> int:
+        return self.visual_tokens or grid**2
 
-def show(tokens: Float[Array, "B M C"], count: Int[Array, ""]) -> Visual:
-    """All tokens pooled to `count`, which must be the number that some stride gives (unchecked: it is not static)."""
-    slots = tokens.shape[1]
-    side = math.isqrt(slots)
-    strides = valid_strides(side)
+    def num_places(self, grid: int) -> int:
+        """Those of the finest scale trained for; a coarser token stands in the middle of its window."""
+        return max(self.counts(grid))
 
-    def pooled(stride: int) -> tuple[Array, Array]:
-        x, places = pool.mean(tokens, side, stride), jnp.asarray(centres(side, stride))
-        empty = slots - x.shape[1]
-        return jnp.pad(x, ((0, 0), (0, empty), (0, 0))), jnp.pad(places, (0, empty))
+    def with_tokens(self, grid: int, visual_tokens: int) -> M3Config:
+        sized = dataclasses.replace(self, visual_tokens=visual_tokens)
+        sized.check_counts(grid)
+        return sized
 
-    counts = jnp.array([(side // stride) ** 2 for stride in strides])
-    branches = [lambda stride=stride: pooled(stride) for stride in strides]
-    shown, places = jax.lax.switch(jnp.argmax(counts == count), branches)
-    valid = jnp.broadcast_to(jnp.arange(slots) < count, shown.shape[:2])
-    return Visual(shown, valid, jnp.broadcast_to(places, shown.shape[:2]))
-
-
-def train_tokens(config: CompressorConfig, grid: int) -> tuple[int, ...]:
-    """The scales trained together; the paper's halve a side, then take the next prime: 24, 12, 6, 3, 1 patches."""
-    if config.train_tokens:
-        return config.train_tokens
-    sides = [grid]
-    while sides[-1] > 1:
-        sides.append(sides[-1] // valid_strides(sides[-1])[1])
-    return tuple(side**2 for side in sides)
-
-
-def flops(config: CompressorConfig, grid: int, width: int, text_width: int) -> int:
-    """Additions alone."""
-    return 0
+    def counts(self, grid: int) -> tuple[int, ...]:
+        """The scales trained together; the paper's halve a side, then take the next prime: 24, 12, 6, 3, 1 patches."""
+        if self.train_tokens:
+            return self.train_tokens
+        sides = [grid]
+        while sides[-1] > 1:
+            sides.append(sides[-1] // valid_strides(sides[-1])[1])
+        return tuple(side**2 for side in sides)

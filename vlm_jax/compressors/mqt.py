@@ -1,128 +1,110 @@
 """MQT, Matryoshka Query Transformer (Hu et al. 2024, arXiv 2405.19315; gordonhu608/MQT-LLaVA): learned queries, of which
-the first m are shown.
-
-    queries + positions -> LN -> q [M C]  ------------+
-    positions, resized to the patch grid -> LN -> k   +-> attention -> [B M C] -> linear -> [B M D]
-    last -> LN -> v [B P C]  -------------------------+
-
-As released, keys hold positions without image content: attention weights are the same for every image, and are computed
-once for a batch. Each query attends by itself, so m tokens are the first m of all.
-"""
+the first m are shown. What it computes: modules/mqt.py."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-import numpy as np
-from einops import rearrange
-from jaxtyping import Array, Float, Int
-
-from vlm_jax.compressors import windows
-from vlm_jax.compressors.visual import Visual
-from vlm_jax.layers import LayerNorm, Linear, resize_matrix, sincos_positions, weight
-from vlm_jax.settings.model import CompressorConfig
+from vlm_jax.compressors.windowed import check_heads
+from vlm_jax.settings.checks import ConfigError, check_choice, check_positive
+from vlm_jax.settings.model import CompressorConfig, LMConfig, Reference, ViTConfig
 
 
-class MQT(nn.Module):
-    """Takes the projector's place: its tokens are as wide as the decoder.
+@dataclasses.dataclass(frozen=True)
+class MQTConfig(CompressorConfig):
+    name: str = dataclasses.field(default="mqt", init=False)
+    # pyrefly: ignore[bad-override]
+    num_heads: int = 8  # together as wide as the encoder; the paper's: 16
+    norm_eps: float = 1e-6
+    visual_tokens: int = 0  # shown at inference; 0 = all queries
+    train_tokens: tuple[int, ...] = ()  # the numbers trained for; () = the paper's
+    query_grid: int = 16  # queries along one side
+    key_source: str = "positions"  # positions | image (positions added)
 
-    Differs from the release: heads, query grid and patch grid are free (there 16, 16 and 24), and a number of tokens
-    outside 1 .. queries is refused. Sows the attention weights [1 or B, N, M, P] as intermediates/weights.
-    """
+    flax_module = "vlm_jax.compressors.modules.mqt.MQT"
+    place = "instead"
+    elastic = True
+    draws = True
+    sizable = True
+    drawn = "queries"
+    # It has no projector, and its position table is computed.
+    reference = Reference(
+        tensors=(
+            ("attention", "attn", ""),
+            ("norm", "ln_q", "q_norm"),
+            ("norm", "ln_k", "k_norm"),
+            ("norm", "ln_v", "v_norm"),
+            ("array", "query", "query"),
+            ("array", "proj", "project/kernel"),
+        ),
+        projector=(),
+        module="query_abstractor",
+        mark="ln_q.weight",
+    )
 
-    config: CompressorConfig
-    grid: int
-    text_width: int
+    def __post_init__(self):
+        super().__post_init__()
+        check_choice("compressor", "key_source", self.key_source, ("positions", "image"))
+        check_positive("compressor", num_heads=self.num_heads, query_grid=self.query_grid)
 
-    @nn.compact
-    def __call__(
-        self,
-        last: Float[Array, "B P C"],
-        taps: Float[Array, "B P Z"],
-        query: None = None,
-        scores: None = None,
-    ) -> Visual:
-        cfg, width, count = self.config, last.shape[-1], num_tokens(self.config, self.grid)
+    def check(self, vit: ViTConfig, lm: LMConfig) -> None:
+        check_heads(self.name, vit.width, self.num_heads)
+        self.check_counts()
+        super().check(vit, lm)
 
-        def normed(name: str, x: Array) -> Array:
-            x = LayerNorm(cfg.norm_eps, cfg.dtype, name=f"{name}_norm")(x)
-            return windows.head_map(width, cfg.num_heads, cfg.dtype, name)(x)
+    def check_counts(self) -> None:
+        """Raises ConfigError for a number of visual tokens that it cannot give."""
+        counts, side = (self.visual_tokens, *self.train_tokens), self.query_grid
+        if not all(0 <= count <= side**2 for count in counts):
+            raise ConfigError(
+                f"mqt: {side} x {side} queries give 1 to {side**2} visual tokens, not {max(counts)}."
+            )
 
-        shape = (cfg.query_grid**2, width)
-        learned = weight(self, "query", nn.initializers.normal(0.02), shape, (None, "vision"))
-        positions = query_positions(cfg.query_grid, width)
-        places = resized(positions, cfg.query_grid, self.grid)[None]
-        q = normed("q", learned[:count] + positions[:count])
-        k = normed("k", KEYS[cfg.key_source](places, last))
-        v = normed("v", last)
-        scores_ = jnp.einsum("mnh,bpnh->bnmp", q, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores_ / math.sqrt(q.shape[-1]), axis=-1)
-        self.sow("intermediates", "weights", weights)
-        weights = jnp.broadcast_to(weights, (len(v), *weights.shape[1:])).astype(v.dtype)
-        mixed = jnp.einsum("bnmp,bpnh->bmnh", weights, v)
-        init = nn.initializers.normal(0.02)  # the reference truncates at 100 standard deviations
-        out = Linear(
-            (width,), (None, None, "vision"), in_axes=2, kernel_init=init, bias_init=nn.initializers.zeros,
-            dtype=cfg.dtype, name="out",
-        )(mixed)  # fmt: skip
-        init = nn.initializers.normal(self.text_width**-0.5)
-        project = Linear(
-            (self.text_width,), ("vision", "embed"), use_bias=False, kernel_init=init, dtype=cfg.dtype, name="project",
-        )  # fmt: skip
-        return Visual(project(out))
+    def num_tokens(self, grid: int) -> int:
+        return self.visual_tokens or self.query_grid**2
 
+    def num_places(self, grid: int) -> int:
+        """One per query, shown or not."""
+        return self.query_grid**2
 
-KEYS = {
-    "positions": lambda places, last: places,
-    # Differs from MQT-LLaVA@main: the resampler that it descends from looks at the image too.
-    "image": lambda places, last: places + last.astype(jnp.float32),
-}
+    def with_tokens(self, grid: int, visual_tokens: int) -> MQTConfig:
+        sized = dataclasses.replace(self, visual_tokens=visual_tokens)
+        sized.check_counts()
+        return sized
 
+    def counts(self, grid: int) -> tuple[int, ...]:
+        """Each step draws one of them; the paper's second stage draws from 2, 4, .. 256 (its first: all, always)."""
+        return self.train_tokens or tuple(range(2, self.query_grid**2 + 1, 2))
 
-def query_positions(side: int, width: int) -> np.ndarray:
-    """Sine positions [side * side, width] as the reference stores them: rounded to float16."""
-    return sincos_positions(side, width).astype(np.float16).astype(np.float32)
+    def num_params(self, width: int, text_width: int) -> int:
+        norms, maps = 6 * width, 4 * (width**2 + width)
+        return self.query_grid**2 * width + norms + maps + width * text_width
 
+    def flops(self, grid: int, width: int, text_width: int) -> int:
+        """With the projection to the decoder's width."""
+        patches, tokens = grid**2, self.num_tokens(grid)
+        mixed = 2 * patches * width**2 + 2 * tokens * patches * width
+        projected = 2 * tokens * (width**2 + width * text_width)
+        return mixed + projected + self.weights_flops(grid, width)
 
-def resized(positions: np.ndarray, side: int, grid: int) -> Float[Array, "P C"]:
-    """Positions of side x side places at grid x grid ones, bicubic."""
-    matrix = resize_matrix(grid, side)
-    square = rearrange(positions, "(y x) c -> y x c", y=side)
-    placed = jnp.einsum("Yy,Xx,yxc->YXc", matrix, matrix, square, precision="highest")
-    return rearrange(placed, "y x c -> (y x) c")
+    def weights_flops(self, grid: int, width: int) -> int:
+        """The part of `flops` up to the attention weights, spent once per batch when keys hold positions alone."""
+        patches, tokens = grid**2, self.num_tokens(grid)
+        return 2 * (tokens + patches) * width**2 + 2 * tokens * patches * width
 
+    def reference_fields(self, patches: int, text_width: int) -> dict[str, Any]:
+        return {
+            "query_abstractor_type": "matry_query",
+            "num_visual_tokens": self.visual_tokens or self.query_grid**2,
+        }
 
-def num_tokens(config: CompressorConfig, grid: int) -> int:
-    return config.visual_tokens or config.query_grid**2
-
-
-def num_places(config: CompressorConfig, grid: int) -> int:
-    """One per query, shown or not."""
-    return config.query_grid**2
-
-
-def show(tokens: Float[Array, "B M D"], count: Int[Array, ""]) -> Visual:
-    """The first `count` tokens."""
-    return Visual(tokens, jnp.broadcast_to(jnp.arange(tokens.shape[1]) < count, tokens.shape[:2]))
-
-
-def train_tokens(config: CompressorConfig, grid: int) -> tuple[int, ...]:
-    """Each step draws one of them; the paper's second stage draws from 2, 4, .. 256 (its first: all, always)."""
-    return config.train_tokens or tuple(range(2, config.query_grid**2 + 1, 2))
-
-
-def flops(config: CompressorConfig, grid: int, width: int, text_width: int) -> int:
-    """Per image, with the projection to the decoder's width."""
-    patches, tokens = grid**2, num_tokens(config, grid)
-    mixed = 2 * patches * width**2 + 2 * tokens * patches * width
-    projected = 2 * tokens * (width**2 + width * text_width)
-    return mixed + projected + weights_flops(config, grid, width)
-
-
-def weights_flops(config: CompressorConfig, grid: int, width: int) -> int:
-    """The part of `flops` up to the attention weights, spent once per batch when keys hold positions alone."""
-    patches, tokens = grid**2, num_tokens(config, grid)
-    return 2 * (tokens + patches) * width**2 + 2 * tokens * patches * width
+    @classmethod
+    def from_reference(
+        cls, raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str
+    ) -> MQTConfig:
+        """The heads' width of 64 is fixed in the release."""
+        queries, width = shapes["query"]
+        return cls(num_heads=max(width // 64, 1), query_grid=math.isqrt(queries))

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import flax.linen as nn
-from jaxtyping import Array, Float
+import dataclasses
 
-from vlm_jax.compressors import windows
-from vlm_jax.compressors.visual import Visual
-from vlm_jax.settings.model import CompressorConfig
+from vlm_jax.compressors.windowed import WindowedConfig
+from vlm_jax.settings.model import Reference
 
 
-class Pool(nn.Module):
-    config: CompressorConfig
-    grid: int
+@dataclasses.dataclass(frozen=True)
+class PoolConfig(WindowedConfig):
+    """Its FLOPs are additions alone, counted as 0."""
 
-    def __call__(
-        self,
-        last: Float[Array, "B P C"],
-        taps: Float[Array, "B P Z"],
-        query: None = None,
-        scores: None = None,
-    ) -> Visual:
-        return Visual(mean(last, self.grid, self.config.stride))
+    name: str = dataclasses.field(default="pool", init=False)
 
-
-def mean(x: Float[Array, "B P C"], grid: int, stride: int) -> Float[Array, "B M C"]:
-    """The mean of each window; jax adds half-precision numbers up in float32."""
-    return windows.split(x, grid, stride).mean(axis=(2, 3))
-
-
-def flops(config: CompressorConfig, grid: int, width: int, text_width: int) -> int:
-    """Additions alone."""
-    return 0
+    flax_module = "vlm_jax.compressors.modules.pool.Pool"
+    reference = Reference()

@@ -1,260 +1,114 @@
 """PruMerge and PruMerge+ (Shang et al. 2024, arXiv 2403.15388; 42Shawn/LLaVA-PruMerge): keep the patches that the class
-token looks at, and merge into each the patches that look like it.
-
-    query, keys -> softmax -> a [B P] -> kept patches, the rest
-    keys        -> cosine  -> the `neighbours` patches nearest to each kept one
-    token of a kept patch = its feature + sum of a_j x neighbour j;   one more token = sum of a_j x feature j over the rest
-
-PruMerge+ also keeps every so-many-th patch, whatever its score. There are no parameters: every token is a weighted sum of
-patches, and those weights are the whole result. `prune_ratio` says how many patches the score keeps:
-
-    adaptive  those whose score is an outlier among the image's own (above the third quartile + 1.5 interquartile ranges)
-    batch     the mean number of outliers of the batch's images, for each of them
-    fixed     fixed_ratio of the patches, the same number for every image
-
-Differs from 42Shawn/LLaVA-PruMerge: "batch" is its adaptive mode, whose result for an image depends on the others; ours
-never keeps nothing (there, an image without outliers leaves one token, and PruMerge+ divides by zero); the last patch may
-be sampled (there, never: sample_last=False); the grid is free (there 24); without a class token the mean query of all
-patches asks, because SigLIP has none (there CLIP alone).
-"""
+token looks at, and merge into each the patches that look like it. What it computes: modules/prumerge.py."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
-
-from vlm_jax.compressors.visual import Visual
-from vlm_jax.layers import Scores
-from vlm_jax.settings.model import CompressorConfig, ConfigError
+from vlm_jax.settings.checks import ConfigError, check_choice, check_positive
+from vlm_jax.settings.model import CompressorConfig, LMConfig, Reference, ViTConfig
 
 
-class Chosen(NamedTuple):
-    """What is kept of each image, in R slots, of which the first ones are filled. Beside examples for 6 patches, R = 4."""
+@dataclasses.dataclass(frozen=True)
+class PruMergeConfig(CompressorConfig):
+    name: str = dataclasses.field(default="prumerge", init=False)
+    prune_ratio: str = "adaptive"  # adaptive | batch | fixed (see modules/prumerge.py)
+    fixed_ratio: float = 0.125  # of the patches, kept by "fixed"
+    max_kept: int = 0  # patches kept at most by the other two; 0 = no limit
+    neighbours: int = 32  # patches merged into each kept one
 
-    kept: Int[Array, "B R"]  # 4 1 0 3    patches, in the order of the tokens
-    valid: Bool[Array, "B R"]  # 1 1 1 0    the last slot is empty
-    rest: Bool[Array, "B P"]  # 0 0 1 1 0 1
+    flax_module = "vlm_jax.compressors.modules.prumerge.PruMerge"
+    uses_scores = True
+    drawn = "merged"
+    reference = Reference()
+    samples: ClassVar[bool] = False  # keeps every so-many-th patch too
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choice("compressor", "prune_ratio", self.prune_ratio, ("adaptive", "batch", "fixed"))
+        check_positive("compressor", neighbours=self.neighbours)
+        if not 0 < self.fixed_ratio <= 1:
+            raise ConfigError(
+                f"compressor: fixed_ratio must lie in (0, 1], got {self.fixed_ratio}."
+            )
+        if self.max_kept < 0:
+            raise ConfigError(
+                f"compressor: max_kept must be 0 (no limit) or more, got {self.max_kept}."
+            )
+
+    def check(self, vit: ViTConfig, lm: LMConfig) -> None:
+        if self.neighbours >= vit.num_patches:
+            raise ConfigError(
+                f"{self.name}: neighbours {self.neighbours} must be fewer than the {vit.num_patches} patches."
+            )
+        super().check(vit, lm)
+
+    def end_of_samples(self, patches: int) -> int:
+        """One more than the last patch that may be sampled."""
+        return patches
+
+    def fixed_samples(self, patches: int) -> range:
+        """The patches that "fixed" samples."""
+        step = math.floor(1 / self.fixed_ratio)
+        return range(step // 2, self.end_of_samples(patches), step) if self.samples else range(0)
+
+    def adaptive_needs(self, patches: int) -> list[int]:
+        """Slots that surely hold what is kept of an image with 1, 2, ... P / 4 outliers (there are never more)."""
+        counts = range(1, max(patches // 4, 1) + 1)
+        if not self.samples:
+            return list(counts)
+        end = self.end_of_samples(patches)
+        return [min(n + len(range(0, end, patches // n // 3)), patches) for n in counts]
+
+    def num_kept(self, grid: int) -> int:
+        """Slots for the kept patches of one image. Raises ConfigError when nothing or more than everything would be kept."""
+        patches = grid**2
+        if self.prune_ratio == "fixed":
+            top = math.floor(patches * self.fixed_ratio)
+            kept = top + len(self.fixed_samples(patches))
+            if not 1 <= top <= kept <= patches:
+                raise ConfigError(
+                    f"{self.name}: fixed_ratio {self.fixed_ratio} keeps {kept} of {patches} patches, {top} by score; "
+                    f"use one between {1 / patches:.3g} and {0.5 if self.samples else 1}."
+                )
+            return kept
+        needed = self.adaptive_needs(patches)
+        if self.max_kept and self.max_kept < needed[0]:
+            raise ConfigError(
+                f"{self.name}: max_kept {self.max_kept} holds no image of {patches} patches; use {needed[0]} or more."
+            )
+        return min(self.max_kept or patches, max(needed))
+
+    def num_tokens(self, grid: int) -> int:
+        """The kept patches and the extra token."""
+        return self.num_kept(grid) + 1
+
+    def num_places(self, grid: int) -> int:
+        """The patches, and one for the extra token."""
+        return grid**2 + 1
+
+    def flops(self, grid: int, width: int, text_width: int) -> int:
+        """With every slot filled. The encoder's part included: keys of the patches and of a class token, and the one query.
+
+        The release forms all queries and the whole attention matrix, 2 P width (P + width) more.
+        """
+        patches, tokens = grid**2, self.num_tokens(grid)
+        encoder = 2 * (patches + 1) * width**2 + 2 * width**2
+        attention = 2 * (patches + 1) * width
+        similarity = 2 * (tokens - 1) * patches * width
+        return encoder + attention + similarity + 2 * tokens * patches * width
 
 
-class PruMerge(nn.Module):
-    """Sows the weights [B M P] of the patches in each token as intermediates/weights (nothing is kept unless asked for)."""
+@dataclasses.dataclass(frozen=True)
+class PruMergePlusConfig(PruMergeConfig):
+    """PruMerge+ also keeps every so-many-th patch, whatever its score."""
 
-    config: CompressorConfig
-    grid: int
-    samples: ClassVar[bool] = False
+    name: str = dataclasses.field(default="prumerge_plus", init=False)
+    sample_last: bool = True  # may the last patch be sampled
 
-    def __call__(
-        self,
-        last: Float[Array, "B P C"],
-        taps: Float[Array, "B P Z"],
-        query: None,
-        scores: Scores,
-    ) -> Visual:
-        """The question and the tapped states are not looked at. valid is None where the number of tokens is fixed."""
-        cfg = self.config
-        a = attention(scores)
-        chosen = choose(a, cfg, self.grid, self.samples)
-        weights = token_weights(scores.keys, a, chosen, cfg.neighbours)
-        self.sow("intermediates", "weights", weights)
-        self.sow("intermediates", "chosen", chosen)
-        tokens = jnp.einsum(
-            "bmp,bpc->bmc",
-            weights.astype(cfg.dtype),
-            last.astype(cfg.dtype),
-            preferred_element_type=jnp.float32,
-        ).astype(cfg.dtype)
-        places = jnp.pad(chosen.kept, ((0, 0), (0, 1)), constant_values=self.grid**2)
-        if cfg.prune_ratio == "fixed":
-            return Visual(tokens, places=places)
-        valid = jnp.pad(chosen.valid, ((0, 0), (0, 1)), constant_values=True)
-        return Visual(tokens, valid, places)
-
-
-class PruMergePlus(PruMerge):
     samples: ClassVar[bool] = True
 
-
-# --- scores -----------------------------------------------------------------------------------------------------------
-
-
-def attention(scores: Scores) -> Float[Array, "B P"]:
-    """How much the class token looks at each patch: one head of the whole width, in float32.
-
-    Only its row of the attention matrix is computed. It looks at itself too, so that the patches share less than 1.
-    """
-    query, keys, class_key = scores
-    if class_key is not None:
-        keys = jnp.concatenate([class_key[:, None], keys], axis=1)
-    logits = jnp.einsum("bc,bpc->bp", query, keys, preferred_element_type=jnp.float32)
-    a = jax.nn.softmax(logits / math.sqrt(query.shape[-1]), axis=-1)
-    return a if class_key is None else a[:, 1:]
-
-
-def outliers(a: Float[Array, "*B P"]) -> Int[Array, "*B"]:
-    """How many values of the last axis lie above its third quartile + 1.5 interquartile ranges: a quarter at most."""
-    q1, q3 = jnp.quantile(a, jnp.array([0.25, 0.75]), axis=-1, keepdims=True)
-    return (a > q3 + 1.5 * (q3 - q1)).sum(axis=-1)
-
-
-# --- which patches are kept -------------------------------------------------------------------------------------------
-
-
-def choose(a: Float[Array, "B P"], cfg: CompressorConfig, grid: int, samples: bool) -> Chosen:
-    """a: scores. samples: as in PruMerge+."""
-    if cfg.prune_ratio == "fixed":
-        return _choose_fixed(a, cfg, samples)
-    if cfg.prune_ratio == "batch":
-        count = jnp.broadcast_to(outliers(a.reshape(-1)) // len(a), len(a))
-    else:
-        count = outliers(a)
-    return _choose_adaptive(a, count, cfg, grid, samples)
-
-
-def _choose_fixed(a: Float[Array, "B P"], cfg: CompressorConfig, samples: bool) -> Chosen:
-    """A patch that is sampled and scores high stands in `kept` twice; for each such repeat the first patch of the rest is
-    left out, so that both together always count P (as in the release)."""
-    patches = a.shape[1]
-    kept = jax.lax.top_k(a, math.floor(patches * cfg.fixed_ratio))[1]
-    if samples:
-        sampled = jnp.array(_fixed_samples(cfg, patches), kept.dtype)
-        kept = jnp.concatenate([kept, jnp.broadcast_to(sampled, (len(a), len(sampled)))], axis=1)
-    missing = (kept[:, :, None] != jnp.arange(patches)).all(axis=1)
-    surplus = missing.sum(axis=1, keepdims=True) - (patches - kept.shape[1])
-    rest = missing & (jnp.cumsum(missing, axis=1) > surplus)
-    return Chosen(kept, jnp.ones(kept.shape, bool), rest)
-
-
-def _choose_adaptive(
-    a: Float[Array, "B P"], count: Int[Array, "B"], cfg: CompressorConfig, grid: int, samples: bool
-) -> Chosen:
-    """count: outliers of each image. An image that would need more than the slots there are keeps fewer of them, and
-    PruMerge+ samples as sparsely as if it had only those."""
-    patches, slots = a.shape[1], num_kept(cfg, grid, samples)
-    needed = _adaptive_needs(cfg, patches, samples)
-    fitting = [n for n in range(1, len(needed) + 1) if needed[n - 1] <= slots]
-    largest = [max(n for n in fitting if n <= max(count, 1)) for count in range(len(needed) + 1)]
-    n = jnp.array(largest)[count][:, None]
-    place = jnp.arange(patches)
-    rank = jnp.argsort(jnp.argsort(-a, axis=1), axis=1)
-    top = rank < n
-    sampled = jnp.zeros_like(top)
-    if samples:
-        sampled = (place % (patches // n // 3) == 0) & (place < patches - (not cfg.sample_last))
-    # The order of the tokens: the top by falling score, the samples from top left to bottom right; then what is not kept.
-    later = place + jnp.where(sampled, patches, 2 * patches)
-    order = jnp.argsort(jnp.where(top, rank, later), axis=1)
-    kept = top | sampled
-    valid = jnp.arange(slots) < kept.sum(axis=1, keepdims=True)
-    return Chosen(order[:, :slots], valid, ~kept)
-
-
-# --- what is merged ---------------------------------------------------------------------------------------------------
-
-
-def token_weights(
-    keys: Float[Array, "B P C"], a: Float[Array, "B P"], chosen: Chosen, neighbours: int
-) -> Float[Array, "B M P"]:
-    """Each token as weights of the patches: 1 for its own and a_j for the neighbours; the last one, a_j for the rest.
-
-    Neighbours are looked for among the other kept patches and the rest, by cosine of the keys. Those in empty slots of
-    `chosen` are not among them, and the weights of an empty slot mean nothing.
-    """
-    kept, valid, rest = chosen
-    batch, slots = kept.shape
-    patches = a.shape[1]
-    keys = keys.astype(jnp.float32)
-    unit = keys / jnp.maximum(jnp.linalg.norm(keys, axis=-1, keepdims=True), 1e-12)
-    centres = jnp.take_along_axis(unit, kept[:, :, None], axis=1)
-    to_patches = jnp.einsum("brc,bpc->brp", centres, unit)
-    to_kept = jnp.take_along_axis(to_patches, kept[:, None, :], axis=2)
-    # The pool: the kept patches, slot by slot and without the slot itself, then all patches, of which the rest count.
-    cosine = jnp.concatenate([to_kept, to_patches], axis=2)
-    member = jnp.concatenate([valid, rest], axis=1)[:, None] & ~jnp.eye(
-        slots, slots + patches, dtype=bool
-    )
-    place = jnp.concatenate([kept, jnp.broadcast_to(jnp.arange(patches), a.shape)], axis=1)
-    near = jax.lax.top_k(jnp.where(member, cosine, -jnp.inf), neighbours)[1]
-    near = jnp.take_along_axis(place[:, None], near, axis=2)  # [B R neighbours], patches
-    image, row = jnp.ogrid[:batch, :slots]
-    gains = jnp.take_along_axis(a[:, None], near, axis=2)
-    own = jnp.zeros((batch, slots, patches)).at[image, row, kept].set(1.0)
-    merged = own.at[image[..., None], row[..., None], near].add(gains)
-    return jnp.concatenate([merged, jnp.where(rest, a, 0.0)[:, None]], axis=1)
-
-
-# --- counts -----------------------------------------------------------------------------------------------------------
-
-
-def _fixed_samples(cfg: CompressorConfig, patches: int) -> range:
-    step = math.floor(1 / cfg.fixed_ratio)
-    return range(step // 2, patches - (not cfg.sample_last), step)
-
-
-def _adaptive_needs(cfg: CompressorConfig, patches: int, samples: bool) -> list[int]:
-    """Slots that surely hold what is kept of an image with 1, 2, ... P / 4 outliers (there are never more)."""
-    counts = range(1, max(patches // 4, 1) + 1)
-    if not samples:
-        return list(counts)
-    end = patches - (not cfg.sample_last)
-    return [min(n + len(range(0, end, patches // n // 3)), patches) for n in counts]
-
-
-def num_kept(cfg: CompressorConfig, grid: int, samples: bool) -> int:
-    """Slots for the kept patches of one image. Raises ConfigError when nothing or more than everything would be kept."""
-    patches = grid**2
-    if cfg.prune_ratio == "fixed":
-        top = math.floor(patches * cfg.fixed_ratio)
-        kept = top + (len(_fixed_samples(cfg, patches)) if samples else 0)
-        if not 1 <= top <= kept <= patches:
-            raise ConfigError(
-                f"{cfg.name}: fixed_ratio {cfg.fixed_ratio} keeps {kept} of {patches} patches, {top} by score; "
-                f"use one between {1 / patches:.3g} and {0.5 if samples else 1}."
-            )
-        return kept
-    needed = _adaptive_needs(cfg, patches, samples)
-    if cfg.max_kept and cfg.max_kept < needed[0]:
-        raise ConfigError(
-            f"{cfg.name}: max_kept {cfg.max_kept} holds no image of {patches} patches; use {needed[0]} or more."
-        )
-    return min(cfg.max_kept or patches, max(needed))
-
-
-def num_tokens(config: CompressorConfig, grid: int) -> int:
-    """The kept patches of PruMerge and the extra token."""
-    return num_kept(config, grid, PruMerge.samples) + 1
-
-
-def num_tokens_plus(config: CompressorConfig, grid: int) -> int:
-    """The kept patches of PruMerge+ and the extra token."""
-    return num_kept(config, grid, PruMergePlus.samples) + 1
-
-
-def num_places(config: CompressorConfig, grid: int) -> int:
-    """The patches, and one for the extra token."""
-    return grid**2 + 1
-
-
-def flops(config: CompressorConfig, grid: int, width: int, text_width: int) -> int:
-    """Per image, with every slot filled; see `_flops`."""
-    return _flops(grid**2, num_tokens(config, grid), width)
-
-
-def flops_plus(config: CompressorConfig, grid: int, width: int, text_width: int) -> int:
-    """Per image, with every slot filled; see `_flops`."""
-    return _flops(grid**2, num_tokens_plus(config, grid), width)
-
-
-def _flops(patches: int, tokens: int, width: int) -> int:
-    """The encoder's part included: keys of the patches and of a class token, and the one query.
-
-    The release forms all queries and the whole attention matrix, 2 P width (P + width) more.
-    """
-    encoder = 2 * (patches + 1) * width**2 + 2 * width**2
-    attention = 2 * (patches + 1) * width
-    similarity = 2 * (tokens - 1) * patches * width
-    return encoder + attention + similarity + 2 * tokens * patches * width
+    def end_of_samples(self, patches: int) -> int:
+        return patches - (not self.sample_last)

@@ -1,86 +1,79 @@
-"""QueCC: query-based convolutional cross-attention (Li et al. 2024, "Inference Optimal VLMs Need Fewer Visual Tokens and
-More Parameters", section 4; locuslab/llava-token-compression).
-
-The question's state is added to every patch, a depth-wise convolution down-samples the result to one query per window,
-and each query attends to its own window of multi-level features.
-
-    last + text -> MLP -> LN -> conv (kernel = stride) -> q [B M C]  --+
-    taps        -> MLP -> LN -> windows                -> k, v       --+-> attention -> [B M C]
-"""
+"""QueCC: query-based convolutional cross-attention (Li et al. 2024, "Inference Optimal VLMs Need Fewer VisualTokens Tokens and
+More Parameters", section 4; locuslab/llava-token-compression). What it computes: modules/quecc.py."""
 
 from __future__ import annotations
 
-import flax.linen as nn
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
-from vlm_jax.compressors import windows
-from vlm_jax.compressors.visual import Visual
-from vlm_jax.layers import LayerNorm, Linear, uniform_fan_in, weight
-from vlm_jax.settings.model import CompressorConfig
-
-
-class QueCC(nn.Module):
-    """Differs from the release: width of the taps, heads and grid are free (there 4096, 8 and 24), and kernel = stride
-    always, because with kernel != stride the convolution's windows and the keys' windows disagree.
-    """
-
-    config: CompressorConfig
-    grid: int
-
-    @nn.compact
-    def __call__(
-        self,
-        last: Float[Array, "B P C"],
-        taps: Float[Array, "B P Z"],
-        query: Float[Array, "B D"],
-        scores: None = None,
-    ) -> Visual:
-        """query: the decoder's final-norm state at the last token of the question."""
-        cfg, width = self.config, last.shape[-1]
-
-        def mlp(name: str) -> windows.NormedMLP:
-            return windows.NormedMLP(width, cfg.norm_eps, cfg.dtype, name=name)
-
-        text = Linear((width,), ("embed", "vision"), dtype=cfg.dtype, name="text")(query)
-        text = LayerNorm(cfg.norm_eps, cfg.dtype, name="text_norm")(text)
-        asked = mlp("query_mlp")(last.astype(cfg.dtype) + text[:, None])
-        q = DepthwiseConv(cfg.stride, cfg.dtype, name="downsample")(
-            windows.split(asked, self.grid, cfg.stride)
-        )
-        k = windows.split(mlp("key_mlp")(taps), self.grid, cfg.stride)
-        v = windows.split(mlp("value_mlp")(taps), self.grid, cfg.stride)
-        attention = windows.WindowAttention(cfg.num_heads, cfg.dtype, name="attention")
-        return Visual(attention(q, k, v))
+from vlm_jax.compressors.windowed import AttendingConfig, mlp_flops, mlp_params, stored_mlp
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import LMConfig, Reference, ViTConfig
 
 
-class DepthwiseConv(nn.Module):
-    """Convolution per channel whose kernel equals its stride: each window is summed with one weight per patch."""
+@dataclasses.dataclass(frozen=True)
+class QueCCConfig(AttendingConfig):
+    name: str = dataclasses.field(default="quecc", init=False)
+    # pyrefly: ignore[bad-override]
+    query_layers: int = -1  # decoder layers that read the question; -1 = all, 0 = embeddings
 
-    stride: int
-    dtype: str
+    flax_module = "vlm_jax.compressors.modules.quecc.QueCC"
+    uses_query = True
+    # Index 0 of the release's sequence; its projector is at 1 and 3.
+    reference = Reference(
+        tensors=(
+            ("linear", "0.text_projection.0", "text"),
+            ("norm", "0.text_projection.1", "text_norm"),
+            *stored_mlp("0.q_proj", "0.q_proj.3", "query_mlp"),
+            *stored_mlp("0.k_proj", "0.k_proj.3", "key_mlp"),
+            *stored_mlp("0.v_proj", "0.v_proj.3", "value_mlp"),
+            ("array", "0.q_downsample.weight", "downsample/filter", "c 1 y x -> y x c"),
+            ("array", "0.q_downsample.bias", "downsample/bias"),
+            ("attention", "0.clip_attn", "attention/"),
+        ),
+        projector=("1", "3"),
+        mark="0.q_downsample.weight",
+    )
 
-    @nn.compact
-    def __call__(self, x: Float[Array, "B M s s C"]) -> Float[Array, "B M C"]:
-        side, width = self.stride, x.shape[-1]
-        init = uniform_fan_in(side**2)
-        kernel = weight(self, "filter", init, (side, side, width), (None, None, "vision"))
-        bias = weight(self, "bias", init, (width,), ("vision",))
-        y = jnp.einsum(
-            "bmyxc,yxc->bmc", x, kernel.astype(self.dtype), preferred_element_type=jnp.float32
-        )
-        return (y + bias).astype(self.dtype)
+    def check(self, vit: ViTConfig, lm: LMConfig) -> None:
+        super().check(vit, lm)
+        if not -1 <= self.query_layers <= lm.num_layers:
+            raise ConfigError(
+                f"{self.name}: query_layers {self.query_layers} must lie in [-1, {lm.num_layers}]."
+            )
 
+    def num_params(self, width: int, text_width: int) -> int:
+        text = text_width * width + 3 * width
+        downsample = self.stride**2 * width + width
+        return text + mlp_params(width, width) + downsample + self.attention_params(width)
 
-def flops(config: CompressorConfig, grid: int, width: int, text_width: int) -> int:
-    """Per image; the language model's pass over the question is counted elsewhere."""
-    patches, tokens = grid**2, windows.num_tokens(config, grid)
-    text = 2 * text_width * width
-    query = windows.mlp_flops(patches, width, width) + 2 * tokens * config.stride**2 * width
-    keys_values = 2 * windows.mlp_flops(patches, windows.taps_width(config, width), width)
-    return text + query + keys_values + windows.attention_flops(tokens, patches, width)
+    def flops(self, grid: int, width: int, text_width: int) -> int:
+        patches, tokens = grid**2, self.num_tokens(grid)
+        text = 2 * text_width * width
+        query = mlp_flops(patches, width, width) + 2 * tokens * self.stride**2 * width
+        return text + query + self.attention_flops(grid, width)
 
+    def entry_flops(self, grid: int, width: int, text_width: int) -> int:
+        """The maps of the question's state and of the taps (the features' own path carries the question's gradient)."""
+        return 2 * text_width * width + 4 * grid**2 * self.taps_width(width) * width
 
-def entry_flops(config: CompressorConfig, grid: int, width: int, text_width: int) -> int:
-    """The maps of the question's state and of the taps (the features' own path carries the question's gradient)."""
-    return 2 * text_width * width + 4 * grid**2 * windows.taps_width(config, width) * width
+    def reference_fields(self, patches: int, text_width: int) -> dict[str, Any]:
+        return {
+            "mm_vision_token_compression_type": "quecc", "mm_vision_output_token_count": patches,
+            "mm_vision_output_text_embedding_size": text_width, "mm_vision_token_compression_kernel_size": self.stride,
+            "mm_vision_token_compression_stride": self.stride,
+        }  # fmt: skip
+
+    @classmethod
+    def from_reference(
+        cls, raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str
+    ) -> QueCCConfig:
+        """Taps and heads are fixed in the release."""
+        kernel = shapes["0.q_downsample.weight"][-1]
+        stride = raw.get("mm_vision_token_compression_stride") or kernel
+        if kernel != stride:
+            raise ConfigError(
+                f"{where}: quecc: kernel {kernel} differs from stride {stride}; only kernel = stride is computed here."
+            )
+        return cls(stride=stride, num_heads=8, taps=(12, 16, 22, 23))

@@ -1,83 +1,53 @@
 """TokenPacker (Li et al. 2024, arXiv 2407.02392; CircleRadon/TokenPacker): coarse queries collect their window's detail.
-
-last -> bilinear down-sampling -> linear -> LN -> q [B M C]  --+
-taps -> MLP -> LN -> windows                   -> k, v       --+-> attention -> [B M C]
-"""
+What it computes: modules/tokenpacker.py."""
 
 from __future__ import annotations
 
-import flax.linen as nn
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
-from vlm_jax.compressors import windows
-from vlm_jax.compressors.visual import Visual
-from vlm_jax.layers import LayerNorm, Linear
-from vlm_jax.settings.model import CompressorConfig
-
-# The reference truncates at +-2, which is 100 standard deviations: a plain normal.
-KERNEL_INIT = nn.initializers.normal(0.02)
+from vlm_jax.compressors.windowed import AttendingConfig, stored_mlp
+from vlm_jax.settings.model import Reference
 
 
-class TokenPacker(nn.Module):
-    """Differs from the release: width of the taps, heads and grid are free (there 4096, 8 and 24), and the projector that
-    follows keeps its own initialisation (there also normal, 0.02).
-    """
+@dataclasses.dataclass(frozen=True)
+class TokenPackerConfig(AttendingConfig):
+    name: str = dataclasses.field(default="tokenpacker", init=False)
 
-    config: CompressorConfig
-    grid: int
+    flax_module = "vlm_jax.compressors.modules.tokenpacker.TokenPacker"
+    reference = Reference(
+        tensors=(
+            ("bare", "q_proj_1", "query"),
+            ("norm", "ln_q_1", "query_norm"),
+            *stored_mlp("k_proj_1", "ln_k_1", "key_mlp"),
+            *stored_mlp("v_proj_1", "ln_v_1", "value_mlp"),
+            ("attention", "clip_attn", "attention/"),
+        ),
+        projector=("mlp.0", "mlp.2"),
+        mark="q_proj_1.weight",
+    )
 
-    @nn.compact
-    def __call__(
-        self,
-        last: Float[Array, "B P C"],
-        taps: Float[Array, "B P Z"],
-        query: None = None,
-        scores: None = None,
-    ) -> Visual:
-        """The question is not looked at."""
-        cfg, width = self.config, last.shape[-1]
+    def num_params(self, width: int, text_width: int) -> int:
+        return width**2 + 2 * width + self.attention_params(width)
 
-        def mlp(name: str) -> windows.NormedMLP:
-            return windows.NormedMLP(
-                width, cfg.norm_eps, cfg.dtype, KERNEL_INIT, nn.initializers.zeros, name=name
-            )
+    def flops(self, grid: int, width: int, text_width: int) -> int:
+        tokens = self.num_tokens(grid)
+        return 8 * tokens * width + 2 * tokens * width**2 + self.attention_flops(grid, width)
 
-        coarse = bilinear(windows.split(last, self.grid, cfg.stride)).astype(cfg.dtype)
-        q = Linear(
-            (width,), ("vision", None), use_bias=False, kernel_init=KERNEL_INIT, dtype=cfg.dtype, name="query",
-        )(coarse)  # fmt: skip
-        q = LayerNorm(cfg.norm_eps, cfg.dtype, name="query_norm")(q)
-        k = windows.split(mlp("key_mlp")(taps), self.grid, cfg.stride)
-        v = windows.split(mlp("value_mlp")(taps), self.grid, cfg.stride)
-        attention = windows.WindowAttention(cfg.num_heads, cfg.dtype, KERNEL_INIT, name="attention")
-        return Visual(attention(q, k, v))
+    def entry_flops(self, grid: int, width: int, text_width: int) -> int:
+        """The map of the down-sampled feature and those of the taps."""
+        query = 2 * self.num_tokens(grid) * width**2
+        return query + 4 * grid**2 * self.taps_width(width) * width
 
+    def reference_fields(self, patches: int, text_width: int) -> dict[str, Any]:
+        return {"scale_factor": self.stride}
 
-def bilinear(x: Float[Array, "B M s s C"]) -> Float[Array, "B M C"]:
-    """Bilinear down-sampling without anti-aliasing, half-pixel centres, in float32: it reads only the middle of a window.
-
-    An odd stride takes the centre patch, an even one the mean of the central 2x2 (so it is a window's mean for 2 only):
-
-        . . .        . . . .
-        . 1 .        . ¼ ¼ .
-        . . .        . ¼ ¼ .
-                     . . . .
-    """
-    stride = x.shape[-2]
-    middle = slice((stride - 1) // 2, stride // 2 + 1)
-    return x[:, :, middle, middle].astype(jnp.float32).mean(axis=(2, 3))
-
-
-def flops(config: CompressorConfig, grid: int, width: int, text_width: int) -> int:
-    """Per image."""
-    patches, tokens = grid**2, windows.num_tokens(config, grid)
-    query = 8 * tokens * width + 2 * tokens * width**2
-    keys_values = 2 * windows.mlp_flops(patches, windows.taps_width(config, width), width)
-    return query + keys_values + windows.attention_flops(tokens, patches, width)
-
-
-def entry_flops(config: CompressorConfig, grid: int, width: int, text_width: int) -> int:
-    """The map of the down-sampled feature and those of the taps."""
-    query = 2 * windows.num_tokens(config, grid) * width**2
-    return query + 4 * grid**2 * windows.taps_width(config, width) * width
+    @classmethod
+    def from_reference(
+        cls, raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str
+    ) -> TokenPackerConfig:
+        """Taps, the heads' width of 128 and, unless config.json has another, the stride 2 are fixed in the release."""
+        heads = max(shapes["q_proj_1.weight"][0] // 128, 1)
+        stride = raw.get("scale_factor") or 2
+        return cls(stride=stride, num_heads=heads, taps=(12, 16, 22, 23))

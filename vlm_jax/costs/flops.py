@@ -13,7 +13,8 @@ import dataclasses
 from collections.abc import Collection
 
 from vlm_jax import compressors
-from vlm_jax.settings.model import ConfigError, LMConfig, ViTConfig, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import LMConfig, ViTConfig, VLMConfig
 from vlm_jax.settings.run import Experiment
 
 QUERIES = 128  # models.attention cuts queries into blocks of at least so many,
@@ -110,10 +111,10 @@ def decoder_flops(lm: LMConfig, tokens: int, keys: int, logits: int) -> int:
 
 def _projector_maps(config: VLMConfig) -> list[int]:
     """FLOPs of each of the projector's maps on one image, the first one first."""
-    compressor = compressors.get(config.compressor.name)
+    compressor = config.compressor
     if compressor.place == "instead":
         return []
-    tokens = compressor.num_tokens(config.compressor, config.vit.grid)
+    tokens = compressor.num_tokens(config.vit.grid)
     early = config.vit.num_patches if compressor.place == "inside" else tokens
     rows = [early] * (config.projector_layers - 1) + [tokens]
     ins = [config.vit.width] + [config.lm.width] * (config.projector_layers - 1)
@@ -128,7 +129,7 @@ def projector_flops(config: VLMConfig, images: int) -> int:
 def query_flops(config: VLMConfig, tokens: int) -> int:
     """The decoder's layers over one question alone."""
     layers = config.compressor.query_layers
-    if layers == 0 or not compressors.get(config.compressor.name).uses_query:
+    if layers == 0 or not config.compressor.uses_query:
         return 0
     read = config.lm if layers == -1 else dataclasses.replace(config.lm, num_layers=layers)
     return decoder_flops(read, tokens, tokens, logits=0)
@@ -159,15 +160,15 @@ def forward_flops(
     if output_tokens < 1:
         raise ConfigError(f"flops: output_tokens must be at least 1, got {output_tokens}.")
     vit, lm = config.vit, config.lm
-    compressor = compressors.get(config.compressor.name)
-    visual = images * compressor.num_tokens(config.compressor, vit.grid)
+    compressor = config.compressor
+    visual = images * compressor.num_tokens(vit.grid)
     length = text_tokens + visual
     query = text_tokens if query_tokens is None else query_tokens
     steps = range(length + 1, length + output_tokens)  # keys each decode step looks at
     return Flops(
         encoder=images * encoder_flops(vit),
         query=images * query_flops(config, query),
-        compressor=images * compressor.flops(config.compressor, vit.grid, vit.width, lm.width),
+        compressor=images * compressor.flops(vit.grid, vit.width, lm.width),
         projector=projector_flops(config, images),
         prefill=decoder_flops(lm, length - cached_text_tokens, length, logits=1),
         decode=sum(decoder_flops(lm, 1, keys, logits=1) for keys in steps),
@@ -269,8 +270,7 @@ def _encoder_step(vit: ViTConfig, learns: _Learning) -> int:
 
 def _compressor_step(config: VLMConfig, learns: _Learning, encoder_learns: bool) -> int:
     """Nothing flows back through the maps that read a frozen encoder's features themselves."""
-    entry = compressors.get(config.compressor.name)
-    sizes = (config.compressor, config.vit.grid, config.vit.width, config.lm.width)
+    entry, sizes = config.compressor, (config.vit.grid, config.vit.width, config.lm.width)
     forward = entry.flops(*sizes)
     if learns.any("compressor"):
         return 3 * forward - (0 if encoder_learns else entry.entry_flops(*sizes))
@@ -278,7 +278,7 @@ def _compressor_step(config: VLMConfig, learns: _Learning, encoder_learns: bool)
 
 
 def _projector_step(config: VLMConfig, learns: _Learning, encoder_learns: bool) -> int:
-    place = compressors.get(config.compressor.name).place
+    place = config.compressor.place
     flows = encoder_learns or (place == "before" and learns.any("compressor"))
     total = 0
     for i, forward in enumerate(_projector_maps(config)):

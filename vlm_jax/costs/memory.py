@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from vlm_jax import compressors
 from vlm_jax.costs.chips import VALUE_BYTES
 from vlm_jax.settings.model import VLMConfig
 
@@ -34,21 +33,21 @@ class Weights:
 def weight_bytes(config: VLMConfig, value_bytes: int = VALUE_BYTES) -> Weights:
     """What the parts of a model take; the encoder's layers after the feature do not exist."""
     vit, lm = config.vit, config.lm
-    entry = compressors.get(config.compressor.name)
+    compressor = config.compressor
     layer = 4 * vit.width**2 + 2 * vit.width * vit.mlp_width
     positions = ((vit.position_grid or vit.grid) ** 2 + vit.cls_token) * vit.width
     encoder = vit.feature_state * layer + 3 * vit.patch_px**2 * vit.width + positions
-    if entry.uses_scores and vit.feature_layer < -1:
+    if compressor.uses_scores and vit.feature_layer < -1:
         encoder += 2 * vit.width**2  # queries and keys of the layer after the feature
-    maps = 0 if entry.place == "instead" else config.projector_layers
+    maps = 0 if compressor.place == "instead" else config.projector_layers
     projector = bool(maps) * (vit.width * lm.width + (maps - 1) * lm.width**2)
-    asked = config.compressor.query_layers if entry.uses_query else 0
+    asked = compressor.query_layers if compressor.uses_query else 0
     share = (lm.num_layers if asked == -1 else asked) / lm.num_layers
     table = lm.vocab_size * lm.width
     return Weights(
         encoder=value_bytes * encoder,
         query_layers=round(value_bytes * share * lm.non_embedding_params),
-        compressor=value_bytes * compressors.num_params(config),
+        compressor=value_bytes * compressor.num_params(vit.width, lm.width),
         projector=value_bytes * projector,
         layers=value_bytes * lm.non_embedding_params,
         head=value_bytes * table,

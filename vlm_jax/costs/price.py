@@ -16,9 +16,13 @@ from collections.abc import Callable
 
 import numpy as np
 
+from vlm_jax import compressors
+from vlm_jax.compressors import with_tokens
+from vlm_jax.costs import flops, memory
 from vlm_jax.costs.chips import VALUE_BYTES, Chip
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import CompressorConfig, ConfigError, LMConfig, VLMConfig, with_tokens
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import CompressorConfig, LMConfig, VLMConfig
 
 Number = int | float
 
@@ -142,17 +146,12 @@ def paper_price(lm: str, lm_params: Number, visual_tokens: int, workload: Worklo
 
 def exact_price(vit: str, compressor: str, taps: tuple[int, ...] = ()) -> Pricer:
     """Every part from the encoder to the last answer token, for LMs that are presets. An answer has one token at least."""
-    from vlm_jax.costs import (
-        flops,  # loads jax, which the paper's count does not need
-        memory,
-    )
-
     encoder = presets.vit(vit)
 
     def price(lm: str, _: Number, visual_tokens: int, workload: Workload) -> Price:
         config = VLMConfig(
             encoder,
-            with_tokens(CompressorConfig(compressor, taps=taps), encoder.grid, visual_tokens),
+            with_tokens(_settings(compressor, taps), encoder.grid, visual_tokens),
             presets.lm(lm),
         )
         text, batch = workload.text_tokens, workload.batch
@@ -182,9 +181,19 @@ def exact_price(vit: str, compressor: str, taps: tuple[int, ...] = ()) -> Pricer
     return price
 
 
+def _settings(compressor: str, taps: tuple[int, ...]) -> CompressorConfig:
+    """taps: left out where the compressor has none."""
+    return compressors.chosen({"name": compressor, "taps": taps})
+
+
+def choosable() -> tuple[str, ...]:
+    """The compressors whose number of visual tokens can be chosen."""
+    return compressors.sizable()
+
+
 def allowed_tokens(vit: str, compressor: str) -> tuple[int, ...]:
     """Every number of visual tokens the compressor can give; ConfigError if none can be chosen."""
-    grid, config = presets.vit(vit).grid, CompressorConfig(compressor)
+    grid, config = presets.vit(vit).grid, compressors.settings(compressor)
 
     def gives(count: int) -> bool:
         try:

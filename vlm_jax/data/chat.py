@@ -1,8 +1,8 @@
 """Conversations to ids and exact loss masks.
 
-A record becomes segments (text, supervised, turn); the text between two images is tokenised at once, in context, and a
-token is supervised if it begins inside supervised text. Nothing is searched for in rendered text, so a question may
-hold "ASSISTANT:" and a tokenizer may merge as it likes.
+A record is rendered as segments (text, supervised, turn). All text between two images is tokenised in one call, because
+tokens may span segments, and a token is supervised if its first character is. The loss mask comes from character offsets and
+never from a search in the rendered text, so a question may contain "ASSISTANT:".
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from jaxtyping import Bool, Int32
 from vlm_jax.data.records import IMAGE, Record, Turn
 from vlm_jax.data.templates import NO_QUERY, QUERIES, TEMPLATES, Chunk, Spans, chunks, render
 from vlm_jax.data.tokenizer import Tokenizer
-from vlm_jax.settings.model import ConfigError, check_choice
+from vlm_jax.settings.checks import ConfigError, check_choice
 
 CACHED_CHARS = 300  # shorter texts are tokenised once per process
 CACHE_SIZE = 1 << 16
 
 
 class Row(NamedTuple):
-    """One sample, T slots; see `pipeline` for what the numbers mean."""
+    """One sample in T slots; `pipeline` defines the entries."""
 
     tokens: Int32[np.ndarray, "T"]
     visual_index: Int32[np.ndarray, "T"]
@@ -138,37 +138,38 @@ class Chat:
         return units
 
     def replies(self, record: Record, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids int32 [n] that a model which answers the record's prompt with each of `texts` generates, the closing one
-        included. Raises BadRecord where prompt and answer cannot be told apart."""
+        """For each of `texts`, the ids int32 [n] that a model generates when it answers the prompt with it, closing id included.
+
+        Raises BadRecord where the tokenizer merges the end of the prompt with the beginning of the answer.
+        """
         *earlier, last = record.turns
-        asked = self._dialogue(record)[-1].ids
-        before = (
-            np.zeros(0, np.int32) if asked is None else asked
-        )  # None: the prompt ends in an image
+        prompt_ids = self._dialogue(record)[-1].ids
+        # None: the prompt ends with an image.
+        before = np.zeros(0, np.int32) if prompt_ids is None else prompt_ids
         found = []
         for text in texts:
             turns = (*earlier, dataclasses.replace(last, answer=text))
-            told = dataclasses.replace(record, turns=turns)
-            self._check(told)
-            ids, loss, _ = self._dialogue(told)[-1]
+            answered = dataclasses.replace(record, turns=turns)
+            self._check(answered)
+            ids, loss, _ = self._dialogue(answered)[-1]
             if ids is None or not np.array_equal(ids[: len(before)], before):
                 raise record.bad(f"the reply {text!r} changes the tokens of the prompt before it")
-            said = ids[len(before) :][loss[len(before) :]]
-            ends = np.flatnonzero(np.isin(said, self.closing_ids))
-            found.append(said[: ends[0] + 1] if len(ends) else said)
+            reply = ids[len(before) :][loss[len(before) :]]
+            ends = np.flatnonzero(np.isin(reply, self.closing_ids))
+            found.append(reply[: ends[0] + 1] if len(ends) else reply)
         return found
 
     def length(self, units: Sequence[Unit]) -> int:
         return sum(self.visual_tokens if u.ids is None else len(u.ids) for u in units)
 
     def row_length(self, record: Record) -> int:
-        """Filled slots of the record's training row. Raises BadRecord as `encode` does, but for an answer cut away."""
+        """Filled slots of the record's training row. Raises BadRecord as `encode` does, except where no answer fits."""
         return min(self.length(self._units(record)), self.max_tokens)
 
     def query_arrays(
         self, record: Record
     ) -> tuple[Int32[np.ndarray, "I Q"], Bool[np.ndarray, "I Q"]]:
-        """One query per image slot, right padded; slots without an image hold "image". No query: Q = 0."""
+        """One query per image slot, right padded; an empty slot has the query "image". Q = 0 when queries are off."""
         length = self.max_query_tokens if self.queries else 0
         tokens = np.full((self.max_images, length), self.tokenizer.pad_id, np.int32)
         mask = np.zeros(tokens.shape, bool)
@@ -272,7 +273,7 @@ class Chat:
     def _turns_apart(self, record: Record) -> list[Unit]:
         """The shared prefix (BOS, system prompt, images) as segment 0, then each turn as its own segment.
 
-        Every turn has the ids it would have as the only turn of the record.
+        A turn has the ids that it would have as the only turn of the record.
         """
         system = self.system if record.system is None else record.system
         turns = [dataclasses.replace(turn, images=record.turns[0].images) for turn in record.turns]
@@ -291,7 +292,7 @@ class Chat:
             loss = a.loss[shared:]
             if number > 1 and len(loss) and loss[0]:
                 loss = loss.copy()
-                loss[0] = False  # the slot before it belongs to another turn
+                loss[0] = False  # the slot before it is of another turn and cannot predict it
             units.append(Unit(a.ids[shared:], loss, number))
         return units
 
@@ -315,9 +316,9 @@ class Chat:
         return (self._cached_chunk if len(text) < CACHED_CHARS else self._chunk)(text, spans)
 
     def _chunk(self, text: str, spans: Spans) -> tuple[np.ndarray, np.ndarray, list[int]]:
-        """Ids, loss mask and end offsets of one text; spans: its supervised stretches, in order.
+        """Ids, loss mask and end offsets of one text; spans: the ranges of its supervised characters, ascending.
 
-        Raises ValueError if a token begins before an answer and reaches into it: prompt and answer share it then.
+        Raises ValueError for a token that begins before an answer and ends inside it, which prompt and answer would share.
         """
         ids, offsets = self.tokenizer.encode(text)
         loss = []
@@ -338,14 +339,17 @@ class Chat:
 
 
 def common_length(rows: Sequence[list[int]]) -> int:
-    """How many ids all rows begin with: those that the first and the last in order have in common."""
+    """The length of the longest common prefix of all rows: that of the smallest and the largest in lexicographic order."""
     low, high = min(rows), max(rows)
     differ = (i for i, (x, y) in enumerate(zip(low, high, strict=False)) if x != y)
     return next(differ, len(low))
 
 
 class Alone(NamedTuple):
-    """A turn as the only one of its record: prefix units, the text after them, and its ids that come before the question."""
+    """A turn encoded as the only one of its record: the prefix units, then the ids of its text.
+
+    shared: the first of these ids, up to the question, which other turns may have in common with it.
+    """
 
     prefix: tuple[Unit, ...]
     ids: np.ndarray  # int32 [n]

@@ -1,8 +1,9 @@
 """Questions as left-padded batches of few static shapes, for generation and for the likelihood of given replies.
 
-What every prompt begins with (the system prompt, mostly) stands in no batch: it is read once and its keys and values are
-shared. A batch has the entries of `pipeline` but loss_mask, and seeds int32 [B] made of the ids; its positions count the
-shared prefix. With replies the last `reply_slots` columns hold them, each its own segment that sees the prompt and itself:
+The prefix that all prompts have in common (usually the system prompt) is in no batch: its keys and values are computed once
+and shared. A batch has the entries of `pipeline` except loss_mask, and seeds int32 [B], hashes of the ids; its positions
+start after the shared prefix. With replies, the last `reply_slots` columns hold them, each as a segment of its own that
+attends to the prompt and to itself:
 
     prefix | - - v v What is ?  A </s> B </s> -
     segments  . 0 0  0   0  0   1  1   2  2  -1
@@ -32,7 +33,7 @@ SHARED_AT_LEAST = BUCKET_STEP  # tokens: a shorter prefix saves less than the ro
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """What is asked of a model."""
+    """The prompts of an evaluation as batches."""
 
     prefix: Int32[np.ndarray, "P"]  # ids that all prompts begin with; empty: nothing is shared
     buckets: tuple[int, ...]  # widths of the batches, without prefix and replies
@@ -44,7 +45,11 @@ class Prompts:
 def choose_buckets(
     lengths: Sequence[int], batch_size: int, most: int = MAX_BUCKETS
 ) -> tuple[int, ...]:
-    """At most `most` widths (multiples of 8) that hold the lengths, at their quantiles; none for less than a batch."""
+    """At most `most` batch widths, multiples of 8, at the quantiles of the lengths.
+
+    The largest holds the longest prompt. Another one is kept only if it gets at least a whole batch of prompts and leaves one
+    for the wider ones.
+    """
     rounded = sorted(-(-n // BUCKET_STEP) * BUCKET_STEP for n in lengths)
     quantiles = [rounded[max(0, len(rounded) * k // most - 1)] for k in range(1, most + 1)]
     buckets: list[int] = []
@@ -69,7 +74,7 @@ def common_prefix(prompts: Sequence[Sequence[Unit]]) -> Int32[np.ndarray, "P"]:
 
 
 def _head(units: Sequence[Unit]) -> list[int]:
-    """The ids before the first image; a prompt without one keeps its last id, from which the answer is predicted."""
+    """The ids before the first image. Without an image, all ids but the last, whose logits predict the answer."""
     head: list[int] = []
     for ids, _, _ in units:
         if ids is None:
@@ -89,7 +94,7 @@ def _without(units: Sequence[Unit], count: int) -> list[Unit]:
 
 
 def _laid_out(replies: Sequence[np.ndarray], slots: int, pad_id: int) -> list[Unit]:
-    """One segment per reply, then padding up to `slots` columns."""
+    """The replies as one segment each, then padding up to `slots` columns."""
     lengths = [len(ids) for ids in replies]
     units = [Unit(ids, np.zeros(len(ids), bool), i) for i, ids in enumerate(replies, start=1)]
     gap = slots - sum(lengths)
@@ -144,9 +149,9 @@ def prepare(
 ) -> Prompts:
     """LLaVA records whose last turn is human as batches [batch_size / num_shards, bucket + reply_slots], shortest first.
 
-    replies: texts whose likelihood as the answer is wanted, per record; None: answers are generated. shard: which rows of
-    each batch are laid out here; images of others are not decoded. A bucket's last batch is filled up by repeating a row
-    with id "", so that only len(buckets) shapes exist. Raises BadRecord whatever on_bad_record says: a dropped question
+    replies: per record, the texts whose likelihood as the answer is wanted; None: answers are generated. shard: which rows of
+    each batch this process lays out; it decodes no image of the others. The last batch of a bucket is completed with copies of
+    its last row, whose ids are "", so that there are only len(buckets) shapes. Raises BadRecord whatever on_bad_record says: a dropped question
     would change the error that is measured.
     """
     features = open_features(cfg)

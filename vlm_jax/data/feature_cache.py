@@ -1,9 +1,9 @@
-"""What a cache of encoder features on disk holds, and whether a run may read it in place of its images.
+"""The files of a cache of encoder features, and the check that a run may read it instead of its images.
 
 FOLDER/last.npy [images P C]  taps.npy [images P Z] (only of compressors that tap)  index.json {relative image path: row}
        made.json {format, settings, taps, encoder, source}: what the features were made with
 
-NumPy knows no bfloat16: such features are stored as their bits, uint16.
+NumPy has no bfloat16, so such features are stored as their bits, uint16.
 """
 
 from __future__ import annotations
@@ -17,29 +17,30 @@ import ml_dtypes
 import numpy as np
 
 from vlm_jax.data.rows import make_pixels
-from vlm_jax.settings.model import SCORED, ConfigError, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import VLMConfig
 from vlm_jax.settings.run import DataConfig
 
 FORMAT = 1
 MADE = "made.json"
 AGAIN = "make a cache for this run (python -m vlm_jax.features), or set features_dir to ''"
-NO_MATTER = ("remat", "sharded")  # fields of the encoder that change no feature
+NO_EFFECT = ("remat", "sharded")  # fields of the encoder that do not change its features
 
 
 def stored(values: np.ndarray) -> np.ndarray:
-    """Features as they are written: bfloat16 as its bits."""
+    """Features as they are stored: bfloat16 as its bits, uint16."""
     return values.view(np.uint16) if values.dtype == ml_dtypes.bfloat16 else values
 
 
 def settings(model: VLMConfig, data: DataConfig) -> dict[str, Any]:
     """Everything beside the weights that the features of an image depend on, by the name of the config's field."""
     pixels = dataclasses.asdict(make_pixels(data, model.vit))
-    del pixels["max_pixels"]  # decides which images are bad, not how one looks
-    vit = {k: v for k, v in dataclasses.asdict(model.vit).items() if k not in NO_MATTER}
+    del pixels["max_pixels"]  # decides which images are refused, not the pixels of the others
+    vit = {k: v for k, v in dataclasses.asdict(model.vit).items() if k not in NO_EFFECT}
     found = {f"model.vit.{name}": value for name, value in vit.items()}
     found["data.image_mode"] = pixels.pop("mode")
     found |= {f"data.{name}": value for name, value in pixels.items() if name not in vit}
-    return json.loads(json.dumps(found))  # tuples as lists, as they come back
+    return json.loads(json.dumps(found))  # tuples become lists, as in what is read back
 
 
 def write_made(
@@ -50,13 +51,13 @@ def write_made(
     encoder: str,
     source: str,
 ) -> None:
-    """encoder: fingerprint of the weights. source: where they came from, for people."""
+    """encoder: fingerprint of the weights. source: where they came from, shown in errors."""
     made = {"format": FORMAT, "settings": settings(model, data), "taps": taps, "encoder": encoder, "source": source}  # fmt: skip
     (folder / MADE).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
 
 
 def read_made(directory: str) -> dict[str, Any]:
-    """Raises ConfigError when `directory` is no cache of this format."""
+    """What the features were made with. Raises ConfigError when `directory` is no cache of this format."""
     path = Path(directory)
     for name in ("index.json", "last.npy", MADE):
         if not (path / name).is_file():
@@ -87,7 +88,7 @@ def check(directory: str, model: VLMConfig, data: DataConfig) -> None:
 
 def check_cacheable(model: VLMConfig) -> None:
     """Raises ConfigError when the compressor needs more of the encoder than a feature cache holds."""
-    if model.compressor.name in SCORED:
+    if model.compressor.uses_scores:
         raise ConfigError(
             f"features_dir: a cache has no queries and keys, which {model.compressor.name} looks at; use '' to encode the images."
         )

@@ -1,4 +1,4 @@
-"""The images of a dataset, once each, in batches: what a frozen encoder's feature cache is made from."""
+"""Every image of a dataset once, in batches: the input from which a frozen encoder's feature cache is made."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from jaxtyping import UInt8
 from vlm_jax.data import sources
 from vlm_jax.data.records import BadRecord, Record
 from vlm_jax.data.rows import Pixels, make_pixels
-from vlm_jax.settings.model import ConfigError, ViTConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import ViTConfig
 from vlm_jax.settings.run import DataConfig
 
 
@@ -68,10 +69,7 @@ class _LoadImages(grain.transforms.Map):
 
 
 def image_batches(
-    paths: Sequence[tuple[str, str]],
-    cfg: DataConfig,
-    vit: ViTConfig,
-    batch_size: int,
+    paths: Sequence[tuple[str, str]], cfg: DataConfig, vit: ViTConfig, batch_size: int
 ) -> Iterator[tuple[list[str], UInt8[np.ndarray, "B H W 3"]]]:
     """(relative paths [n <= B], pixels [B H W 3], zeros after the n-th) of what `list_images` gives, in order.
 

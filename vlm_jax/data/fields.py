@@ -1,8 +1,8 @@
-"""Which fields of a record are read, and which of the others a training may not pass over.
+"""Which fields of a record are read, and which of the others make a record bad.
 
-A field that is not read is passed over when it cannot change what is learnt (source, split, width, question_id, ...). By
-its name or its shape one can tell that it could: it names pictures, video or sound, says which text is learnt, or holds
-text of the conversation. Such a record is bad, unless the field is empty or listed in `data.ignored_fields`.
+A field that is not read is ignored when it cannot change what is learnt (source, split, width, question_id, ...). The name
+or the shape of some fields says that they could: they name pictures, video or sound, say which text is learnt, or hold text
+of the conversation. A record with such a field is bad, unless the field is empty or listed in `data.ignored_fields`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 RECORD = frozenset({"id", "conversations", "messages", "image", "images", "system"})
-WEIGHTS = ("loss", "weight", "train")  # three names of one thing: is this answer learnt
+WEIGHTS = ("loss", "weight", "train")  # three names for whether an answer is supervised
 MESSAGE = frozenset({"from", "value", "role", "content", *WEIGHTS})
 
 PICTURE_WORDS = frozenset({"image", "img", "picture", "photo"})
-MEDIA_NAMES = PICTURE_WORDS | {"video", "audio"}  # alone they name nothing else
+# A field named by one of these words alone holds such media.
+MEDIA_NAMES = PICTURE_WORDS | {"video", "audio"}
 MEDIA_WORDS = MEDIA_NAMES | {
     "pic", "pixel", "frame", "clip", "sound", "speech", "voice", "depth", "mask", "media",
 }  # fmt: skip
@@ -35,7 +36,7 @@ _EMPTY = (None, "", "[]", "{}", [], {}, (), False)
 def check_record(values: Mapping[str, Any], ignored: Collection[str], has_pictures: bool) -> None:
     """Raises ValueError for the first field of a record that is not read and could change what is learnt.
 
-    has_pictures: some of it are read.
+    has_pictures: whether pictures of the record are read.
     """
     for name in values:
         if name in RECORD or name in ignored:
@@ -63,7 +64,7 @@ def refusal(what: str, meaning: str) -> str:
 
 
 def _meaning(name: str, value: Any, has_pictures: bool) -> str:
-    """What a field that is not read seems to say about training; "" = nothing."""
+    """Why a field that is not read could change training, as the end of a sentence; "" if it cannot."""
     parts = words(name)
     if name in WEIGHTS:
         return "" if value is None or value in (True, 1) else "says how much is learnt from it"
@@ -92,7 +93,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def _things(value: Any) -> Iterator[Any]:
-    """The texts, bytes and objects in a value or in its lists; numbers describe and are left out."""
+    """The texts, bytes and objects in a value, also inside lists. Numbers are left out: they describe and name nothing."""
     if isinstance(value, (list, tuple)):
         for item in value:
             yield from _things(item)
@@ -101,7 +102,7 @@ def _things(value: Any) -> Iterator[Any]:
 
 
 def _holds_turns(value: Any) -> bool:
-    """Whether it is a message or a list with one."""
+    """Whether the value is a message of a conversation, or a list that contains one."""
     items = value if isinstance(value, (list, tuple)) else [value]
     return any(
         isinstance(item, dict)

@@ -2,8 +2,8 @@
 
     {"annotations": [{"file": path, "bytes": n, "sha256": digest}, ...]}
 
-The order of the samples and the number of steps follow from the records, so a resumed run must find the same ones. Where
-the files lie is not compared, and images are not read: a dataset that moved as a whole is the same.
+The records determine the order of the samples and the number of steps, so a resumed run must read the same ones. Paths are
+not compared and images are not read: a dataset that was moved as a whole counts as the same.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import DataConfig
 
 log = logging.getLogger(__name__)
@@ -27,18 +27,18 @@ CHUNK = 1 << 22  # bytes read at once
 def of(cfg: DataConfig) -> list[dict[str, Any]]:
     """One entry per annotation file or tfds directory, read once: 0.7 s for 1 GB.
 
-    Of a tfds directory the descriptions count (they hold the number of records of each shard), and its shards' sizes.
+    Of a tfds directory its JSON files are hashed (they hold the number of records of each shard), and the sizes of all files.
     """
     return [dict(_entry(path, _stamp(path))) for path in cfg.annotations]
 
 
 def digest(entries: list[dict[str, Any]]) -> bytes:
-    """32 bytes that differ when the contents do."""
+    """32 bytes that differ when the contents of the annotations differ."""
     return hashlib.sha256(json.dumps([_content(e) for e in entries]).encode()).digest()
 
 
 def write(cfg: DataConfig, workdir: Path) -> None:
-    """Notes what the run is trained on."""
+    """Saves what the run is trained on."""
     path = workdir / FILE
     part = path.with_name(f"{FILE}.{os.getpid()}")
     part.write_text(json.dumps({"annotations": of(cfg)}, indent=1) + "\n", encoding="utf-8")
@@ -46,7 +46,7 @@ def write(cfg: DataConfig, workdir: Path) -> None:
 
 
 def is_known(workdir: Path) -> bool:
-    """Whether a run says what it was trained on."""
+    """Whether a workdir records what its run was trained on."""
     return (workdir / FILE).is_file()
 
 

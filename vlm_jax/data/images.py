@@ -17,12 +17,11 @@ from PIL import Image, ImageOps
 
 MODES = ("pad", "crop", "stretch")
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-CANVAS_FACTOR = (
-    4  # a padded or resized canvas may hold this many times max_pixels: bounds 1 x N strips
-)
+# A padded or resized canvas may have at most this many times max_pixels, which bounds the memory for a 1 x N strip.
+CANVAS_FACTOR = 4
 
-# Freed canvases are kept for the next images, at most so many (1.6 MB each for 640 x 480): else each one is new memory from
-# the kernel, whose page faults took 18 % of a decoding process's CPU time.
+# Pillow keeps up to this many freed blocks of image memory for the next images (1.6 MB for 640 x 480). Without that every image
+# is new memory from the kernel, whose page faults took 18 % of a decoding process's CPU time.
 Image.core.set_blocks_max(32)
 
 
@@ -39,7 +38,7 @@ def load(
     resample: str = "bicubic",
     exif_rotation: bool = False,
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """The image at a path, in encoded bytes or in those that a call gives, as [image_px image_px 3].
+    """The image of a path, of encoded bytes, or of a function that returns encoded bytes, as [image_px image_px 3].
 
     mean: the encoder's channel means in 0..1; `pad` fills with them. resample: a key of FILTERS. exif_rotation: turn and mirror
     it as its EXIF orientation says. Raises ImageError for a missing, empty, damaged or non-image file, and for one whose header
@@ -52,7 +51,7 @@ def load(
         return fit(rgb, image_px, mode, mean, max_pixels, resample)
     except ImageError:
         raise
-    except FileNotFoundError:  # the file that an embedded image lies in
+    except FileNotFoundError:  # the parquet file of an embedded image
         raise ImageError("the image file does not exist") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"too many pixels: {error}") from None
@@ -103,7 +102,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
             values = (values + 128) // 257
         image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
     image.load()
-    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it: 7 %
+    # `convert` would copy an RGB image, which took 7 % of the CPU time.
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def fit(

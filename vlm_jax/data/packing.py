@@ -5,9 +5,9 @@
     positions  0 1 2 0 1 2 3 0 0
     segments   0 0 0 0 0 0 0 - -      -: -1, padding
 
-First fit over the rows of one batch, in stream order; the sample that fits into no row opens the next batch. What was
-consumed is thus one number, and resuming is exact. Each process packs its own shard, so with packing the contents of a
-global batch depend on the number of processes (without packing they do not).
+Samples are packed by first fit into the rows of one batch, in the order of the stream; the first sample that fits into no
+row begins the next batch. The position in the data is therefore one number, and resuming is exact. Each process packs its
+own shard: with packing the contents of a global batch depend on the number of processes, without it they do not.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class FirstFit:
         self.tokens, self.images = np.full(rows, tokens), np.full(rows, images)
 
     def place(self, tokens: int, images: int) -> int | None:
-        """The first row that has room for a sample, which is taken; None if there is none."""
+        """Reserves room for a sample in the first row that has enough and returns that row; None if no row has."""
         fits = (self.tokens >= tokens) & (self.images >= images)
         row = int(fits.argmax())
         if not fits[row]:
@@ -46,7 +46,7 @@ class FirstFit:
 class Packed:
     """The rows of one batch, filled sample by sample. `finish` gives ids as one list per row."""
 
-    full = False  # only the next sample tells
+    full = False  # known only when the next sample does not fit
 
     def __init__(self, cfg: DataConfig, rows: int, encoder: Encoder, features: Features | None):
         self.cfg, self.encoder, self.features = cfg, encoder, features
@@ -109,16 +109,16 @@ class Packed:
 
 
 def _sizes(row: Batch, visual_tokens: int) -> tuple[int, int]:
-    """Tokens and shown images of an encoded sample: an image behind the cut takes no slot."""
+    """Tokens and images of an encoded sample; an image that was cut off at max_tokens takes no slot."""
     shown = int(row["visual_index"].max()) + 1
     return int((row["segments"] >= 0).sum()), shown // visual_tokens
 
 
 def estimate_batches(cfg: DataConfig, visual_tokens: int) -> int:
-    """About how many packed batches the records make once: first fit is simulated on the lengths of at most 2,048 of them.
+    """Estimates the packed batches of one epoch: simulates first fit on the lengths of at most 2,048 records.
 
-    They are spread evenly over the data and drawn in a seeded order. The number does not depend on the number of processes,
-    each of which packs fewer rows at once and fills them a little less.
+    The records are spread evenly over the data and drawn in a seeded order. The estimate does not depend on the number of
+    processes, although each of several packs fewer rows at once and leaves a little more padding.
     """
     source, chat = sources.open_source(cfg), make_chat(cfg, visual_tokens)
     sizes = []

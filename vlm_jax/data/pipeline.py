@@ -21,24 +21,16 @@ from absl import flags, logging
 
 from vlm_jax.data import packing, sampling, sources
 from vlm_jax.data.records import BadRecord
-from vlm_jax.data.rows import (
-    Assembly,
-    Batch,
-    EncodeChunk,
-    Stacked,
-    make_encoder,
-    open_features,
-)
-from vlm_jax.settings.model import ConfigError, ViTConfig
+from vlm_jax.data.rows import Assembly, Batch, EncodeChunk, Stacked, make_encoder, open_features
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import ViTConfig
 from vlm_jax.settings.run import DataConfig
 
-TEXT_CHUNK = (
-    32  # records encoded per task when no image is decoded: a task costs more than a short record
-)
+# Records encoded per task when no image is decoded: starting a task takes longer than encoding one short record.
+TEXT_CHUNK = 32
 IMAGE_THREADS = 16
-SHARED_BYTES = (
-    1 << 16
-)  # smaller arrays of a worker are pickled: a block of shared memory each is 0.3 ms
+# Arrays of a worker that are smaller are pickled, because a block of shared memory costs 0.3 ms each.
+SHARED_BYTES = 1 << 16
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -61,7 +53,7 @@ class TrainIterator(grain.DatasetIterator):
         begin: Callable[[int], Assembly],
         num_records: int,
     ):
-        """begin: how many samples were consumed -> the next batch, still empty. num_records: of all files together."""
+        """begin: the number of samples consumed so far -> the next batch, still empty. num_records: in all annotation files."""
         super().__init__()
         self.num_records = num_records
         self._cfg, self._stream, self._encode = cfg, stream, encode
@@ -83,7 +75,7 @@ class TrainIterator(grain.DatasetIterator):
             self._consumed += 1
             if bad is not None:
                 self._drop(BadRecord(*bad))
-                if row:  # a blank one that keeps the place
+                if row:  # a blank row: the rows after it keep their positions
                     assembly.add(row)
         batch = assembly.finish()
         self.fill = float((batch["segments"] >= 0).mean())
@@ -110,7 +102,7 @@ class TrainIterator(grain.DatasetIterator):
             )
 
     def _open(self) -> grain.DatasetIterator:
-        """Chunks of encoded rows, from the first sample not yet consumed on."""
+        """Chunks of encoded rows, starting at the first sample that was not consumed."""
         decodes = self._cfg.max_images > 0 and not self._cfg.features_dir
         chunk = 1 if decodes else min(TEXT_CHUNK, self._rows)
         threads = IMAGE_THREADS if decodes else 1
@@ -149,9 +141,10 @@ class TrainIterator(grain.DatasetIterator):
         return self._cfg.batch_size // self._rows
 
     def state_at(self, step: int, states: Sequence[dict[str, int]]) -> dict[str, int]:
-        """The state of this shard after the `step` batches of a run that was sharded otherwise and stopped in `states`.
+        """The state of this shard after `step` batches, for a run that was saved with another number of shards.
 
-        Raises ConfigError when its shards stopped at different samples: no other sharding has seen just those.
+        states: those of the old shards. Raises ConfigError when the old shards had consumed different numbers of samples: no
+        position of the new shards corresponds to that.
         """
         old = states[0]["num_shards"]
         if any(state["consumed"] * old != step * self._cfg.batch_size for state in states):
@@ -172,17 +165,13 @@ class TrainIterator(grain.DatasetIterator):
 
 
 def _parse_flags() -> None:
-    """grain's workers read absl flags, which must be parsed first; a program without absl.app never does."""
+    """grain's workers read absl flags, which must be parsed first; a program that does not use absl.app never parses them."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
 
 
 def train_iterator(
-    cfg: DataConfig,
-    visual_tokens: int,
-    vit: ViTConfig,
-    shard: int = 0,
-    num_shards: int = 1,
+    cfg: DataConfig, visual_tokens: int, vit: ViTConfig, shard: int = 0, num_shards: int = 1
 ) -> TrainIterator:
     """Endless shuffled batches of shard `shard`: batch_size / num_shards rows each, a new order each epoch.
 
@@ -195,7 +184,7 @@ def train_iterator(
             f"data: batch_size {cfg.batch_size} is not divisible by the {num_shards} processes that load data."
         )
     source, features = sources.open_source(cfg), open_features(cfg)
-    sources.tell_unread(source)
+    sources.log_unread_fields(source)
     encoder, rows = make_encoder(cfg, visual_tokens, vit, features), cfg.batch_size // num_shards
     if cfg.sampling == "modality_length":
         order = _order(cfg, visual_tokens)
@@ -228,7 +217,7 @@ def _order(cfg: DataConfig, visual_tokens: int) -> sampling.Order:
 
 
 def steps_per_epoch(cfg: DataConfig, visual_tokens: int) -> int:
-    """Batches that cover every record once; the last one reaches into the next epoch. With packing: about so many."""
+    """Batches until every record was read once, rounded up; with packing, an estimate."""
     if cfg.packing:
         return packing.estimate_batches(cfg, visual_tokens)
     if cfg.sampling == "modality_length":
@@ -237,5 +226,5 @@ def steps_per_epoch(cfg: DataConfig, visual_tokens: int) -> int:
 
 
 def num_shapes(cfg: DataConfig) -> int:
-    """Shapes that training batches can have: the step is compiled at most so often."""
+    """The number of shapes that training batches can have, which bounds how often the step is compiled."""
     return sampling.num_shapes(cfg)

@@ -3,7 +3,8 @@
     {"id", "image" or "images", "system", "conversations": [{"from": "human" | "gpt" | "system", "value"}, ...]}
     {"messages": [{"role": "user" | "assistant" | "system", "content": text or [{"type": "text" | "image", ...}]}, ...]}
 
-An answer with "loss", "weight" or "train" 0 or false is read but not learnt. What else a record may hold: `fields`.
+An answer whose "loss", "weight" or "train" is 0 or false is read but not supervised. `fields` says what other fields may be
+in a record.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from vlm_jax.data import fields
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 IMAGE = "<image>"
 # A path, an encoded image, or what reads one when it is called.
@@ -46,7 +47,7 @@ class BadRecord(ConfigError):
 class Turn:
     """A question with its pictures, and its answer (None: to be generated).
 
-    places: the characters of the question before each picture, ascending; (): all of them stand before the question.
+    places: the character offset of each picture in the question, ascending; (): all pictures precede the question.
     """
 
     images: int
@@ -85,10 +86,10 @@ def parse(
     generate: bool = False,
     ignored: Collection[str] = (),
 ) -> Record:
-    """A record as a Record, or BadRecord.
+    """The Record of a parsed JSON object. Raises BadRecord.
 
-    A leading gpt turn is dropped, as LLaVA does; an optional system message comes first; then human and gpt alternate,
-    ending with gpt, or with human if `generate`. ignored: fields that are taken for absent.
+    An optional system message comes first. A gpt turn before the first human one is dropped, as LLaVA does. Then human and gpt
+    turns alternate; the last one is gpt, or human if `generate`. ignored: fields that are read as if they were absent.
     """
     if not isinstance(raw, dict):
         raise BadRecord(file, fallback_id, f"expected an object, got {type(raw).__name__}")
@@ -188,7 +189,7 @@ def _conversation(raw: Mapping[str, Any]) -> list:
 
 
 def _agree(read: list, other: list) -> bool:
-    """Whether two lists of messages say the same, and the other one has no weights that the one that is read lacks."""
+    """Whether two lists of messages are equal in role and content, and in their weights if `other` has any."""
 
     def plain(message: Any, weights: bool) -> Any:
         if not isinstance(message, dict):
@@ -203,7 +204,7 @@ def _agree(read: list, other: list) -> bool:
 
 
 def _messages(conversation: list, ignored: Collection[str], images: list[Image]) -> list[Message]:
-    """The messages from the system's or the first human one on. `images` gets the pictures that parts of them name."""
+    """The messages, without an answer before the first question. Pictures that are named inside them are appended to `images`."""
     messages = []
     for number, message in enumerate(conversation):
         if not isinstance(message, dict):
@@ -231,8 +232,8 @@ def _messages(conversation: list, ignored: Collection[str], images: list[Image])
 
 
 def _text(content: Any, number: int, key: str, images: list[Image]) -> str:
-    """A message's text with a placeholder per picture. Pictures before the text are followed by a newline each, as LLaVA
-    writes them; those inside it stand where they are."""
+    """A message's text with a placeholder per picture. A newline follows each picture before the text, as in LLaVA; a picture
+    inside the text keeps its position."""
     if isinstance(content, str):
         if "<img>" in content and _TAGGED.search(content):
             raise ValueError(
@@ -288,7 +289,7 @@ def _learnt(message: Mapping[str, Any], role: str, number: int) -> bool:
 
 
 def _system(raw: Mapping[str, Any], messages: list[Message]) -> str | None:
-    """The record's own system prompt: its first message, which is taken out of `messages`, or its field."""
+    """The record's own system prompt: its first message, which is removed from `messages`, or its field "system"."""
     given = raw.get("system")
     if given is not None and not isinstance(given, str):
         raise ValueError(f"'system' must be a string, got {given!r:.60}")
@@ -318,7 +319,7 @@ def _turns(messages: list[Message], generate: bool) -> tuple[Turn, ...]:
 
 
 def _turn(question: str, reply: Message | None, number: int) -> Turn:
-    """Placeholders are taken out of the question: a single one stands before it, several stand where they are.
+    """A turn. Placeholders are removed from its question: a single picture precedes the question, several keep their offsets.
 
     # Differs from haotian-liu/LLaVA@c121f04 preprocess_multimodal: there two placeholders of a turn collapse into one,
     # which shifts the images of all later rows of the batch. LLaVA-NeXT leaves them in place, as here.

@@ -17,13 +17,13 @@ from vlm_jax.data import images, tokenizer
 from vlm_jax.data.chat import Chat
 from vlm_jax.data.records import BadRecord, Image, Record, Turn
 from vlm_jax.data.sources import Concatenated
-from vlm_jax.settings.model import ConfigError, ViTConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import ViTConfig
 from vlm_jax.settings.run import DataConfig
 
 Batch = dict[str, Any]
-BLANK = Record(
-    "", "", "", (), None, (Turn(0, "", ""),)
-)  # what a row or an image slot without a sample shows
+# Fills a row or an image slot that has no sample.
+BLANK = Record("", "", "", (), None, (Turn(0, "", ""),))
 
 
 @functools.lru_cache(8)
@@ -46,7 +46,7 @@ def _chat(
 
 
 def make_chat(cfg: DataConfig, visual_tokens: int) -> Chat:
-    """The encoder a config asks for; the same object (and its caches) for the same settings."""
+    """The Chat of a config. The same settings give the same object, so that its caches are shared."""
     tokenizer.check_directory(cfg.tokenizer)
     stamp = os.stat(cfg.tokenizer).st_mtime
     sizes = (visual_tokens, cfg.max_tokens, cfg.max_query_tokens, cfg.max_images)
@@ -97,7 +97,7 @@ def _take(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Pixels:
-    """How images become pixels."""
+    """Settings with which an image file is decoded, squared and resized; see `images.load`."""
 
     image_px: int
     mode: str
@@ -167,7 +167,7 @@ class Encoder:
         return {**row, "ids": "", **self.visual(BLANK)}
 
     def empty_slot(self) -> Batch:
-        """Entries of an image slot that shows nothing, without batch and slot axis."""
+        """The entries of an empty image slot, without batch and slot axis."""
         return {name: np.asarray(values[0]) for name, values in self.visual(BLANK).items()}
 
 
@@ -183,17 +183,14 @@ def open_features(cfg: DataConfig) -> Features | None:
 
 
 def make_encoder(
-    cfg: DataConfig,
-    visual_tokens: int,
-    vit: ViTConfig,
-    features: Features | None,
+    cfg: DataConfig, visual_tokens: int, vit: ViTConfig, features: Features | None
 ) -> Encoder:
     rows = None if features is None else features.rows
     return Encoder(make_chat(cfg, visual_tokens), make_pixels(cfg, vit), rows)
 
 
 class EncodeChunk:
-    """Indices [n] -> n rows; a bad record becomes its error, so that the consumer sees and counts every one."""
+    """Record indices [n] -> n encoded rows. A bad record becomes a row that holds its error: the consumer counts them."""
 
     def __init__(self, source: Concatenated, encoder: Encoder):
         self.source, self.encoder = source, encoder
@@ -210,13 +207,13 @@ class EncodeChunk:
 
 @runtime_checkable
 class Assembly(Protocol):
-    """A batch that grows by encoded rows: until it is full, or until it has no room for the next row."""
+    """A batch under construction: encoded rows are added until it is full or the next one does not fit."""
 
     @property
     def full(self) -> bool: ...
 
     def add(self, row: Batch) -> bool:
-        """Takes the row in; False (and nothing done) if it has no room."""
+        """Adds the row and returns True; returns False and changes nothing if the row does not fit."""
         ...
 
     def finish(self) -> Batch: ...

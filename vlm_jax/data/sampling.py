@@ -1,10 +1,11 @@
 """Length-grouped sampling: a batch holds image samples or text-only samples, never both, all of similar length.
 
-Every process knows the modality and the width of every global batch without talking to the others: the order is a pure
-function of (seed, place), and the width follows from the texts of the whole global batch, not of a process's own rows.
+Every process computes the modality and the width of every global batch by itself, without communication: the order of the
+records is a pure function of the seed, and the width depends on the lengths of all records of the global batch, not only
+on those of the process's own rows.
 
-Compiled shapes of a training step: one per modality (a text-only batch has no images: the encoder is skipped) and length
-bucket, so at most 2 * max(1, number of buckets).
+A training step is compiled once per modality (a text-only batch has no images, and the encoder is skipped) and length
+bucket: at most 2 * max(1, number of buckets) times.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ TEXT_KEYS = ("tokens", "visual_index", "positions", "segments", "loss_mask")  # 
 
 
 class Sizes(NamedTuple):
-    """What grouping needs to know of N records; 0 and 0 for a bad one."""
+    """The sizes of N records by which batches are grouped; both are 0 for a bad record."""
 
-    words: Int32[np.ndarray, "N"]  # between white space, all turns together: LLaVA's length
+    # Separated by white space, in all turns: the length that LLaVA sorts by.
+    words: Int32[np.ndarray, "N"]
     images: Int32[np.ndarray, "N"]
 
 
@@ -49,7 +51,7 @@ def _measure(cfg: DataConfig, stamps: tuple[tuple[int, int], ...]) -> Sizes:
         try:
             record = source[index]
         except BadRecord:
-            continue  # whoever trains on it hears of it
+            continue  # training reports or counts it when it reads the record
         words[index] = sum(
             len(turn.question.split()) + len((turn.answer or "").split()) for turn in record.turns
         )
@@ -58,10 +60,10 @@ def _measure(cfg: DataConfig, stamps: tuple[tuple[int, int], ...]) -> Sizes:
 
 
 class Order:
-    """Which record stands at each place of the endless stream; places kB .. kB + B - 1 are global batch k.
+    """Maps a position of the endless stream to a record; positions kB .. kB + B - 1 are global batch k.
 
-    An epoch is a permutation drawn from (seed, epoch). Every record comes at least once; the last batch of a modality is
-    filled up with records of that modality drawn a second time (at most B - 1).
+    An epoch is a permutation drawn from (seed, epoch). It contains every record at least once: the last batch of a modality
+    is completed with up to B - 1 records of that modality, which are repeated.
 
     # Differs from haotian-liu/LLaVA@c121f04 get_modality_length_grouped_indices: there the two incomplete last batches
     # are merged into one with both modalities, and "similar length" holds within a device's part of the batch only.
@@ -76,8 +78,9 @@ class Order:
         """Indices of the records with images, and of those without."""
         return np.flatnonzero(self.images > 0), np.flatnonzero(self.images == 0)
 
-    def record(self, place: int) -> int:
-        batch, row = divmod(place, self.batch_size)
+    def record(self, position: int) -> int:
+        """The index of the record at a position of the stream."""
+        batch, row = divmod(position, self.batch_size)
         epoch, number = divmod(batch, self.batches_per_epoch)
         return int(_epoch(self, epoch)[number, row])
 
@@ -92,9 +95,9 @@ def _epoch(order: Order, epoch: int) -> Int32[np.ndarray, "N B"]:
     size = order.batch_size
     batches = []
     for group in order.modalities():
-        places = math.ceil(len(group) / size) * size
-        shuffled = np.resize(rng.permutation(group), places)
-        for start in range(0, places, MEGA_BATCHES * size):
+        rows = math.ceil(len(group) / size) * size
+        shuffled = np.resize(rng.permutation(group), rows)
+        for start in range(0, rows, MEGA_BATCHES * size):
             mega = shuffled[start : start + MEGA_BATCHES * size]
             longest_first = np.argsort(-order.lengths[mega], kind="stable")
             batches.append(mega[longest_first].reshape(-1, size))
@@ -102,10 +105,14 @@ def _epoch(order: Order, epoch: int) -> Int32[np.ndarray, "N B"]:
 
 
 class EncodeGrouped(EncodeChunk):
-    """Row numbers of this shard -> rows, in that order; a bad record also brings a blank row, which keeps its place.
+    """Encodes the rows of one shard, by their numbers and in that order.
 
-    Row r of shard s stands at place r * num_shards + s. It answers for the lengths of all these num_shards places, of whose
-    records only the texts are read, so that every process knows the longest row of the global batch.
+    Row r of shard s is the record at position r * num_shards + s of the stream. With length buckets, each encoded row also
+    has `longest`: the number of tokens of the longest record at positions r * num_shards .. r * num_shards + num_shards - 1.
+    The records of the other shards are tokenised for that, but their images are not decoded. The maximum of `longest` over a
+    shard's rows is thus the length of the longest row of the global batch, the same on every process.
+
+    A bad record is returned as a blank row with its error, so that the rows after it keep their positions.
     """
 
     def __init__(
@@ -117,7 +124,7 @@ class EncodeGrouped(EncodeChunk):
         num_shards: int,
         measured: bool,
     ):
-        """measured: whether there are buckets to choose from; else lengths do not matter."""
+        """measured: whether the lengths of all shards are needed, as they are with several length buckets."""
         super().__init__(source, encoder)
         self.order, self.shard, self.num_shards, self.measured = order, shard, num_shards, measured
 
@@ -128,19 +135,20 @@ class EncodeGrouped(EncodeChunk):
         bad = "bad" in row
         if bad:
             row = self.encoder.blank() | row
-        places = range(first, first + self.num_shards) if self.measured else ()
-        lengths = [self._length(place) for place in places if place != own or bad]
+        positions = range(first, first + self.num_shards) if self.measured else ()
+        lengths = [self._length(position) for position in positions if position != own or bad]
         return row | {"longest": max([int((row["segments"] >= 0).sum()), *lengths])}
 
-    def _length(self, place: int) -> int:
+    def _length(self, position: int) -> int:
+        """Tokens of the record at a position of the stream; 0 for a bad one."""
         try:
-            return self.encoder.chat.row_length(self.source[self.order.record(place)])
+            return self.encoder.chat.row_length(self.source[self.order.record(position)])
         except BadRecord:
             return 0
 
 
 def num_shapes(cfg: DataConfig) -> int:
-    """Shapes that training batches of these settings can have: so often is the step compiled at most."""
+    """The number of shapes that training batches can have, which bounds how often the training step is compiled."""
     if cfg.sampling == "shuffle":
         return 1
     return (2 if cfg.max_images else 1) * max(1, len(cfg.length_buckets))
@@ -152,7 +160,7 @@ def width(buckets: Sequence[int], max_tokens: int, longest: int) -> int:
 
 
 class Grouped(Stacked):
-    """A batch of one modality, cut to its bucket; each row brings `longest`: tokens of the longest row it answers for."""
+    """A batch of one modality, cut to the smallest bucket that holds its longest row; see EncodeGrouped for `longest`."""
 
     def __init__(self, cfg: DataConfig, size: int, has_images: bool, features: Features | None):
         super().__init__(size, features)

@@ -19,18 +19,18 @@ import numpy as np
 
 from vlm_jax.data import fields, tokenizer
 from vlm_jax.data.records import GPT, HUMAN, IMAGE, BadRecord, Record, parse
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import DataConfig
 
 log = logging.getLogger(__name__)
 TFDS_FILES = ("dataset_info.json", "features.json")
-GLANCED = 256  # records looked at for fields that are not read
+EXAMINED = 256  # records examined for fields that are not read
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 @runtime_checkable
 class Source(Protocol):
-    """What `open_source` gives: picklable, indexable by any thread; a bad record raises BadRecord."""
+    """One annotation file: picklable, and indexable by any thread; indexing raises BadRecord for a bad record."""
 
     path: str
 
@@ -44,8 +44,8 @@ class Source(Protocol):
 class JsonSource:
     """Records of a .json list or of a .jsonl file; blank lines are skipped.
 
-    Raises BadRecord at once if the .json file is not a well-formed list (nothing after the error can be found);
-    a bad line of a .jsonl file is bad only when it is read.
+    Raises BadRecord on opening if a .json file is not a well-formed list, because the records after the error cannot be
+    located; a bad line of a .jsonl file raises it only when it is read.
     """
 
     def __init__(self, path: str, root: str, ignored: tuple[str, ...] = ()):
@@ -59,7 +59,7 @@ class JsonSource:
 
     def __getitem__(self, index: int) -> Record:
         raw = self.raw(index)
-        # The place is looked up for the few that need it: in a .jsonl file that reads all lines before it.
+        # Only records without an id need a name, and the name in a .jsonl file costs reading all lines before it.
         named = isinstance(raw, dict) and isinstance(raw.get("id"), (str, int, float))
         name = "" if named else self._name(index)
         return parse(raw, self.path, self.root, name, ignored=self.ignored)
@@ -68,7 +68,9 @@ class JsonSource:
         """The record as it is written."""
         start, end = self.spans[index].tolist()
         try:  # read and not mapped: a file cut short under a mapping kills the process (SIGBUS)
-            with open(self.path, "rb", buffering=0) as file:  # 10 us; nothing for threads to share
+            with open(
+                self.path, "rb", buffering=0
+            ) as file:  # opened per record (10 us), so that threads share no file
                 return json.loads(os.pread(file.fileno(), end - start, start))
         except OSError as error:
             raise BadRecord(self.path, f"#{index}", f"cannot be read: {error.strerror}") from None
@@ -76,7 +78,7 @@ class JsonSource:
             raise BadRecord(self.path, self._name(index), f"cannot be parsed: {error}") from None
 
     def _name(self, index: int) -> str:
-        """Where a record without id stands."""
+        """The name of a record without an id: its index, or its line."""
         if not self.lines:
             return f"#{index}"
         start = int(self.spans[index, 0])
@@ -109,14 +111,15 @@ def _line_spans(data: bytes) -> np.ndarray:
 
 def _after_space(text: str, at: int) -> int:
     found = _SPACE.match(text, at)
-    assert found is not None  # no space at all matches, too
+    assert found is not None  # the pattern also matches the empty string
     return found.end()
 
 
 def _list_spans(data: bytes, path: str) -> np.ndarray:
     """Byte spans of the elements of a JSON list.
 
-    Decoded as latin-1 a character is a byte, and JSON's own characters are ASCII: offsets are exact, strings are not.
+    The text is decoded as latin-1, where each byte is one character, so that character offsets are byte offsets. JSON's
+    syntax is ASCII and is read correctly; the contents of strings are not used here.
     """
     text = data.decode("latin-1")
     scan = json.JSONDecoder().raw_decode
@@ -162,11 +165,9 @@ class TfdsSource:
             builder = tfds.builder_from_directory(path)
             names = set(builder.info.features)
             splits, form = dict(builder.info.splits), builder.info.file_format.value
-        except (
-            Exception
-        ) as error:  # a damaged dataset_info.json or features.json: whatever it meets
+        except Exception as error:  # a damaged dataset_info.json or features.json raises any type
             raise ConfigError(
-                f"data: {path} cannot be read as a tfds dataset: {_told(error)}; build it again."
+                f"data: {path} cannot be read as a tfds dataset: {_one_line(error)}; build it again."
             ) from None
         self.pictures = [name for name in ("image", "images") if name in names]
         self.is_dialogue = bool(names & {"conversations", "messages"})
@@ -213,8 +214,8 @@ class TfdsSource:
                 raw[name] = _rows(raw[name])
         except (
             Exception
-        ) as error:  # a damaged or missing shard, bytes that are no text: of any library
-            raise BadRecord(self.path, f"#{index}", f"cannot be read: {_told(error)}") from None
+        ) as error:  # a missing or damaged shard, or bytes that are no UTF-8: any type
+            raise BadRecord(self.path, f"#{index}", f"cannot be read: {_one_line(error)}") from None
         raw.update({k: list(raw[k]) for k in self.pictures if isinstance(raw[k], np.ndarray)})
         if not self.is_dialogue:
             images = len(raw["images"]) if "images" in self.pictures else len(self.pictures)
@@ -226,7 +227,7 @@ class TfdsSource:
         return raw
 
 
-def _told(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
@@ -281,22 +282,22 @@ def open_source(cfg: DataConfig) -> Concatenated:
     return source
 
 
-def tell_unread(source: Concatenated) -> None:
-    """One line of the log per file: the fields of its first good records that are not read, as they change nothing."""
+def log_unread_fields(source: Concatenated) -> None:
+    """Logs one line per file: the fields of its first records that are not read because they change nothing."""
     for part in source.sources:
         found: dict[str, None] = {}
-        for index in range(min(len(part), GLANCED)):
+        for index in range(min(len(part), EXAMINED)):
             try:
                 raw, _ = part.raw(index), part[index]
             except BadRecord:
-                continue  # whoever trains on it hears of it
+                continue  # training reports or counts it when it reads the record
             found |= dict.fromkeys(name for name in raw if name not in fields.RECORD)
         if found:
             log.info("%s: fields that are not read: %s", part.path, ", ".join(found))
 
 
 def check_paths(cfg: DataConfig) -> None:
-    """Raises ConfigError for the first missing annotation, image folder, tokenizer or feature cache. Only looks at names."""
+    """Raises ConfigError for the first missing annotation, image folder, tokenizer or feature cache; reads no record."""
     for path, root in zip(cfg.annotations, cfg.image_roots, strict=True):
         if os.path.isdir(path):
             if not any(os.path.isfile(os.path.join(path, name)) for name in TFDS_FILES):
@@ -313,7 +314,7 @@ def check_paths(cfg: DataConfig) -> None:
             raise ConfigError(
                 f"data: image_roots {root!r} (of {path!r}) does not exist; give the images' folder."
             )
-    if cfg.tokenizer:  # a cache of features is made without one; make_chat says when it is missed
+    if cfg.tokenizer:  # making a feature cache needs none; make_chat raises where one is needed
         tokenizer.check_directory(cfg.tokenizer)
     if cfg.features_dir:
         for name in ("index.json", "last.npy"):

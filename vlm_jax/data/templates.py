@@ -1,6 +1,6 @@
-"""Prompt formats as data, a conversation written in one of them, and the question that a compressor looks at.
+"""Prompt formats as data, conversations rendered in them, and the query text of a compressor.
 
-A format says what stands around a system prompt, a question and an answer, and what is supervised.
+A format defines the text before and after a system prompt, a question and an answer, and which of it is supervised.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from typing import NamedTuple
 from vlm_jax.data.records import IMAGE, Record, Turn
 
 Piece = tuple[str, bool]  # text, supervised
-Spans = tuple[tuple[int, int], ...]  # [begin, end) characters of the supervised stretches of a text
+# [begin, end) character offsets of the supervised parts of a text.
+Spans = tuple[tuple[int, int], ...]
 Chunk = tuple[str, Spans] | None  # text with its supervised spans, or an image
 NO_QUERY = "image"  # the query of a row without one, as in the reference
 
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """What stands before and after a message's text."""
+    """The text before and after a message."""
 
     before: tuple[Piece, ...]
     after: tuple[Piece, ...]
@@ -50,7 +51,7 @@ _LLAMA3_CONTROL = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 _NEXT_END = (("<|im_end|>\n", True),)
 
 TEMPLATES: dict[str, Template] = {
-    # The space before the answer is supervised: "▁Yes" is one piece, and the prompt ends in "ASSISTANT:".
+    # The space before the answer is supervised: "▁Yes" is one token, and the prompt ends with "ASSISTANT:".
     "vicuna_v1": Template(
         system_prompt="A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions.",
@@ -96,8 +97,7 @@ TEMPLATES: dict[str, Template] = {
         system=_plain("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
         user=_plain("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
         assistant=Frame(
-            (("<|start_header_id|>assistant<|end_header_id|>\n\n", False),),
-            (("<|eot_id|>", True),),
+            (("<|start_header_id|>assistant<|end_header_id|>\n\n", False),), (("<|eot_id|>", True),)
         ),
         closing="<|eot_id|>",
         control=_LLAMA3_CONTROL,
@@ -168,7 +168,10 @@ def header(template: Template) -> tuple[Piece, ...]:
 
 
 class Segment(NamedTuple):
-    """A stretch of a rendered conversation; text IMAGE is an image. alone: not tokenised together with its neighbours."""
+    """Consecutive text of a rendered conversation, or an image, whose text is IMAGE.
+
+    alone: tokenised separately from the text before and after it.
+    """
 
     text: str
     supervised: bool
@@ -177,7 +180,7 @@ class Segment(NamedTuple):
 
 
 def render(template: Template, system: str, turns: Sequence[Turn]) -> list[Segment]:
-    """A conversation as segments. A last turn without an answer ends in the assistant's header."""
+    """A conversation as segments. If the last turn has no answer, the segments end with the assistant's header."""
     segments: list[Segment] = []
 
     def write(pieces: Sequence[Piece], turn: int) -> None:
@@ -199,7 +202,7 @@ def render(template: Template, system: str, turns: Sequence[Turn]) -> list[Segme
 
 
 def _asked(template: Template, turn: Turn, number: int) -> Iterator[Segment]:
-    """A question with its pictures where they stand; those before it are followed by a newline each, as LLaVA writes them."""
+    """A question with its pictures at their offsets. A newline follows each picture before the question, as in LLaVA."""
 
     def picture() -> Iterator[Segment]:
         yield Segment(IMAGE, False, number)
@@ -221,7 +224,7 @@ def _asked(template: Template, turn: Turn, number: int) -> Iterator[Segment]:
 
 
 def chunks(segments: Sequence[Segment]) -> list[Chunk]:
-    """Joined texts with their supervised spans (adjacent ones merged); None for an image."""
+    """The segments joined into as few texts as possible, with their supervised spans; None for an image."""
     found: list[Chunk] = []
     text, spans = "", []
 
@@ -251,7 +254,7 @@ def chunks(segments: Sequence[Segment]) -> list[Chunk]:
 
 
 def first_turn(record: Record) -> list[str]:
-    """The human turn that shows the image (the first one after it), whole.
+    """For each image, the whole question of the human turn that shows it.
 
     # Differs from llava-token-compression@bdedebd, which cuts the query out of decoded text at "\\n" and "ASSISTANT".
     """
@@ -259,11 +262,11 @@ def first_turn(record: Record) -> list[str]:
 
 
 def last_turn(record: Record) -> list[str]:
-    """The last human turn for every image: the question asked now, when a prompt has earlier turns."""
+    """For each image, the last question: the one being asked, when a prompt has earlier turns."""
     return [record.turns[-1].question.strip() or NO_QUERY] * len(record.images)
 
 
-# config.DataConfig.query -> the text for each image of a record; None: no tokens at all, which the model takes as zeros
+# settings.run.DataConfig.query -> the query text of each image of a record. None: Q = 0, and the query vector is zero.
 QUERIES: dict[str, Callable[[Record], list[str]] | None] = {
     "first_turn": first_turn,
     "last_turn": last_turn,

@@ -1,6 +1,7 @@
 """A Hugging Face fast tokenizer, reduced to what the pipeline needs: ids with character offsets, and a few special ids.
 
-Texts become the ids that transformers' own call gives: what it puts in front (BOS) is observed, never guessed from a name.
+Texts are encoded to the ids that transformers' own call gives. The ids it puts before a text (BOS) are observed by encoding
+one, not inferred from the tokenizer's name or settings.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.hub import hub_hint
-from vlm_jax.settings.model import ConfigError
 
 # One of these sets of files holds the vocabulary; tokenizer_config.json alone does not.
 VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
@@ -31,8 +32,8 @@ class Tokenizer:
     """Text <-> ids.  `load` makes one; `backend` is a `tokenizers.Tokenizer`.
 
     bos_ids: what transformers puts in front of every text: BOS, or nothing (Qwen, Phi-3; SmolLM and GPT-2, which name a
-    BOS but do not add it).  eos_id: ends generation unless the template closes turns with another token.  pad_id: any
-    harmless id.  specials: strings that `encode` turns into control ids wherever they stand.
+    BOS but do not add it).  eos_id: ends generation, besides the template's closing token.  pad_id: fills
+    slots that no token may attend to.  specials: strings that `encode` turns into control ids wherever they occur in a text.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Tokenizer:
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids without BOS or EOS, and the span [start, end) of characters each id stands for."""
+        """Ids without BOS or EOS, and for each the character offsets [start, end) of its text."""
         encoding = self.backend.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
@@ -64,12 +65,12 @@ class Tokenizer:
         return self.backend.token_to_id(token)
 
     def holds(self, token: str) -> bool:
-        """Whether `encode` gives a token for exactly this string; one that is listed may still be split into pieces."""
+        """Whether `encode` gives one token for exactly this string; a token of the vocabulary may still be split into others."""
         return self.token_id(token) in self.encode(token)[0]
 
 
 def check_directory(directory: str) -> None:
-    """Raises ConfigError unless the directory looks like a saved tokenizer whose settings can be read. Fast."""
+    """Raises ConfigError unless the directory has a vocabulary's files and readable settings. Loads no tokenizer: it is fast."""
     if not os.path.isdir(directory):
         raise ConfigError(
             f"data: tokenizer directory {directory!r} does not exist; save one there with save_pretrained.{hub_hint(directory)}"
@@ -146,7 +147,8 @@ def load(directory: str) -> Tokenizer:
     check_directory(directory)
     if not _has(directory, "tokenizer.json") and _has(directory, "tokenizer.model"):
         _check_sentencepiece(os.path.join(directory, "tokenizer.model"))
-    from transformers import AutoTokenizer  # seconds to import: only who tokenises pays
+    # Takes seconds to import, so only when a tokenizer is loaded.
+    from transformers import AutoTokenizer
 
     try:
         # Any: its stub allows None, which it never returns.
@@ -181,7 +183,7 @@ def load(directory: str) -> Tokenizer:
 
 
 def _check_sentencepiece(path: str) -> None:
-    """transformers takes what SentencePiece cannot read for another format, whose library it then asks for."""
+    """Raises ConfigError for a damaged model, for which transformers would ask for the library of another format."""
     from sentencepiece import SentencePieceProcessor
 
     _check_is_the_file(path)

@@ -1,4 +1,4 @@
-"""What a model directory is: the settings of each part of the model that it describes."""
+"""The settings of each part of the model that a directory describes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlm_jax.hf import directory, fields, naming, reference, settings
-from vlm_jax.settings.model import CompressorConfig, ConfigError, LMConfig, ViTConfig, VLMConfig
+from vlm_jax.compressors.identity import IdentityConfig
+from vlm_jax.hf import directory, reference, settings
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import CompressorConfig, LMConfig, ViTConfig, VLMConfig
 
 
 class Described(NamedTuple):
-    """None: not described there."""
+    """The parts that a directory describes; None for the others."""
 
     vit: ViTConfig | None = None
     lm: LMConfig | None = None
@@ -37,10 +39,10 @@ def describe(folder: Path) -> Described:
         found, ignored = _reference(raw, folder, where)
     elif model_type in settings.DECODERS:
         found = Described(lm=settings.decoder(raw, where))
-        ignored = fields.ignored(raw, model_type, fields.DECODER_READ)
+        ignored = settings.ignored(raw, model_type, settings.DECODER_READ)
     elif model_type in settings.ENCODERS:
         found = Described(vit=settings.encoder(raw, folder, where))
-        ignored = fields.ignored(raw, model_type, fields.ENCODER_READ)
+        ignored = settings.ignored(raw, model_type, settings.ENCODER_READ)
     elif model_type in settings.PAIRS:
         found, ignored = _pair(raw, folder, where)
     elif model_type == "llava":
@@ -51,15 +53,15 @@ def describe(folder: Path) -> Described:
             f"{where}: model_type {model_type!r} is not known here; use one of {known}."
         )
     if ignored:
-        names = naming.listed(ignored)
-        fields.say_once(f"{where}: ignored, because transformers does not know them: {names}.")
+        names = directory.listed(ignored)
+        directory.say_once(f"{where}: ignored, because transformers does not know them: {names}.")
     return found
 
 
 def _reference(raw: Mapping[str, Any], folder: Path, where: str) -> tuple[Described, list[str]]:
     lm = reference.decoder(raw, where)
     opened = directory.open_directory(folder)
-    names = naming.sort(opened.tensors)[naming.REFERENCE]
+    names = directory.sort(opened.tensors)[directory.REFERENCE]
     shapes = {name: entry.shape for name, entry in opened.tensors.items()}
     found = Described(
         lm=lm,
@@ -76,11 +78,11 @@ def _reference(raw: Mapping[str, Any], folder: Path, where: str) -> tuple[Descri
 
 def _pair(raw: Mapping[str, Any], folder: Path, where: str) -> tuple[Described, list[str]]:
     own = settings.PAIRS[raw["model_type"]]
-    fields.check_marks(raw, raw["model_type"], where)
+    settings.check_marks(raw, raw["model_type"], where)
     # CLIP's older files hold their settings in vision_config_dict, which counts where both are there.
     older = raw["model_type"] == "clip" and raw.get("vision_config_dict")
-    vision = fields.block(raw, "vision_config_dict" if older else "vision_config", where)
-    ignored = _inside("vision_config", fields.ignored(vision, own, fields.ENCODER_READ))
+    vision = settings.block(raw, "vision_config_dict" if older else "vision_config", where)
+    ignored = _inside("vision_config", settings.ignored(vision, own, settings.ENCODER_READ))
     return Described(vit=settings.encoder(vision, folder, f"{where}: vision_config", own)), ignored
 
 
@@ -90,49 +92,53 @@ def _inside(block: str, names: list[str]) -> list[str]:
 
 def _llava(raw: Mapping[str, Any], folder: Path, where: str) -> tuple[Described, list[str]]:
     text, vision = (
-        fields.block(raw, "text_config", where),
-        fields.block(raw, "vision_config", where),
+        settings.block(raw, "text_config", where),
+        settings.block(raw, "vision_config", where),
     )
-    fields.check_marks(raw, "llava", where)
+    settings.check_marks(raw, "llava", where)
     text_type, vision_type = text.get("model_type", "llama"), vision.get("model_type", "clip_vision_model")  # fmt: skip
     in_text, in_vision = f"{where}: text_config", f"{where}: vision_config"
     settings.check_decoder(text_type, in_text)
     settings.check_encoder(vision_type, in_vision)
-    fields.check_marks(text, text_type, in_text)  # before transformers looks at the whole
+    settings.check_marks(text, text_type, in_text)  # before transformers validates the whole config
     c = settings.complete(raw, "llava", where)
     lm = settings.decoder(text, in_text, text_type, c.text_config)
     vit = settings.encoder(vision, folder, in_vision, vision_type, c.vision_config)
-    fields.check_declared(raw, "llava", fields.LLAVA_READ, where)
-    # Tied where either level says so: transformers carries text_config's up.
+    settings.check_declared(raw, "llava", settings.LLAVA_READ, where)
+    # Embeddings are tied where either level says so: transformers copies the value of text_config to the top level.
     lm = dataclasses.replace(lm, tied_embeddings=c.tie_word_embeddings)
     layers = c.vision_feature_layer
     if isinstance(layers, list) and len(layers) != 1:
-        raise ConfigError(f"{where}: vision_feature_layer {fields.short(layers)} must be one layer.")  # fmt: skip
+        raise ConfigError(f"{where}: vision_feature_layer {directory.short(layers)} must be one layer.")  # fmt: skip
     layer = layers[0] if isinstance(layers, list) else layers
     layer = settings.feature_layer(layer, vit.num_layers)
-    # "default" drops the first row, "full" keeps all: right with, and without, a class token.
+    # "default" drops the first row, which is right with a class token; "full" keeps all rows, which is right without one.
     strategy = "default" if vit.cls_token else "full"
     if c.vision_feature_select_strategy != strategy:
         raise ConfigError(
             f"{where}: vision_feature_select_strategy must be {strategy!r} with this encoder, not "
             f"{c.vision_feature_select_strategy!r}."
         )
-    # transformers takes SigLIP's hidden states before its last norm, also the last one.
+    # transformers' LLaVA uses SigLIP's hidden states before its last norm, the last one included.
     vit = dataclasses.replace(vit, feature_layer=layer, post_norm=False)
-    ignored = fields.ignored(raw, "llava", fields.LLAVA_READ)
-    ignored += _inside("text_config", fields.ignored(text, text_type, fields.DECODER_READ))
-    ignored += _inside("vision_config", fields.ignored(vision, vision_type, fields.ENCODER_READ))
-    return Described(vit, lm, CompressorConfig("identity"), projector_layers=2), ignored
+    ignored = settings.ignored(raw, "llava", settings.LLAVA_READ)
+    ignored += _inside("text_config", settings.ignored(text, text_type, settings.DECODER_READ))
+    ignored += _inside(
+        "vision_config", settings.ignored(vision, vision_type, settings.ENCODER_READ)
+    )
+    return Described(vit, lm, IdentityConfig(), projector_layers=2), ignored
 
 
 def check_same_model(path: str, config: VLMConfig) -> None:
-    """Raises ConfigError when a directory that joins its parts to a whole model joins them otherwise than `config`."""
+    """Raises ConfigError when a directory describes a whole model whose parts are connected otherwise than in `config`."""
     found = describe(Path(path))
     if found.compressor is None:
         return
-    pairs = [
-        (f"compressor.{name}", getattr(config.compressor, name), getattr(found.compressor, name))
+    ours, theirs = dataclasses.asdict(config.compressor), dataclasses.asdict(found.compressor)
+    pairs: list[tuple[str, Any, Any]] = [
+        (f"compressor.{name}", ours[name], theirs[name])
         for name in ("name", "stride", "query_grid")
+        if name in ours and name in theirs
     ]
     layer = found.vit.feature_layer if found.vit else found.select_layer
     pairs.append(("vit.feature_layer", config.vit.feature_layer, layer))
@@ -145,7 +151,8 @@ def check_same_model(path: str, config: VLMConfig) -> None:
             )
 
 
-# What may differ from config.json: how we compute, adapters beside what it stores, and what is done with an encoder's states and images.
+# Fields that may differ from config.json: how the part is computed, adapters (which it does not store), and how an encoder's
+# images are prepared and which of its states is used.
 FREE = {
     "lm": ("dtype", "param_dtype", "remat", "attention", "nominal_params", "lora_rank", "lora_alpha", "lora_targets"),
     "vit": ("dtype", "param_dtype", "remat", "sharded", "image_px", "position_grid", "feature_layer", "post_norm", "mean", "std", "resample"),
@@ -153,9 +160,9 @@ FREE = {
 
 
 def check_agrees(path: str, part: str, config: VLMConfig) -> None:
-    """Raises ConfigError when `config` would compute another decoder or encoder than the directory's config.json means."""
+    """Raises ConfigError when `config` describes another decoder or encoder than the directory's config.json."""
     if part not in FREE:
-        return  # its sizes are those of its tensors
+        return  # the shapes of its tensors are compared when they are loaded
     found = describe(Path(path))
     theirs = found.vit if part == "vit" else found.lm
     ours: ViTConfig | LMConfig = getattr(config, part)

@@ -1,12 +1,24 @@
-"""A model directory as it lies on disk: config.json and safetensors files, whose headers alone are read at first."""
+"""A model directory on disk: config.json, safetensors files, and the part of the model that each tensor belongs to.
+
+Opening a directory reads the headers of its safetensors files only.
+
+The same weight has several names: `vision_model.encoder...` in an encoder's own directory, `encoder...` in one that
+transformers 5 saved, `vision_tower.vision_model.encoder...` in a LLaVA directory and
+`model.vision_tower.vision_tower.vision_model.encoder...` in the original LLaVA layout. Likewise
+`language_model.model.layers...` and `model.language_model.layers...` are `model.layers...`. `sort` gives each weight one
+name within its part.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import logging
 import os
+import re
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,14 +26,34 @@ import ml_dtypes  # noqa: F401 (teaches NumPy bfloat16, which safetensors needs)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
+
+log = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-# Files of weights in any framework: not copied beside other ones.
+# Weights of any framework. An export, which writes its own, does not copy them.
 WEIGHTS = (*PICKLES, "*.safetensors", "*.safetensors.index.json", "*.h5", "*.msgpack", "*.gguf")
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+VIT, LM, PROJECTOR, REFERENCE, OTHER = "vit", "lm", "projector", "reference", "other"
+
+# (regex of a prefix, part, what replaces the prefix); the first match counts. REFERENCE holds compressor and projector
+# together, as the original LLaVA and the compressors' releases store them; OTHER is known and not used by any of our parts.
+PREFIXES: tuple[tuple[str, str, str], ...] = (
+    (r"(model\.)?vision_tower\.(vision_tower\.)?(vision_model\.)?", VIT, ""),
+    (r"vision_model\.", VIT, ""),
+    (r"(model\.)?multi_modal_projector\.", PROJECTOR, ""),
+    (r"(model\.)?(mm_projector|query_abstractor)\.", REFERENCE, ""),
+    (r"(model\.)?language_model\.lm_head\.", LM, "lm_head."),
+    (r"(model\.)?language_model\.(model\.)?", LM, "model."),
+    (r"(?=model\.|lm_head\.)", LM, ""),
+    (r"(?=embeddings\.|encoder\.|pre_layrnorm\.|post_layernorm\.|head\.)", VIT, ""),
+    (r"(?=text_model\.|visual_projection\.|text_projection\.|logit_scale$|logit_bias$)", OTHER, ""),
+)
+
+Names = dict[str, str]  # the name within a part -> the name in the file
 
 
 class Entry(NamedTuple):
@@ -39,7 +71,7 @@ class Directory(NamedTuple):
     tensors: dict[str, Entry]
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> np.ndarray:
-        """One tensor, or a stretch of its first axis. The file is closed again, so that its pages are not kept."""
+        """One tensor, or the rows [first, last) of it. The file is closed again, so that none of its pages stay in memory."""
         with safe_open(self.tensors[name].file, framework="np") as file:
             if rows is None:
                 return file.get_tensor(name)
@@ -47,7 +79,7 @@ class Directory(NamedTuple):
 
 
 def is_model(path: str | Path) -> bool:
-    """Whether there is a config.json as Hugging Face writes it (a training workdir has one of another kind)."""
+    """Whether there is a config.json as Hugging Face writes it. That of a training workdir has no model_type."""
     config = Path(path) / "config.json"
     return config.is_file() and "model_type" in read_json(config)
 
@@ -87,7 +119,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def whole(out: Path) -> Generator[Path, None, None]:
-    """A directory to fill, which becomes `out` if all goes well and vanishes otherwise.
+    """Yields a directory to write into. It is renamed to `out` on success and deleted on an error.
 
     Raises ConfigError when `out` exists and is not empty.
     """
@@ -169,7 +201,7 @@ def _header(file: Path, before: dict[str, Entry]) -> dict[str, Entry]:
 
 
 def _check_index(folder: Path, tensors: dict[str, Entry]) -> None:
-    """Every tensor must be where the index says."""
+    """Raises ConfigError unless every tensor is in the file that the index names, and no other tensor is there."""
     if not (folder / INDEX).is_file():
         return
     listed = weight_map(folder / INDEX)
@@ -180,3 +212,42 @@ def _check_index(folder: Path, tensors: dict[str, Entry]) -> None:
             f"{str(folder / INDEX)!r} and the files disagree about {', '.join(sorted(wrong)[:5])}"
             f"{' ...' if len(wrong) > 5 else ''} ({len(wrong)} tensors); download them again."
         )
+
+
+def sort(names: Iterable[str]) -> dict[str, Names]:
+    """Tensor names by part. Raises ConfigError for a name that belongs to no part, and for a weight that is stored twice."""
+    parts: dict[str, Names] = {VIT: {}, LM: {}, PROJECTOR: {}, REFERENCE: {}, OTHER: {}}
+    unknown = []
+    for name in names:
+        for prefix, part, replacement in PREFIXES:
+            match = re.match(prefix, name)
+            if match:
+                own = replacement + name[match.end() :]
+                if own in parts[part]:
+                    raise ConfigError(f"{parts[part][own]} and {name} are the same weight twice.")
+                parts[part][own] = name
+                break
+        else:
+            unknown.append(name)
+    if unknown:
+        raise ConfigError(f"tensors of no known part of a model: {listed(unknown)}.")
+    return parts
+
+
+def listed(names: Iterable[str], most: int = 12) -> str:
+    """The first `most` names in alphabetical order, and how many more there are."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return ", ".join(ordered[:most]) + more
+
+
+def short(value: Any, most: int = 60) -> str:
+    """The repr of `value` for an error message, cut after `most` characters."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+@functools.cache
+def say_once(line: str, level: int = logging.INFO) -> None:
+    """Logs a line once per process, because a directory is read again for each of its parts."""
+    log.log(level, line)

@@ -1,4 +1,4 @@
-"""Parameters to a directory that transformers loads. It appears whole or not at all.
+"""Parameters to a directory that transformers loads. An error leaves no partial directory.
 
 `standalone` writes names and settings of its own:
 
@@ -6,8 +6,8 @@
     lm, vit     the decoder or the encoder alone, with any compressor
     reference   compressor and projector in the original layout (model.mm_projector...), for the compressors' releases
 
-`onto_base` puts the parameters in the place of those of a directory that the model was imported from: names, dtypes,
-files, settings and what our model has no use for stay, so that import then export is the identity.
+`onto_base` replaces the parameters of a directory that the model was imported from. Names, dtypes, files, settings and the
+tensors that our model does not use stay, so that import then export is the identity.
 """
 
 from __future__ import annotations
@@ -23,26 +23,27 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
-from vlm_jax.hf import directory, io, maps, naming, parts, written
+from vlm_jax.hf import directory, io, maps, parts, written
 from vlm_jax.hf.describe import check_agrees, check_same_model
 from vlm_jax.hf.maps import Rule
-from vlm_jax.settings.model import ConfigError, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import VLMConfig
 
 Tree = dict[str, Any]
 WHAT = {"llava": ("vit", "projector", "lm"), "lm": ("lm",), "vit": ("vit",), "reference": ("compressor", "projector")}  # fmt: skip
 SHARD_BYTES = 5_000_000_000
 
-# what -> (group of tensors -> what stands before its names)
+# what -> (group of tensors -> the prefix of their names)
 PREFIXES = {
-    "llava": {naming.VIT: "vision_tower.vision_model.", naming.PROJECTOR: "multi_modal_projector.", naming.LM: "language_model."},
-    "lm": {naming.LM: ""},
-    "vit": {naming.VIT: "vision_model."},
-    "reference": {naming.REFERENCE: "model.mm_projector."},
+    "llava": {directory.VIT: "vision_tower.vision_model.", directory.PROJECTOR: "multi_modal_projector.", directory.LM: "language_model."},
+    "lm": {directory.LM: ""},
+    "vit": {directory.VIT: "vision_model."},
+    "reference": {directory.REFERENCE: "model.mm_projector."},
 }  # fmt: skip
 
 
 class Companions(NamedTuple):
-    """What stands beside the weights in a directory made without a base; None: not written."""
+    """The files beside the weights in a directory made without a base; None: not written."""
 
     tokenizer: Path | None  # directory of a Hugging Face tokenizer
     chat_template: str | None  # Jinja
@@ -89,9 +90,8 @@ def _settings(
     if what == "reference":
         return written.original(config, encoder_name) | ids
     settings = written.llava(config, image_id)
-    rows = max(
-        config.lm.vocab_size, image_id + 1
-    )  # a row for the image token, which nobody looks up
+    # The image token needs a row, although it is never looked up.
+    rows = max(config.lm.vocab_size, image_id + 1)
     settings["text_config"] |= {**ids, "vocab_size": rows}
     return settings
 
@@ -99,19 +99,20 @@ def _settings(
 def _named(what: str, params: Tree, config: VLMConfig) -> Iterator[tuple[str, np.ndarray]]:
     """(name in the file, tensor) of everything to be stored."""
     prefixes = PREFIXES[what]
-    if what == "reference" and config.compressor.name == "mqt":
-        prefixes = {naming.REFERENCE: "model.query_abstractor."}
+    layout = config.compressor.reference
+    if what == "reference" and layout:
+        prefixes = {directory.REFERENCE: f"model.{layout.module}."}
     rules: dict[str, list[Rule]] = {
-        naming.VIT: maps.vit(config.vit, flat_patches=False, scores=False), naming.LM: maps.lm(config.lm, fused=False),
-        naming.PROJECTOR: maps.projector(maps.LLAVA_PROJECTOR),
-        naming.REFERENCE: parts.reference_rules(config) if what == "reference" else [],
+        directory.VIT: maps.vit(config.vit, flat_patches=False, scores=False), directory.LM: maps.lm(config.lm, fused=False),
+        directory.PROJECTOR: maps.projector(maps.LLAVA_PROJECTOR),
+        directory.REFERENCE: parts.reference_rules(config) if what == "reference" else [],
     }  # fmt: skip
     _check_all_stored(params, [rule for group in prefixes for rule in rules[group]])
     for group, prefix in prefixes.items():
         for name, tensor in io.tensors(params, rules[group]):
             yield prefix + name, tensor
-        if group == naming.VIT and not (config.vit.post_norm and config.vit.feature_layer == -1):
-            # transformers insists on this norm, of a state that nobody reads: the identity.
+        if group == directory.VIT and not (config.vit.post_norm and config.vit.feature_layer == -1):
+            # transformers requires this norm, of a state that is not used: write the identity.
             width = config.vit.width
             yield f"{prefix}post_layernorm.weight", np.ones(width, np.float32)
             yield f"{prefix}post_layernorm.bias", np.zeros(width, np.float32)
@@ -121,15 +122,14 @@ def _check_all_stored(params: Tree, rules: list[Rule]) -> None:
     """Raises ConfigError for parameters that the layout has no tensor for."""
     stored = {rule.path for rule in rules}
     lost = [path for path in flatten_dict(params, sep="/") if path not in stored]
-    lost = [
-        path for path in lost if not path.startswith("vit/next_layer/")
-    ]  # PruMerge's, of no use to others
+    # These belong to PruMerge only and have no stored form.
+    lost = [path for path in lost if not path.startswith("vit/next_layer/")]
     if lost:
-        raise ConfigError(f"export: this layout has no place for {naming.listed(lost)}.")
+        raise ConfigError(f"export: this layout has no place for {directory.listed(lost)}.")
 
 
 def _grown(name: str, tensor: np.ndarray, rows: int) -> np.ndarray:
-    """Embedding table and head with rows for new tokens: the mean of the others, which is never the likeliest token."""
+    """Embedding table and head with rows for new tokens: the mean of the others, so that a new token is never the likeliest."""
     if not name.endswith(("embed_tokens.weight", "lm_head.weight")) or len(tensor) >= rows:
         return tensor
     mean = tensor.astype(np.float32).mean(axis=0, keepdims=True).astype(tensor.dtype)
@@ -156,7 +156,7 @@ def _write_tokenizer(out: Path, companions: Companions, image: bool) -> tuple[di
 
 
 def _write_shards(out: Path, stored: Iterator[tuple[str, np.ndarray]], dtype: str) -> str:
-    """Files of at most SHARD_BYTES (or of one tensor), with an index if there are several; the dtype that was stored."""
+    """Writes files of at most SHARD_BYTES (or of one tensor), and an index if there are several. Returns the stored dtype."""
     shards: list[dict[str, np.dtype]] = []
     current: dict[str, np.ndarray] = {}
     size = total = 0
@@ -193,18 +193,20 @@ def _as(tensor: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def onto_base(out: Path, base: Path, params: Tree, config: VLMConfig) -> None:
-    """Writes `out` as the directory `base` with the parameters of `params` in the place of its own.
+    """Writes `out` as a copy of the directory `base` with its parameters replaced by `params`.
 
     params: at least the parts that the base holds. Raises ConfigError when the base's settings or shapes are others.
     """
     opened = directory.open_directory(base)
-    names = naming.sort(opened.tensors)
+    names = directory.sort(opened.tensors)
     groups = parts.group_rules(opened, names, config)
     check_same_model(str(base), config)
     for part in parts.parts_of(groups):
         check_agrees(str(base), part, config)
     _check_all_stored(params, [rule for rules in groups.values() for rule in rules])
-    ours: dict[str, tuple[str, list[Rule]]] = {}  # name in the base -> (its one name, rules)
+    ours: dict[
+        str, tuple[str, list[Rule]]
+    ] = {}  # name in the base -> (name within its part, rules)
     for group, rules in groups.items():
         io.match(group, names[group], rules)
         made = io.by_tensor(rules)

@@ -1,6 +1,6 @@
-"""Tensors of a model directory to parameters where they live, one at a time, and parameters back to tensors.
+"""Tensors of a model directory to sharded parameters, one at a time, and parameters back to tensors.
 
-Strict both ways: every stored tensor of a part is used once or known to play no role, every parameter is set once.
+Strict both ways: every stored tensor of a part is used once or known to be unneeded, and every parameter is set once.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from einops import EinopsError, rearrange
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vlm_jax.hf.directory import Directory
+from vlm_jax.hf.directory import Directory, Names, listed
 from vlm_jax.hf.maps import Rule, unneeded
-from vlm_jax.hf.naming import Names, listed
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +29,9 @@ Sources = dict[str, tuple[Rule, list[str]]]
 
 
 def match(part: str, names: Names, rules: Sequence[Rule]) -> Sources:
-    """The source of every parameter of `rules`. names: the tensors of a part, as `naming.sort` gives them.
+    """The source of every parameter of `rules`. names: the tensors of a part, as `directory.sort` gives them.
 
-    Raises ConfigError that lists the tensors missing for a parameter, and those that no parameter takes.
+    Raises ConfigError that lists the tensors that are missing, and those that no parameter is made from.
     """
     used = {name for rule in rules for name in rule.names}
     missing = used - set(names)
@@ -89,7 +88,7 @@ def _check_shapes(
 def _put(
     directory: Directory, rule: Rule, names: Sequence[str], leaf: Any
 ) -> tuple[jax.Array, list[jax.Array]]:
-    """One parameter, and per tensor whether it is finite. The host holds one tensor at a time."""
+    """One parameter, and for each of its tensors whether all values are finite. The host holds one tensor at a time."""
     sharding = leaf.sharding
     convert, write_layer = _writers(rule.layout, rule.sizes, sharding, leaf.dtype)
     if not rule.layers:
@@ -100,7 +99,7 @@ def _put(
         x = _place(directory, rule, name, _one_layer(sharding))
         stack, flag = write_layer(stack, jnp.int32(i), x)
         flags.append(flag)
-        jax.block_until_ready(stack)  # before the next is read
+        jax.block_until_ready(stack)  # before the next tensor is read into host memory
     return stack, flags
 
 
@@ -108,7 +107,7 @@ def _put(
 def _writers(layout: str, sizes: tuple, sharding: NamedSharding, dtype: Any) -> tuple[Any, Any]:
     """Jitted: a tensor to a parameter, a tensor to one layer of a (donated) stack; each says whether it is finite.
 
-    The devices rearrange: NumPy transposes at a quarter of a gigabyte per second.
+    The axes are rearranged on the devices, because NumPy transposes only a quarter of a gigabyte per second.
     """
 
     def convert(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -127,7 +126,7 @@ def _writers(layout: str, sizes: tuple, sharding: NamedSharding, dtype: Any) -> 
 
 
 def _place(directory: Directory, rule: Rule, name: str, sharding: NamedSharding) -> jax.Array:
-    """A tensor as it is stored, each device holding what it needs for its shard of the parameter alone."""
+    """A tensor in its stored layout, sharded so that each device holds what its shard of the parameter is made from."""
     tensor = directory.read(name, rule.rows and rule.rows[:2])
     spec = PartitionSpec(*rule.stored_axes(tuple(sharding.spec)))
     stored = NamedSharding(sharding.mesh, spec)
@@ -135,7 +134,7 @@ def _place(directory: Directory, rule: Rule, name: str, sharding: NamedSharding)
 
 
 def _one_layer(sharding: NamedSharding) -> NamedSharding:
-    """The sharding of a stack's layer."""
+    """The sharding of one layer of a stacked parameter."""
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
 
 
@@ -153,7 +152,7 @@ def tensor(params: Tree, rules: Sequence[Rule], name: str) -> np.ndarray:
 
 
 def tensors(params: Tree, rules: Sequence[Rule]) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, tensor) of all that the rules store, in their order."""
+    """(name, tensor) of every tensor that the rules store, in the order of the rules."""
     for name, pieces in by_tensor(rules).items():
         yield name, tensor(params, pieces, name)
 

@@ -1,7 +1,7 @@
 """One table per part of the model: the tensor's name, our parameter, and the layout between them.
 
-A layout is an einops pattern from the stored axes to ours, read backwards for export. `{}` in a name is a layer's number:
-the parameter has all layers stacked on a leading axis. `rows` is a stretch of a fused tensor's first axis.
+A layout is an einops pattern from the stored axes to ours; export applies it in reverse. `{}` in a name is the number of a
+layer: the parameter has all layers stacked on its leading axis. `rows` is a range of the first axis of a fused tensor.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
-from vlm_jax.settings.model import LMConfig, ViTConfig
+from vlm_jax.settings.model import LMConfig, Reference, ViTConfig
 
 LINEAR = "o i -> i o"
-HEADS_OUT = "(n h) i -> i n h"  # a linear map whose output is cut into heads
+HEADS_OUT = "(n h) i -> i n h"  # a linear map whose output axis is split into heads
 HEADS_BIAS = "(n h) -> n h"
-HEADS_IN = "o (n h) -> n h o"  # one whose input is all heads side by side
+HEADS_IN = "o (n h) -> n h o"  # one whose input axis is the concatenation of all heads
 AS_IT_IS = "... -> ..."
 
 UNNEEDED = (
@@ -30,7 +30,7 @@ UNNEEDED = (
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A stored tensor, or some rows of it, is a parameter."""
+    """Which stored tensor, or which rows of it, a parameter is made from."""
 
     tensor: str
     path: str  # "lm/layers/attn/q/kernel"
@@ -38,7 +38,9 @@ class Rule:
     sizes: tuple[
         tuple[str, int], ...
     ] = ()  # of the axes that the layout splits, in either direction
-    rows: tuple[int, int, int] | None = None  # [first, last) of how many; None = all
+    rows: tuple[int, int, int] | None = (
+        None  # (first, last, total): rows [first, last) of `total`; None = all
+    )
     layers: int = 0  # stacked on the parameter's first axis; 0 = not stacked
 
     @property
@@ -47,11 +49,11 @@ class Rule:
         return [self.tensor.format(i) for i in range(self.layers)] or [self.tensor]
 
     def load(self, tensor: Any) -> Any:
-        """A view of the tensor, or of its `rows`, NumPy's or JAX's, in our layout. Raises EinopsError where an axis does not split."""
+        """The tensor, or its `rows`, in our layout; NumPy or JAX. Raises EinopsError where an axis cannot be split."""
         return rearrange(tensor, self.layout, **dict(self.sizes))
 
     def stored_axes(self, axes: Sequence[Any]) -> list[Any]:
-        """What belongs to each stored axis, given what belongs to each of ours (a split axis goes with its first part)."""
+        """Permutes one value per axis of ours to one per stored axis, such as mesh axes. A split axis takes its first factor's."""
         stored, ours = (re.findall(r"\(([^)]*)\)|(\S+)", side) for side in self.layout.split(" -> "))  # fmt: skip
         if self.layout == AS_IT_IS:
             return list(axes)
@@ -70,7 +72,7 @@ def _heads(count: int, size: int) -> tuple[tuple[str, int], ...]:
 
 
 def _of_part(part: str, rules: Sequence[Rule], layers: int = 0) -> list[Rule]:
-    """The rules with their part in front of the path, and the depth of the stacked ones."""
+    """The rules with the part as the first component of their paths, and the number of layers of the stacked ones."""
     return [
         dataclasses.replace(
             rule, path=f"{part}/{rule.path}", layers=layers if "{}" in rule.tensor else 0
@@ -92,7 +94,7 @@ def _linear(tensor: str, path: str, bias: bool = True) -> list[Rule]:
 def vit(c: ViTConfig, flat_patches: bool, scores: bool) -> list[Rule]:
     """SigLIP and CLIP. flat_patches: SigLIP 2 stores the patch projection as a linear map of (y x colour).
 
-    scores: with the norm, queries and keys of the layer after the feature, which PruMerge looks at.
+    scores: include the norm, queries and keys of the layer after the feature layer, which PruMerge uses.
     """
     heads = _heads(c.num_heads, c.width // c.num_heads)
     side = (("c", 3), ("y", c.patch_px), ("x", c.patch_px))
@@ -187,64 +189,37 @@ def _attention(tensor: str, path: str, width: int, num_heads: int) -> list[Rule]
     return [*rules, Rule(f"{tensor}.out_proj.bias", f"{path}out/bias")]
 
 
-def _normed_mlp(tensor: str, norm: str, path: str) -> list[Rule]:
-    first, second = _linear(f"{tensor}.0", f"{path}/fc1"), _linear(f"{tensor}.2", f"{path}/fc2")
-    return first + second + _norm(norm, f"{path}/norm")
-
-
 def mlp(num_layers: int) -> list[Rule]:
     """LLaVA's "mlp2x_gelu" (indices 0, 2, ...), or its "linear", which has no index."""
     return projector([str(2 * i) for i in range(num_layers)] if num_layers > 1 else [""])
 
 
-def quecc(width: int, num_heads: int) -> list[Rule]:
-    """QueCC's release: index 0 of the sequence; its projector is at 1 and 3."""
-    rules = _linear("0.text_projection.0", "text") + _norm("0.text_projection.1", "text_norm")
-    for n, path in (("q", "query_mlp"), ("k", "key_mlp"), ("v", "value_mlp")):
-        rules += _normed_mlp(f"0.{n}_proj", f"0.{n}_proj.3", path)
-    rules.append(Rule("0.q_downsample.weight", "downsample/filter", "c 1 y x -> y x c"))
-    rules.append(Rule("0.q_downsample.bias", "downsample/bias"))
-    rules += _attention("0.clip_attn", "attention/", width, num_heads)
-    return _of_part("compressor", rules) + projector(("1", "3"))
-
-
-def tokenpacker(width: int, num_heads: int) -> list[Rule]:
-    """TokenPacker's release; its projector is at mlp.0 and mlp.2."""
-    rules = _linear("q_proj_1", "query", bias=False) + _norm("ln_q_1", "query_norm")
-    for n, path in (("k", "key_mlp"), ("v", "value_mlp")):
-        rules += _normed_mlp(f"{n}_proj_1", f"ln_{n}_1", path)
-    rules += _attention("clip_attn", "attention/", width, num_heads)
-    return _of_part("compressor", rules) + projector(("mlp.0", "mlp.2"))
-
-
-def mqt(width: int, num_heads: int) -> list[Rule]:
-    """MQT's release, stored as query_abstractor; it has no projector, and its position table is computed."""
-    rules = _attention("attn", "", width, num_heads)
-    for n in "qkv":
-        rules += _norm(f"ln_{n}", f"{n}_norm")
-    return _of_part("compressor", [*rules, Rule("query", "query"), Rule("proj", "project/kernel")])
-
-
-# compressor -> (rules of compressor and projector, given the encoder's width, its heads and the projector's layers)
-REFERENCE: dict[str, Callable[[int, int, int], list[Rule]]] = {
-    "identity": lambda width, num_heads, num_layers: mlp(num_layers),
-    "quecc": lambda width, num_heads, num_layers: quecc(width, num_heads),
-    "tokenpacker": lambda width, num_heads, num_layers: tokenpacker(width, num_heads),
-    "mqt": lambda width, num_heads, num_layers: mqt(width, num_heads),
-    # No parameters of their own: what follows, or holds, them is LLaVA's projector.
-    "m3": lambda width, num_heads, num_layers: mlp(num_layers),
-    "pool": lambda width, num_heads, num_layers: mlp(num_layers),
-    "prumerge": lambda width, num_heads, num_layers: mlp(num_layers),
-    "prumerge_plus": lambda width, num_heads, num_layers: mlp(num_layers),
+# The kinds of stored tensors that a compressor's `Reference` names -> (stored name, our path, more) to rules.
+KINDS: dict[str, Callable[..., list[Rule]]] = {
+    "linear": _linear,
+    "bare": lambda tensor, path: _linear(tensor, path, bias=False),
+    "norm": _norm,
+    "array": lambda tensor, path, layout=AS_IT_IS: [Rule(tensor, path, layout)],
 }
+
+
+def reference(layout: Reference, width: int, num_heads: int, num_layers: int) -> list[Rule]:
+    """Compressor and projector as a release stores them.
+
+    width: of the encoder; num_heads: of the compressor's attention; num_layers: maps of LLaVA's projector.
+    """
+    kinds = KINDS | {"attention": lambda tensor, path: _attention(tensor, path, width, num_heads)}
+    rules = [rule for kind, *names in layout.tensors for rule in kinds[kind](*names)]
+    behind = mlp(num_layers) if layout.projector is None else projector(layout.projector)
+    return _of_part("compressor", rules) + behind
 
 
 # --- Tensors that a file may hold and that the model has no use for. -------------------------------------------------
 
 
 def unneeded(name: str, rules: Sequence[Rule]) -> bool:
-    """Whether a stored tensor is known to play no role: the head of tied embeddings, buffers, the encoder's pooling head,
-    its last norm where nobody reads that state, and its layers above the feature layer.
+    """Whether a stored tensor is known not to be used: the head of tied embeddings, buffers, the encoder's pooling head,
+    its last norm where that state is not used, and its layers above the feature layer.
     """
     above = re.fullmatch(r"encoder\.layers\.\d+\.(.*)", name)
     if above:

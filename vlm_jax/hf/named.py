@@ -1,4 +1,4 @@
-"""Models by name or by directory: what the `preset` keys of a config stand for.
+"""Models by name or by directory, as the `preset` keys of a config give them.
 
 A preset is a name of `settings/presets.py`, or a model directory of the Hugging Face hub, whose config.json then gives the
 fields.
@@ -7,22 +7,16 @@ fields.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from vlm_jax import compressors
 from vlm_jax.hf.describe import describe
 from vlm_jax.hf.settings import feature_layer
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import (
-    CompressorConfig,
-    ConfigError,
-    LMConfig,
-    RopeScaling,
-    ViTConfig,
-    VLMConfig,
-    build,
-)
+from vlm_jax.settings.checks import ConfigError, build
+from vlm_jax.settings.model import LMConfig, RopeScaling, ViTConfig, VLMConfig
 
 
 def vit(preset: str, **overrides: Any) -> ViTConfig:
@@ -62,16 +56,21 @@ def fields(block: str, preset: str) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
-def vlm(model: Mapping[str, Any]) -> VLMConfig:
-    """The `model` block of a config: presets overlaid by every field that is not None."""
-    given = {key: dict(model[key]) for key in ("vit", "compressor", "lm")}
-    scaling = given["lm"].pop("rope_scaling")
+def vlm(model: Mapping[str, Any], given: Collection[str] = ()) -> VLMConfig:
+    """The `model` block of a config: presets overlaid by every field that is not None.
+
+    given: the fields that the command line sets, such as "model.compressor.stride", which the compressor must have.
+    Raises ConfigError for a wrong value.
+    """
+    block = {key: dict(model[key]) for key in ("vit", "compressor", "lm")}
+    wanted = {field.removeprefix("model.compressor.") for field in given}
+    scaling = block["lm"].pop("rope_scaling")
     if any(value is not None for value in scaling.values()):
-        given["lm"]["rope_scaling"] = build(RopeScaling, _set(scaling))
+        block["lm"]["rope_scaling"] = build(RopeScaling, _set(scaling))
     return VLMConfig(
-        vit=vit(given["vit"].pop("preset"), **_set(given["vit"])),
-        compressor=build(CompressorConfig, given["compressor"]),
-        lm=lm(given["lm"].pop("preset"), **_set(given["lm"])),
+        vit=vit(block["vit"].pop("preset"), **_set(block["vit"])),
+        compressor=compressors.chosen(block["compressor"], wanted),
+        lm=lm(block["lm"].pop("preset"), **_set(block["lm"])),
         projector_layers=model["projector_layers"],
         projector_norm=model["projector_norm"],
         projector_positions=model["projector_positions"],

@@ -1,4 +1,4 @@
-"""Parts of our model out of a model directory: which rules read which of its tensors."""
+"""The parts of our model in a model directory: which rules read which of its tensors."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from pathlib import Path
 
 import numpy as np
 
-from vlm_jax.hf import directory, io, maps, naming
-from vlm_jax.hf.directory import Directory
+from vlm_jax.compressors import COMPRESSORS
+from vlm_jax.hf import directory, io, maps
+from vlm_jax.hf.directory import Directory, Names
 from vlm_jax.hf.io import Sources, Tree
 from vlm_jax.hf.maps import Rule
-from vlm_jax.hf.naming import Names
-from vlm_jax.settings.model import SCORED, ConfigError, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import VLMConfig
 
 
 def group_rules(opened: Directory, names: dict[str, Names], config: VLMConfig) -> dict[str, list[Rule]]:  # fmt: skip
     """The rules of each group of tensors that a directory holds."""
-    patch = names[naming.VIT].get("embeddings.patch_embedding.weight", "")
+    patch = names[directory.VIT].get("embeddings.patch_embedding.weight", "")
     flat = bool(patch) and len(opened.tensors[patch].shape) == 2
-    fused = "model.layers.0.self_attn.qkv_proj.weight" in names[naming.LM]
+    fused = "model.layers.0.self_attn.qkv_proj.weight" in names[directory.LM]
     rules = {
-        naming.VIT: maps.vit(config.vit, flat, config.compressor.name in SCORED),
-        naming.LM: maps.lm(config.lm, fused),
-        naming.PROJECTOR: maps.projector(maps.LLAVA_PROJECTOR),
-        naming.REFERENCE: reference_rules(config) if names[naming.REFERENCE] else [],
+        directory.VIT: maps.vit(config.vit, flat, config.compressor.uses_scores),
+        directory.LM: maps.lm(config.lm, fused),
+        directory.PROJECTOR: maps.projector(maps.LLAVA_PROJECTOR),
+        directory.REFERENCE: reference_rules(config) if names[directory.REFERENCE] else [],
     }
     return {group: rules[group] for group in rules if names[group]}
 
@@ -36,22 +37,24 @@ def parts_of(groups: dict[str, list[Rule]]) -> set[str]:
 
 def held(opened: Directory, config: VLMConfig) -> set[str]:
     """The parts of our model that a directory holds."""
-    return parts_of(group_rules(opened, naming.sort(opened.tensors), config))
+    return parts_of(group_rules(opened, directory.sort(opened.tensors), config))
 
 
 def reference_rules(config: VLMConfig) -> list[Rule]:
     """Compressor and projector in the reference layout. Raises ConfigError for a compressor that has none."""
-    name = config.compressor.name
-    if name not in maps.REFERENCE:
+    if config.compressor.reference is None:
+        stored = [name for name, entry in COMPRESSORS.items() if entry.reference]
         raise ConfigError(
-            f"{name} has no reference layout; the compressors that have one: {', '.join(maps.REFERENCE)}."
+            f"{config.compressor.name} has no reference layout; the compressors that have one: {', '.join(stored)}."
         )
-    return maps.REFERENCE[name](config.vit.width, config.compressor.num_heads, config.projector_layers)  # fmt: skip
+    return maps.reference(
+        config.compressor.reference, config.vit.width, config.compressor.num_heads, config.projector_layers
+    )  # fmt: skip
 
 
 def sources(opened: Directory, config: VLMConfig, wanted: Collection[str]) -> Sources:
     """Where each parameter of the wanted parts is stored. Raises ConfigError for a part that is not there."""
-    names = naming.sort(opened.tensors)
+    names = directory.sort(opened.tensors)
     groups = group_rules(opened, names, config)
     held = parts_of(groups)
     for part in wanted:
@@ -79,8 +82,8 @@ def load_parts(path: str | Path, config: VLMConfig, abstract: Tree) -> Tree:
 
 
 def _check_tied(opened: Directory) -> None:
-    """A head that is stored although it is tied must be the embedding table."""
-    names = naming.sort(opened.tensors)[naming.LM]
+    """Raises ConfigError when the embeddings are tied but a head is stored that differs from the embedding table."""
+    names = directory.sort(opened.tensors)[directory.LM]
     if "lm_head.weight" not in names:
         return
     table, head = opened.read(names["model.embed_tokens.weight"]), opened.read(names["lm_head.weight"])  # fmt: skip

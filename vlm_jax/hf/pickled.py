@@ -1,4 +1,4 @@
-"""Pickled weights to safetensors, with torch, which is told to load nothing but tensors."""
+"""Pickled weights to safetensors, with torch, in its mode that loads nothing but tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.hf import directory
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -22,10 +22,9 @@ ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 def unpickle(given: Path, out: Path) -> None:
     """Writes `out` as the directory `given` with its pickled weights as safetensors files of the same names.
 
-    The weights are the files that pytorch_model.bin.index.json names, else pytorch_model.bin, else the only pickle there is;
-    other pickles (a projector beside its model, a trainer's arguments and optimizer) and the weights of other frameworks stay
-    behind. Everything else is copied.
-    `out` appears whole or not at all. Raises ConfigError for a file that is missing, damaged or holds more than tensors.
+    The weights are the files that pytorch_model.bin.index.json names, else pytorch_model.bin, else the only pickle there is.
+    Other pickles (a projector beside its model, a trainer's arguments and optimizer) and the weights of other frameworks are
+    not copied; everything else is. An error leaves no partial `out`. Raises ConfigError for a file that is missing, damaged or holds more than tensors.
     """
     files = _weight_files(given)
     pickles = {path for pattern in directory.PICKLES for path in given.glob(pattern)}
@@ -72,7 +71,7 @@ def _weight_files(given: Path) -> list[Path]:
 
 def _write(path: Path, out: Path) -> set[str]:
     """The names of the tensors of one pickle, after writing them to a safetensors file."""
-    import torch  # of the conversion alone
+    import torch  # needed for this conversion only
     from safetensors.torch import save_file
 
     try:
@@ -88,14 +87,14 @@ def _write(path: Path, out: Path) -> set[str]:
     )  # fmt: skip
     if not plain or not tensors:
         raise ConfigError(f"{str(path)!r} holds more than tensors; it is no model's weights.")
-    # Tied weights are one storage in a pickle; safetensors wants each tensor to have its own.
+    # Tied weights share memory in a pickle, which safetensors refuses: each tensor gets its own.
     own = {name: x.detach().contiguous().clone() for name, x in tensors.items()}
     save_file(own, out, metadata={"format": "pt"})
     return set(own)
 
 
 def _reason(error: Exception) -> str:
-    """What torch says, in one line without colours, and without its advice to load the file all the same."""
+    """torch's message in one line without colours, and without its advice to load the file unsafely."""
     text = " ".join(ESCAPES.sub("", str(error)).split())
     code = re.search(r"GLOBAL (\S+)", text)
     if code:
@@ -105,7 +104,7 @@ def _reason(error: Exception) -> str:
 
 
 def _check_index(given: Path, listed: dict[str, str]) -> None:
-    """Every tensor that the index names must be there."""
+    """Raises ConfigError for tensors that the index names and no file holds."""
     if not (given / PICKLED_INDEX).is_file():
         return
     missing = sorted(set(directory.weight_map(given / PICKLED_INDEX)) - set(listed))

@@ -1,7 +1,7 @@
-"""A directory's image processor to what data/images.py does: how a picture is squared and resized, its mean and std.
+"""A directory's image processor as settings of data/images.py: how a picture is squared and resized, its mean and std.
 
-transformers writes the settings into preprocessor_config.json, or (since 5) into processor_config.json under
-`image_processor`; there the second counts. What a file leaves out is the default of the processor's class.
+transformers writes the settings into preprocessor_config.json, or since version 5 into processor_config.json under
+`image_processor`, which takes precedence. A field that is left out has the default of the processor's class.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.hf.directory import read_json
-from vlm_jax.hf.fields import say_once, short
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.hf.directory import read_json, say_once, short
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.presets import CLIP, SIGLIP
 
 Json = Mapping[str, Any]
 
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 _CLIP: Json = dict(
     size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224}, do_center_crop=True, resample=3,
-    image_mean=(0.48145466, 0.4578275, 0.40821073), image_std=(0.26862954, 0.26130258, 0.27577711),
+    image_mean=CLIP["mean"], image_std=CLIP["std"],
 )  # fmt: skip
 _SIGLIP: Json = dict(
     size={"height": 224, "width": 224}, do_center_crop=False, resample=3,
-    image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5),
+    image_mean=SIGLIP["mean"], image_std=SIGLIP["std"],
 )  # fmt: skip
-# transformers' classes -> their defaults, of the fields that are read
+# transformers' class -> its defaults for the fields that are read
 PROCESSORS: dict[str, Json] = {
     "CLIPImageProcessor": _CLIP, "LlavaImageProcessor": _CLIP, "SiglipImageProcessor": _SIGLIP,
 }  # fmt: skip
-# encoder -> what its family does with a picture when a directory does not say
+# family of encoders -> the settings when a directory has no image processor
 FAMILIES: dict[str, Json] = {
     "clip": _CLIP, "siglip": _SIGLIP, "siglip2": dict(_SIGLIP, resample=2),
 }  # fmt: skip
@@ -39,9 +39,9 @@ FAMILIES: dict[str, Json] = {
 def preprocessing(folder: Path, image_px: int, encoder: str = "") -> dict[str, Any]:
     """{"image_mode", "resample", "mean", "std"} of a directory whose encoder takes images of image_px.
 
-    encoder: its model_type, "" = that of the directory's config.json; its family's default counts where the directory
-    names no processor. Raises ConfigError for a processor or a step that data/images.py does not take, and for a size
-    that is not the encoder's.
+    encoder: its model_type, "" = that of the directory's config.json; where the directory names no processor, the default of
+    its family applies. Raises ConfigError for a processor or a step that data/images.py does not implement, and for a size
+    other than the encoder's.
     """
     family = (encoder or _encoder_of(folder)).removesuffix("_vision_model")
     found = _settings(folder)
@@ -68,10 +68,8 @@ def preprocessing(folder: Path, image_px: int, encoder: str = "") -> dict[str, A
         raise ConfigError(
             f"{where}: resample {short(settings['resample'])} is not 2 (bilinear) or 3 (bicubic)."
         )
-    padded = bool(settings.get("do_pad")) and name in (
-        "LlavaImageProcessor",
-        "",
-    )  # no use in others
+    # Other processors ignore do_pad.
+    padded = bool(settings.get("do_pad")) and name in ("LlavaImageProcessor", "")
     mode, side = _squaring(settings, padded, where)
     if side != image_px:
         raise ConfigError(f"{where}: images of {side} px, but the encoder takes {image_px} px.")
@@ -114,7 +112,7 @@ def _settings(folder: Path) -> tuple[Json, str] | None:
 
 
 def _class_of(given: Json, where: str) -> str:
-    """The processor's class, a key of PROCESSORS; "" if the file does not say. Raises ConfigError for any other."""
+    """The processor's class, a key of PROCESSORS; "" if the file names none. Raises ConfigError for any other class."""
     name = given.get("image_processor_type") or given.get("feature_extractor_type") or ""
     code = given.get("auto_map")
     if not name and isinstance(code, Mapping) and code.get("AutoImageProcessor"):
@@ -134,7 +132,7 @@ def _class_of(given: Json, where: str) -> str:
 
 
 def _guessed(given: Json, family: str) -> Json:
-    """The defaults of a file without a class: the encoder's family's, else those of the class that writes such sizes."""
+    """The defaults for a file that names no class: those of the encoder's family, else of the class whose size has this form."""
     squared = isinstance(given.get("size"), Mapping) and "height" in given["size"]
     return FAMILIES.get(family) or (_SIGLIP if squared and not given.get("crop_size") else _CLIP)
 
@@ -158,7 +156,10 @@ def _squaring(settings: Json, padded: bool, where: str) -> tuple[str, int]:
 
 
 def _size(size: Any, where: str, square: bool = False) -> tuple[int, int, int]:
-    """(height, width, shortest edge) of a size in any of its forms; 0 for what it does not say. square: a number is a side."""
+    """(height, width, shortest edge) of a size in any of its forms; 0 for what is not given.
+
+    square: a single number is the side of a square, not the shortest edge.
+    """
     if isinstance(size, int):
         return (size, size, 0) if square else (0, 0, size)
     if isinstance(size, (list, tuple)) and len(size) == 2:

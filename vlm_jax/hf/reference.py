@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from vlm_jax.hf import fields, settings
-from vlm_jax.hf.fields import short
-from vlm_jax.hf.naming import Names
-from vlm_jax.settings.model import CompressorConfig, ConfigError, LMConfig
+from vlm_jax.compressors import COMPRESSORS
+from vlm_jax.compressors.identity import IdentityConfig
+from vlm_jax.hf import settings
+from vlm_jax.hf.directory import Names, short
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import CompressorConfig, LMConfig
 
-# The decoder -> what LLaVA's code calls a model of it. It may also be called by the decoder's own name, which a training
-# script that did not register its own leaves there.
+# model_type of the decoder -> model_type in LLaVA's code. Some training scripts leave the decoder's own there.
 WRITTEN = {
     "llama": "llava_llama", "mistral": "llava_mistral", "qwen2": "llava_qwen", "qwen3": "llava_qwen3", "phi3": "llava_phi",
 }  # fmt: skip
 NAMES = {name: own for own, name in WRITTEN.items()} | {"llava": "llama"}
-
-# A tensor that only this compressor has; none of them: no compressor.
-MARKS = {"0.q_downsample.weight": "quecc", "q_proj_1.weight": "tokenpacker", "ln_q.weight": "mqt"}
-TAPS = (12, 16, 22, 23)  # of QueCC and TokenPacker, fixed in their releases
-QUECC_HEADS, TOKENPACKER_HEAD_DIM, TOKENPACKER_STRIDE, MQT_HEAD_DIM = 8, 128, 2, 64  # likewise
 
 FIXED: dict[str, tuple[Any, ...]] = {
     "mm_use_im_start_end": (False,), "mm_vision_select_feature": ("patch",), "mm_patch_merge_type": ("flat",),
@@ -35,11 +30,11 @@ READ = frozenset({
     "mm_vision_token_compression_stride",
 })  # fmt: skip
 KINDS = {"mm_vision_tower": str, "mm_vision_select_layer": int, "mm_projector_type": str, "scale_factor": int}  # fmt: skip
-# Of training alone; other fields that begin with mm_ may change what is computed.
+# Fields of training only; any other field that begins with mm_ could change what is computed.
 NEUTRAL = frozenset({
     "mm_projector_lr", "mm_tunable_parts", "mm_use_im_patch_token", "mm_vision_tower_lr",
 })  # fmt: skip
-# Without mm_, and LLaVA's too: nothing to name in the log.
+# Other fields of LLaVA, without mm_, which are not named in the log as ignored.
 KNOWN = frozenset({
     "freeze_mm_mlp_adapter", "freeze_mm_vision_resampler", "image_aspect_ratio", "image_crop_resolution",
     "image_grid_pinpoints", "image_split_resolution", "num_visual_tokens", "pretrain_mm_mlp_adapter", "query_abstractor_type",
@@ -66,7 +61,8 @@ def decoder_type(raw: Mapping[str, Any], where: str) -> str:
 
 
 def decoder(raw: Mapping[str, Any], where: str) -> LMConfig:
-    """The decoder of a config.json in which its fields stand beside those of the images. Raises ConfigError as usual."""
+    """The decoder of a config.json that holds its fields beside those of the image parts. Raises ConfigError as
+    `settings.decoder` does, and for an mm_ field that could change what is computed."""
     own = decoder_type(raw, where)
     for name, allowed in FIXED.items():
         if raw.get(name) and raw[name] not in allowed:
@@ -84,59 +80,50 @@ def decoder(raw: Mapping[str, Any], where: str) -> LMConfig:
             raise ConfigError(
                 f"{where}: {name} {short(raw[name])} is not computed here; it must be one {kind.__name__}."
             )
-    # auto_map names the training repository's own code, which this layout is of.
+    # auto_map names code of the training repository, which is what defines this layout.
     return settings.decoder({k: v for k, v in raw.items() if k != "auto_map"}, where, own)
 
 
 def ignored(raw: Mapping[str, Any], where: str) -> list[str]:
     """The fields with a value that neither LLaVA nor its decoder knows."""
     rest = {k: v for k, v in raw.items() if not k.startswith("mm_") and k not in KNOWN}
-    return fields.ignored(rest, decoder_type(raw, where), fields.DECODER_READ)
+    return settings.ignored(rest, decoder_type(raw, where), settings.DECODER_READ)
 
 
 def projector_layers(raw: Mapping[str, Any], names: Names, where: str) -> int:
-    """Linear maps between encoder or compressor and decoder. names: of the mm_projector.
+    """The number of linear layers of the projector. names: the tensors of the mm_projector.
 
-    A compressor's module holds two of them (MQT's none: its last map, `proj`, takes their place); else 1 for "linear", k for
-    "mlp{k}x_gelu". Raises ConfigError for another mm_projector_type.
+    A compressor's release may hold them under names of its own, or none; else 1 for "linear", k for "mlp{k}x_gelu". Raises
+    ConfigError for another mm_projector_type.
     """
-    found = _compressors(names)
-    if found:
-        return 0 if found == ["mqt"] else 2
+    layout = _stored(names).reference
+    if layout and layout.projector is not None:
+        return len(layout.projector)
     kind = raw.get("mm_projector_type") or "linear"
     match = re.fullmatch(r"mlp(\d+)x_gelu", kind)
     if not match and kind != "linear":
         raise ConfigError(
             f"{where}: mm_projector_type {kind!r} is not computed here; allowed: linear, mlp2x_gelu, mlp3x_gelu, ..., and those of "
-            f"the compressors {', '.join(MARKS.values())} beside their weights."
+            f"the compressors {', '.join(_marked())} beside their weights."
         )
     return int(match[1]) if match else 1
 
 
-def _compressors(names: Names) -> list[str]:
-    return [name for mark, name in MARKS.items() if mark in names]
+def _marked() -> dict[str, str]:
+    """The compressors with parameters in a release -> a tensor that no other one has."""
+    layouts = {name: entry.reference for name, entry in COMPRESSORS.items()}
+    return {name: layout.mark for name, layout in layouts.items() if layout and layout.mark}
+
+
+def _stored(names: Names) -> type[CompressorConfig]:
+    """The compressor that the tensors of an mm_projector belong to."""
+    found = [name for name, mark in _marked().items() if mark in names]
+    return COMPRESSORS[found[0]] if found else IdentityConfig
 
 
 def compressor(
     raw: Mapping[str, Any], names: Names, shapes: Mapping[str, tuple[int, ...]], where: str
 ) -> CompressorConfig:
     """Which compressor the tensors belong to, and its settings. names: of the mm_projector; shapes: by the files' names."""
-    found = _compressors(names)
-    if not found:
-        return CompressorConfig("identity")
-    if found == ["tokenpacker"]:
-        width = shapes[names["q_proj_1.weight"]][0]
-        stride = raw.get("scale_factor") or TOKENPACKER_STRIDE
-        heads = max(width // TOKENPACKER_HEAD_DIM, 1)
-        return CompressorConfig("tokenpacker", stride=stride, num_heads=heads, taps=TAPS)
-    if found == ["mqt"]:
-        queries, width = shapes[names["query"]]
-        heads = max(width // MQT_HEAD_DIM, 1)
-        return CompressorConfig("mqt", num_heads=heads, query_grid=math.isqrt(queries))
-    kernel = shapes[names["0.q_downsample.weight"]][-1]
-    stride = raw.get("mm_vision_token_compression_stride") or kernel
-    if kernel != stride:
-        raise ConfigError(
-            f"{where}: quecc: kernel {kernel} differs from stride {stride}; only kernel = stride is computed here."
-        )
-    return CompressorConfig("quecc", stride=stride, num_heads=QUECC_HEADS, taps=TAPS)
+    own = {name: shapes[stored] for name, stored in names.items()}
+    return _stored(names).from_reference(raw, own, where)

@@ -1,6 +1,6 @@
 """Our frozen configs to config.json, preprocessor_config.json and processor_config.json: the inverse of settings.py.
 
-Field names are those that every release of transformers, vLLM and llama.cpp reads (`rope_theta`, `torch_dtype`).
+The field names are the older ones that every release of transformers, vLLM and llama.cpp reads (`rope_theta`, `torch_dtype`).
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from vlm_jax.hf import pixels, reference, settings
-from vlm_jax.settings.model import ConfigError, LMConfig, ViTConfig, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import LMConfig, ViTConfig, VLMConfig
 
 Json = dict[str, Any]
 IMAGE_TOKEN = "<image>"
@@ -41,7 +42,7 @@ def decoder(c: LMConfig) -> Json:
 
 
 def _architecture(c: LMConfig) -> str:
-    """The model_type of the decoder that has these features and no others."""
+    """The model_type of the decoder that has exactly these features. Raises ConfigError if there is none."""
     if c.qk_norm:
         name, fits = "qwen3", c.qkv_bias == c.o_bias and not c.mlp_bias
     elif c.qkv_bias and not c.o_bias:
@@ -135,18 +136,7 @@ def original(c: VLMConfig, encoder_name: str) -> Json:
         "mm_hidden_size": c.vit.width, "mm_vision_tower": encoder_name, "mm_vision_select_layer": c.vit.feature_layer,
         "mm_vision_select_feature": "patch", "image_aspect_ratio": "pad",
     }  # fmt: skip
-    if c.compressor.name == "quecc":
-        stride = c.compressor.stride
-        fields |= {
-            "mm_vision_token_compression_type": "quecc", "mm_vision_output_token_count": c.vit.num_patches,
-            "mm_vision_output_text_embedding_size": c.lm.width, "mm_vision_token_compression_kernel_size": stride,
-            "mm_vision_token_compression_stride": stride,
-        }  # fmt: skip
-    if c.compressor.name == "tokenpacker":
-        fields["scale_factor"] = c.compressor.stride
-    if c.compressor.name == "mqt":
-        fields |= {"query_abstractor_type": "matry_query", "num_visual_tokens": c.compressor.visual_tokens or c.compressor.query_grid**2}  # fmt: skip
-    return fields
+    return fields | c.compressor.reference_fields(c.vit.num_patches, c.lm.width)
 
 
 def preprocessor(c: ViTConfig, image_mode: str) -> Json:

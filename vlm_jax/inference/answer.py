@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 
 from vlm_jax import compressors, sharding
 from vlm_jax.benchmarks.predictions import Answer
+from vlm_jax.compressors import with_tokens
 from vlm_jax.costs import flops
 from vlm_jax.data import eval_batches as prompts
 from vlm_jax.data.records import parse
@@ -21,7 +22,6 @@ from vlm_jax.inference.generate import Decoding, make_generate
 from vlm_jax.models.attention import for_inference
 from vlm_jax.models.lm import Cache
 from vlm_jax.models.vlm import Inputs
-from vlm_jax.settings.model import with_tokens
 from vlm_jax.settings.run import MeshConfig
 from vlm_jax.storage import run as experiment
 from vlm_jax.storage import weights

@@ -17,7 +17,7 @@ from typing import Any
 from vlm_jax import files
 from vlm_jax.data import records
 from vlm_jax.data.rows import Features
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.storage import run as experiment
 
 WHOLE = 16 * 2**20  # bytes up to which a file is read to its end: every picture, small weights

@@ -22,7 +22,8 @@ from vlm_jax import sharding
 from vlm_jax.data import feature_cache, feature_images
 from vlm_jax.models.vit import Features
 from vlm_jax.models.vlm import VLM
-from vlm_jax.settings.model import ConfigError, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import VLMConfig
 from vlm_jax.settings.run import Experiment, MeshConfig
 from vlm_jax.storage import weights
 
@@ -35,7 +36,7 @@ TELL_EVERY = 30  # seconds between lines of the log
 @functools.partial(jax.jit, static_argnames="config")
 def encode(params: Any, images: UInt8[Array, "B H W 3"], config: VLMConfig) -> Features:
     """What the encoder of a model makes of pixels. params: an argument, so that the program does not hold a copy of them."""
-    found: Any = VLM(config).apply({"params": params}, images, method=VLM.encode_images)
+    found: Any = VLM(config).apply({"params": params}, images, method=VLM.image_features)
     return found
 
 

@@ -16,7 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.models.lm import Cache, cache_behind, empty_cache
 from vlm_jax.models.vlm import VLM, Inputs, Layout
-from vlm_jax.settings.model import ConfigError, VLMConfig, check_positive
+from vlm_jax.settings.checks import ConfigError, check_positive
+from vlm_jax.settings.model import VLMConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from vlm_jax.data import images, sources
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import MeshConfig
 from vlm_jax.storage import run as experiment
 

@@ -18,7 +18,7 @@ from vlm_jax.data import sources
 from vlm_jax.data.rows import Features
 from vlm_jax.data.templates import QUERIES
 from vlm_jax.inference import content
-from vlm_jax.settings.model import ConfigError, check_choice, check_positive
+from vlm_jax.settings.checks import ConfigError, check_choice, check_positive
 from vlm_jax.storage import run as experiment
 
 # How answers are found -> what the names of its results end in. likelihood generates only what has no "replies".

@@ -7,7 +7,7 @@ import math
 
 from vlm_jax.costs.chips import CHIPS, GIB, Chip
 from vlm_jax.costs.price import Number, Price
-from vlm_jax.settings.model import ConfigError, check_choice, check_positive
+from vlm_jax.settings.checks import ConfigError, check_choice, check_positive
 
 UNITS = {"gflops": "GFLOPs", "ms": "ms", "gib": "GiB", "dollars": "$ per 1M questions"}
 ON_A_CHIP = ("ms", "dollars")

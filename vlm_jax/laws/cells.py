@@ -13,7 +13,7 @@ from vlm_jax.laws import table
 from vlm_jax.laws.law import BILLION, Law
 from vlm_jax.laws.least_squares import solve
 from vlm_jax.laws.table import Row
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 
 class Points(NamedTuple):

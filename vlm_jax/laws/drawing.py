@@ -24,7 +24,7 @@ from vlm_jax.costs.price import Number, paper_flops
 from vlm_jax.laws.law import Fit
 from vlm_jax.laws.plan_words import pair
 from vlm_jax.laws.table import Row, family_mean, size_name
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 if TYPE_CHECKING:
     from vlm_jax.laws.planning import Plan

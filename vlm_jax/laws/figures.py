@@ -38,7 +38,7 @@ from vlm_jax.laws.law import Fit, Law
 from vlm_jax.laws.planning import Span, choose, optimal_visual_tokens
 from vlm_jax.laws.table import Row, family_mean, size_name
 from vlm_jax.laws.weighting import LOSSES, WEIGHTS
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 ABOUT = 1.2  # costs within this factor of a budget are about equal to it
 BUDGETS = (0.25, 1.0, 4.0)  # of the base budget, where choices are followed along Q

@@ -42,7 +42,7 @@ from vlm_jax.laws.table import Row
 from vlm_jax.laws.terminal import show
 from vlm_jax.laws.weighting import LOSSES, WEIGHTS
 from vlm_jax.settings import cli
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 PROFILE_POINTS = 21  # values of D looked at along the flat direction
 

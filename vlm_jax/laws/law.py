@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from vlm_jax import files
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 BILLION = 1e9
 LAW_FORMAT = 2

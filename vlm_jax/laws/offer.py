@@ -11,7 +11,7 @@ import numpy as np
 from vlm_jax.costs.price import Number, Pricer, Workload
 from vlm_jax.laws.budget import Budget
 from vlm_jax.laws.table import size_name
-from vlm_jax.settings.model import ConfigError, check_positive
+from vlm_jax.settings.checks import ConfigError, check_positive
 
 Point = tuple[str, Number, int]  # LM name, its parameters, visual tokens
 LONGEST = 2**17  # text tokens up to which a choice is followed

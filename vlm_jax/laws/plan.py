@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlm_jax.costs.chips import CHIPS, GIB
-from vlm_jax.costs.price import Number, Workload, allowed_tokens, exact_price
+from vlm_jax.costs.price import Number, Workload, allowed_tokens, choosable, exact_price
 from vlm_jax.laws import fit as fitting
 from vlm_jax.laws import law as law_file
 from vlm_jax.laws import table
@@ -23,7 +23,7 @@ from vlm_jax.laws.budget import UNITS, Budget, find_chip
 from vlm_jax.laws.law import Fit
 from vlm_jax.laws.planning import PAPER, Candidate, Method, Plan, choose
 from vlm_jax.settings import cli, presets
-from vlm_jax.settings.model import ELASTIC, WINDOWED, ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 WIDE = 110  # columns of a terminal from which on every known amount is shown
 HEADS = {"gflops": "GFLOPs", "ms": "ms", "gib": "GiB", "dollars": "$ / 1M"}
@@ -146,7 +146,7 @@ def _plan(args: Namespace, fit: Fit, budget: Budget) -> Plan:
         asking = "--exact" if args.exact else "--visual-tokens all"
         raise ConfigError(
             f"plan: {asking} needs to know the compressor, which the law's table does not name; add --compressor=NAME, one "
-            f"of {', '.join((*WINDOWED, *ELASTIC))}."
+            f"of {', '.join(choosable())}."
         )
     exact = None
     known = compressor and not free and all(lm in presets.LM for lm in lms or fit.lms)

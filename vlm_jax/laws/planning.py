@@ -27,7 +27,7 @@ from vlm_jax.laws.budget import Budget, spelt
 from vlm_jax.laws.law import Fit
 from vlm_jax.laws.offer import LONGEST, Offer, Point, last_that
 from vlm_jax.laws.plan_words import pair
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 STOPS = 20  # numbers of text tokens at which the choice is looked up where sizes are free
 

@@ -24,7 +24,7 @@ from vlm_jax.laws.figures import (
 from vlm_jax.laws.law import Fit
 from vlm_jax.laws.table import Row
 from vlm_jax.settings import cli
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 Named = tuple[str, Callable[[], Figure]]  # a file's name without its suffix, and what draws it
 

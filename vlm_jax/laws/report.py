@@ -15,7 +15,7 @@ from vlm_jax.laws import planning
 from vlm_jax.laws.law import Fit
 from vlm_jax.laws.table import Row, family_mean, size_name
 from vlm_jax.laws.terminal import constant_rows
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 FLAG = "†"
 NAMES = {"ocr": "OCR", "reasoning": "Reasoning"}  # as headings write families

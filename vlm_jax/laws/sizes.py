@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from vlm_jax.costs.price import Number
 from vlm_jax.laws.table import Row
 from vlm_jax.settings import presets
-from vlm_jax.settings.model import ConfigError, LMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import LMConfig
 
 GIVEN = "given"
 COUNTS: dict[str, Callable[[LMConfig], Number]] = {

@@ -21,7 +21,7 @@ import numpy as np
 from vlm_jax import files
 from vlm_jax.costs.price import Number
 from vlm_jax.settings import addresses
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 REQUIRED = ("lm_params", "visual_tokens", "error")
 DIVIDERS = ",;\t"  # of cells; of equally many the first

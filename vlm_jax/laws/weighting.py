@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from vlm_jax.laws.cells import Cells
 from vlm_jax.laws.law import BILLION, Law
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 HUBER = 1.345  # standard deviations; 95 % efficient on normal noise (Huber and Ronchetti 2009)
 TO_SIGMA = 1.4826  # median absolute deviation -> standard deviation of normal noise

@@ -4,7 +4,7 @@
 LLaVA-format datasets and a tokenizer to disk. A run reads them like any other data.
 """
 
-# What a report of the miniature must say beside its numbers.
+# Limits of the miniature, which a report prints beside its numbers.
 CAVEATS = (
     "The tasks are built so that each resource binds: reasoning is recall and short composition, whose error the LM's "
     "capacity sets; OCR needs as many visual tokens as there are characters. The order of the exponents is therefore "

@@ -4,7 +4,7 @@ DIRECTORY/
   images/*.png            64 x 64
   encoder_train.json      images; dense listings and ordinary questions, for the encoder's training
   vlm_train.json          images, half scenes and half sheets; `questions` turns per record
-  vlm_single_train.json   the same questions, one per record: for compressors that look at the question
+  vlm_single_train.json   the same questions, one per record: for compressors that use the query
   text_train.json         no images; a system message describes the scene
   reasoning_test.json     held-out scenes      ocr_test.json  held-out sheets
   contents.json           what each image shows; world.json  the tables: enough to derive every answer again
@@ -26,18 +26,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from vlm_jax.miniworld import questions, rendering, scenes
 from vlm_jax.miniworld.scenes import Scene, Sheet
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 SPECIALS = ("<pad>", "<unk>", "<s>", "</s>")
-TEMPLATE_WORDS = (
-    "USER:",
-    "ASSISTANT:",
-    "image",
-)  # of the vicuna template, and the query of an absent image
+# Of the vicuna template, and the query of an empty image slot.
+TEMPLATE_WORDS = ("USER:", "ASSISTANT:", "image")
 Record = dict[str, Any]
 Ask = Callable[[Scene | Sheet, np.random.Generator], list[questions.Turn]]
 
-# What the images of a split show, in turn: 0 a scene, k a sheet of k x k different blocks.
+# The contents of the images of a split, in turn: 0 is a scene, k a sheet of k x k different blocks.
 KINDS = (0, 1, 0, 2, 0, 4, 0, 8)
 ENCODER_KINDS = (0, 1, 2, 4, 0, 8, 4, 8)
 
@@ -125,15 +122,15 @@ def _encoder_records(
 def _text_records(
     count: int, ask: Ask, questions_per_record: int, rng: np.random.Generator
 ) -> list[Record]:
-    """Questions about scenes and sheets that are told, not shown, in turn."""
+    """Questions about scenes and sheets, in turn, that the system message describes in words."""
     records = []
     for i in range(count):
         if i % 2:
-            told, turns = questions.note(questions_per_record, rng)
+            system, turns = questions.note(questions_per_record, rng)
         else:
             scene = scenes.sample_scene(rng)
-            told, turns = questions.caption(scene), ask(scene, rng)
-        records.append(_record(f"text-{i:06d}", turns, system=told))
+            system, turns = questions.caption(scene), ask(scene, rng)
+        records.append(_record(f"text-{i:06d}", turns, system=system))
     return records
 
 
@@ -144,7 +141,7 @@ def _write_images(
     kinds: tuple[int, ...],
     rng: np.random.Generator,
 ) -> dict[str, Scene | Sheet]:
-    """Draws and saves `count` images, kind after kind; returns what each shows."""
+    """Draws and saves `count` images, with the kinds in turn; returns name -> content."""
     shown: dict[str, Scene | Sheet] = {}
     for i in range(count):
         side = kinds[i % len(kinds)]
@@ -156,7 +153,7 @@ def _write_images(
 
 
 def _record(name: str, turns: list[questions.Turn], image: str = "", system: str = "") -> Record:
-    """One LLaVA-format record; the image is asked for in the first turn."""
+    """One LLaVA-format record; the image is in the first turn."""
     identity = name.removeprefix("images/").replace(".png", "")
     conversations = [{"from": "system", "value": system}] if system else []
     for i, (question, answer) in enumerate(turns):

@@ -1,4 +1,4 @@
-"""Asks about a scene or a sheet, in words, and knows the one-word answers.
+"""Questions about a scene or a sheet, and their one-word answers.
 
 | family    | question                | answer                                                    |
 |-----------|-------------------------|-----------------------------------------------------------|
@@ -39,12 +39,12 @@ LIST = "list"
 
 
 def caption(scene: Scene) -> str:
-    """What a text-only sample is told in place of the image."""
+    """The description that replaces the image in a text-only sample."""
     return f"{scene.colour} shape on {scene.floor} floor"
 
 
 def note(count: int, rng: np.random.Generator) -> tuple[str, list[Turn]]:
-    """What a text-only sample is told in place of a sheet: `count` slots with their characters; and one question each."""
+    """The description that replaces a sheet in a text-only sample, `count` slots with their characters; one question each."""
     slots = rng.permutation(len(SQUARES))[:count]
     characters = [CHARACTERS[i] for i in rng.integers(len(CHARACTERS), size=count)]
     told = " ".join(f"{SQUARES[slot]} {c}" for slot, c in zip(slots, characters, strict=True))
@@ -53,14 +53,14 @@ def note(count: int, rng: np.random.Generator) -> tuple[str, list[Turn]]:
 
 
 class Asker:
-    """Draws reasoning questions about scenes of one world, facts by their Zipf weights."""
+    """Samples reasoning questions about scenes of one world; facts are sampled by their Zipf weights."""
 
     def __init__(self, world: World):
         self.world = world
 
     @functools.cache  # noqa: B019 (64 entries, lives as long as the world)
     def _fact_chances(self, colour: int, floor: int) -> np.ndarray:
-        """Cumulative chances of the 2 x 256 facts that a scene can be asked for."""
+        """Cumulative probabilities of the 2 x 256 facts about a scene."""
         attributes = [colour, len(COLOURS) + floor]
         weights = self.world.fact_weight[:, :, attributes].reshape(-1)
         return np.cumsum(weights) / weights.sum()
@@ -111,7 +111,7 @@ def read(sheet: Sheet, count: int, rng: np.random.Generator) -> list[Turn]:
 
 
 def listing(content: Scene | Sheet) -> Turn:
-    """What each of the 64 slots shows, in raster order: a character, or the shape's colour or the floor."""
+    """The question LIST and its answer: the content of the 64 slots in raster order, for a scene the colour or the floor."""
     if isinstance(content, Sheet):
         return LIST, " ".join(content.characters)
     covered = shape_mask(content).reshape(GRID, SLOT_PX, GRID, SLOT_PX).mean((1, 3)).reshape(-1)

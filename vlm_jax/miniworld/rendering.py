@@ -53,7 +53,7 @@ GLYPHS: np.ndarray = np.array(
 
 
 def draw(content: Scene | Sheet, rng: np.random.Generator) -> UInt8[np.ndarray, "H W 3"]:
-    """The image of a scene or a sheet; `rng` gives noise, contrast and the characters' shifts."""
+    """The image of a scene or a sheet; `rng` draws the noise, and a sheet's contrast and the shifts of its characters."""
     if isinstance(content, Scene):
         floor, colour = np.array(FLOORS[content.floor]), np.array(COLOURS[content.colour])
         image = np.where(shape_mask(content)[:, :, None], colour, floor) / 255.0

@@ -1,4 +1,4 @@
-"""What exists in the miniature world: scenes, text images, and the fixed tables that hold its knowledge.
+"""The contents of the miniature world: scenes, text images, and the fixed tables that hold its knowledge.
 
 A scene is one big coloured shape on a floor: two facts, which fit one visual token. A text image is a sheet with
 1, 4, 16 or 64 characters: the more characters, the more visual tokens are needed to read them. Knowledge about colours
@@ -25,9 +25,8 @@ FLOORS: dict[str, tuple[int, int, int]] = {
 }  # fmt: skip
 SHAPES = ("square", "disc", "diamond")  # drawn, never asked for
 CHARACTERS = tuple("ABCDEFHJKLMNPRSTUVXZ")
-SQUARES = tuple(
-    f"{column}{row}" for row in range(1, GRID + 1) for column in "abcdefgh"
-)  # raster order
+# In raster order.
+SQUARES = tuple(f"{column}{row}" for row in range(1, GRID + 1) for column in "abcdefgh")
 
 ENTITIES = (
     "ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibex", "jay", "koi", "lynx", "mole", "newt", "owl", "pig",
@@ -50,7 +49,7 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True)
 class Sheet:
-    """A text image: `characters[i]` stands in the slot SQUARES[i]; side x side blocks repeat one character each."""
+    """A text image: `characters[i]` is in the slot SQUARES[i]; each of side x side blocks repeats one character."""
 
     side: int
     characters: tuple[str, ...]
@@ -60,9 +59,9 @@ class Sheet:
 class World:
     """The knowledge: every entry is a number of an entity.
 
-    relation: int [8 relations, 8 colours + 16 entities]; what a colour's or an entity's friend, rival, .. is.
-    fact: int [16 entities, 16 entities, 8 colours + 8 floors]; what two entities make of a colour or a floor.
-    fact_weight: float of the same shape; how often each fact is asked, relative to the others.
+    relation: int [8 relations, 8 colours + 16 entities]: the friend, rival, ... of a colour or an entity.
+    fact: int [16 entities, 16 entities, 8 colours + 8 floors]: the answer for two entities and a colour or a floor.
+    fact_weight: float of the shape of `fact`: how often each fact is asked, relative to the others.
     """
 
     relation: np.ndarray

@@ -1,7 +1,7 @@
-"""The decoder's low-rank adapters (LoRA, arXiv 2106.09685) as parameters: which they are, and the decoder with them merged.
+"""The decoder's low-rank adapters (LoRA, arXiv 2106.09685): finding them among the parameters and merging them.
 
-`layers.Linear` computes with them: y = x W + scale (x A) B. Beside each adapted `kernel` stand `lora_a` [in.., rank] and
-`lora_b` [rank, out..], stacked over the layers as the kernel is, and float32 whatever the kernel is stored in.
+`layers.Linear` applies them: y = x W + scale (x A) B. Next to each adapted `kernel` the parameters have `lora_a` [in.., rank]
+and `lora_b` [rank, out..], stacked over layers like the kernel and always stored in float32.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
-from vlm_jax.settings.model import LM_LINEARS, LORA, ConfigError, LMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import LM_LINEARS, LORA, LMConfig
 
 Tree = dict[str, Any]
 
 
 def without(params: Tree) -> Tree:
-    """`params` without adapters, and without what then is empty."""
+    """`params` without adapters; subtrees that become empty are dropped."""
     flat = flatten_dict(params, sep="/")
     return unflatten_dict(
         {path: leaf for path, leaf in flat.items() if not path.endswith(LORA)}, sep="/"
@@ -28,7 +29,7 @@ def without(params: Tree) -> Tree:
 
 
 def check_trainable(params: Tree, trainable: Tree) -> None:
-    """Raises ConfigError when a kernel is to be trained beside its own adapter."""
+    """Raises ConfigError when both a kernel and its own adapter are trainable."""
     everything = flatten_dict(params, sep="/")
     for path in flatten_dict(trainable, sep="/"):
         if path.endswith("/kernel") and path.removesuffix("kernel") + "lora_a" in everything:
@@ -39,7 +40,7 @@ def check_trainable(params: Tree, trainable: Tree) -> None:
 
 
 def merged(lm: Tree, config: LMConfig, dtype: str) -> Tree:
-    """The decoder's parameters with each kernel W + scale A B, computed in float32 and kept in `dtype`, and no adapters."""
+    """The decoder's parameters without adapters: each adapted kernel is W + scale A B, computed in float32, cast to `dtype`."""
     flat = flatten_dict(lm, sep="/")
     for path in LM_LINEARS:
         adapter = config.adapter(path)
@@ -53,7 +54,7 @@ def merged(lm: Tree, config: LMConfig, dtype: str) -> Tree:
 def _merge(
     kernel: Float[Array, "L ..."], a: Float[Array, "L ..."], b: Float[Array, "L ..."], scale: float, dtype: str
 ) -> Float[Array, "L ..."]:  # fmt: skip
-    """Layer by layer, so that one alone stands in float32."""
+    """Merges one layer at a time, so that only one layer is held in float32."""
 
     def layer(pieces: tuple[Array, Array, Array]) -> Array:
         kernel, a, b = pieces

@@ -1,8 +1,8 @@
-"""softmax(q k^T / sqrt(H)) v, by the kernel that suits the platform; the same values from each.
+"""softmax(q k^T / sqrt(H)) v by the kernel that suits the platform. All kernels return the same values.
 
-xla      any causal mask, in blocks of queries; the scores of a block exist in memory
-cudnn    NVIDIA GPUs: flash attention; rows whose every token is real or stands behind all real ones
-splash   TPUs: flash attention (Pallas); rows cut into segments that do not see each other
+xla      any causal mask, computed in blocks of queries; the scores of one block are materialised
+cudnn    flash attention on NVIDIA GPUs, for rows in which padding only follows the real tokens
+splash   flash attention on TPUs (Pallas), for rows made of segments that do not attend to each other
 """
 
 from __future__ import annotations
@@ -22,80 +22,83 @@ from vlm_jax.settings.model import VLMConfig
 log = logging.getLogger(__name__)
 
 
-class Visible(NamedTuple):
-    """Which keys a query may see: a mask; or, for flash kernels, which never see one, causality within equal segments.
+class AttentionMask(NamedTuple):
+    """Which keys each query attends to: a dense causal mask, or segments for the flash kernels. Neither: all keys.
 
-    The mask ends with the last key that the last query may see: query t sees none behind key S - T + t, and keys that the
-    mask does not reach (room in a cache) are seen by none.
+    allowed: True where query t attends to key s. It is causal, with its last column belonging to the last query: query t
+    attends to no key after S - T + t. Keys beyond column S (unused slots of a cache) are ignored.
+    segments: attention is causal within positions of equal number; -1 is padding.
     """
 
-    mask: Bool[Array, "B T S"] | None = None
+    allowed: Bool[Array, "B T S"] | None = None
     segments: Int[Array, "B T"] | None = None
 
 
-AMPERE = 8.0  # compute capability from which NVIDIA's GPUs have a flash kernel
-ALL = Visible()
+AMPERE = 8.0  # the first compute capability for which cuDNN has flash attention
+MIN_QUERIES = (
+    128  # per block: smaller products are inefficient, larger blocks write more scores to memory
+)
+MAX_BLOCKS = 8  # bounds the compile time
 
 
 def attend(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    visible: Visible = ALL,
+    k: Float[Array, "B R K H"],
+    v: Float[Array, "B R K H"],
+    mask: AttentionMask = AttentionMask(),  # noqa: B008 (immutable)
     kernel: str = "xla",
 ) -> Float[Array, "B T N H"]:
     """Attention with N/K queries per key head; the softmax runs in float32.
 
-    kernel: xla takes a mask or nothing (all keys are seen); cudnn and splash take segments (T = S), and what a query of
-    padding (segment -1) returns differs between the kernels. cudnn assumes that segments are 0, then -1 to the end.
+    kernel: cudnn or splash for a mask given as segments (then T = R); cudnn assumes that they are 0, then -1 to the end.
+    The outputs of padding (segment -1) differ between kernels.
+
+    A dense mask is computed in blocks of queries, each over the keys up to its last query, which skips nearly half of the
+    scores. On a CPU with 664 tokens this takes 0.5 of the time forward and 0.42 with gradients (16 rows, 8 heads of 32).
     """
-    if visible.segments is None and visible.mask is None:
+    if mask.segments is not None:
+        return _flash(q, k, v, mask.segments, kernel)
+    if mask.allowed is None:
         return jax.nn.dot_product_attention(q, k, v)
-    if visible.mask is not None:
-        return _masked(q, k, v, visible.mask)
-    if kernel == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-    # All mesh axes are named, a sequence axis of size 1 too: a Pallas kernel cannot be cut by the compiler.
-    rows = ("batch", "length")
-    queries, keys = (*rows, "heads", None), (*rows, "kv_heads", None)
-    inputs = (queries, keys, keys, rows)
-    return on_shards(splash_shard, inputs, (queries,))(q, k, v, visible.segments)[0]
-
-
-QUERIES = 128  # per block at least: fewer make the products too small, more leave more scores to write and read
-BLOCKS = 8  # at most, for the sake of compile time
-
-
-def _masked(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B R K H"],
-    v: Float[Array, "B R K H"],
-    mask: Bool[Array, "B T S"],
-) -> Float[Array, "B T N H"]:
-    """Blocks of queries, each over the keys up to its last one: nearly half of the scores are never made.
-
-    On a CPU with 664 tokens: half the time forward, 0.42 of it with gradients (16 rows, 8 heads of 32).
-    """
-    length, keys = mask.shape[1:]
-    size = max(QUERIES, -(-length // BLOCKS))
+    length, keys = mask.allowed.shape[1:]
+    size = max(MIN_QUERIES, -(-length // MAX_BLOCKS))
     outputs = []
     for start in range(0, length, size):
         end = min(start + size, length)
-        seen = keys - length + end
-        here = mask[:, None, start:end, :seen]
-        out = jax.nn.dot_product_attention(q[:, start:end], k[:, :seen], v[:, :seen], mask=here)
+        reach = keys - length + end  # no query of the block attends to a key from here on
+        allowed = mask.allowed[:, None, start:end, :reach]
+        out = jax.nn.dot_product_attention(
+            q[:, start:end], k[:, :reach], v[:, :reach], mask=allowed
+        )
         outputs.append(out)
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
 
 
-LANES = 128  # splash works on blocks of so many positions and more
-BLOCK = 512  # the largest block: 4 times fewer passes over the keys than with 128
+def _flash(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segments: Int[Array, "B T"],
+    kernel: str,
+) -> Float[Array, "B T N H"]:
+    """Causal attention within segments, without materialised scores."""
+    if kernel == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    # Every mesh axis is named, a sequence axis of size 1 too: the compiler cannot partition a Pallas kernel.
+    rows = ("batch", "length")
+    queries, keys = (*rows, "heads", None), (*rows, "kv_heads", None)
+    inputs = (queries, keys, keys, rows)
+    return on_shards(splash_shard, inputs, (queries,))(q, k, v, segments)[0]
+
+
+LANES = 128  # the smallest block of positions that splash computes
+BLOCK = 512  # the largest block used: 4 times fewer passes over the keys than with 128
 
 
 def splash_shard(
     q: Array, k: Array, v: Array, segments: Array, interpret: bool = False
 ) -> tuple[Array]:
-    """One shard's attention; positions up to a whole block are padding. interpret: without a TPU, slowly."""
+    """Attention of one shard, padded to a whole number of blocks. interpret: emulate the kernel without a TPU (slow)."""
     length = q.shape[1]
     beyond = -length % LANES
     padded = length + beyond
@@ -121,7 +124,7 @@ def splash_shard(
 
 
 def flash_kernel(device: Any) -> str:
-    """The flash kernel of a device; xla where there is none: CPUs, GPUs before Ampere or not NVIDIA's."""
+    """The flash kernel of a device; xla for CPUs, for NVIDIA GPUs older than Ampere and for GPUs of other makers."""
     if device.platform == "gpu":
         capability = str(device.compute_capability)  # "9.0"; AMD's are "gfx90a"
         return "cudnn" if capability[0].isdigit() and float(capability) >= AMPERE else "xla"
@@ -129,9 +132,9 @@ def flash_kernel(device: Any) -> str:
 
 
 def for_inference(model: VLMConfig, device: Any) -> VLMConfig:
-    """The model of a saved run with an attention kernel that `device` has; a line in the log says when it is another one.
+    """The model of a saved run with an attention kernel that `device` has; logs a line if it differs from the run's.
 
-    Which kernel computes attention is a matter of the machine, not of the model: the values are the same.
+    The kernel depends on the machine, not on the model: all kernels return the same values.
     """
     asked = model.lm.attention
     if asked in ("auto", "xla", flash_kernel(device)):

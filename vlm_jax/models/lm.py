@@ -1,4 +1,7 @@
-"""The decoder: Llama/Vicuna, Mistral (window), Qwen1.5/2/2.5 (qkv bias), Qwen3 (qk-norm), Phi-3 (its fused weights split)."""
+"""The decoder: Llama/Vicuna, Mistral (window), Qwen1.5/2/2.5 (qkv bias), Qwen3 (qk-norm), Phi-3 (its fused weights split).
+
+Axes: B batch, T queries, S slots of keys, D width, N query heads, K key heads, H head width, L layers, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +22,16 @@ from vlm_jax.layers import (
     scan_layers,
     weight,
 )
-from vlm_jax.models.attention import Visible, attend
+from vlm_jax.models.attention import AttentionMask, attend
 from vlm_jax.settings.model import LMConfig
 
 
 class Cache(NamedTuple):
-    """Keys and values of every layer, made for decoding: a step of 16 rows behind 600 tokens takes a ninth of the time on a CPU.
+    """Keys and values of every layer, in S slots per row.
 
-    The scan over layers carries the cache whole, and each layer writes its tokens in place: a scan over its slices would
-    copy all of them at every step. Slots stand behind heads, as attention's products want them: the other way round each
-    step would turn all keys and values.
+    Two choices make a decode step of 16 rows after 600 tokens nine times faster on a CPU. The scan over layers carries the
+    whole cache and each layer updates its part in place, where a scan over slices would copy the cache at every step. The
+    slot axis comes after the head axis, the order of attention's products, so that no step transposes the cache.
     """
 
     k: Float[Array, "L B K S H"]
@@ -46,13 +49,17 @@ class Cache(NamedTuple):
         layer: Int[Array, ""],
         slot: Int[Array, ""] | int,
     ) -> Cache:
+        """The cache with T tokens of one layer written at slots [slot, slot + T)."""
+
         def put(old: Array, new: Array) -> Array:
             new = jnp.swapaxes(new, 1, 2)[None].astype(old.dtype)
             return jax.lax.dynamic_update_slice(old, new, (layer, 0, 0, slot, 0))
 
         return Cache(put(self.k, k), put(self.v, v))
 
-    def of(self, layer: Int[Array, ""]) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    def of_layer(
+        self, layer: Int[Array, ""]
+    ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
         """Keys and values of one layer."""
 
         def get(x: Array) -> Array:
@@ -62,12 +69,13 @@ class Cache(NamedTuple):
 
 
 def empty_cache(config: LMConfig, batch: int, length: int) -> Cache:
+    """Zeros, with `length` slots for each row of the batch."""
     shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
     return Cache(_split(jnp.zeros(shape, config.dtype)), _split(jnp.zeros(shape, config.dtype)))
 
 
 def cache_behind(prefix: Cache, batch: int, length: int) -> Cache:
-    """Room for `length` slots behind the one row of `prefix`, which every row of the batch begins with."""
+    """A cache of `batch` rows: each is a copy of the one row of `prefix`, followed by `length` empty slots."""
 
     def grown(x: Float[Array, "L 1 K S H"]) -> Float[Array, "L B K R H"]:
         every = jnp.broadcast_to(x, (x.shape[0], batch, *x.shape[2:]))
@@ -80,15 +88,15 @@ def _split(x: Float[Array, "L B K S H"]) -> Float[Array, "L B K S H"]:
     return constrain(x, None, "batch", "kv_heads", None, None)
 
 
-def visible(
+def causal_mask(
     query_segments: Int[Array, "B T"],
     key_segments: Int[Array, "B S"],
     first_slot: Int[Array, ""] | int = 0,
 ) -> Bool[Array, "B T S"]:
-    """Which keys each query may see; query t sits at slot first_slot + t of the keys.
+    """True where a query attends to a key: no later than itself, and in the prefix or in its own segment.
 
-    Segments: -1 padding, 0 shared prefix (or a whole dialogue), n the n-th independent turn. Two turns of two tokens
-    behind a prefix of two:
+    Query t is at slot first_slot + t of the keys. Segments: -1 padding, 0 the shared prefix (or a whole dialogue), n the
+    n-th independent turn. A prefix of two tokens, followed by two turns of two tokens:
 
         prefix  1 . . . . .
                 1 1 . . . .
@@ -103,14 +111,16 @@ def visible(
     return causal & (keys >= 0) & ((keys == 0) | (keys == queries))
 
 
-def near(
+def window_mask(
     query_positions: Int[Array, "B T"], key_positions: Int[Array, "B S"], window: int
 ) -> Bool[Array, "B T S"]:
-    """Which keys lie in each query's sliding window: the query's own position and the window - 1 before it."""
+    """True where a key lies in the query's sliding window: at its own position or one of the window - 1 before it."""
     return query_positions[:, :, None] - key_positions[:, None, :] < window
 
 
 class Attention(nn.Module):
+    """Causal attention with rotary positions over the keys of this call, or over the cache after writing them to it."""
+
     config: LMConfig
 
     @nn.compact
@@ -118,7 +128,7 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
-        seen: Visible,
+        mask: AttentionMask,
         cache: Cache | None,
         slot: Int[Array, ""] | int,
         layer: Int[Array, ""],
@@ -143,32 +153,43 @@ class Attention(nn.Module):
         q, k = apply_rope(q, positions, freqs), apply_rope(k, positions, freqs)
         if cache is not None:
             cache = cache.write(k, v, layer, slot)
-            k, v = cache.of(layer)
+            k, v = cache.of_layer(layer)
         out = Linear(
             (cfg.width,), ("heads", None, "embed"), in_axes=2, use_bias=cfg.o_bias, kernel_init=init,
             bias_init=nn.initializers.zeros, dtype=cfg.dtype, adapter=cfg.adapter("layers/attn/o"), name="o",
-        )(attend(q, k, v, seen, cfg.attention))  # fmt: skip
+        )(attend(q, k, v, mask, cfg.attention))  # fmt: skip
         return out, cache
 
 
 class Block(nn.Module):
+    """Pre-norm layer. The carry of the scan over layers is (x, cache); every other argument is as in Attention."""
+
     config: LMConfig
 
     @nn.compact
-    def __call__(self, carry, positions, seen, slot, layer):
+    def __call__(
+        self,
+        carry: tuple[Float[Array, "B T D"], Cache | None],
+        positions: Int[Array, "B T"],
+        mask: AttentionMask,
+        slot: Int[Array, ""] | int,
+        layer: Int[Array, ""],
+    ) -> tuple[tuple[Float[Array, "B T D"], Cache | None], None]:
         (x, cache), cfg = carry, self.config
-        normed = RMSNorm(cfg.norm_eps, cfg.dtype, name="attn_norm")(x)
-        attended, cache = Attention(cfg, name="attn")(normed, positions, seen, cache, slot, layer)
-        x = x + attended
+        y = RMSNorm(cfg.norm_eps, cfg.dtype, name="attn_norm")(x)
+        y, cache = Attention(cfg, name="attn")(y, positions, mask, cache, slot, layer)
+        x = x + y
+        y = RMSNorm(cfg.norm_eps, cfg.dtype, name="mlp_norm")(x)
         gate, up, down = (cfg.adapter(f"layers/mlp/{name}") for name in ("gate", "up", "down"))
-        x = x + GatedMLP(cfg.mlp_width, cfg.dtype, (gate, up, down), cfg.mlp_bias, name="mlp")(
-            RMSNorm(cfg.norm_eps, cfg.dtype, name="mlp_norm")(x)
-        )
+        mlp = GatedMLP(cfg.mlp_width, cfg.dtype, (gate, up, down), cfg.mlp_bias, name="mlp")
+        x = x + mlp(y)
         return (constrain(x, "batch", "length", "embed_activation"), cache), None
 
 
 class LM(nn.Module):
-    """Token embedding, scanned layers, final norm, head: separate methods, so that images can enter between them."""
+    """Token embedding, scanned layers, final norm, head. They are separate methods, so that visual tokens can be inserted
+    between the embedding and the layers.
+    """
 
     config: LMConfig
 
@@ -194,10 +215,10 @@ class LM(nn.Module):
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
-        seen: Visible,
+        mask: AttentionMask,
         num_layers: int | None = None,
     ) -> Float[Array, "B T D"]:
-        """Final-norm hidden states, after all layers or the first `num_layers`."""
+        """Final-norm hidden states after all layers, or after the first `num_layers`."""
         x = constrain(x, "batch", "length", "embed_activation")
         if num_layers is None or self.is_initializing():
             layers, count = self.layers, self.config.num_layers
@@ -205,25 +226,25 @@ class LM(nn.Module):
             first = jax.tree.map(lambda p: p[:num_layers], self.layers.variables["params"])
             layers = self._scanned(num_layers)(self.config, parent=None).bind({"params": first})
             count = num_layers
-        ((x, _), _) = layers((x, None), positions, seen, 0, jnp.arange(count))
+        ((x, _), _) = layers((x, None), positions, mask, 0, jnp.arange(count))
         return self.final_norm(x)
 
     def cached_hidden(
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
-        seen: Visible,
+        mask: AttentionMask,
         cache: Cache,
         slot: Int[Array, ""] | int,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """The same over the keys of a cache of length S, after writing this call's from `slot` on."""
+        """As `hidden`, attending to the cache, after writing the keys and values of x to slots [slot, slot + T)."""
         x = constrain(x, "batch", "length", "embed_activation")
         order = jnp.arange(self.config.num_layers)
-        ((x, cache), _) = self.layers((x, cache), positions, seen, slot, order)
+        ((x, cache), _) = self.layers((x, cache), positions, mask, slot, order)
         return self.final_norm(x), cache
 
     def output(self) -> Float[Array, "D V"]:
-        """The head: the columns that hidden states are multiplied with."""
+        """The output head: `hidden @ output` are the logits."""
         return self.table.T if self.config.tied_embeddings else self.head
 
     def logits(self, hidden: Float[Array, "*B T D"]) -> Float[Array, "*B T V"]:
@@ -232,10 +253,10 @@ class LM(nn.Module):
 
 @jax.custom_vjp
 def _logits(hidden: Float[Array, "*B T D"], head: Float[Array, "D V"]) -> Float[Array, "*B T V"]:
-    """hidden @ head, summed and kept in float32 whatever the inputs are.
+    """hidden @ head, accumulated and returned in float32 whatever the dtype of the inputs.
 
-    The gradient of the logits is rounded to the inputs' dtype before it is multiplied with them, as in the chunked loss:
-    jax's own rule would multiply float32 with bfloat16.
+    The backward pass casts the gradient of the logits to the inputs' dtype first, as the chunked loss does. JAX's own rule
+    would multiply float32 with bfloat16.
     """
     return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
 

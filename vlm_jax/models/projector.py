@@ -13,11 +13,11 @@ from vlm_jax.layers import ACTIVATIONS, Linear, RMSNorm, weight
 
 
 class Projector(nn.Module):
-    """`num_layers` linear maps C -> D -> D ... with exact GELU between; default initialisation of linear layers.
+    """`num_layers` linear maps C -> D -> D ... with exact GELU in between, initialised as PyTorch's linear layers.
 
-    Three parts in a row, because compressors may stand between them: `early`, `late`, `finish`. 0 layers: no maps.
-    positions "grid": a learned vector per place (`num_places` of them) is added last, for decoders that start without
-    knowing images.
+    It is called in three parts, because a compressor may run between them: `early`, `late`, `finish`. With 0 layers only
+    `finish` does anything. positions "grid" adds a learned vector for each of `num_places` places at the end, for decoders
+    that have never been trained on images.
     """
 
     width: int
@@ -25,7 +25,7 @@ class Projector(nn.Module):
     norm: str  # none | rms
     positions: str  # none | grid
     dtype: str
-    num_places: int = 0  # rows of the positions; see compressors/__init__.py
+    num_places: int = 0  # rows of the table of positions; see compressors/__init__.py
 
     def setup(self):
         axes = (("vision", "mlp"), ("mlp", "vision"))
@@ -38,13 +38,13 @@ class Projector(nn.Module):
         return self.finish(self.late(self.early(x)))
 
     def early(self, x: Float[Array, "B M C"]) -> Float[Array, "B M _"]:
-        """What enters the last linear map."""
+        """All linear maps but the last, each followed by GELU."""
         for linear in self.dense[:-1]:
             x = ACTIVATIONS["gelu"](linear(x))
         return x
 
     def late(self, x: Float[Array, "B M _"]) -> Float[Array, "B M D"]:
-        """The last linear map, with which a mean over tokens commutes."""
+        """The last linear map. It commutes with a mean over tokens."""
         for linear in self.dense[-1:]:
             x = linear(x)
         return x
@@ -53,7 +53,7 @@ class Projector(nn.Module):
     def finish(
         self, x: Float[Array, "B M D"], places: Int[Array, "B M"] | None = None
     ) -> Float[Array, "B M D"]:
-        """Norm and positions. places: where each token stands; None: the i-th at place i."""
+        """Norm and positions. places: the row of the position table for each token; None: row i for token i."""
         if self.final_norm is not None:
             x = self.final_norm(x)
         if self.positions == "grid":
@@ -66,9 +66,11 @@ class Projector(nn.Module):
 
 
 def _grid_codes(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
-    """Random codes [places, D] of a square grid (zeros for what is left of it): per axis the sum of one code per half, per quarter, ... down to the row.
+    """Random codes [places, D] for the places of a square grid, zeros for the remaining places.
 
-    Codes of different places are nearly orthogonal, so a decoder can tell neighbours apart at once, and blocks share a part.
+    Along each axis a place's code is the sum of one random vector per half, quarter, ... and row that contains it. Codes of
+    different places are nearly orthogonal, so that a decoder distinguishes neighbours from the start, and nearby places share
+    a part of their codes.
     """
     side = math.isqrt(shape[0])
     place, axes = jnp.arange(side), []

@@ -1,11 +1,14 @@
 """The image encoder: SigLIP, SigLIP 2 (fixed resolution) or CLIP, by config.
 
-Hidden states are numbered 0 (patch + position embeddings, after CLIP's pre-norm) to num_layers, as in Hugging Face.
-Only the layers up to the feature layer exist: LLaVA's feature is state 23 of 24.
+Hidden states are numbered as in Hugging Face: 0 is the patch and position embeddings (after CLIP's pre-norm), n the output
+of layer n. Layers after the feature layer are not built; LLaVA's feature is state 23 of 24.
+
+Axes: B images, P patches (R rows with the class token, if there is one), C width, N heads, H head width.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -29,23 +32,23 @@ from vlm_jax.settings.model import ViTConfig
 
 
 class Features(NamedTuple):
-    """What a compressor may look at, class token dropped, patches row by row."""
+    """The compressor's input: patches in row-major order, without the class token."""
 
-    last: Float[Array, "B P C"]  # the feature layer
-    taps: Float[Array, "B P Z"]  # the tapped hidden states side by side; `last` when none is tapped
-    scores: Scores | None = None  # only when it is asked for
+    last: Float[Array, "B P C"]  # the output of the feature layer
+    taps: Float[Array, "B P Z"]  # the tapped hidden states, concatenated; `last` if there are none
+    scores: Scores | None = None  # only for compressors with `uses_scores`
 
 
 class Carry(NamedTuple):
-    """What goes from layer to layer; each layer replaces `scores` by its own."""
+    """The carry of the scan over layers. Each layer replaces `scores` with its own."""
 
-    x: Float[Array, "B R C"]  # R rows: the patches, after the class token if there is one
+    x: Float[Array, "B R C"]
     tapped: Float[Array, "taps B R C"]
     scores: Scores | None
 
 
 class Block(nn.Module):
-    """Pre-norm transformer layer; also files its output away when it is a tapped state."""
+    """Pre-norm transformer layer, which stores its output in `tapped` when `state` is a tapped one."""
 
     config: ViTConfig
     taps: tuple[int, ...]
@@ -54,12 +57,13 @@ class Block(nn.Module):
     def __call__(self, carry: Carry, state: Int[Array, ""]) -> tuple[Carry, None]:
         x, tapped, scores = carry
         cfg = self.config
-        norm = lambda name: LayerNorm(cfg.norm_eps, cfg.dtype, name=name)  # noqa: E731
-        attention, normed = SelfAttention(cfg, name="attn"), norm("norm1")(x)
+        attention = SelfAttention(cfg, name="attn")
+        y = LayerNorm(cfg.norm_eps, cfg.dtype, name="norm1")(x)
         if scores is not None:
-            scores = attention.scores(normed)
-        x = x + attention(normed)
-        x = x + MLP(cfg, name="mlp")(norm("norm2")(x))
+            scores = attention.scores(y)
+        x = x + attention(y)
+        y = LayerNorm(cfg.norm_eps, cfg.dtype, name="norm2")(x)
+        x = x + MLP(cfg, name="mlp")(y)
         x = constrain(x, "batch", "patches", "vision")
         if self.taps:
             is_tap = (state == jnp.array(self.taps))[:, None, None, None]
@@ -68,7 +72,7 @@ class Block(nn.Module):
 
 
 class NextLayer(nn.Module):
-    """The first norm and the query and key maps of the layer after the feature; nothing else of it exists."""
+    """The scores of the layer after the feature: only its first norm and its query and key maps are built."""
 
     config: ViTConfig
 
@@ -89,7 +93,7 @@ def _linear(
 
 
 class SelfAttention(nn.Module):
-    """A map that no called method uses has no parameters."""
+    """Multi-head attention without a mask. Linen creates parameters on use: `scores` alone builds no `v` and no `out`."""
 
     config: ViTConfig
 
@@ -105,35 +109,37 @@ class SelfAttention(nn.Module):
         return self.out(attend(self.q(x), self.k(x), self.v(x)))
 
     def scores(self, x: Float[Array, "B R C"]) -> Scores:
-        """Queries and keys with their biases, unscaled, heads side by side.
+        """Unscaled queries and keys with their biases, heads concatenated.
 
-        Without a class token the mean of all patches' queries asks: its product with a key is the mean, over the patches, of
-        the (unscaled) logit with which they look at that key. Both are linear, so only one row is mapped.
+        The query is that of the class token. An encoder without one uses the mean query of all patches, whose product with a
+        key is the mean attention logit of that key. The query map is linear, so it is applied once, to the mean input.
         """
         first = int(self.config.cls_token)
-        asking = x[:, 0] if first else x.mean(axis=1, dtype=jnp.float32).astype(x.dtype)
-        query = rearrange(self.q(asking), "b n h -> b (n h)")
+        source = x[:, 0] if first else x.mean(axis=1, dtype=jnp.float32).astype(x.dtype)
+        query = rearrange(self.q(source), "b n h -> b (n h)")
         keys = rearrange(self.k(x), "b r n h -> b r (n h)")
         return Scores(query, keys[:, first:], keys[:, 0] if first else None)
 
 
 class MLP(nn.Module):
+    """Two linear maps with an activation between them."""
+
     config: ViTConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "B P C"]) -> Float[Array, "B P C"]:
         cfg = self.config
         x = _linear(cfg, (cfg.mlp_width,), (cfg.weight_axis, "mlp"), "fc1")(x)
-        return _linear(cfg, (cfg.width,), ("mlp", cfg.weight_axis), "fc2")(
-            ACTIVATIONS[cfg.activation](x)
-        )
+        x = ACTIVATIONS[cfg.activation](x)
+        return _linear(cfg, (cfg.width,), ("mlp", cfg.weight_axis), "fc2")(x)
 
 
 class ViT(nn.Module):
-    """`taps` are the numbers of the hidden states to hand out beside the feature.
+    """Returns the output of the feature layer, and the hidden states and scores that the compressor needs.
 
-    scores: also hand out the queries and keys of the layer after the feature, of which only these exist ("next_layer"); of
-    the last layer, which computes them anyway, when the feature is its output.
+    taps: the numbers of the hidden states to return as well.
+    scores: also return the queries and keys of the layer after the feature ("next_layer", built for this only), or of the
+    last layer if the feature is its output.
     """
 
     config: ViTConfig
@@ -142,7 +148,7 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: Float[Array, "B height width 3"]) -> Features:
-        """pixels: RGB, resized to image_px, minus mean over std."""
+        """pixels: RGB, resized to image_px and standardised with the encoder's mean and std."""
         cfg = self.config
         x = self._embed(pixels)
         tapped = jnp.stack([x] * len(self.taps)) if self.taps else x[None]
@@ -163,12 +169,13 @@ class ViT(nn.Module):
         return Features(last, rearrange(tapped[:, :, first:], "n b p c -> b p (n c)"), scores)
 
     def _no_scores(self, x: Float[Array, "B R C"]) -> Scores:
-        """Zeros of the shapes that every layer hands on."""
+        """Zeros with the shapes that every layer returns: a scan needs a carry of fixed structure."""
         first = int(self.config.cls_token)
         zeros = jnp.zeros(x.shape, self.config.dtype)
         return Scores(zeros[:, 0], zeros[:, first:], zeros[:, 0] if first else None)
 
     def _embed(self, pixels: Float[Array, "B height width 3"]) -> Float[Array, "B _ C"]:
+        """Hidden state 0: patch embeddings plus positions, after the class token and the pre-norm if there are any."""
         cfg = self.config
         side = cfg.grid * cfg.patch_px
         patches = rearrange(
@@ -183,20 +190,10 @@ class ViT(nn.Module):
         )(patches)  # fmt: skip
         source = cfg.position_grid or cfg.grid
         shape = (source**2 + cfg.cls_token, cfg.width)
-
-        def init(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
-            """2-D sines: neighbours and quadrants are told apart before anything is learned; a class token at zero."""
-            patches = sincos_positions(source, cfg.width)
-            return jnp.concatenate([jnp.zeros((shape[0] - len(patches), cfg.width)), patches])
-
-        table = weight(self, "position", init, shape, (None, cfg.weight_axis))
+        table = weight(self, "position", _sincos_table, shape, (None, cfg.weight_axis))
         positions = table[int(cfg.cls_token) :]
         if source != cfg.grid:
-            resize = resize_matrix(cfg.grid, source)
-            square = rearrange(positions, "(y x) c -> y x c", y=source)
-            positions = rearrange(
-                jnp.einsum("Yy,Xx,yxc->YXc", resize, resize, square), "y x c -> (y x) c"
-            )
+            positions = _resize_positions(positions, source, cfg.grid)
         x = x + positions.astype(cfg.dtype)
         if cfg.cls_token:
             cls = weight(
@@ -207,3 +204,19 @@ class ViT(nn.Module):
         if cfg.pre_norm:
             x = LayerNorm(cfg.norm_eps, cfg.dtype, name="pre_norm")(x)
         return x
+
+
+def _sincos_table(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
+    """2-D sine-cosine positions, so that patches are distinguishable before training; zeros for a class token."""
+    patches = sincos_positions(math.isqrt(shape[0]), shape[1])
+    return jnp.concatenate([jnp.zeros((shape[0] - len(patches), shape[1])), patches])
+
+
+def _resize_positions(
+    positions: Float[Array, "_ C"], source: int, grid: int
+) -> Float[Array, "P C"]:
+    """Positions of a source x source grid, interpolated for a grid x grid one."""
+    resize = resize_matrix(grid, source)
+    square = rearrange(positions, "(y x) c -> y x c", y=source)
+    resized = jnp.einsum("Yy,Xx,yxc->YXc", resize, resize, square)
+    return rearrange(resized, "y x c -> (y x) c")

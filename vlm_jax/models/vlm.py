@@ -13,30 +13,29 @@ from einops import rearrange
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
-from vlm_jax.compressors import get as get_compressor
-from vlm_jax.compressors.visual import Visual
+from vlm_jax.compressors.modules.visual import VisualTokens
 from vlm_jax.layers import constrain
-from vlm_jax.models.attention import Visible
-from vlm_jax.models.lm import LM, Cache, empty_cache, near, visible
+from vlm_jax.models.attention import AttentionMask
+from vlm_jax.models.lm import LM, Cache, causal_mask, empty_cache, window_mask
 from vlm_jax.models.projector import Projector
 from vlm_jax.models.vit import Features, ViT
 from vlm_jax.settings.model import LORA, VLMConfig
 
 
 class Inputs(NamedTuple):
-    """One batch as the data pipeline makes it (see data/pipeline.py); images and cached features exclude each other."""
+    """One batch as data/pipeline.py makes it. It has images or cached features, never both, or neither (text only)."""
 
     tokens: Int[Array, "B T"]
     visual_index: Int[Array, "B T"]  # -1: text; i * M + m: visual token m of the sample's image i
     positions: Int[Array, "B T"]
-    segments: Int[Array, "B T"]  # see models.lm.visible
+    segments: Int[Array, "B T"]  # see models.lm.causal_mask
     images: UInt8[Array, "B I H W 3"] | None = None
     feature_last: Float[Array, "B I P C"] | None = None
     feature_taps: Float[Array, "B I P Z"] | None = None
     query_tokens: Int[Array, "B I Q"] | None = None
     query_mask: Bool[Array, "B I Q"] | None = None
-    count: Int[Array, ""] | None = None  # how many tokens an elastic compressor shows; None: all M
-    samples: Int[Array, "B T"] | None = None  # packed rows: which sample of the row a slot is of
+    count: Int[Array, ""] | None = None  # tokens that an elastic compressor keeps; None: all M
+    samples: Int[Array, "B T"] | None = None  # packed rows: the sample that each slot belongs to
 
     @classmethod
     def from_batch(cls, batch: Mapping[str, Any]) -> Inputs:
@@ -44,7 +43,7 @@ class Inputs(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where the slots of each row stand once it is known which visual slots are filled."""
+    """Positions and segments of the slots of each row, after the compressor has decided which visual slots are filled."""
 
     positions: Int[Array, "B T"]
     segments: Int[Array, "B T"]
@@ -52,51 +51,54 @@ class Layout(NamedTuple):
 
 
 def _per_image(x: Array) -> Array:
+    """[B I ..] as [B*I ..]."""
     return rearrange(x, "b i ... -> (b i) ...")
 
 
 class VLM(nn.Module):
+    """Encoder, compressor, projector and decoder. B rows of T slots; I images per row, M visual tokens per image."""
+
     config: VLMConfig
 
     def setup(self):
         cfg = self.config
-        compressor = get_compressor(cfg.compressor.name)
-        taps = cfg.compressor.taps if compressor.uses_taps else ()
-        self.vit = ViT(cfg.vit, taps, compressor.uses_scores)
+        compressor = cfg.compressor
+        self.vit = ViT(cfg.vit, compressor.taps, compressor.uses_scores)
         width = (cfg.lm.width,) if compressor.place == "instead" else ()
-        self.compressor = compressor.module(cfg.compressor, cfg.vit.grid, *width)
+        self.compressor = compressor.module(cfg.vit.grid, *width)
         self.projector = Projector(
             cfg.lm.width,
             0 if compressor.place == "instead" else cfg.projector_layers,
             cfg.projector_norm,
             cfg.projector_positions,
             cfg.lm.dtype,
-            compressor.num_places(cfg.compressor, cfg.vit.grid),
+            compressor.num_places(cfg.vit.grid),
         )
         self.lm = LM(cfg.lm)
 
     def __call__(self, inputs: Inputs) -> Float[Array, "B T V"]:
         """Logits of every position, as in training."""
-        return self.read(inputs, self.see(inputs))
+        return self.logits(inputs, self.encode_images(inputs))
 
-    def read(self, inputs: Inputs, visual: Visual | None) -> Float[Array, "B T V"]:
-        """Logits of every position, of images that were seen before."""
-        return self.lm.logits(self.states(inputs, visual)[0])
+    def logits(self, inputs: Inputs, visual: VisualTokens | None) -> Float[Array, "B T V"]:
+        """Logits of every position, given the visual tokens of `encode_images`."""
+        x, layout = self.insert_visual_tokens(inputs, visual)
+        return self.lm.logits(self.lm.hidden(x, layout.positions, self.attention_mask(layout)))
 
     def states(
-        self, inputs: Inputs, visual: Visual | None
+        self, inputs: Inputs, visual: VisualTokens | None
     ) -> tuple[Float[Array, "B T D"], Float[Array, "D V"]]:
-        """Final-norm states of every position, and the head that makes their logits."""
-        x, layout = self.place(inputs, visual)
-        return self.lm.hidden(x, layout.positions, self._sees(layout)), self.lm.output()
+        """Final-norm states of every position and the head: `states @ head` are the logits."""
+        x, layout = self.insert_visual_tokens(inputs, visual)
+        return self.lm.hidden(x, layout.positions, self.attention_mask(layout)), self.lm.output()
 
     def prefill(
         self, inputs: Inputs, cache: Cache, shared: int = 0
     ) -> tuple[Float[Array, "B V"], Cache, Layout]:
-        """Logits of the last position of left-padded prompts, whose keys and values fill the cache's next T slots.
+        """Logits of the last position of left-padded prompts; writes their keys and values to slots [shared, shared + T).
 
-        shared: slots of the cache that hold what comes before every prompt already (see `shared_prefix`). The layout is
-        that of all slots so far, which later tokens continue.
+        shared: the number of cache slots that already hold the prefix of every prompt (see `shared_prefix`). The returned
+        layout covers the shared + T slots written so far.
         """
         hidden, cache, layout = self.cached_states(inputs, cache, shared)
         return self.lm.logits(hidden[:, -1:])[:, 0], cache, layout
@@ -104,37 +106,40 @@ class VLM(nn.Module):
     def cached_states(
         self, inputs: Inputs, cache: Cache, shared: int = 0
     ) -> tuple[Float[Array, "B T D"], Cache, Layout]:
-        """Final-norm states of the prompts' slots, behind `shared` slots that the cache holds already."""
-        x, here = self.place(inputs, self.see(inputs))
+        """Final-norm states of the prompts, written to the cache after its first `shared` slots; see `prefill`."""
+        x, here = self.insert_visual_tokens(inputs, self.encode_images(inputs))
         before = jnp.arange(shared, dtype=here.positions.dtype)
         before = jnp.broadcast_to(before, (len(x), shared))
         layout = Layout(
             jnp.concatenate([before, here.positions], axis=1),
             jnp.pad(here.segments, ((0, 0), (shared, 0))),
         )
-        seen = Visible(self._mask(here, layout, shared))
-        hidden, cache = self.lm.cached_hidden(x, here.positions, seen, cache, shared)
+        mask = AttentionMask(self._mask(here, layout, shared))
+        hidden, cache = self.lm.cached_hidden(x, here.positions, mask, cache, shared)
         return hidden, cache, layout
 
     def shared_prefix(self, tokens: Int[Array, "1 T"]) -> Cache:
-        """Keys and values of the text that every prompt begins with."""
+        """A cache that holds the keys and values of the text with which every prompt begins."""
         here = Layout(jnp.arange(tokens.shape[1])[None], jnp.zeros_like(tokens))
-        seen = Visible(self._mask(here, here))
+        mask = AttentionMask(self._mask(here, here))
         cache = empty_cache(self.config.lm, *tokens.shape)
-        return self.lm.cached_hidden(self.lm.embed(tokens), here.positions, seen, cache, 0)[1]
+        return self.lm.cached_hidden(self.lm.embed(tokens), here.positions, mask, cache, 0)[1]
 
     def replies(
         self, inputs: Inputs, slots: int, cache: Cache, shared: int = 0
     ) -> Float[Array, "B {slots}"]:
-        """Log-probability of each token in the last `slots` columns, given the prompt and the same reply's tokens before it.
+        """Log-probability of each token in the last `slots` columns, given the prompt and the preceding tokens of its reply.
 
-        inputs: as data/eval_batches.py lays them out; column T - slots - 1 is the prompt's last one. Padding: any value.
+        inputs: prompt and replies side by side, as data/eval_batches.py makes them; column T - slots - 1 is the last of the
+        prompt. The values of padding columns are meaningless.
         """
         hidden = self.cached_states(inputs, cache, shared)[0]
         length = inputs.tokens.shape[1]
         column = jnp.arange(length - slots, length)
         begins = inputs.segments[:, -slots:] != inputs.segments[:, -slots - 1 : -1]
-        before = jnp.where(begins, length - slots - 1, column - 1)  # the column that predicts it
+        before = jnp.where(
+            begins, length - slots - 1, column - 1
+        )  # the column whose logits predict it
         logits = self.lm.logits(jnp.take_along_axis(hidden, before[..., None], axis=1))
         said = inputs.tokens[:, -slots:, None]
         return jnp.take_along_axis(jax.nn.log_softmax(logits), said, axis=2)[..., 0]
@@ -146,60 +151,68 @@ class VLM(nn.Module):
         keys: Layout,
         cache: Cache,
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """One token per row, written at `slot`. keys: of the cache's slots; later ones are hidden by causality."""
+        """Logits after one more token per row, which is written to the cache at `slot`.
+
+        keys: the layout of the cache's slots. Slots after `slot` are masked by causality.
+        """
         positions = jnp.take(keys.positions, slot, axis=1)
         here = Layout(positions[:, None], jnp.zeros_like(positions)[:, None])
-        seen = Visible(self._mask(here, keys, slot))
+        mask = AttentionMask(self._mask(here, keys, slot))
         hidden, cache = self.lm.cached_hidden(
-            self.lm.embed(tokens[:, None]), positions[:, None], seen, cache, slot
+            self.lm.embed(tokens[:, None]), positions[:, None], mask, cache, slot
         )
         return self.lm.logits(hidden)[:, 0], cache
 
-    def _sees(self, rows: Layout) -> Visible:
-        """Which slots each slot of whole rows may see, as the attention kernel wants to be told."""
+    def attention_mask(self, rows: Layout) -> AttentionMask:
+        """The mask of whole rows (queries are keys), in the form that the configured attention kernel takes."""
         if self.config.lm.attention in ("auto", "xla"):
-            return Visible(self._mask(rows, rows))
+            return AttentionMask(self._mask(rows, rows))
         samples = 0 if rows.samples is None else rows.samples
-        return Visible(segments=jnp.where(rows.segments < 0, -1, samples))
+        return AttentionMask(segments=jnp.where(rows.segments < 0, -1, samples))
 
     def _mask(
         self, queries: Layout, keys: Layout, first_slot: Int[Array, ""] | int = 0
     ) -> Bool[Array, "B T S"]:
-        """Which keys each query may see, a sliding window included."""
-        mask = visible(queries.segments, keys.segments, first_slot)
+        """Causal mask over segments, restricted to the sliding window and to the query's own sample of a packed row."""
+        mask = causal_mask(queries.segments, keys.segments, first_slot)
         window = self.config.lm.sliding_window
         if window:
-            mask &= near(queries.positions, keys.positions, window)
+            mask &= window_mask(queries.positions, keys.positions, window)
         if queries.samples is not None and keys.samples is not None:
             mask &= queries.samples[:, :, None] == keys.samples[:, None, :]
         return mask
 
-    def see(self, inputs: Inputs) -> Visual | None:
-        """Visual tokens [B*I M D] of every image, up to the projector's norm; None for text-only batches."""
+    def encode_images(self, inputs: Inputs) -> VisualTokens | None:
+        """Visual tokens [B*I M D] of every image; None for text-only batches.
+
+        The projector's norm and positions are still missing: `insert_visual_tokens` applies them.
+        """
         features = self.features(inputs)
         if features is None:
             return None
-        entry = get_compressor(self.config.compressor.name)
+        place = self.config.compressor.place
         with jax.named_scope("compress"):
-            last = self.projector.early(features.last) if entry.place == "inside" else features.last
+            last = self.projector.early(features.last) if place == "inside" else features.last
             visual = self.compressor(last, features.taps, self.query(inputs), features.scores)
             tokens = visual.tokens
-            if entry.place == "before":
+            if place == "before":
                 tokens = self.projector.early(tokens)
             visual = visual._replace(tokens=self.projector.late(tokens))
         if inputs.count is None:
             return visual
-        if entry.elastic is None:
+        if not self.config.compressor.elastic:
             raise ValueError(f"{self.config.compressor.name} cannot show a part of its tokens")
-        return entry.elastic.show(visual.tokens, inputs.count)
+        return self.compressor.show(visual.tokens, inputs.count)
 
-    def place(self, inputs: Inputs, visual: Visual | None) -> tuple[Float[Array, "B T D"], Layout]:
-        """Token embeddings with the visual tokens put at their slots.
+    def insert_visual_tokens(
+        self, inputs: Inputs, visual: VisualTokens | None
+    ) -> tuple[Float[Array, "B T D"], Layout]:
+        """Token embeddings, with the visual tokens in their slots.
 
-        Slots without a visual token are hidden from every other, and positions close the gap. Each image's tokens stand at
-        the end of its slots: the text behind an image is predicted from the slot before it, which must be a filled one.
+        A compressor may fill fewer than M slots. Empty slots are masked and positions do not count them. The tokens of an
+        image are moved to the end of its slots, because the first text token after the image is predicted from its last slot.
 
-            slots      <s> - - v v What  is      -: hidden
+            slots      <s> - - v v What  is      -: empty
             positions    0 1 1 1 2    3   4
         """
         text = self.lm.embed(inputs.tokens)
@@ -208,13 +221,13 @@ class VLM(nn.Module):
             return text, layout
         tokens, index = self.projector.finish(visual.tokens, visual.places), inputs.visual_index
         if visual.valid is not None:
-            order = jnp.argsort(visual.valid, axis=1, stable=True)
+            order = jnp.argsort(visual.valid, axis=1, stable=True)  # empty slots first
             tokens = jnp.take_along_axis(tokens, order[..., None], axis=1)
             valid = jnp.take_along_axis(visual.valid, order, axis=1)
             valid = rearrange(valid, "(b i) m -> b (i m)", b=text.shape[0])
             hidden = (index >= 0) & ~jnp.take_along_axis(valid, jnp.maximum(index, 0), axis=1)
             layout = layout._replace(
-                # A later sample of a packed row moves as a whole: rotary positions only count by their differences.
+                # In a packed row this shifts later samples as a whole, which changes nothing: RoPE depends on differences.
                 positions=layout.positions - jnp.cumsum(hidden, axis=1, dtype=jnp.int32),
                 segments=jnp.where(hidden, -1, layout.segments),
             )
@@ -225,7 +238,7 @@ class VLM(nn.Module):
         return x, layout
 
     def features(self, inputs: Inputs) -> Features | None:
-        """Features of every image [B*I P C]: cached ones, or encoded now; None for text-only batches."""
+        """Features of every image [B*I P C], cached or computed now; None for text-only batches."""
         if inputs.feature_last is not None:
             last = _per_image(inputs.feature_last)
             return Features(
@@ -233,22 +246,24 @@ class VLM(nn.Module):
             )
         if inputs.images is None:
             return None
-        return self.encode_images(_per_image(inputs.images))
+        return self.image_features(_per_image(inputs.images))
 
-    def encode_images(self, images: UInt8[Array, "B H W 3"]) -> Features:
+    def image_features(self, images: UInt8[Array, "B H W 3"]) -> Features:
+        """Features of images already resized to the encoder's resolution."""
         mean, std = jnp.array(self.config.vit.mean), jnp.array(self.config.vit.std)
         with jax.named_scope("encode_images"):
             return self.vit((images.astype(jnp.float32) / 255 - mean) / std)
 
     def query(self, inputs: Inputs) -> Float[Array, "B D"] | None:
-        """The decoder's final-norm state at each query's last token, without gradient; None if nobody looks at it.
+        """The question as the compressor's query: the decoder's final-norm state at its last token, without gradient.
 
-        The question alone, without image or chat template (QueCC as released; spec of the paper's section 4). A question
-        of no tokens (Q = 0) is zeros, which QueCC's text projection turns into a learned vector. With `query_layers` k the
-        decoder stops after k layers; after none a token knows no other, so the mean over the question stands for it.
+        None if the compressor does not use a query. The decoder reads the question alone, without image or chat template
+        (QueCC as released; section 4 of its paper). A question without tokens (Q = 0) gives zeros, which QueCC's text
+        projection turns into a learned vector. `query_layers` limits the number of layers; with 0 layers no attention mixes
+        the tokens, so the query is the normalised mean of the question's embeddings.
         """
         cfg = self.config.compressor
-        if not get_compressor(cfg.name).uses_query:
+        if not cfg.uses_query:
             return None
         if inputs.query_tokens is None or inputs.query_mask is None:
             raise ValueError(f"{cfg.name} needs query_tokens and query_mask beside the images")
@@ -265,13 +280,13 @@ class VLM(nn.Module):
         layers = None if cfg.query_layers == -1 else cfg.query_layers
         with jax.named_scope("query"):
             here = Layout(positions, segments)
-            hidden = self.lm.hidden(x, positions, self._sees(here), layers)
+            hidden = self.lm.hidden(x, positions, self.attention_mask(here), layers)
         last = jnp.maximum(valid.sum(axis=1) - 1, 0)
         return jax.lax.stop_gradient(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
 
 
 def dummy_inputs(config: VLMConfig) -> Inputs:
-    """The smallest batch that touches every parameter."""
+    """The smallest batch whose forward pass uses every parameter."""
     one = jnp.zeros((1, 1), jnp.int32)
     px = config.vit.image_px
     return Inputs(
@@ -281,8 +296,8 @@ def dummy_inputs(config: VLMConfig) -> Inputs:
 
 
 def init_params(config: VLMConfig, rng: PRNGKeyArray) -> dict[str, Any]:
-    """Random parameters, boxed with their logical axes; call it under jit with out_shardings to have them born sharded."""
-    # Parameters do not depend on the attention kernel, which this machine may lack (cuDNN's is looked for when it is traced).
+    """Random parameters, boxed with their logical axes. Under jit with out_shardings they are created sharded."""
+    # Parameters do not depend on the attention kernel, and tracing cuDNN's fails on a machine without it.
     plain = dataclasses.replace(config, lm=dataclasses.replace(config.lm, attention="xla"))
     variables = VLM(plain).init(rng, dummy_inputs(config))
     params = cast(dict[str, Any], variables["params"])  # flax's stub still allows a FrozenDict
@@ -292,7 +307,7 @@ def init_params(config: VLMConfig, rng: PRNGKeyArray) -> dict[str, Any]:
 
 
 def _stored_as(dtype: str, params: dict[str, Any]) -> dict[str, Any]:
-    """Boxed parameters in their dtype; adapters stay float32, because they are there to learn."""
+    """Boxed parameters cast to `dtype`, except adapters: they are trained, so they stay float32."""
     flat = flatten_dict(params, sep="/")
     for path in flat:
         if not path.endswith(LORA):

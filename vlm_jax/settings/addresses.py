@@ -1,4 +1,4 @@
-"""Addresses such as gs://bucket/run where a path of this machine is due: refused by name, before pathlib takes them for folders."""
+"""Refuses addresses such as gs://bucket/run where a local path is expected; pathlib would take them for folders."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 
 # "gs://bucket/run" by itself, as a flag's value, or inside a list of paths.
 ADDRESS = re.compile(r"(?:^|[=\s'\"(\[,])([A-Za-z][A-Za-z0-9+.-]*)://([^\s'\")\],]*)")
-SENTENCES = ("question", "system")  # flags and fields that hold words to a model, not a path
+SENTENCES = ("question", "system")  # flags and fields that hold text for a model, not a path
 
 
 def check_local(owner: str, value: str) -> None:
-    """Raises ConfigError when `value` is or holds an address such as gs://bucket/run, which pathlib takes for a folder."""
+    """Raises ConfigError when `value` is or contains an address such as gs://bucket/run."""
     found = ADDRESS.search(value)
     if found is None:
         return

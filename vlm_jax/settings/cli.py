@@ -1,11 +1,12 @@
-"""What every command shares: flags with a config file behind them, and one-line errors with exit code 2.
+"""The command line of every command: flags, the config file and its overrides, one-line errors with exit code 2.
 
-Imports nothing heavy, so that a mistake on the command line is answered before jax wakes up.
+Imports nothing heavy, so that a mistake on the command line is reported before jax is loaded.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import keyword
 import logging
@@ -20,28 +21,27 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from vlm_jax.settings import addresses
-from vlm_jax.settings.model import ConfigError, RunEnded
+from vlm_jax.settings.checks import ConfigError, RunEnded
 
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parents[1]
 CONFIG_FLAG = re.compile(r"--?(?:no)?config(?:\.(?P<field>[^=]*))?(?:=(?P<value>.*))?$", re.DOTALL)
+# A block whose fields depend on its `name`: the file lists those of its own choice, and who reads the block knows the rest.
+OPEN_BLOCK = "model.compressor"
 HELP_FLAG = re.compile(r"(--?help(full|short)?|-h)(=true)?$")
 
 
 def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Calls `command(argv)` (default: the process's arguments) and returns the exit code.
 
-    What it returned (None: 0), or 0: a run was asked to end; 1: a run lost another process; 2: a ConfigError, the user's
-    to mend. The one line of an error goes to stderr.
+    The exit code is what `command` returned (None: 0); that of a RunEnded: 0 when the run was asked to end, 1 when it lost
+    another process; or 2 after a ConfigError. An error is one line on stderr.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     for name in ("vlm_jax", "__main__"):  # a command's own module runs as __main__
         logging.getLogger(name).setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(
-        logging.CRITICAL
-    )  # orbax calls every normal step of a restore a warning
-    os.environ.setdefault(
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
-    )  # that PyTorch is absent is no news
+    # orbax logs normal steps of a restore as warnings, and transformers warns that PyTorch is not installed.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     words = sys.argv[1:] if argv is None else argv
     try:
         addresses.check_words(words)
@@ -53,7 +53,7 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | No
             return _tell(str(end), 0)
         _tell(f"error: {end}", end.exit_code)
         sys.stderr.flush()
-        os._exit(end.exit_code)  # jax's farewell would wait for the processes that are gone
+        os._exit(end.exit_code)  # jax's shutdown would wait for processes that no longer exist
 
 
 def _tell(text: str, exit_code: int) -> int:
@@ -71,11 +71,11 @@ def parse(
 ) -> flags.FlagValues:
     """Flags `--config=FILE --config.x.y=VALUE`, one text flag per `texts`, one boolean per `switches` (name -> help).
 
-    positional: the one of `texts` that may be given as a word without its `--name=`, anywhere among the flags.
-    about: what `--help` says first, a command's docstring.
+    positional: the one of `texts` that may be given without its `--name=`, anywhere among the flags.
+    about: the beginning of `--help`, usually a command's docstring.
 
-    The result has an attribute per flag: `config` is the locked ConfigDict with the overrides applied (None when it was
-    not given), a text flag that was not given is "". `required` flags must be given. A flag that is given twice has its
+    The result has one attribute per flag. `config` is the locked ConfigDict with the overrides applied, None when it was not
+    given; a text flag that was not given is "". `required` flags must be given. A flag that is given twice has its
     last value. Raises ConfigError for anything unknown, and SystemExit(0) after `--help`.
     """
     example = re.search(r"--config=(\S+)", about)
@@ -92,7 +92,7 @@ def parse(
         flags.DEFINE_boolean(name, False, meaning, flag_values=values)
     flags.DEFINE_boolean("help", False, "show the flags", short_name="h", flag_values=values)
     config = check_overrides(argv)
-    kept, late = _keyword_fields(last_of_each(argv, config))
+    kept, late = _late_fields(last_of_each(argv, config), config)
     words = ["command", *kept]
     config_flags.DEFINE_config_file("config", None, config_help, flag_values=values, sys_argv=words)
     try:
@@ -104,7 +104,8 @@ def parse(
     except (flags.Error, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"command line: {error}") from error
     for field, value in late.items():
-        values.config.update_from_flattened_dict({field: value})
+        with values.config.unlocked():
+            values.config.update_from_flattened_dict({field: value})
     if rest and positional and not values[positional].value:
         values[positional].value = rest.pop(0)
     if rest:
@@ -170,7 +171,7 @@ def help_text(
     positional: str,
     about: str,
 ) -> str:
-    """The usage, what the command is about, its flags and, when `argv` names a config file, the fields of it."""
+    """The usage, the description, the flags and, when `argv` names a config file, the fields of that file."""
     width = max(len(name) for name in meanings) + 4
     lines = [usage(required, positional), "", *about.strip().splitlines(), ""]
     lines += [f"{f'--{name}:':{width}}{meaning}" for name, meaning in meanings.items()]
@@ -194,9 +195,9 @@ def given_fields(argv: Sequence[str]) -> tuple[str, ...]:
 
 
 def last_of_each(argv: Sequence[str], config: ConfigDict | None) -> list[str]:
-    """`argv` with the config file first, and each `--config.x.y` once, as it was given last.
+    """`argv` with the config file first and, for each `--config.x.y`, only the last value.
 
-    ml_collections would join the values of a tuple that is given twice.
+    ml_collections would otherwise concatenate the values of a tuple that is given twice.
     """
     leaves = _leaves(config) if config is not None else {}
     kept: dict[str, list[str]] = {}
@@ -214,22 +215,42 @@ def last_of_each(argv: Sequence[str], config: ConfigDict | None) -> list[str]:
     return [*first, *(word for group in kept.values() for word in group)]
 
 
-def _keyword_fields(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The words without those that set a text field named by a Python keyword (init.from), and these fields' values.
+def _late_fields(
+    words: Sequence[str], config: ConfigDict | None
+) -> tuple[list[str], dict[str, Any]]:
+    """The words without those that ml_collections refuses, and the values of these fields.
 
-    ml_collections reads a field's path as Python and refuses them.
+    It reads a field's path as Python, and so refuses a text field named by a keyword (init.from); and it knows no fields of
+    OPEN_BLOCK beside those in the file, which are read as Python literals, else as text.
     """
     kept: list[str] = []
-    late: dict[str, str] = {}
+    late: dict[str, Any] = {}
     rest = iter(words)
     for word in rest:
         match = CONFIG_FLAG.match(word)
         field = match["field"] if match else None
         if match and field and any(keyword.iskeyword(name) for name in field.split(".")):
             late[field] = next(rest, "") if match["value"] is None else match["value"]
+        elif match and field and _is_open(field, config):
+            late[field] = _literal(next(rest, "") if match["value"] is None else match["value"])
         else:
             kept.append(word)
     return kept, late
+
+
+def _is_open(field: str, config: ConfigDict | None) -> bool:
+    """Whether a field lies in OPEN_BLOCK and is not in the file."""
+    block, _, name = field.rpartition(".")
+    if block != OPEN_BLOCK or config is None or "model" not in config:
+        return False
+    return name not in config.model.get("compressor", {name: None})
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def _config_path(argv: Sequence[str]) -> str:
@@ -243,7 +264,7 @@ def _config_path(argv: Sequence[str]) -> str:
 
 
 def _leaves(config: ConfigDict, prefix: str = "") -> dict[str, object]:
-    """Dotted name -> value of every field; None where a preset supplies it."""
+    """Dotted name -> value of every field; the value is None where a preset supplies it."""
     found: dict[str, object] = {}
     for name in config:
         value = config[name]
@@ -253,7 +274,7 @@ def _leaves(config: ConfigDict, prefix: str = "") -> dict[str, object]:
 
 
 def _nearest(field: str, config: ConfigDict | None) -> list[str]:
-    """The flags that a wrong one may have meant: a field of that name in another block, else names spelt alike."""
+    """Up to two flags that a wrong one may have meant: fields of that name in other blocks, else similar names."""
     if config is None:
         return []
     names, wrong = list(_leaves(config)), field.removeprefix("--config.")
@@ -268,9 +289,9 @@ def _nearest(field: str, config: ConfigDict | None) -> list[str]:
 
 
 def find_config(path: str) -> str:
-    """`path` where that file exists, else the path of the package's own config of that name, else `path`.
+    """`path` if that file exists, else the path of the package's own config of that name, else `path`.
 
-    The own configs stand in configs/ beside the package in a checkout, and inside the package after `pip install`.
+    The package's configs are in configs/ beside it in a checkout, and in vlm_jax/bundled/configs after `pip install`.
     """
     name, colon, text = path.partition(":")
     file = Path(name)
@@ -307,9 +328,7 @@ def load_config(path: str) -> ConfigDict:
         found = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
         hint = f"; found {', '.join(found)}" if found else ""
         raise ConfigError(f"--config: no file {str(file)!r}{hint}.")
-    root = str(
-        file.resolve().parent.parent
-    )  # configs start from their neighbours: `from configs import default`
+    root = str(file.resolve().parent.parent)  # config files contain `from configs import default`
     if root not in sys.path:
         sys.path.append(root)
     values = flags.FlagValues()
@@ -338,7 +357,7 @@ def load_config(path: str) -> ConfigDict:
 
 
 def check_overrides(argv: Sequence[str]) -> ConfigDict | None:
-    """The config file as it stands, None when none is given.
+    """The config without its overrides; None when no file is given.
 
     Raises ConfigError for the first `--config.x.y` whose field the file does not have, naming its siblings and the
     fields that are spelt alike.
@@ -352,6 +371,8 @@ def check_overrides(argv: Sequence[str]) -> ConfigDict | None:
         return None
     config = load_config(path)
     for field in fields:
+        if _is_open(field, config):
+            continue
         node, walked = config, "config"
         for name in field.split("."):
             if not isinstance(node, ConfigDict) or name not in node:

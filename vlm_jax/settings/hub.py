@@ -1,4 +1,4 @@
-"""Names of the Hugging Face hub, from which nothing is downloaded here."""
+"""Names of the Hugging Face hub. Nothing is ever downloaded; errors say how to."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 
 
 def hub_hint(name: str) -> str:
-    """What an error adds about a path that is not there and may be a hub's name: how to fetch it; "" for a plain path."""
+    """The end of an error about a missing path that may be the name of a hub repository: how to fetch it. Else ""."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) or os.path.isdir(
         os.path.dirname(name)
     ):

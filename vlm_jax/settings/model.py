@@ -6,56 +6,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
-
-class ConfigError(ValueError):
-    """A setting or an input the user can mend; its text is one line that names the fix."""
-
-
-class RunEnded(Exception):
-    """A run stopped early, but not because of its settings. exit_code: 0 when it was asked to, 1 when something failed."""
-
-    def __init__(self, text: str, exit_code: int):
-        super().__init__(text)
-        self.exit_code = exit_code
-
-
-Config = TypeVar("Config")
-
-
-def build(cls: type[Config], fields: Mapping[str, Any]) -> Config:
-    """`cls(**fields)`, with unknown and missing names turned into a ConfigError that lists the allowed ones."""
-    known = {f.name: f for f in dataclasses.fields(cls)}  # pyrefly: ignore[bad-argument-type]
-    unknown = sorted(set(fields) - set(known))
-    if unknown:
-        raise ConfigError(
-            f"{cls.__name__}: unknown field {unknown[0]!r}; allowed: {', '.join(known)}."
-        )
-    required = [n for n, f in known.items() if f.default is dataclasses.MISSING]
-    missing = [n for n in required if n not in fields]
-    if missing:
-        raise ConfigError(
-            f"{cls.__name__}: field {missing[0]!r} has no value; set it or name a preset."
-        )
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-
-
-def check_choice(owner: str, field: str, value: str, allowed: Any) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{owner}: {field} {value!r} is not one of {sorted(allowed)}.")
-
-
-def check_positive(owner: str, **values: float) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise ConfigError(f"{owner}: {name} must be positive, got {value!r}.")
-        if value == math.inf:
-            raise ConfigError(f"{owner}: {name} must be finite, got {value!r}.")
-
+from vlm_jax.settings.checks import ConfigError, check_choice, check_positive
 
 DTYPES = ("float32", "bfloat16", "float16")
 REMAT = ("none", "dots", "full", "offload")
@@ -87,7 +44,7 @@ class ViTConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"
-    sharded: bool = False  # weights split over devices as the decoder's are; else a copy on each
+    sharded: bool = False  # True: weights are sharded as the decoder's are; False: replicated
 
     def __post_init__(self):
         check_choice("vit", "activation", self.activation, ("gelu_tanh", "gelu", "quick_gelu"))
@@ -137,7 +94,7 @@ class ViTConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary angles are stretched: none | linear | llama3 (field names as in Hugging Face)."""
+    """How rotary angles are scaled for longer contexts: none | linear | llama3 (field names as in Hugging Face)."""
 
     kind: str = "none"
     factor: float = 1.0
@@ -158,7 +115,7 @@ class Adapter(NamedTuple):
 
 
 LORA = ("lora_a", "lora_b")  # an adapter's parameters A and B, beside its map's `kernel`
-# The decoder's linear maps, as paths below "lm/": where adapters may stand.
+# The decoder's linear maps that may have adapters, as paths below "lm/".
 LM_LINEARS = tuple(
     f"layers/{name}"
     for name in ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up", "mlp/down")
@@ -184,12 +141,14 @@ class LMConfig:
     rope_scaling: RopeScaling = RopeScaling()
     o_bias: bool = False  # with qkv_bias: `attention_bias` of Llama and Qwen3
     mlp_bias: bool = False  # of gate, up and down: Llama's
-    sliding_window: int = 0  # keys a query may look back on, itself included (Mistral); 0 = all
+    sliding_window: int = (
+        0  # the number of last keys that a query attends to, its own included (Mistral); 0 = all
+    )
     nominal_params: float = 0.0  # the size in the model's name, in parameters; 0 = count them
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"
-    attention: str = "auto"  # the training kernel; auto: the platform's (see step.attention_kernel)
+    attention: str = "auto"  # the training kernel; auto: by platform (see step.attention_kernel)
     lora_rank: int = 0  # of the adapters; 0 = none
     lora_alpha: float = 16.0  # an adapter's output is scaled by lora_alpha / lora_rank
     lora_targets: str = "."  # regex searched in LM_LINEARS: which maps have adapters
@@ -256,54 +215,105 @@ class LMConfig:
         return self.non_embedding_params + tables * self.vocab_size * self.width
 
 
-# Compressors that ...
-WINDOWED = ("quecc", "tokenpacker", "pool")  # cut the patch grid into stride x stride windows
-ATTENDING = ("quecc", "tokenpacker", "mqt")  # have num_heads heads, together as wide as the encoder
-ELASTIC = ("m3", "mqt")  # are trained for several numbers of visual tokens and show one of them
-SCORED = ("prumerge", "prumerge_plus")  # look at the encoder's queries and keys
+class Reference(NamedTuple):
+    """How a compressor's release stores it, beside the projector, in one module of the original LLaVA layout.
+
+    tensors: (kind, stored name, our path, more if any), with a kind of `hf.maps.KINDS`.
+    projector: the stored names of the projector's maps; None: LLaVA's own, by the number of maps.
+    module: what the module is called. mark: a tensor that no other compressor has; "": it has no parameters.
+    """
+
+    tensors: tuple[tuple[str, ...], ...] = ()
+    projector: tuple[str, ...] | None = None
+    module: str = "mm_projector"
+    mark: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class CompressorConfig:
-    """Which compressor, how strongly it compresses, and its size."""
+    """The settings of a compressor and all that is known of it without running it; see `compressors/__init__.py`."""
 
-    name: str  # a key of compressors.COMPRESSORS
-    stride: int = 1  # patches along one side of a window: visual tokens = (grid / stride)^2
-    num_heads: int = 8
-    taps: tuple[int, ...] = ()  # hidden states side by side as a second input; () = the feature
-    norm_eps: float = 1e-6
-    dtype: str = "float32"
-    visual_tokens: int = 0  # M3, MQT: shown at inference; 0 = all (patches or queries)
-    train_tokens: tuple[int, ...] = ()  # M3, MQT: the numbers trained for; () = the paper's
-    query_grid: int = 16  # MQT: queries along one side
-    key_source: str = "positions"  # MQT: positions | image (positions added)
-    query_layers: int = -1  # QueCC: decoder layers that read the question; -1 = all, 0 = embeddings
-    prune_ratio: str = "adaptive"  # PruMerge: adaptive | batch | fixed (see compressors.prumerge)
-    fixed_ratio: float = 0.125  # of the patches, kept by "fixed"
-    max_kept: int = 0  # patches kept at most by the other two; 0 = no limit
-    neighbours: int = 32  # patches merged into each kept one
-    sample_last: bool = True  # PruMerge+: may the last patch be sampled
+    name: str = dataclasses.field(default="", init=False)  # a key of compressors.COMPRESSORS
+    dtype: str = "float32"  # of the computation
+
+    flax_module: ClassVar[str]  # the dotted path of its flax module, which loads jax
+    place: ClassVar[str] = "before"  # before | inside | instead: of the projector
+    uses_query: ClassVar[bool] = False  # looks at the question
+    uses_taps: ClassVar[bool] = False  # looks at the hidden states `taps`
+    uses_scores: ClassVar[bool] = False  # looks at the encoder's queries and keys
+    elastic: ClassVar[bool] = False  # is trained for several numbers of tokens, shows one of them
+    draws: ClassVar[bool] = False  # elastic: a training step draws one number; else all, averaged
+    sizable: ClassVar[bool] = False  # its number of visual tokens can be chosen
+    drawn: ClassVar[str] = "means"  # a key of show.VIEWS
+    reference: ClassVar[Reference | None] = None  # None: no release stores it
+
+    # Settings of some compressors, as those without them count.
+    num_heads: ClassVar[int] = 1
+    taps: ClassVar[tuple[int, ...]] = ()
+    query_layers: ClassVar[int] = 0
 
     def __post_init__(self):
         check_choice("compressor", "dtype", self.dtype, DTYPES)
-        check_choice("compressor", "key_source", self.key_source, ("positions", "image"))
-        check_positive(
-            "compressor", stride=self.stride, num_heads=self.num_heads, query_grid=self.query_grid
-        )
-        if self.name not in ELASTIC and (self.visual_tokens or self.train_tokens):
-            raise ConfigError(
-                f"{self.name}: visual_tokens and train_tokens are for {', '.join(ELASTIC)}; set them to 0 and ()."
-            )
-        check_choice("compressor", "prune_ratio", self.prune_ratio, ("adaptive", "batch", "fixed"))
-        check_positive("compressor", neighbours=self.neighbours)
-        if not 0 < self.fixed_ratio <= 1:
-            raise ConfigError(
-                f"compressor: fixed_ratio must lie in (0, 1], got {self.fixed_ratio}."
-            )
-        if self.max_kept < 0:
-            raise ConfigError(
-                f"compressor: max_kept must be 0 (no limit) or more, got {self.max_kept}."
-            )
+
+    def check(self, vit: ViTConfig, lm: LMConfig) -> None:
+        """Raises ConfigError for settings that do not fit the encoder or the decoder."""
+        last = vit.feature_state
+        for tap in self.taps:
+            if not 0 <= tap <= last:
+                raise ConfigError(
+                    f"{self.name}: model.compressor.taps {self.taps}: {tap} is not a hidden state up to this encoder's "
+                    f"feature layer (0..{last}); for example --config.model.compressor.taps={spread_taps(last)!r} "
+                    "(evenly spaced), or () for the feature alone."
+                )
+
+    @classmethod
+    def module_class(cls) -> Any:
+        """The flax module's class. Loads jax."""
+        module, _, name = cls.flax_module.rpartition(".")
+        return getattr(importlib.import_module(module), name)
+
+    def module(self, grid: int, *text_width: int) -> Any:
+        """The flax module. text_width: of the decoder, for a compressor that stands instead of the projector."""
+        return self.module_class()(self, grid, *text_width)
+
+    def num_tokens(self, grid: int) -> int:
+        """Slots for the visual tokens of one image."""
+        raise NotImplementedError
+
+    def num_places(self, grid: int) -> int:
+        """Rows of the projector's table of positions: by default one per slot."""
+        return self.num_tokens(grid)
+
+    def with_tokens(self, grid: int, visual_tokens: int) -> CompressorConfig:
+        """Set to `visual_tokens`; `self` where they cannot be chosen. Raises ConfigError for a number it cannot give."""
+        return self
+
+    def counts(self, grid: int) -> tuple[int, ...]:
+        """The numbers of visual tokens that it is trained for."""
+        return (self.num_tokens(grid),)
+
+    def num_params(self, width: int, text_width: int) -> int:
+        """Parameters, without the projector. width: of the encoder; text_width: of the decoder."""
+        return 0
+
+    def flops(self, grid: int, width: int, text_width: int) -> int:
+        """FLOPs of one image, without the projector and the language model's pass over the question."""
+        return 0
+
+    def entry_flops(self, grid: int, width: int, text_width: int) -> int:
+        """The part of `flops` in linear maps that read features or the question themselves."""
+        return 0
+
+    def reference_fields(self, patches: int, text_width: int) -> dict[str, Any]:
+        """Fields of config.json that the release reads, beside LLaVA's."""
+        return {}
+
+    @classmethod
+    def from_reference(
+        cls, raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str
+    ) -> CompressorConfig:
+        """The settings of a release. raw: its config.json; shapes: of the module's tensors; where: for errors."""
+        return cls()
 
 
 def valid_strides(grid: int) -> list[int]:
@@ -325,68 +335,12 @@ class VLMConfig:
         check_positive("vlm", projector_layers=self.projector_layers)
         check_choice("vlm", "projector_norm", self.projector_norm, ("none", "rms"))
         check_choice("vlm", "projector_positions", self.projector_positions, ("none", "grid"))
-        name, grid, stride = self.compressor.name, self.vit.grid, self.compressor.stride
-        if name in WINDOWED and grid % stride:
-            raise ConfigError(
-                f"{name}: grid {grid} is not divisible by stride {stride}; use one of {valid_strides(grid)}."
-            )
-        if name in ATTENDING and self.vit.width % self.compressor.num_heads:
-            raise ConfigError(
-                f"{name}: encoder width {self.vit.width} is not divisible by num_heads {self.compressor.num_heads}."
-            )
-        if name in SCORED and self.compressor.neighbours >= self.vit.num_patches:
-            raise ConfigError(
-                f"{name}: neighbours {self.compressor.neighbours} must be fewer than the {self.vit.num_patches} patches."
-            )
-        check_elastic(self.compressor, grid)
-        if not -1 <= self.compressor.query_layers <= self.lm.num_layers:
-            raise ConfigError(
-                f"{name}: query_layers {self.compressor.query_layers} must lie in [-1, {self.lm.num_layers}]."
-            )
-        last = self.vit.feature_state
-        for tap in self.compressor.taps:
-            if not 0 <= tap <= last:
-                raise ConfigError(
-                    f"{name}: model.compressor.taps {self.compressor.taps}: {tap} is not a hidden state up to this encoder's "
-                    f"feature layer (0..{last}); for example --config.model.compressor.taps={spread_taps(last)!r} "
-                    "(evenly spaced), or () for the feature alone."
-                )
+        self.compressor.check(self.vit, self.lm)
 
 
 def spread_taps(last: int) -> tuple[int, ...]:
     """Up to four hidden states, evenly spaced from the middle of an encoder to its feature layer `last`."""
     return tuple(sorted({round(last * (1 + i / 3) / 2) for i in range(4)} - {0})) or (0,)
-
-
-def check_elastic(compressor: CompressorConfig, grid: int) -> None:
-    """Raises ConfigError for a number of visual tokens that an elastic compressor cannot give."""
-    counts = (compressor.visual_tokens, *compressor.train_tokens)
-    if compressor.name == "m3":
-        largest = math.isqrt(max(compressor.train_tokens, default=grid**2))
-        for count in filter(None, counts):
-            stride_for(grid, count)
-        for count in compressor.train_tokens:
-            stride_for(largest, count)  # training pools the others from the largest
-    side = compressor.query_grid
-    if compressor.name == "mqt" and not all(0 <= count <= side**2 for count in counts):
-        raise ConfigError(
-            f"mqt: {side} x {side} queries give 1 to {side**2} visual tokens, not {max(counts)}."
-        )
-
-
-def with_tokens(compressor: CompressorConfig, grid: int, visual_tokens: int) -> CompressorConfig:
-    """The compressor set to `visual_tokens` of a grid x grid encoder; ConfigError if it cannot be."""
-    if compressor.name in ELASTIC:
-        sized = dataclasses.replace(compressor, visual_tokens=visual_tokens)
-        check_elastic(sized, grid)
-        return sized
-    if compressor.name == "identity" and visual_tokens == grid**2:
-        return compressor
-    if compressor.name in WINDOWED:
-        return dataclasses.replace(compressor, stride=stride_for(grid, visual_tokens))
-    raise ConfigError(
-        f"{compressor.name}: its visual tokens cannot be chosen; use one of {', '.join(WINDOWED + ELASTIC)}."
-    )
 
 
 def stride_for(grid: int, visual_tokens: int) -> int:

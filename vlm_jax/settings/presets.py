@@ -9,20 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vlm_jax.settings.checks import ConfigError, build
 from vlm_jax.settings.hub import hub_hint
-from vlm_jax.settings.model import ConfigError, LMConfig, RopeScaling, ViTConfig, build
+from vlm_jax.settings.model import LMConfig, RopeScaling, ViTConfig
 
-_SIGLIP: dict[str, Any] = dict(
+# The fields that all encoders of a family share; `hf` uses them for a directory of that family.
+SIGLIP: dict[str, Any] = dict(
     activation="gelu_tanh", norm_eps=1e-6, cls_token=False, pre_norm=False, post_norm=True, patch_bias=True,
     feature_layer=-1, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
 )  # fmt: skip
-_CLIP: dict[str, Any] = dict(
+CLIP: dict[str, Any] = dict(
     activation="quick_gelu", norm_eps=1e-5, cls_token=True, pre_norm=True, post_norm=False, patch_bias=False,
     feature_layer=-2, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711),
 )  # fmt: skip
 
 
-def _tower(
+def _encoder(
     family: dict, image_px: int, patch_px: int, width: int, layers: int, heads: int, mlp: int
 ) -> dict:
     return dict(
@@ -31,18 +33,18 @@ def _tower(
 
 
 VIT: dict[str, dict[str, Any]] = {
-    "clip-b16-224": _tower(_CLIP, 224, 16, 768, 12, 12, 3072),
-    "clip-l-224": _tower(_CLIP, 224, 14, 1024, 24, 16, 4096),
-    "clip-l-336": _tower(_CLIP, 336, 14, 1024, 24, 16, 4096),
-    "siglip-b16-224": _tower(_SIGLIP, 224, 16, 768, 12, 12, 3072),
-    "siglip-l16-256": _tower(_SIGLIP, 256, 16, 1024, 24, 16, 4096),
-    "siglip-so400m-384": _tower(_SIGLIP, 384, 14, 1152, 27, 16, 4304),
-    "siglip2-b16-256": _tower(_SIGLIP, 256, 16, 768, 12, 12, 3072),
-    "siglip2-so400m-384": _tower(_SIGLIP, 384, 14, 1152, 27, 16, 4304),
-    "mini": _tower(_SIGLIP, 64, 8, 64, 2, 4, 128),  # the embedded experiment's encoder
+    "clip-b16-224": _encoder(CLIP, 224, 16, 768, 12, 12, 3072),
+    "clip-l-224": _encoder(CLIP, 224, 14, 1024, 24, 16, 4096),
+    "clip-l-336": _encoder(CLIP, 336, 14, 1024, 24, 16, 4096),
+    "siglip-b16-224": _encoder(SIGLIP, 224, 16, 768, 12, 12, 3072),
+    "siglip-l16-256": _encoder(SIGLIP, 256, 16, 1024, 24, 16, 4096),
+    "siglip-so400m-384": _encoder(SIGLIP, 384, 14, 1152, 27, 16, 4304),
+    "siglip2-b16-256": _encoder(SIGLIP, 256, 16, 768, 12, 12, 3072),
+    "siglip2-so400m-384": _encoder(SIGLIP, 384, 14, 1152, 27, 16, 4304),
+    "mini": _encoder(SIGLIP, 64, 8, 64, 2, 4, 128),  # the embedded experiment's encoder
 }
 
-# The encoders that config.json files of the original LLaVA layout name.
+# Hub names of encoders, by which config.json files of the original LLaVA layout refer to them -> preset.
 HUB = {
     "openai/clip-vit-base-patch16": "clip-b16-224", "openai/clip-vit-large-patch14": "clip-l-224",
     "openai/clip-vit-large-patch14-336": "clip-l-336", "google/siglip-base-patch16-224": "siglip-b16-224",
@@ -66,7 +68,8 @@ def _decoder(
 _QWEN2: dict[str, Any] = dict(theta=1e6, qkv_bias=True)
 _QWEN3: dict[str, Any] = dict(theta=1e6, head_dim=128, qk_norm=True)
 _LLAMA3_SCALING = RopeScaling("llama3", factor=32.0)
-_MINI: dict[str, Any] = dict(theta=100.0, tied=False, eps=1e-6)  # prompts are short
+# A small rope_theta, because prompts are short.
+_MINI: dict[str, Any] = dict(theta=100.0, tied=False, eps=1e-6)
 
 LM: dict[str, dict[str, Any]] = {
     "qwen1.5-0.5b": _decoder(151936, 1024, 24, 16, 16, 2816, tied=True, nominal=0.5e9, **_QWEN2),
@@ -109,7 +112,7 @@ LM: dict[str, dict[str, Any]] = {
     "phi3-mini": _decoder(
         32064, 3072, 32, 32, 32, 8192, theta=1e4, eps=1e-5, tied=False, nominal=3.8e9
     ),
-    # The embedded experiment: one width, capacity in the MLP; the vocabulary size is its tokenizer's.
+    # The embedded experiment: one width for all, sizes differ in mlp_width; its tokenizer sets the vocabulary size.
     "mini-38k": _decoder(256, 64, 2, 2, 2, 12, **_MINI),
     "mini-45k": _decoder(256, 64, 2, 2, 2, 32, **_MINI),
     "mini-52k": _decoder(256, 64, 2, 2, 2, 48, **_MINI),

@@ -1,26 +1,23 @@
-"""Frozen, validated settings of a run: data, optimiser, devices, what it starts from. Imports no jax; the model's are in config.py."""
+"""Frozen, validated settings of a run: data, optimiser, devices, what it starts from. Imports no jax; the model's are in model.py."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from vlm_jax.settings.model import ConfigError, VLMConfig, check_choice, check_positive
+from vlm_jax.settings.checks import ConfigError, check_choice, check_positive
+from vlm_jax.settings.model import VLMConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where the samples are and how one becomes arrays. Sizes are static: nothing recompiles per batch."""
 
-    annotations: tuple[
-        str, ...
-    ]  # LLaVA-format .json / .jsonl files, or prepared tfds directories; concatenated
+    annotations: tuple[str, ...]  # LLaVA .json / .jsonl files or tfds directories; concatenated
     image_roots: tuple[str, ...]  # one folder per annotation file ("" when it has no images)
     tokenizer: str  # directory with a Hugging Face tokenizer
     template: str  # a key of data.chat.TEMPLATES
     system: str | None  # replaces the template's system prompt; None keeps it
-    turns: (
-        str  # dialogue | independent: may a turn see the turns before it, or only the shared prefix
-    )
+    turns: str  # dialogue | independent: whether a turn attends to earlier turns or to the shared prefix only
     max_tokens: int  # T, visual tokens included
     max_query_tokens: int  # Q
     max_images: int  # I, images per sample; 0 = text only
@@ -32,13 +29,13 @@ class DataConfig:
     on_bad_record: str  # raise | skip
     max_bad_records: int  # with skip: stop after this many
     features_dir: str  # cached encoder features to read instead of images; "" = none
-    query: str = "first_turn"  # a key of data.templates.QUERIES: the question a compressor looks at
+    query: str = "first_turn"  # a key of data.templates.QUERIES: the query text of a compressor
     sampling: str = "shuffle"  # shuffle | modality_length: see data.sampling
     length_buckets: tuple[int, ...] = ()  # widths a batch may be cut to; () = max_tokens alone
     packing: bool = False  # several samples per row: see data.packing
     packed_images: int = 8  # image slots of a packed row
-    exif_rotation: bool = False  # True: images are turned as their EXIF orientation says
-    ignored_fields: tuple[str, ...] = ()  # fields of records that are taken for absent
+    exif_rotation: bool = False  # True: rotate images by their EXIF orientation
+    ignored_fields: tuple[str, ...] = ()  # fields of records that are read as if they were absent
 
     def __post_init__(self):
         check_choice("data", "sampling", self.sampling, ("shuffle", "modality_length"))
@@ -101,10 +98,10 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the device mesh; -1 (at most once) takes the devices that are left.
+    """Sizes of the device mesh; -1 (at most once) takes the remaining devices.
 
-    A tensor of 0 is as small as the batch allows: 1 while data * fsdp divides its rows, more where there are more devices
-    than rows (see sharding.make_mesh).
+    tensor = 0 chooses the smallest size that the batch allows: 1 while data * fsdp divides its rows, more where there are
+    more devices than rows (see sharding.make_mesh).
     """
 
     data: int = -1
@@ -151,10 +148,12 @@ class TrainConfig:
     keep: int
     on_nonfinite: str = "stop"  # stop | skip: a step whose loss or gradient is NaN or infinite
     max_skipped: int = 10  # with skip: stop after this many
-    peer_timeout: int = 100  # seconds without a sign of another process after which the run ends
-    random_frozen: bool = False  # may a part that does not learn keep random parameters
+    peer_timeout: int = (
+        100  # seconds without a heartbeat of another process after which the run ends
+    )
+    random_frozen: bool = False  # whether a frozen part may keep its random initial parameters
     micro_batches: int = 1  # parts of a batch whose gradients are computed in turn and added
-    loss_chunk: int = 0  # positions per row whose logits exist at once; 0 = all
+    loss_chunk: int = 0  # positions per row whose logits are in memory at once; 0 = all
 
     def __post_init__(self):
         check_positive(
@@ -174,7 +173,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """Everything that one training run is made of; `config.json` of a workdir holds exactly this."""
+    """All settings of one training run; `config.json` of a workdir holds exactly these."""
 
     model: VLMConfig
     data: DataConfig

@@ -20,22 +20,22 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 
 from vlm_jax import files
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.storage import checksums
 
 Tree = dict[str, Any]
 
 
 class Checkpoints:
-    """The checkpoints of one training run. A save that is cut short, by kill -9 too, is never seen again.
+    """The checkpoints of one training run. A save that is interrupted, even by kill -9, is discarded.
 
-    A full disk or a folder that cannot be written is a ConfigError, at the save that meets it or, when the background
-    does, at the next one or at `close`; the checkpoints that were complete stay.
+    A full disk or a folder that cannot be written raises a ConfigError: from `save`, or, if the background write fails, from
+    the next `save` or from `close`. Checkpoints that were complete are kept.
     """
 
     def __init__(self, workdir: Path, keep: int):
         self._folder = Path(workdir).absolute() / "checkpoints"
-        self._last = 0  # the step whose save was begun last
+        self._last = 0  # the step of the most recent save
         with files.writing(self._folder):
             self._folder.mkdir(exist_ok=True)
         self._manager = ocp.CheckpointManager(
@@ -49,9 +49,9 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Tree, iterator: Any) -> None:
-        """Copies `state` off the devices and returns; writing goes on in the background (at most one save at a time).
+        """Copies `state` to the host and returns; it is written in the background, at most one save at a time.
 
-        `iterator` must have handed out exactly the batches of steps 1..step.
+        `iterator` must have returned exactly the batches of steps 1..step.
         """
         self._finish()
         arguments = ocp.args.Composite(
@@ -61,16 +61,16 @@ class Checkpoints:
         )
         self._last = step
         with self._saving():
-            # Before orbax begins: where a folder cannot be written it waits for minutes before it says so, and a disk that
-            # fills up under it costs a page of tracebacks for each array.
+            # Checked before orbax starts: it reports a folder that cannot be written only after minutes, and a disk that runs
+            # full during the save with one traceback per array.
             files.check_room(self._folder, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
             self._manager.save(step, args=arguments)
 
     def restore(self, step: int, abstract: Tree, iterator: Any) -> Tree:
-        """The state of `step` in the shapes and shardings of `abstract`; `iterator` is set to where it was.
+        """The state of `step` in the shapes and shardings of `abstract`; sets `iterator` to its saved position.
 
-        Meshes, devices and processes may be others than those that saved. Raises ConfigError when the number of
-        processes differs and the position of the data cannot be said for it, or when the checkpoint is damaged.
+        The mesh, the devices and the number of processes may differ from those of the save. Raises ConfigError when the
+        position in the data has no equivalent for another number of processes, or when the checkpoint is damaged.
         """
         with _reading(self._manager, self._folder, step, "go on from"):
             iterator.set_state(self._position(step, iterator))
@@ -80,7 +80,7 @@ class Checkpoints:
             return state
 
     def _position(self, step: int, iterator: Any) -> dict[str, Any]:
-        """The state of this process's data iterator: the one it saved, if the data is sharded as it was then."""
+        """The state of this process's data iterator: the saved one, or its equivalent for another number of shards."""
         folder = self._folder / str(step) / "iterator"
         paths = sorted(folder.glob("process_*-of-*.json"))
         states = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
@@ -93,7 +93,7 @@ class Checkpoints:
         return iterator.state_at(step, list(states.values()))
 
     def close(self) -> None:
-        """Waits for the save under way."""
+        """Waits until the last save is written."""
         self._finish()
         self._manager.close()
 
@@ -106,8 +106,8 @@ class Checkpoints:
         try:
             yield
         except jax.errors.JaxRuntimeError:
-            raise  # another process is gone
-        except Exception as error:  # tensorstore tells a full disk by a ValueError
+            raise  # the connection to another process is lost
+        except Exception as error:  # tensorstore raises a ValueError for a full disk
             newest = self._manager.latest_step()
             kept = "none was complete" if newest is None else f"that of step {newest} is complete"
             raise ConfigError(
@@ -120,7 +120,7 @@ class Checkpoints:
 def _reading(
     manager: ocp.CheckpointManager, folder: Path, step: int, purpose: str
 ) -> Generator[None]:
-    """Turns what a damaged checkpoint makes orbax and tensorstore raise into a ConfigError that says what is left."""
+    """Turns the errors that orbax and tensorstore raise for a damaged checkpoint into a ConfigError that names the older ones."""
     hook = sys.unraisablehook
     sys.unraisablehook = functools.partial(_unraisable, hook)
     try:
@@ -138,20 +138,20 @@ def _reading(
 
 
 def _sums(folder: Path, step: int) -> dict[str, list]:
-    """The checksums that a checkpoint was saved with; {} for one of an older version, which is read unchecked."""
+    """The checksums of a checkpoint; {} for one of an older version, which has none and is not checked."""
     path = folder / str(step) / "sums" / "metadata"
     return json.loads(path.read_text(encoding="utf-8")) if path.parent.is_dir() else {}
 
 
 def _unraisable(hook: Callable[[Any], Any], what: Any) -> None:
-    """Leaves out what tensorstore's threads print for the reads that fail after the first failure has ended the restore:
-    dozens of tracebacks that say "Event loop is closed". They may come late, so this hook stays after a failure."""
+    """Hides the tracebacks "Event loop is closed" that tensorstore's threads print for the reads that are still running when
+    the first failure ends a restore. They may come late, so the hook stays installed after a failure."""
     if not (isinstance(what.exc_value, RuntimeError) and "loop is closed" in str(what.exc_value)):
         hook(what)
 
 
 def save_params(workdir: str | Path, params: Tree) -> None:
-    """Parameters that no run made, as step 0 of `workdir`: `load_params` reads them, nothing can be resumed from them."""
+    """Saves parameters that come from no run as step 0 of `workdir`. `load_params` reads them; no run can resume from them."""
     options = ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True)
     folder = Path(workdir).absolute() / "checkpoints"
     with ocp.CheckpointManager(
@@ -162,8 +162,9 @@ def save_params(workdir: str | Path, params: Tree) -> None:
 
 
 def load_params(workdir: str | Path, abstract: Tree) -> Tree:
-    """Parameters of the newest checkpoint of a training run, for the leaves of `abstract` (ShapeDtypeStructs with
-    shardings, nested as the parameters are) and no others.
+    """Parameters of the newest checkpoint of a training run, for the leaves of `abstract` only.
+
+    abstract: ShapeDtypeStructs with shardings, nested as the parameters are.
 
     Raises ConfigError when there is no checkpoint, or for the first parameter that is missing or has another shape.
     """
@@ -199,9 +200,8 @@ def load_params(workdir: str | Path, abstract: Tree) -> Tree:
             restored = manager.restore(step, args=ocp.args.Composite(state=arguments))
             params = restored["state"]["params"]
             checksums.check(_sums(folder, step), {"params": params})
-    for name, leaf in flatten_dict(
-        params, sep="/"
-    ).items():  # orbax leaves what it did not find as it was
+    for name, leaf in flatten_dict(params, sep="/").items():
+        # orbax returns the ShapeDtypeStruct of a parameter that it did not find.
         if not isinstance(leaf, jax.Array):
             raise ConfigError(
                 f"{str(workdir)!r}: parameter {name} was not restored; the checkpoint is damaged."

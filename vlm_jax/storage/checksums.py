@@ -1,7 +1,7 @@
-"""A number per array that changes when a bit of it does: what a checkpoint is compared with when it is read.
+"""Checksums of arrays, saved with a checkpoint and compared when it is read. Orbax stores none.
 
-Orbax stores an array's bytes without a checksum. The sum of an array's words modulo 2^32 does not depend on how it is
-sharded, is computed where the array lives, and differs for any single change and for all but one in 2^32 of the others.
+The checksum is the sum of an array's words modulo 2^32. It does not depend on the sharding and is computed on the devices
+that hold the array. It detects every change of one word, and all but 1 in 2^32 of the other changes.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import numpy as np
 
 from vlm_jax.sharding import path_name
 
-WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32}  # bytes of an element -> the word that it is
+# Bytes of an element -> the word that they are summed as.
+WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
 def of(tree: Any) -> dict[str, list]:
-    """{path: [dtype, sum]} of all arrays of a tree; every process gets the same. On a CPU 0.1 s for 1 GB."""
+    """{path: [dtype, sum]} of all arrays of a tree, the same on every process. Takes 0.1 s for 1 GB on a CPU."""
     flat = {path_name(path): x for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
     arrays = {name: x for name, x in flat.items() if isinstance(x, jax.Array)}
     here = all(
@@ -36,14 +37,14 @@ def of(tree: Any) -> dict[str, list]:
 
 
 def check(saved: Mapping[str, list], tree: Any) -> None:
-    """Raises ValueError for the first array that is not what was saved; those of another dtype are not compared."""
+    """Raises ValueError for the first array whose checksum differs. An array that is restored in another dtype is not compared."""
     for name, found in of(tree).items():
         if name in saved and saved[name][0] == found[0] and saved[name] != found:
             raise ValueError(f"{name} is not what was saved: its checksum is another")
 
 
 def _on_host(x: jax.Array) -> int:
-    """Without a program to compile: the shards lie in this process's memory."""
+    """The checksum of an array in this process's memory, with NumPy, which needs no compilation."""
     shards = [np.asarray(s.data) for s in x.addressable_shards if s.replica_id == 0]
     return sum(int(_words(a).sum(dtype=np.uint32)) for a in shards) % 2**32
 

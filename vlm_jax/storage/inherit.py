@@ -1,4 +1,7 @@
-"""A run's settings for the run that starts from it: model, tokenizer, template and question, or an error that names the contradiction."""
+"""The settings that a run takes from the run it starts from (init.from): model, tokenizer, template and query.
+
+A setting that the user gives and that contradicts the other run's is an error that names both values.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,12 @@ from typing import Any
 
 from vlm_jax.hf import named
 from vlm_jax.hf.describe import FREE
-from vlm_jax.settings.model import ConfigError, RopeScaling, VLMConfig, build
+from vlm_jax.settings.checks import ConfigError, build
+from vlm_jax.settings.model import RopeScaling, VLMConfig
 from vlm_jax.settings.run import Experiment
 
-# Fields of the model that change no parameter and not what a parameter means: how it is computed, stored and shown.
+# Fields of the model that change neither its parameters nor their meaning: how it is computed and stored, how many visual
+# tokens are used. They may differ from the other run's.
 HOW = {
     "vit": ("dtype", "param_dtype", "remat", "sharded"),
     "compressor": ("dtype", "visual_tokens", "train_tokens"),
@@ -27,7 +32,7 @@ VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 def inherit(
     config: Mapping[str, Any], source: str, run: Experiment, given: Collection[str]
 ) -> dict[str, Any]:
-    """The config (nested dicts, presets not filled in) with the model, tokenizer, template and question of a run.
+    """The config (nested dicts, presets not filled in) with the model, tokenizer, template and query of a run.
 
     given: the fields that the user set, such as "model.lm.width"; the other ones take the run's values. Those in HOW
     may be set to anything. Raises ConfigError when another one differs from the run's.
@@ -40,12 +45,14 @@ def inherit(
 
 
 def changed(config: Mapping[str, Any]) -> set[str]:
-    """The fields of a config that differ from configs/default.py, which every config starts from and thereby loads."""
+    """The fields of a config that differ from configs/default.py, which every config file imports."""
     for name, module in sys.modules.items():
         if name == "configs.default" or name.endswith(".configs.default"):
             usual = dict(_flat(module.get_config().to_dict()))
             return {
-                field for field, value in _flat(config) if field in usual and value != usual[field]
+                field
+                for field, value in _flat(config)
+                if field not in usual or value != usual[field]
             }
     return {field for field, _ in _flat(config)}
 
@@ -72,7 +79,7 @@ def _model(
                 origin = f"but model.{block}.preset {preset!r} has"
                 _check(source, f"model.{block}.{name}", getattr(theirs, name), value, origin)
         for name, value in _set_by_user(now[block], block, given).items():
-            if name in fields:
+            if name in fields or name not in model[block]:  # another compressor's: see named.vlm
                 model[block][name] = value
             else:
                 _check(source, f"model.{block}.{name}", getattr(theirs, name), value)
@@ -125,7 +132,7 @@ def _check(source: str, field: str, theirs: Any, ours: Any, origin: str = "now")
 
 
 def same_tokenizer(first: str, second: str) -> bool:
-    """Whether two directories hold the same vocabulary, or one of them is gone and cannot be asked."""
+    """Whether two directories hold the same vocabulary. True if one of them no longer exists and cannot be compared."""
     folders = Path(first), Path(second)
     if first == second or not all(folder.is_dir() for folder in folders):
         return True
@@ -138,12 +145,13 @@ def same_tokenizer(first: str, second: str) -> bool:
 
 
 def check_part(part: str, source: str, run: Experiment, now: Experiment) -> None:
-    """Raises ConfigError when `now` would read the parameters of a run's part otherwise than the run did."""
+    """Raises ConfigError when a field that determines the meaning of a part's parameters differs between `run` and `now`."""
     pairs = []
     if part == "projector":
         pairs = [(f"model.{f}", getattr(run.model, f), getattr(now.model, f)) for f in PROJECTOR]
     else:
-        free = (*HOW[part], "image_px", "position_grid")  # positions are interpolated on purpose
+        # Position tables are interpolated to another size.
+        free = (*HOW[part], "image_px", "position_grid")
         pairs = _differing(part, free, run.model, now.model)
     if part == "lm" and not same_tokenizer(run.data.tokenizer, now.data.tokenizer):
         pairs.append(("data.tokenizer", run.data.tokenizer, now.data.tokenizer))
@@ -159,5 +167,6 @@ def _differing(
     part: str, free: Collection[str], theirs: VLMConfig, ours: VLMConfig
 ) -> list[tuple[str, Any, Any]]:
     old, new = getattr(theirs, part), getattr(ours, part)
-    names = [field.name for field in dataclasses.fields(old) if field.name not in free]
+    shared = {field.name for field in dataclasses.fields(new)}  # compressors have their own ones
+    names = [f.name for f in dataclasses.fields(old) if f.name in shared and f.name not in free]
     return [(f"model.{part}.{name}", getattr(old, name), getattr(new, name)) for name in names]

@@ -1,4 +1,4 @@
-"""A run and its workdir: the settings from the config file, and what config.json, final.json and the checkpoints say."""
+"""A run and its workdir: the settings of a config file, and config.json, final.json and the steps of the checkpoints."""
 
 from __future__ import annotations
 
@@ -12,20 +12,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vlm_jax import files
+from vlm_jax import compressors, files
 from vlm_jax.hf import named
 from vlm_jax.settings import addresses
+from vlm_jax.settings.checks import ConfigError, build
 from vlm_jax.settings.hub import hub_hint
-from vlm_jax.settings.model import (
-    LM_LINEARS,
-    CompressorConfig,
-    ConfigError,
-    LMConfig,
-    RopeScaling,
-    ViTConfig,
-    VLMConfig,
-    build,
-)
+from vlm_jax.settings.model import LM_LINEARS, LMConfig, RopeScaling, ViTConfig, VLMConfig
 from vlm_jax.settings.run import (
     DataConfig,
     Experiment,
@@ -38,10 +30,10 @@ from vlm_jax.storage.inherit import changed, inherit
 
 
 def resolve(cfg: ConfigDict, given: Sequence[str] = ()) -> Experiment:
-    """The frozen settings of an experiment config; presets are filled in, and with init.from the run's model.
+    """The frozen settings of an experiment config, with presets filled in, and with init.from the model of that run.
 
-    given: the fields that the command line sets. With init.from they, and those that differ from configs/default.py, must
-    agree with the run's. Raises ConfigError for a wrong value.
+    given: the fields that the command line sets. With init.from, these fields and those that differ from configs/default.py
+    must agree with the other run's. Raises ConfigError for a wrong value.
     """
     config = cfg.to_dict()
     addresses.check_settings(config)
@@ -51,7 +43,7 @@ def resolve(cfg: ConfigDict, given: Sequence[str] = ()) -> Experiment:
         check_has_checkpoint("from", source)
         config = inherit(config, source, read(source), {*given, *changed(config)})
     return Experiment(
-        model=named.vlm(config["model"]),
+        model=named.vlm(config["model"], given),
         data=build(DataConfig, config["data"]),
         optim=build(OptimConfig, config["optim"]),
         mesh=build(MeshConfig, config["mesh"]),
@@ -71,7 +63,7 @@ def check_has_checkpoint(part: str, source: str) -> None:
 
 
 def has_adapters(workdir: str, lm: LMConfig) -> bool:
-    """Whether a run's decoder has the adapters of `lm`; False: it has none. Raises ConfigError when it has others."""
+    """True if a run's decoder has the adapters of `lm`, False if it has none. Raises ConfigError if it has others."""
     theirs = read(workdir).model.lm
     if not theirs.lora_rank:
         return False
@@ -85,7 +77,7 @@ def has_adapters(workdir: str, lm: LMConfig) -> bool:
 
 
 def open_workdir(workdir: str) -> Path:
-    """The absolute path of `workdir`, made if it is missing. Raises ConfigError when nothing can be written there."""
+    """The absolute path of `workdir`, which is created if it is missing. Raises ConfigError when it cannot be written."""
     addresses.check_local("--workdir", workdir)
     path = Path(workdir).absolute()
     try:
@@ -166,12 +158,12 @@ def read(workdir: str | Path) -> Experiment:
 
 
 def _restored(saved: Mapping[str, Any]) -> Experiment:
-    """What `write` saved."""
+    """The settings from the content of a config.json, as `write` saved it."""
     model = dict(saved["model"])
     lm = dict(model["lm"], rope_scaling=build(RopeScaling, model["lm"]["rope_scaling"]))
     parts = {
         "vit": build(ViTConfig, model["vit"]),
-        "compressor": build(CompressorConfig, model["compressor"]),
+        "compressor": compressors.chosen(model["compressor"]),
         "lm": build(LMConfig, lm),
     }
     return Experiment(

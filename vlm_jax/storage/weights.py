@@ -1,4 +1,4 @@
-"""Parameters that come from elsewhere: the newest checkpoint of a training run, or a Hugging Face model directory."""
+"""Parameters from the newest checkpoint of another training run, or from a Hugging Face model directory."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, UInt32
 
-from vlm_jax import compressors, sharding
+from vlm_jax import sharding
 from vlm_jax.data import feature_cache
 from vlm_jax.hf import directory
 from vlm_jax.hf.parts import load_parts
 from vlm_jax.models import adapters
 from vlm_jax.models.vlm import shapes
-from vlm_jax.settings.model import ConfigError, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import VLMConfig
 from vlm_jax.storage import run as experiment
 from vlm_jax.storage.checkpoint import load_params
 
@@ -28,13 +29,13 @@ Tree = dict[str, Any]
 
 def abstract(config: VLMConfig, mesh: Mesh) -> Tree:
     """Shapes, dtypes and shardings of a model's parameters on a mesh, as ShapeDtypeStructs."""
-    return sharding.place(shapes(config), mesh)
+    return sharding.sharded_shapes(shapes(config), mesh)
 
 
 def load(source: str, config: VLMConfig, wanted: Tree) -> Tree:
-    """The parameters of `wanted` (as from `abstract`, some top-level parts of it), each born where it lives.
+    """The parameters of `wanted`, each created directly in its sharding.
 
-    Raises ConfigError when `source` does not hold them in these shapes.
+    wanted: some top-level parts of what `abstract` gives. Raises ConfigError when `source` has none of that name and shape.
     """
     if directory.is_model(source):
         return load_parts(source, config, wanted)
@@ -42,10 +43,10 @@ def load(source: str, config: VLMConfig, wanted: Tree) -> Tree:
 
 
 def load_by_part(sources: Mapping[str, str], config: VLMConfig, wanted: Tree) -> Tree:
-    """The parts of `wanted` that have a source (part -> workdir or model directory; "": none).
+    """The parts of `wanted` that have a source.
 
-    The decoder's adapters come with it from a run that has the same ones; from elsewhere it comes without. Raises
-    ConfigError when a run has others.
+    sources: part -> workdir or model directory, "" for none. The decoder's adapters are loaded from a run that has the same
+    ones, and left out otherwise. Raises ConfigError when the run has other adapters.
     """
     parts: dict[str, list[str]] = {}
     for part, source in sources.items():
@@ -70,7 +71,7 @@ def check_cached(directory: str, model: VLMConfig, vit: Any) -> None:
     vit: the encoder's parameters. Their settings are compared by `feature_cache.check`.
     """
     made = feature_cache.read_made(directory)
-    if compressors.get(model.compressor.name).uses_taps and tuple(made["taps"]) != taps_of(model):
+    if model.compressor.uses_taps and tuple(made["taps"]) != taps_of(model):
         raise ConfigError(
             f"features_dir: {directory!r} was made with model.compressor.taps = {tuple(made['taps'])}, this run has "
             f"{taps_of(model)}; {feature_cache.AGAIN}."
@@ -85,24 +86,24 @@ def check_cached(directory: str, model: VLMConfig, vit: Any) -> None:
 
 def taps_of(model: VLMConfig) -> tuple[int, ...]:
     """The hidden states that the compressor looks at beside the feature."""
-    return model.compressor.taps if compressors.get(model.compressor.name).uses_taps else ()
+    return model.compressor.taps
 
 
 def fingerprint(params: Any) -> str:
-    """A hash of parameters: of paths, shapes, dtypes and every bit; the same on every platform, mesh and number of processes."""
+    """A hash of the paths, shapes, dtypes and bits of parameters, the same on every platform, mesh and number of processes."""
     sums = jax.device_get(_checksums(params))
-    told = hashlib.sha256()
+    digest = hashlib.sha256()
     for (path, leaf), total in zip(
         jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(sums), strict=True
     ):
         name = f"{sharding.path_name(path)} {leaf.shape} {leaf.dtype} "
-        told.update(name.encode() + np.asarray(total, "<u4").tobytes())
-    return told.hexdigest()
+        digest.update(name.encode() + np.asarray(total, "<u4").tobytes())
+    return digest.hexdigest()
 
 
 @jax.jit
 def _checksums(params: Any) -> Any:
-    """Four numbers per leaf, computed where it lives. Sums modulo 2^32 do not depend on their order."""
+    """Four numbers per leaf, computed on its devices. They are sums modulo 2^32, which do not depend on the sharding."""
     return jax.tree.map(_checksum, params)
 
 
@@ -110,11 +111,13 @@ def _checksum(leaf: Array) -> UInt32[Array, "4"]:
     width = 8 * leaf.dtype.itemsize
     bits = jax.lax.bitcast_convert_type(leaf, f"uint{width}").astype(jnp.uint32)
     sizes = [jnp.uint32(size) for size in leaf.shape]
-    places = [jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) for axis in range(leaf.ndim)]
-    place = functools.reduce(lambda at, x: at * x[0] + x[1], zip(sizes, places, strict=True), 0)
+    indices = [jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) for axis in range(leaf.ndim)]
+    flat_index = functools.reduce(
+        lambda at, x: at * x[0] + x[1], zip(sizes, indices, strict=True), 0
+    )
 
     def mixed(odd: int) -> Array:
-        x = (bits ^ (place * jnp.uint32(odd))) * jnp.uint32(0x85EBCA6B)
+        x = (bits ^ (flat_index * jnp.uint32(odd))) * jnp.uint32(0x85EBCA6B)
         x = (x ^ (x >> 15)) * jnp.uint32(0xC2B2AE35)
         return (x ^ (x >> 13)).sum(dtype=jnp.uint32)
 

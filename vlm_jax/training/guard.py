@@ -1,4 +1,4 @@
-"""NaN and infinity: a step whose loss or gradient is not finite leaves the state as it was; the run stops, or counts it."""
+"""Steps with a NaN or an infinity in the loss or the gradients: they leave the state unchanged, then the run stops or goes on."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float
 
-from vlm_jax.settings.model import ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import TrainConfig
 
 log = logging.getLogger(__name__)
 
 
 def is_finite(loss: Float[Array, ""], grad_norm: Float[Array, ""]) -> Bool[Array, ""]:
-    """Whether a step may be applied. A NaN or infinity in any gradient shows in their norm."""
+    """Whether a step may be applied. A NaN or an infinity in any gradient makes their norm one, too."""
     return jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
 
 def keep_finite(ok: Bool[Array, ""], new: Any, old: Any) -> Any:
-    """`new` where `ok`, bit for bit, else `old`; trees of equal structure. For use inside jit: nothing waits for `ok`.
+    """`new` if `ok`, bit for bit, else `old`. Both are trees of the same structure; works under jit, without a sync.
 
-    Scalar counters (of steps: schedules and bias corrections read them) go on, so that a left-out step does not shift
-    the schedule.
+    Scalar integers are always taken from `new`: they count steps for schedules and bias corrections, which a skipped step
+    must not shift.
     """
 
     def keep(new: Array, old: Array) -> Array:
@@ -41,16 +41,16 @@ def keep_finite(ok: Bool[Array, ""], new: Any, old: Any) -> Any:
 
 
 class Guard:
-    """What the host does about steps that were left out: `train.on_nonfinite` and `train.max_skipped`."""
+    """What the host does about skipped steps: implements `train.on_nonfinite` and `train.max_skipped`."""
 
     def __init__(self, config: TrainConfig, workdir: Path):
         self._limit = config.max_skipped if config.on_nonfinite == "skip" else 0
         self._workdir = workdir
 
     def notice(self, line: Mapping[str, Any], ids: Sequence[str]) -> None:
-        """Writes nonfinite_<step>.json for a left-out step; ConfigError when it was one too many.
+        """Writes nonfinite_<step>.json for a skipped step; raises ConfigError when there are more than allowed.
 
-        line: its line of metrics.jsonl; ids: the records of this process's rows. Every process must call it.
+        line: the step's line of metrics.jsonl; ids: the records in this process's rows. Every process must call it.
         """
         step, path = line["step"], self._workdir / f"nonfinite_{line['step']}.json"
         everywhere = gather(list(ids))
@@ -69,7 +69,7 @@ class Guard:
 
 
 def gather(value: Any) -> list[Any]:
-    """The JSON value of every process, in their order. Every process must call it."""
+    """The JSON values of all processes, in process order. Every process must call it."""
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     if jax.process_count() == 1:
         return [value]

@@ -1,4 +1,4 @@
-"""What a training run needs, checked against the disk before anything heavy is imported."""
+"""Checks that the inputs of a training run exist and fit, before anything slow is imported."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from typing import Any
 from vlm_jax.data import feature_cache, fingerprint, sources, tokenizer
 from vlm_jax.hf.describe import check_agrees
 from vlm_jax.hf.directory import is_model
-from vlm_jax.settings.model import ConfigError, VLMConfig
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import VLMConfig
 from vlm_jax.settings.run import DataConfig, Experiment
 from vlm_jax.storage import run
 from vlm_jax.storage.inherit import check_part
 
-# Fields that a run may change between two starts: none of them changes a loss by more than the order of a sum.
+# Fields that may change when a run resumes: at most they change the order of a sum in the loss.
 MUTABLE = (
     "mesh.", "train.log_every", "train.save_every", "train.keep", "train.micro_batches", "train.loss_chunk",
     "train.on_nonfinite", "train.max_skipped", "train.peer_timeout", "train.random_frozen", "data.num_workers", "model.vit.remat",
     "model.vit.sharded", "model.lm.remat", "model.lm.attention",
 )  # fmt: skip
 
-# Where the data lie may change, too, if `data.fingerprint` can tell that they are the same.
+# Paths of the data may change as well, if `data.fingerprint` can verify that the content is the same.
 MOVABLE = ("data.annotations", "data.image_roots")
 
 
 def check_inputs(experiment: Experiment) -> None:
-    """Raises ConfigError for the first file or directory that the run needs and that is not there."""
+    """Raises ConfigError for the first file or directory that the run needs and that does not exist."""
     data = experiment.data
     check_sources(data)
     if not data.tokenizer:
@@ -46,7 +47,7 @@ def check_inputs(experiment: Experiment) -> None:
 
 
 def check_sources(data: DataConfig) -> None:
-    """Raises ConfigError for the first annotation file or image folder that is not there."""
+    """Raises ConfigError for the first annotation file or image folder that does not exist."""
     if not data.annotations:
         raise ConfigError(
             "data: annotations is empty; give at least one .json, .jsonl or tfds directory."
@@ -60,7 +61,7 @@ def check_sources(data: DataConfig) -> None:
 
 
 def check_source(part: str, source: str, model: VLMConfig) -> None:
-    """Raises ConfigError when `source`, a run or a model directory, cannot supply the part of the model."""
+    """Raises ConfigError when `source`, a run or a model directory, cannot provide `part` of the model."""
     if is_model(source):
         check_agrees(source, part, model)
         return
@@ -72,7 +73,7 @@ def check_source(part: str, source: str, model: VLMConfig) -> None:
 def check_same(experiment: Experiment, workdir: Path) -> None:
     """Raises ConfigError when `workdir` belongs to a run with other settings, naming the first field that differs."""
     if run.last_step(workdir) is None or not (workdir / "config.json").is_file():
-        return  # nothing was learnt there yet
+        return  # no checkpoint yet
     if run.last_step(workdir) == 0:
         raise ConfigError(
             f"--workdir: {str(workdir)!r} holds an imported model, not a run; set init.* to it and give another workdir."

@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM (preemption, a time limit) or Ctrl-C end a run after the step under way."""
+"""Requests to stop: SIGTERM (preemption, a time limit) or Ctrl-C end a run after the current step."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from jax.experimental import multihost_utils
 
 
 class Interrupt:
-    """Listens while it is entered; must be entered in the main thread.
+    """A context manager that handles the signals; it must be entered in the main thread.
 
-    One process: the first SIGTERM or SIGINT asks to stop; further SIGTERMs change nothing, another SIGINT ends the
-    process at once. Several processes: signals reach them at different times, so jax's own service, which took SIGTERM
-    when the processes joined, agrees on a step in the background; SIGINT is handed on to it.
+    One process: the first SIGTERM or SIGINT requests the stop, further SIGTERMs are ignored, and a second SIGINT ends the
+    process at once. Several processes: signals arrive at different times, so the processes must agree on a step. JAX's
+    preemption service, which handles SIGTERM since `jax.distributed.initialize`, does that; SIGINT is passed on to it.
     """
 
     def __init__(self) -> None:
@@ -41,9 +41,9 @@ class Interrupt:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     def reached(self, step: int) -> bool:
-        """Whether this step is the last one, the same step in every process; to be called after each step, in order.
+        """Whether to stop after this step; the answer is the same in every process. Call it once after each step.
 
-        Costs a lock (no message, no wait) as long as nobody was asked.
+        Until a stop is requested it costs one lock, without any communication.
         """
         if self._joined:
             return multihost_utils.reached_preemption_sync_point(step)

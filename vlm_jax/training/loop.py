@@ -1,4 +1,4 @@
-"""The training loop: batches put one ahead, checkpoints, metrics, resuming."""
+"""The training loop: prefetching, checkpoints, metrics, resuming."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vlm_jax.costs import chips
 from vlm_jax.costs.flops import batch_flops
 from vlm_jax.data import fingerprint, pipeline, tokenizer
 from vlm_jax.hf.directory import is_model
-from vlm_jax.settings.model import ConfigError, RunEnded
+from vlm_jax.settings.checks import ConfigError, RunEnded
 from vlm_jax.settings.run import Experiment
 from vlm_jax.storage import run as experiment
 from vlm_jax.storage import weights
@@ -27,7 +27,7 @@ from vlm_jax.storage.checkpoint import Checkpoints
 from vlm_jax.training import guard, optim, outline, telemetry
 from vlm_jax.training.interrupt import Interrupt
 from vlm_jax.training.step import (
-    Plan,
+    TrainPlan,
     TrainState,
     fresh_state,
     from_saved,
@@ -40,12 +40,12 @@ log = logging.getLogger(__name__)
 
 
 def run(exp: Experiment, workdir: Path, say: outline.Say = outline.silent) -> dict[str, float]:
-    """Trains to the last step, from the newest checkpoint of `workdir` if there is one; the last step's metrics.
+    """Trains to the last step, starting from the newest checkpoint in `workdir`; returns the metrics of the last step.
 
-    say: is given the lines of the start and of the end, in the first process.
+    say: in the first process, is called with each line that reports the start and the end.
 
-    Raises RunEnded when it was asked to stop (after saving a checkpoint), ConfigError for what the user must mend: another
-    run in `workdir`, a full disk, a loss that is not finite.
+    Raises RunEnded after a request to stop (a checkpoint is saved first) and ConfigError for problems the user must fix:
+    another run in `workdir`, a full disk, a loss that is not finite.
     """
     sharding.start_processes(exp.train.peer_timeout)
     first = jax.process_index() == 0
@@ -56,11 +56,7 @@ def run(exp: Experiment, workdir: Path, say: outline.Say = outline.silent) -> di
         int(exp.train.num_epochs * pipeline.steps_per_epoch(exp.data, visual_tokens)), 1
     )
     p = plan(exp, sharding.mesh_of(exp), num_steps)
-    if exp.data.features_dir and "vit" in p.state.trainable:
-        raise ConfigError(
-            f"optim: trainable {exp.optim.trainable!r} takes parameters of the encoder, whose features come from a cache; "
-            "freeze it, or set data.features_dir to ''."
-        )
+    check_encoder_is_frozen(p)
     with contextlib.ExitStack() as stack:
         if first:
             stack.enter_context(files.lock(workdir))
@@ -105,7 +101,7 @@ def run(exp: Experiment, workdir: Path, say: outline.Say = outline.silent) -> di
 
 
 def check_agreement(exp: Experiment) -> None:
-    """Raises ConfigError, in every process, when one of them reads other annotations than the first."""
+    """Raises ConfigError, in every process, when the annotations of a process differ from those of process 0."""
     if jax.process_count() == 1:
         return
     own = np.frombuffer(fingerprint.digest(fingerprint.of(exp.data)), np.uint8)
@@ -118,14 +114,24 @@ def check_agreement(exp: Experiment) -> None:
         )
 
 
-def check_features(p: Plan, state: TrainState) -> None:
-    """Raises ConfigError when the run reads cached features that are not those of its own encoder."""
+def check_encoder_is_frozen(p: TrainPlan) -> None:
+    """Raises ConfigError when the run trains an encoder whose features come from a cache."""
+    exp = p.experiment
+    if exp.data.features_dir and "vit" in p.state.trainable:
+        raise ConfigError(
+            f"optim: trainable {exp.optim.trainable!r} takes parameters of the encoder, whose features come from a cache; "
+            "freeze it, or set data.features_dir to ''."
+        )
+
+
+def check_features(p: TrainPlan, state: TrainState) -> None:
+    """Raises ConfigError when the cached features were not made by this run's encoder."""
     data = p.experiment.data
     if data.features_dir and data.max_images:
         weights.check_cached(data.features_dir, p.experiment.model, state.frozen["vit"])
 
 
-def _start_lines(p: Plan, visual_tokens: int, num_records: int, done: int) -> list[str]:
+def _start_lines(p: TrainPlan, visual_tokens: int, num_records: int, done: int) -> list[str]:
     device = p.mesh.devices.flat[0]
     return outline.start(
         p.experiment, p.state.trainable, p.state.frozen, visual_tokens=visual_tokens, num_records=num_records,
@@ -133,20 +139,21 @@ def _start_lines(p: Plan, visual_tokens: int, num_records: int, done: int) -> li
     )  # fmt: skip
 
 
-def begin(p: Plan) -> TrainState:
-    """The state before step 1: the parts of `init` from where they are, random parameters for what is not there."""
+def begin(p: TrainPlan) -> TrainState:
+    """The state before step 1: parts that `init` names are loaded, all other parameters are random."""
     everything = optim.merge(p.state.trainable, p.state.frozen)
     init = p.experiment.init
     named = {
         part: source
         for part, source in init.sources.items()
-        if getattr(init, part) or part in everything  # init.from supplies the parts that there are
+        if getattr(init, part)
+        or part in everything  # init.from supplies only parts that the model has
     }
     return fresh_state(p, weights.load_by_part(named, p.experiment.model, everything))
 
 
 def _lost(error: jax.errors.JaxRuntimeError, workdir: Path) -> Exception:
-    """What a failure on the devices means: with other processes, most often that one of them is gone."""
+    """The error to report for a device failure; with several processes, usually another process has ended."""
     if jax.process_count() == 1:
         return error
     saved = experiment.last_step(workdir)
@@ -159,11 +166,11 @@ def _lost(error: jax.errors.JaxRuntimeError, workdir: Path) -> Exception:
 
 @contextlib.contextmanager
 def _closing(thing: Any) -> Generator[Any, None, None]:
-    """Closes `thing` at the end. When an error is under way, what closing adds to it is told, but does not take its place."""
+    """Closes `thing` at the end. An error in closing does not replace one that is already being raised: it is logged."""
     try:
         yield thing
     except RunEnded:
-        raise  # without the other processes a save under way would wait for them
+        raise  # closing would wait for a save that needs the other processes
     except BaseException:
         try:
             thing.close()
@@ -174,7 +181,7 @@ def _closing(thing: Any) -> Generator[Any, None, None]:
 
 
 def _loop(
-    p: Plan,
+    p: TrainPlan,
     state: TrainState,
     done: int,
     iterator: Any,
@@ -182,7 +189,10 @@ def _loop(
     metrics: telemetry.Metrics,
     display: telemetry.Display,
 ) -> int:
-    """The step it stopped at, whose checkpoint is being written: the last one, unless it was asked to stop before."""
+    """Runs the remaining steps and returns the last one taken: the final step, or an earlier one after a request to stop.
+
+    A checkpoint of it is being written when this returns.
+    """
     exp, last = p.experiment, p.num_steps
     step_function = make_step(p)
     peak = chips.peak_flops(p.mesh.devices.flat[0].device_kind)
@@ -193,30 +203,37 @@ def _loop(
         batch = sharding.put(host, p.mesh)
         while step < last:
             step += 1
+            # One step, dispatched without waiting for its result.
             state, scalars = step_function(state, batch)
-            told = {"bad_records": iterator.bad_records, "fill": iterator.fill}
-            metrics.append(step, scalars | told, host["ids"])
+            counts = {"bad_records": iterator.bad_records, "fill": iterator.fill}
+            metrics.append(step, scalars | counts, host["ids"])
             display.add(
                 step, *work(host["tokens"].shape[1], bool({"images", "feature_last"} & host.keys()))
             )
             if interrupt.reached(step):
                 last = step
+
+            # Every save_every steps: a checkpoint.
             if step % exp.train.save_every == 0 or step == last:
-                # First the metrics, then the checkpoint: a resumed metrics.jsonl has no gap, and a state after a loss that
-                # is not finite is never saved without the guard's leave.
+                # The metrics come before the checkpoint, so that a resumed metrics.jsonl has no gap and the guard can stop the
+                # run before it saves a state whose loss was not finite.
                 metrics.flush(step)
                 checkpoints.save(step, to_saved(state), iterator)
+
+            # Every log_every steps: metrics and speed.
             if step == done + 1:
-                metrics.flush(step)  # waits for the compilation, which the speed leaves out
+                metrics.flush(step)  # waits for the compilation, which the speed does not count
                 display.first(metrics.last)
             elif step % exp.train.log_every == 0 or step == last:
-                # The step just sent keeps the device busy; only the ones before it are waited for.
+                # Waits for the previous step only, so that the device is busy with this one meanwhile.
                 computed = step if step == last else step - 1
                 metrics.flush(computed)
                 if speed := display.speed(computed, peak):
                     metrics.board(computed, speed)
                     display.report(metrics.last, speed)
-            # After the save, whose iterator must have handed out exactly `step` batches.
+
+            # The next batch, which the step above overlaps with. It is taken after the save, because a checkpoint of step n
+            # stores an iterator that has returned n batches.
             if step < last:
                 host = next(iterator)
                 batch = sharding.put(host, p.mesh)
@@ -225,8 +242,8 @@ def _loop(
     return step
 
 
-def _work(p: Plan) -> Callable[[int, bool], tuple[int, float]]:
-    """(slots per row, does the batch have images) -> tokens and FLOPs of a step of all processes together."""
+def _work(p: TrainPlan) -> Callable[[int, bool], tuple[int, float]]:
+    """(slots per row, does the batch have images) -> tokens and FLOPs of a step, over all processes."""
     exp, learning = p.experiment, flatten_dict(p.state.trainable, sep="/").keys()
 
     @functools.cache
@@ -238,7 +255,7 @@ def _work(p: Plan) -> Callable[[int, bool], tuple[int, float]]:
 
 
 def check_fit(exp: Experiment, visual_tokens: int) -> None:
-    """Raises ConfigError when the visual tokens leave no room for text, or the tokenizer knows more ids than the model."""
+    """Raises ConfigError when visual tokens leave no room for text or the tokenizer has more ids than the decoder."""
     needed = visual_tokens * exp.data.max_images
     if needed >= exp.data.max_tokens:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""What a training step minimises: next-token cross-entropy, of elastic compressors over the numbers they train for."""
+"""The training loss: next-token cross-entropy, for elastic compressors over the numbers of visual tokens they train for."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax import compressors
-from vlm_jax.compressors.visual import Visual
 from vlm_jax.layers import constrain, on_shards
 from vlm_jax.models.vlm import VLM, Inputs
 from vlm_jax.settings.run import Experiment
+from vlm_jax.training import optim
 
 Tree = dict[str, Any]
 Batch = Mapping[str, Array]
-Scored = tuple[Array, dict[str, Array]]  # the loss, and what is told beside it
+Scored = tuple[Array, dict[str, Array]]  # the loss, and scalars for the metrics
 
 
 def next_token_loss(
     logits: Float[Array, "B T V"], tokens: Int[Array, "B T"], loss_mask: Bool[Array, "B T"]
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Mean cross-entropy over the supervised targets of the whole batch, in float32; logits t-1 predict token t.
+    """Mean cross-entropy over all supervised targets of the batch, in float32; logits t-1 predict token t.
 
-    Each target counts the same, on whichever device or in whichever row it is. Also: how many targets, how many hit (have
-    the largest logit: the normaliser needs that one anyway, an argmax of 2,048 x 8,000 takes a CPU 57 ms more).
+    Every target has the same weight, whatever its row or device. The scalars are the number of targets and the accuracy: a
+    target is a hit if its logit is the maximum, which the normaliser needs anyway (an argmax over 2,048 x 8,000 logits takes
+    a CPU another 57 ms).
     """
     targets, mask = tokens[:, 1:], loss_mask[:, 1:]
     logits = logits[:, :-1].astype(jnp.float32)
@@ -51,10 +52,10 @@ def chunked_next_token_loss(
     loss_mask: Bool[Array, "B T"],
     chunk: int,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """`next_token_loss` of the logits `hidden @ head`, of which only `chunk` positions per row exist at once."""
+    """`next_token_loss` of the logits `hidden @ head`, of which only `chunk` positions per row are materialised at a time."""
     targets = jnp.roll(tokens, -1, axis=1)
     mask = jnp.roll(loss_mask, -1, axis=1).at[:, -1].set(False)
-    # The width is gathered here, once: inside the loop over chunks it would be gathered for each.
+    # Gathers the width once; the loop over chunks would gather it for every chunk.
     head = constrain(head.astype(hidden.dtype), None, "vocab")
     total, hits = _summed(hidden, head, targets, mask, chunk)
     return _mean(total, hits, mask.sum())
@@ -64,7 +65,7 @@ def chunked_next_token_loss(
 def _summed(
     hidden: Array, head: Array, targets: Array, mask: Array, chunk: int
 ) -> tuple[Array, Array]:
-    """The sum of the masked targets' losses, and how many are hit."""
+    """The summed loss and the number of hits over the targets that `mask` selects."""
     total, hits, _, _ = _over_shards(hidden, head, targets, mask, chunk, (False, False))
     return total, hits
 
@@ -72,9 +73,9 @@ def _summed(
 def _summed_forward(
     hidden: Any, head: Any, targets: Any, mask: Any, chunk: int
 ) -> tuple[tuple[Array, Array], tuple[Array | None, Array | None]]:
-    """The gradients are made beside the loss, while a chunk's logits exist: the backward pass only scales them.
+    """Computes the gradients together with the loss, while a chunk's logits exist; the backward pass only scales them.
 
-    A head that does not learn, as in stage 1, gets none.
+    A head that is frozen, as in stage 1, gets no gradient.
     """
     wanted = (hidden.perturbed, head.perturbed)
     arrays = (hidden.value, head.value, targets.value, mask.value)
@@ -95,7 +96,7 @@ _summed.defvjp(_summed_forward, _summed_backward, symbolic_zeros=True)
 def _over_shards(
     hidden: Array, head: Array, targets: Array, mask: Array, chunk: int, wanted: tuple[bool, bool]
 ) -> tuple[Array, Array, Array, Array]:
-    """(loss, hits, gradient of hidden, gradient of head); sums over shards wait until the loop over chunks is done."""
+    """(loss, hits, gradient of hidden, gradient of head), summed over shards once, after the loop over chunks."""
     rows = ("batch", "length")
     function = on_shards(
         functools.partial(_over_chunks, chunk=chunk, wanted=wanted),
@@ -115,13 +116,13 @@ def _over_chunks(
     chunk: int,
     wanted: tuple[bool, bool],
 ) -> tuple[Float[Array, "1 1"], Int[Array, "1 1"], Float[Array, "B T _"], Float[Array, "1 1 _ V"]]:
-    """One shard's sums; a gradient that is not wanted is of width 0."""
+    """The sums of one shard. A gradient that is not wanted has width 0."""
     (rows, length, width), (_, vocab) = hidden.shape, head.shape
     chunk = min(chunk, length)
     beyond = -length % chunk
 
     def split(x: Array) -> Array:
-        """[B T ..] as [chunks B chunk ..], padded with what is masked."""
+        """[B T ..] as [chunks B chunk ..], padded with masked positions."""
         x = jnp.pad(x, ((0, 0), (0, beyond), *((0, 0),) * (x.ndim - 2)))
         return x.reshape(rows, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
 
@@ -155,51 +156,53 @@ def _over_chunks(
     return total[None, None], hits[None, None], d_hidden, d_head[None, None]
 
 
-def make_loss(exp: Experiment, attention: str = "xla") -> Callable[[Tree, Batch, Array], Scored]:
-    """(parameters, batch, step) -> loss and scalars. attention: the decoder's kernel, see models.attention.
+def make_loss(exp: Experiment, attention: str = "xla") -> Callable[..., Scored]:
+    """(trainable, batch, step, frozen) -> loss and scalars. attention: the decoder's kernel, see models.attention.
 
-    An elastic compressor either shows as many visual tokens as this step draws, or the loss is the mean over all numbers
-    that it is trained for: encoder, compressor and projector run once, the decoder once per number, one after the other,
-    and nothing of its passes is kept for the backward pass but their inputs.
+    trainable, frozen: parts of the parameters that `optim.merge` puts together; without `frozen`, all of them.
+
+    For an elastic compressor the loss is either that of one number of visual tokens, drawn for the step, or the mean over
+    all numbers it is trained for. The mean runs encoder, compressor and projector once and the decoder once per number, in
+    turn; of each decoder pass only the inputs are saved for the backward pass.
     """
     config = compressors.for_training(exp.model)
     config = dataclasses.replace(config, lm=dataclasses.replace(config.lm, attention=attention))
-    model, elastic = VLM(config), compressors.get(config.compressor.name).elastic
+    model = VLM(config)
     counts = compressors.train_tokens(exp.model.compressor, config.vit.grid)
 
-    def read(params: Tree, inputs: Inputs, visual: Visual | None, batch: Batch) -> Scored:
-        target = batch["tokens"], batch["loss_mask"]
-        if not exp.train.loss_chunk:
-            logits: Any = model.apply({"params": params}, inputs, visual, method="read")
-            return next_token_loss(logits, *target)
-        states: Any = model.apply({"params": params}, inputs, visual, method="states")
-        hidden, head = states
-        return chunked_next_token_loss(hidden, head, *target, exp.train.loss_chunk)
+    chunk = exp.train.loss_chunk
+    method = "states" if chunk else "logits"
 
-    def plain(params: Tree, batch: Batch, step: Array) -> Scored:
-        inputs = Inputs.from_batch(batch)
-        visual: Any = model.apply({"params": params}, inputs, method="see")
-        return read(params, inputs, visual, batch)
+    def score(output: Any, batch: Batch) -> Scored:
+        tokens, mask = batch["tokens"], batch["loss_mask"]
+        if chunk:
+            hidden, head = output
+            return chunked_next_token_loss(hidden, head, tokens, mask, chunk)
+        return next_token_loss(output, tokens, mask)
 
-    def drawn(params: Tree, batch: Batch, step: Array) -> Scored:
-        # Differs from MQT-LLaVA: every process and micro-batch draws the same number, from the seed and the step alone.
+    def plain(trainable: Tree, batch: Batch, step: Array, frozen: Tree | None = None) -> Scored:
+        params, inputs = optim.merge(trainable, frozen or {}), Inputs.from_batch(batch)
+        visual: Any = model.apply({"params": params}, inputs, method="encode_images")
+        return score(model.apply({"params": params}, inputs, visual, method=method), batch)
+
+    def drawn(trainable: Tree, batch: Batch, step: Array, frozen: Tree | None = None) -> Scored:
+        # Unlike MQT-LLaVA, all processes and micro-batches use the same number, a function of the seed and the step.
         key = jax.random.fold_in(jax.random.key(exp.train.seed), step)
         count = jax.random.choice(key, jnp.array(counts))
-        loss, scalars = plain(params, {**batch, "count": count}, step)
+        loss, scalars = plain(trainable, {**batch, "count": count}, step, frozen)
         return loss, scalars | {"visual_tokens": count}
 
-    def averaged(params: Tree, batch: Batch, step: Array) -> Scored:
-        inputs = Inputs.from_batch(batch)
-        visual: Any = model.apply({"params": params}, inputs, method="see")
+    def averaged(trainable: Tree, batch: Batch, step: Array, frozen: Tree | None = None) -> Scored:
+        params, inputs = optim.merge(trainable, frozen or {}), Inputs.from_batch(batch)
+        visual: Any = model.apply({"params": params}, inputs, method="encode_images")
         if visual is None:
-            return plain(params, batch, step)
+            return plain(trainable, batch, step, frozen)
 
-        # With the passes kept, four scales of a small model took 4.5 times the memory and 1.4 times the CPU time.
+        # Without checkpointing, four scales of a small model took 4.5 times the memory and 1.4 times the CPU time.
         @jax.checkpoint
         def shown(count: Array) -> Scored:
-            assert elastic is not None  # else the decoder runs once
-            part = elastic.show(visual.tokens, count)
-            return read(params, inputs, part, batch)
+            part = config.compressor.module_class().show(visual.tokens, count)
+            return score(model.apply({"params": params}, inputs, part, method=method), batch)
 
         return jax.tree.map(lambda x: x.mean(axis=0), jax.lax.map(shown, jnp.array(counts)))
 

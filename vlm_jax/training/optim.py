@@ -1,4 +1,4 @@
-"""Which parameters train, by which rule, and how fast: path regex, optimiser, warm-up and cosine to zero."""
+"""The optimiser: which parameters train (a regex on paths), the update rule, and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ import jax
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vlm_jax.settings.model import LORA, ConfigError
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import LORA
 from vlm_jax.settings.run import OptimConfig
 
 Tree = dict[str, Any]
 
 
 def partition(params: Tree, trainable: str) -> tuple[Tree, Tree]:
-    """Splits nested `params` into (trainable, frozen): trainable paths such as "lm/embed" contain the regex.
+    """Splits nested `params` into (trainable, frozen). A path such as "lm/embed" is trainable if the regex matches in it.
 
-    Both keep their nesting and lack the other's leaves; `merge` undoes it. Leaves may be boxed or abstract. Raises
-    ConfigError when the regex is malformed or matches nothing.
+    Both results are nested like `params`; `merge` is the inverse. Leaves may be boxed or abstract. Raises ConfigError when
+    the regex is malformed or matches nothing.
     """
     try:
         pattern = re.compile(trainable)
@@ -41,15 +42,15 @@ def partition(params: Tree, trainable: str) -> tuple[Tree, Tree]:
 
 
 def merge(trainable: Tree, frozen: Tree) -> Tree:
-    """The whole tree again."""
+    """The inverse of `partition`."""
     flat = flatten_dict(trainable, sep="/") | flatten_dict(frozen, sep="/")
     return unflatten_dict(flat, sep="/")
 
 
 def schedule(peak: float, num_steps: int, warmup_ratio: float) -> optax.Schedule:
-    """Linear from 0 to `peak` over ceil(warmup_ratio * num_steps) steps, then half a cosine to 0 at `num_steps`.
+    """Linear from 0 to `peak` over ceil(warmup_ratio * num_steps) steps, then a half cosine to 0 at `num_steps`.
 
-    Values equal transformers' `get_cosine_schedule_with_warmup`, the recipe's; step 0 of a warm-up has rate 0.
+    Equal to transformers' `get_cosine_schedule_with_warmup`, which LLaVA uses; the first step of a warm-up has rate 0.
     """
     warmup = -int(-warmup_ratio * num_steps // 1)
     return optax.join_schedules(
@@ -64,11 +65,11 @@ def schedule(peak: float, num_steps: int, warmup_ratio: float) -> optax.Schedule
 def make_optimizer(
     config: OptimConfig, num_steps: int, boxed: Tree
 ) -> optax.GradientTransformation:
-    """Clip by the global norm, then AdamW, Adafactor, or Muon for the hidden matrices and AdamW for the rest.
+    """Clipping by the global norm, then AdamW, Adafactor, or Muon (hidden matrices) with AdamW (everything else).
 
-    Adafactor keeps one number per row and column of a matrix instead of two per weight, and no momentum.
-    `boxed`: the trainable parameters with their logical axes (shapes suffice). Weight decay falls on kernels and
-    on adapters, which it pulls back to the decoder they stand beside (as PEFT under transformers' Trainer does).
+    boxed: the trainable parameters with their logical axes (shapes suffice). Adafactor stores one number per row and column
+    of a matrix instead of two per weight, and no momentum. Weight decay applies to kernels and to adapters, as with PEFT
+    under transformers' Trainer.
     """
     decayed = {path: path.endswith(("/kernel", *LORA)) for path in flatten_dict(boxed, sep="/")}
     decayed = unflatten_dict(decayed, sep="/")
@@ -104,11 +105,11 @@ def make_optimizer(
 
 
 def muon_axes(boxed: Tree) -> Tree:
-    """Per parameter: which axes Muon contracts and which it fills, or None where AdamW acts.
+    """The input and output axes of each parameter that Muon updates, None for those that AdamW updates.
 
-    Muon takes the hidden kernels: those of the encoder's and the decoder's layers, of the compressor and of the
-    projector. A kernel is [in, out], [in, heads, head dim] or [heads, head dim, out], stacked along "layers" or not.
-    Embeddings (of tokens, patches and positions), head, filters, norms, biases and adapters go to AdamW.
+    Muon updates the hidden kernels: those of the encoder's and the decoder's layers, the compressor and the projector. A
+    kernel is [in, out], [in, heads, head dim] or [heads, head dim, out], with or without a leading "layers" axis.
+    Embeddings (of tokens, patches and positions), head, filters, norms, biases and adapters are updated by AdamW.
     """
 
     def axes(path: str, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
@@ -131,7 +132,7 @@ def _is_spec(node: Any) -> bool:
 
 
 def _restrict(full: Any, params: Any) -> Any:
-    """The entries of nested `full` at the places where `params` has a leaf; optax masks the other leaves away."""
+    """The entries of nested `full` for the leaves of `params` that optax has not masked."""
     if isinstance(params, Mapping):
         return {name: _restrict(full[name], child) for name, child in params.items()}
     return params if isinstance(params, optax.MaskedNode) else full

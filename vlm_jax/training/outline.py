@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlm_jax.settings.model import LORA, ConfigError
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import LORA
 from vlm_jax.settings.run import Experiment
 
 Say = Callable[[str], None]  # is given one line at a time

@@ -1,4 +1,4 @@
-"""One training step: what is known before a number is computed, a state that is born sharded, the jitted and donated update."""
+"""One training step: its plan (shapes and shardings), the initial state, and the jitted update."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from vlm_jax.layers import constrain
 from vlm_jax.models import adapters
 from vlm_jax.models.attention import flash_kernel
 from vlm_jax.models.vlm import init_params, shapes
-from vlm_jax.settings.model import ELASTIC, SCORED, ConfigError
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import Experiment
 from vlm_jax.training import guard, optim
 from vlm_jax.training.losses import Batch, Scored, Tree, make_loss
 
 log = logging.getLogger(__name__)
 
-# For a function that runs once: on a CPU, optimising the initialisers takes three times as long as running them plain.
+# For functions that run once: on a CPU, optimising the initialisers takes three times as long as running them unoptimised.
 QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 class TrainState(NamedTuple):
-    """What a step reads and replaces. Frozen parameters have no optimiser state."""
+    """The input and output of a step. Only trainable parameters have an optimiser state."""
 
-    step: Any  # int32 scalar: steps taken
+    step: Any  # int32 scalar: the number of steps taken
     trainable: Tree
     frozen: Tree
     opt_state: Any
 
 
-class Plan(NamedTuple):
-    """All that is known before a number is computed: shapes, shardings, rules of the update."""
+class TrainPlan(NamedTuple):
+    """What is known before anything is computed: shapes, shardings and the optimiser."""
 
     experiment: Experiment
     mesh: Mesh
@@ -49,11 +49,13 @@ class Plan(NamedTuple):
     state: TrainState  # ShapeDtypeStructs with shardings
 
 
-def plan(exp: Experiment, mesh: Mesh, num_steps: int) -> Plan:
-    """Raises ConfigError when a mesh axis does not divide a parameter or the batch, or the regex matches nothing."""
+def plan(exp: Experiment, mesh: Mesh, num_steps: int) -> TrainPlan:
+    """Raises ConfigError when a mesh axis does not divide a parameter or the batch, when `optim.trainable` matches no
+    parameter, or when a parameter to be trained is not stored in float32.
+    """
     sharding.check_batch(exp.data.batch_size, mesh, exp.train.micro_batches)
     boxed = shapes(exp.model)
-    params = sharding.place(boxed, mesh)
+    params = sharding.sharded_shapes(boxed, mesh)
     trainable, frozen = optim.partition(params, exp.optim.trainable)
     adapters.check_trainable(params, trainable)
     for path, leaf in jax.tree_util.tree_leaves_with_path(trainable):
@@ -70,7 +72,7 @@ def plan(exp: Experiment, mesh: Mesh, num_steps: int) -> Plan:
     like = sharding.shardings_like(opt_state, trainable, mesh)
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
     state = TrainState(step, trainable, frozen, jax.tree.map(_with_sharding, opt_state, like))
-    return Plan(exp, mesh, num_steps, optimizer, state)
+    return TrainPlan(exp, mesh, num_steps, optimizer, state)
 
 
 def _with_sharding(leaf: Any, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
@@ -81,8 +83,8 @@ def _shardings(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def fresh_state(p: Plan, loaded: Tree | None = None) -> TrainState:
-    """The state before step 1: the parameters of `loaded`, random ones for the others, each made where it lives."""
+def fresh_state(p: TrainPlan, loaded: Tree | None = None) -> TrainState:
+    """The state before step 1: the parameters in `loaded`, and random ones, created sharded, for all others."""
     exp, state = p.experiment, p.state
     everything = optim.merge(state.trainable, state.frozen)
     params, wanted = (flatten_dict(tree or {}, sep="/") for tree in (loaded, everything))
@@ -104,7 +106,7 @@ def fresh_state(p: Plan, loaded: Tree | None = None) -> TrainState:
 
 
 def to_saved(state: TrainState) -> Tree:
-    """The layout of a checkpoint, in which the parameters are one tree again."""
+    """The state as a checkpoint stores it, with trainable and frozen parameters in one tree."""
     return {
         "step": state.step,
         "params": optim.merge(state.trainable, state.frozen),
@@ -119,14 +121,14 @@ def from_saved(saved: Tree, trainable: str) -> TrainState:
 
 
 def attention_kernel(exp: Experiment, flash: str) -> str:
-    """The decoder's kernel in training: model.lm.attention, or the devices' flash kernel where it computes the same.
+    """The decoder's kernel in training. model.lm.attention "auto" is the devices' flash kernel where that is equivalent.
 
-    A flash kernel never sees a mask. splash can tell samples, padding and hidden visual slots apart (segments); cudnn is
-    used where causality alone hides all that must be hidden: in rows that are real up to their padding. Raises
-    ConfigError when the config asks for a kernel that cannot.
+    Flash kernels take no dense mask. splash separates samples, padding and empty visual slots by segments; cudnn is causal
+    only, so it is used for rows in which nothing but padding at the end must be masked. Raises ConfigError when the config
+    asks for a kernel that cannot be used.
     """
     asked, lm = exp.model.lm.attention, exp.model.lm
-    compressor = exp.model.compressor.name
+    compressor = exp.model.compressor
     reasons = {
         f"data.turns is {exp.data.turns}": exp.data.turns != "dialogue",
         f"its sliding_window {lm.sliding_window} is shorter than a row": 0
@@ -137,7 +139,8 @@ def attention_kernel(exp: Experiment, flash: str) -> str:
     if "cudnn" in (asked, flash):
         reasons |= {
             "data.packing puts several samples into a row": exp.data.packing,
-            f"compressor {compressor} hides visual slots": compressor in (*ELASTIC, *SCORED),
+            f"compressor {compressor.name} hides visual slots": compressor.elastic
+            or compressor.uses_scores,
             f"model.lm.dtype is {lm.dtype}": lm.dtype == "float32",
             f"head_dim {lm.head_dim} is no multiple of 8 up to 128": lm.head_dim % 8
             or lm.head_dim > 128,
@@ -153,29 +156,23 @@ def attention_kernel(exp: Experiment, flash: str) -> str:
     return asked
 
 
-def make_gradients(p: Plan) -> Callable[[TrainState, Batch], tuple[Scored, Tree]]:
-    """(state, batch) -> ((loss, scalars), gradients of the trainable parameters), of the whole batch.
+def make_gradients(p: TrainPlan) -> Callable[[Tree, Batch, Array, Tree], tuple[Scored, Tree]]:
+    """(trainable, batch, step, frozen) -> ((loss, scalars), gradients of the trainable parameters), of the whole batch.
 
-    Micro-batches are computed one after the other. Each weighs as many targets as it has, so the result is the whole
-    batch's, but for the order of sums. Rows are dealt out in turn: each device's rows stay where they are.
+    Micro-batches are computed in turn and weighted by their numbers of targets, so the result equals that of the whole batch
+    up to the order of sums. They take every n-th row, so that each device's rows stay on the device.
     """
-    exp = p.experiment
-    loss_of_batch, parts = (
-        make_loss(exp, attention_kernel(exp, flash_kernel(p.mesh.devices.flat[0]))),
-        exp.train.micro_batches,
-    )
+    exp, parts = p.experiment, p.experiment.train.micro_batches
+    kernel = attention_kernel(exp, flash_kernel(p.mesh.devices.flat[0]))
+    of_batch = jax.value_and_grad(make_loss(exp, kernel), has_aux=True)
+    if parts == 1:
+        return of_batch
 
-    def whole(state: TrainState, batch: Batch) -> tuple[Scored, Tree]:
-        def loss_of(trainable: Tree) -> Scored:
-            return loss_of_batch(optim.merge(trainable, state.frozen), batch, state.step)
-
-        return jax.value_and_grad(loss_of, has_aux=True)(state.trainable)
-
-    def summed(state: TrainState, batch: Batch) -> tuple[Scored, Tree]:
+    def summed(trainable: Tree, batch: Batch, step: Array, frozen: Tree) -> tuple[Scored, Tree]:
         count = jnp.maximum(batch["loss_mask"][:, 1:].sum(), 1)
 
         def weighted(part: Batch) -> tuple[Scored, Tree]:
-            (loss, scalars), grads = whole(state, part)
+            (loss, scalars), grads = of_batch(trainable, part, step, frozen)
             share = scalars["tokens"] / count
             (loss, scaled), grads = jax.tree.map(lambda x: x * share, ((loss, scalars), grads))
             return (loss, scaled | {"tokens": scalars["tokens"]}), grads
@@ -184,22 +181,24 @@ def make_gradients(p: Plan) -> Callable[[TrainState, Batch], tuple[Scored, Tree]
             rows = {k: constrain(x, "batch", *(None,) * (x.ndim - 1)) for k, x in part.items()}
             return jax.tree.map(jnp.add, total, weighted(rows)), None
 
-        dealt = {k: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1) for k, x in batch.items()}
-        scored, _ = jax.eval_shape(weighted, jax.tree.map(lambda x: x[0], dealt))
+        micro_batched = {
+            k: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1) for k, x in batch.items()
+        }
+        scored, _ = jax.eval_shape(weighted, jax.tree.map(lambda x: x[0], micro_batched))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), scored)
         grads = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), p.state.trainable
         )
-        return jax.lax.scan(add, (zeros, grads), dealt)[0]
+        return jax.lax.scan(add, (zeros, grads), micro_batched)[0]
 
-    return whole if parts == 1 else summed
+    return summed
 
 
-def make_step(p: Plan) -> Any:
-    """The jitted step, (state, batch) -> (new state, scalars). It consumes the state it is given (donated); the new one has the same shardings.
+def make_step(p: TrainPlan) -> Any:
+    """The jitted step, (state, batch) -> (new state, scalars). The given state is donated; shardings stay the same.
 
-    Gradients are taken of the trainable parameters alone: nothing is kept or computed backwards for frozen parts below
-    the first trainable one (with a frozen encoder: the encoder has no backward pass).
+    Gradients are taken with respect to the trainable parameters only, so frozen modules before the first trainable one have
+    no backward pass (a frozen encoder, for example).
     """
     gradients = make_gradients(p)
     rate = optim.schedule(
@@ -207,7 +206,7 @@ def make_step(p: Plan) -> Any:
     )
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        (loss, scalars), grads = gradients(state, batch)
+        (loss, scalars), grads = gradients(state.trainable, batch, state.step, state.frozen)
         updates, opt_state = p.optimizer.update(grads, state.opt_state, state.trainable)
         trainable: Any = optax.apply_updates(state.trainable, updates)
         grad_norm = optax.tree.norm(grads)
@@ -215,13 +214,13 @@ def make_step(p: Plan) -> Any:
         trainable, opt_state = guard.keep_finite(
             ok, (trainable, opt_state), (state.trainable, state.opt_state)
         )
-        told: dict[str, Any] = {
+        metrics: dict[str, Any] = {
             "loss": loss,
             "grad_norm": grad_norm,
             "lr": rate(state.step),
             "skipped": ~ok,
         } | scalars
-        return TrainState(state.step + 1, trainable, state.frozen, opt_state), told
+        return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
 
     out = (_shardings(p.state), sharding.replicated(p.mesh))
     return jax.jit(step, donate_argnums=0, out_shardings=out)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from jaxtyping import Array, Bool, Float, Int
 
 
-class Visual(NamedTuple):
+class VisualTokens(NamedTuple):
     """Visual tokens of each image in M slots, of which some may be empty.
 
     A slot that is not valid holds any finite numbers; the decoder never sees it (models/vlm.py). Every image has at

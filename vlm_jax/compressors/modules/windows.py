@@ -19,12 +19,6 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from vlm_jax.layers import ACTIVATIONS, Initializer, LayerNorm, Linear
-from vlm_jax.settings.model import CompressorConfig
-
-
-def num_tokens(config: CompressorConfig, grid: int) -> int:
-    """One visual token per window."""
-    return (grid // config.stride) ** 2
 
 
 def split(x: Float[Array, "B P C"], grid: int, stride: int) -> Float[Array, "B M stride stride C"]:
@@ -103,17 +97,3 @@ def _uniform(bound: float) -> Initializer:
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
         key, shape, dtype, -bound, bound
     )
-
-
-def attention_flops(tokens: int, patches: int, width: int) -> int:
-    """Query, key, value and output maps, scores and mixing."""
-    return 4 * tokens * width**2 + 4 * patches * width**2 + 4 * patches * width
-
-
-def mlp_flops(patches: int, in_width: int, width: int) -> int:
-    return 2 * patches * (in_width * width + width**2)
-
-
-def taps_width(config: CompressorConfig, width: int) -> int:
-    """Channels of the multi-level features: the tapped states side by side, or the feature alone."""
-    return width * max(1, len(config.taps))
