@@ -75,7 +75,7 @@ def start_and_kill(workdir: Path) -> None:
 def test_every_cell_of_the_notebook_runs_and_its_sweep_goes_on_where_a_killed_one_stopped(
     tmp_path, smoke
 ):
-    """One sweep for both, since a sweep compiles fourteen programs: the command is killed, the notebook's cell ends it."""
+    """One sweep for both, since nearly all of its time is compilation: the command is killed, the notebook's cell ends it."""
     workdir = tmp_path / "runs" / "miniature"
     start_and_kill(workdir)
     before = (workdir / "errors.csv").read_text()
