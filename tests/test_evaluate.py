@@ -17,7 +17,8 @@ import tiny
 from configs import eval as eval_config
 from vlm_jax import benchmarks, evaluate, train
 from vlm_jax.benchmarks import vqa
-from vlm_jax.inference import answer, features
+from vlm_jax.inference import answer, evaluation, features
+from vlm_jax.inference.settings import EvalConfig
 from vlm_jax.laws import table
 from vlm_jax.settings import presets
 from vlm_jax.settings.checks import ConfigError
@@ -155,7 +156,7 @@ def test_sampled_answers_repeat_with_the_seed_whatever_the_batch(world, first, t
 
 
 def test_a_second_evaluation_of_the_same_model_compiles_nothing(world, first, tmp_path):
-    answerer = answer.Answerer(str(world.parent / "run"), MeshConfig(), "", 3, 0.0, 1.0, 0)
+    answerer = answer.Answerer(EvalConfig(str(world.parent / "run"), 4, 3), MeshConfig())
     before = answerer.compilations
     assert 1 <= before <= 12  # at most four widths per batch size
     evaluate.evaluate(config(world), str(tmp_path))
@@ -164,7 +165,7 @@ def test_a_second_evaluation_of_the_same_model_compiles_nothing(world, first, tm
 
 def test_the_likeliest_of_the_replies_is_what_the_model_says_by_itself(world, first):
     """Eight colours to choose from, for the questions whose generated answer is one of them."""
-    answerer = answer.Answerer(str(world.parent / "run"), MeshConfig(), "", 3, 0.0, 1.0, 0)
+    answerer = answer.Answerer(EvalConfig(str(world.parent / "run"), 4, 3), MeshConfig())
     said = {i: text for i, text in answers(first[0]).items() if text in tiny.COLOURS}
     closed = [{**row, "replies": tuple(tiny.COLOURS)} for row in rows(world) if row["id"] in said]
     assert len(said) >= 4 and len(set(said.values())) > 1
@@ -205,7 +206,7 @@ def test_an_elastic_model_is_measured_at_any_number_of_tokens_it_can_show(world,
 def test_the_question_that_is_looked_at_may_be_another_than_in_training(world):
     run, chosen = str(world.parent / "run"), []
     for query in ("", "last_turn", "none"):
-        made = answer.Answerer(run, MeshConfig(), "", 3, 0.0, 1.0, 0, query=query)
+        made = answer.Answerer(EvalConfig(run, 4, 3, query=query), MeshConfig())
         chosen.append(made.data.query)
     assert chosen == ["first_turn", "last_turn", "none"]
     with pytest.raises(ConfigError, match="eval: query 'second_turn' is not one of"):
@@ -243,12 +244,13 @@ def test_hidden_gold_is_answered_and_uploaded_and_the_rest_is_scored(
     assert set(uploaded) == {"10", "11", "12"}
     caplog.clear()
     alone = config(world, benchmarks=("vqav2",), annotations=(str(data),))
-    assert evaluate.evaluate(alone, str(tmp_path / "alone")) == []
+    said: list[str] = []
+    assert evaluate.evaluate(alone, str(tmp_path / "alone"), said.append) == []
     assert (tmp_path / "alone" / "vqav2" / upload.name).read_bytes() == upload.read_bytes()
     assert not (tmp_path / "alone" / "errors.csv").exists()
-    assert caplog.messages[-1] == (
-        "no row for errors.csv: all gold answers are hidden; send in the uploads"
-    )
+    no_row = "no row for errors.csv: all gold answers are hidden; send in the uploads"
+    assert said[-1] == no_row and said[-2].endswith("loading jax ...")
+    assert not any("no row" in message for message in caplog.messages)  # it is told once
     words = ["--score", "--benchmark=vqav2", f"--annotations={data}"]
     words += [f"--predictions={workdir / 'vqav2' / 'predictions.jsonl'}"]
     assert evaluate.main(words) == 2
@@ -317,6 +319,15 @@ def test_a_wrong_setting_is_one_line_that_names_the_fix(world, tmp_path, fields,
     assert "\n" not in str(caught.value)
 
 
+def test_a_question_that_cannot_be_asked_is_named_with_its_file(world, tmp_path):
+    path = tmp_path / "asked.json"
+    path.write_text(json.dumps([tiny.record("odd", ["Say </s>", "one"])]))
+    with pytest.raises(ConfigError) as caught:
+        evaluate.evaluate(config(world, annotations=(str(path),)), str(tmp_path / "out"))
+    told = f"data: {path}: record odd/0: its text contains the control token '</s>'"
+    assert str(caught.value) == told
+
+
 def test_answers_of_another_run_are_not_continued(world, first):
     with pytest.raises(ConfigError, match="max_new_tokens = 3, now 4; give another workdir"):
         evaluate.evaluate(config(world, max_new_tokens=4), str(first[0]))
@@ -341,7 +352,7 @@ def test_mistakes_on_the_command_line_exit_with_2_before_jax_wakes_up(words, mat
 
 @pytest.mark.parametrize("name", presets.LM)
 def test_a_model_is_named_after_its_preset_whatever_its_vocabulary(name):
-    assert evaluate.lm_name(presets.lm(name, vocab_size=77, dtype="bfloat16")) == name
+    assert evaluation.lm_name(presets.lm(name, vocab_size=77, dtype="bfloat16")) == name
 
 
 def test_a_model_without_preset_is_named_after_its_size():
@@ -351,4 +362,4 @@ def test_a_model_without_preset_is_named_after_its_size():
         mlp_width=1536, nominal_params=0.0,
     )  # fmt: skip
     assert (smollm.total_params, smollm.non_embedding_params) == (134515008, 106203456)
-    assert evaluate.lm_name(smollm) == "135M"
+    assert evaluation.lm_name(smollm) == "135M"

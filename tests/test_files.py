@@ -1,6 +1,11 @@
 """Addresses are refused wherever a path is taken; text and JSON are read, or refused in one line."""
 
 import codecs
+import os
+import resource
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny
@@ -169,3 +174,69 @@ def test_a_run_whose_config_has_one_wrong_value_says_which(tmp_path):
         with pytest.raises(ConfigError) as caught:
             experiment.read(tmp_path)
         assert words in str(caught.value) and str(caught.value).startswith(str(path))
+
+
+def test_a_reader_finds_the_old_content_or_the_new_one_never_a_part(tmp_path):
+    path, sizes = tmp_path / "run.json", set()
+    files.write_whole(path, "a" * 4_000_000)
+    done = threading.Event()
+
+    def read():
+        while not done.is_set():
+            sizes.add((len(text := path.read_text()), text[:1]))
+
+    with ThreadPoolExecutor() as pool:
+        reader = pool.submit(read)
+        for letter in "bcabca":
+            files.write_whole(path, letter * (3_000_000 if letter == "b" else 4_000_000))
+        done.set()
+        reader.result()
+    assert sizes <= {(4_000_000, "a"), (3_000_000, "b"), (4_000_000, "c")}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_write_that_fails_leaves_the_old_content_and_no_other_file(tmp_path):
+    path = tmp_path / "run.json"
+    files.write_whole(path, "old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(ConfigError) as caught:
+            files.write_whole(path, b"new" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert str(caught.value) == (
+        f"{path} cannot be written: File too large; give another path, or free or mend the disk."
+    )
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path):
+    (tmp_path / "there").write_text("old")
+    (tmp_path / "link").symlink_to("there")
+    files.write_whole(tmp_path / "link", "é")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "there").read_bytes() == "é".encode()
+    os.mkfifo(tmp_path / "pipe")
+    end = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    files.write_whole(tmp_path / "pipe", "told")
+    assert os.read(end, 9) == b"told" and (tmp_path / "pipe").is_fifo()
+    os.close(end)
+
+
+def test_a_folder_is_filled_or_absent_and_never_written_over(tmp_path):
+    with pytest.raises(KeyError), files.whole_folder(tmp_path / "out") as partial:
+        (partial / "a").write_text("half")
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    with files.whole_folder(tmp_path / "out") as partial:
+        (partial / "a").write_text("all")
+        assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out" / "a").read_text() == "all"
+    with (
+        pytest.raises(ConfigError, match="out' exists and is not empty; choose another"),
+        files.whole_folder(tmp_path / "out"),
+    ):
+        pass
+    assert (tmp_path / "out" / "a").read_text() == "all"

@@ -14,11 +14,12 @@ MAX_FUNCTION_LINES = 70
 COMMANDS = {"train", "evaluate", "sweep", "show", "features"}
 
 # The rooms from the ground up -> what each may import of the project. Nothing imports a command, but sweep train and evaluate.
-GROUND = {"settings", "files"}
+GROUND = {"settings", "files", "progress"}
 MODEL = {"settings", "layers", "compressors", "models", "sharding"}
 ROOMS: dict[str, set[str]] = {
     "settings": set(),
     "files": {"settings"},
+    "progress": set(),
     "layers": {"settings"},
     "sharding": {"settings"},
     "compressors": {"settings", "layers"},
@@ -31,7 +32,7 @@ ROOMS: dict[str, set[str]] = {
     "laws": {*GROUND, "costs"},
     "storage": {*GROUND, *MODEL, "hf", "data"},
     "training": {*GROUND, *MODEL, "hf", "data", "storage", "costs"},
-    "inference": {*GROUND, *MODEL, "hf", "data", "storage", "costs", "benchmarks"},
+    "inference": {*GROUND, *MODEL, "hf", "data", "storage", "costs", "benchmarks", "laws"},
     "aot": {*GROUND, *MODEL, "hf", "data", "storage", "costs", "training", "inference"},
 }
 EVERYTHING = set(ROOMS)
@@ -43,7 +44,17 @@ ALLOWED = ROOMS | {
     "features": EVERYTHING,
 }
 # grain loads jax by itself. Of a compressor, what runs loads it, not what is known without running it.
-NO_JAX = ("settings", "files", "data", "miniworld", "benchmarks", "laws", "costs", "compressors")
+NO_JAX = (
+    "settings",
+    "files",
+    "progress",
+    "data",
+    "miniworld",
+    "benchmarks",
+    "laws",
+    "costs",
+    "compressors",
+)
 LOADS_JAX = {"data": {"pipeline", "feature_images", "eval_batches"}}
 
 
@@ -181,3 +192,14 @@ def test_mesh_axes_are_named_in_one_file():
                 raise AssertionError(
                     f"{path.relative_to(ROOT)}:{node.lineno} names the mesh axis {node.value!r}"
                 )
+
+
+def test_in_laws_only_the_three_commands_print():
+    writes = ("print", "console.print", "sys.stdout.write")
+    found = {
+        path.stem
+        for path in (PACKAGE / "laws").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in writes
+    }
+    assert found == {"fit", "plan", "plot"}

@@ -13,6 +13,7 @@ from vlm_jax import show, train
 from vlm_jax.compressors import COMPRESSORS
 from vlm_jax.data import images
 from vlm_jax.inference import answer
+from vlm_jax.inference.settings import EvalConfig
 from vlm_jax.models.vlm import VLM, Inputs, shapes
 from vlm_jax.settings.run import MeshConfig
 from vlm_jax.storage import run as experiment
@@ -52,7 +53,7 @@ def trained(world):
 
 def own_weights(world, checkpoint: str) -> dict:
     """What the compressor sows when it is called by itself on the picture as the model reads it."""
-    model = answer.Answerer(checkpoint, MeshConfig(), "", 1, 0.0, 1.0, 0)
+    model = answer.Answerer(EvalConfig(checkpoint, 1, 1), MeshConfig())
     vit, name = model.model.vit, model.model.compressor.name
     pixels = images.load(str(world / "parts.jpg"), vit.image_px, "pad", vit.mean, 10**6)
     tokens = [tiny.WORDS.index(word) for word in ("<s>", *QUESTION.split())]
@@ -117,7 +118,7 @@ def test_a_run_that_names_another_machines_kernel_answers_as_it_does_here(
     told = []
     with caplog.at_level(logging.INFO, logger="vlm_jax"):
         for checkpoint in (trained("quecc"), str(tmp_path / "run")):
-            answerer = answer.Answerer(checkpoint, MeshConfig(), "", 2, 0.0, 1.0, 0)
+            answerer = answer.Answerer(EvalConfig(checkpoint, 1, 2), MeshConfig())
             (answers,) = answerer.ask([row], str(world), 1)
             told.append((answers, show.look(answerer, row, str(world)).weights.tolist()))
     assert told[0] == told[1]

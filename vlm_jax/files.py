@@ -1,6 +1,6 @@
-"""The one door to what users' paths name: text and JSON that are read or refused in one line, and the workdir as a disk.
+"""Files of the user: reading text and JSON, replacing a file or a folder in one step, and locking a workdir.
 
-One run at a time works in a workdir, and what cannot be written is told in one line.
+Every failure is a ConfigError of one line that names the file. Paths are local; buckets would be added here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,11 @@ from vlm_jax.settings.checks import ConfigError
 
 log = logging.getLogger(__name__)
 
-# Byte-order marks; UTF-32's begins with UTF-16's, so it comes first.
+ImageSource = (
+    str | bytes | Callable[[], bytes]
+)  # a path, an encoded image, or what reads one when it is called
+
+# Byte-order marks. The one of UTF-32 begins with that of UTF-16 and is therefore looked for first.
 MARKS = {
     codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
@@ -34,7 +38,7 @@ MARKS = {
 def read_text(path: str | Path) -> str:
     """The text of a file in UTF-8, or in the encoding that its byte-order mark names (UTF-8, UTF-16 or UTF-32).
 
-    Raises ConfigError with the file's name when it cannot be read, and with the line of a byte that is no text.
+    Raises ConfigError with the file's name when it cannot be read, and with the line number of an invalid byte.
     """
     try:
         data = Path(path).read_bytes()
@@ -52,14 +56,14 @@ def read_text(path: str | Path) -> str:
         raise ConfigError(
             f"{path}:{line}: byte 0x{byte} is no character in {name}; save the file as UTF-8."
         ) from error
-    if "\0" in text:  # UTF-16 without its mark, or no text at all
+    if "\0" in text:  # UTF-16 without a byte-order mark, or a binary file
         line = text.count("\n", 0, text.index("\0")) + 1
         raise ConfigError(f"{path}:{line}: byte 0x00 is in no text; save the file as UTF-8.")
     return text
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
-    """What JSON says. Raises ConfigError that begins with `where` when it is not valid or nested too deeply to be read."""
+    """Parses JSON. Raises ConfigError that begins with `where` when the text is invalid or nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -69,28 +73,70 @@ def parse_json(text: str | bytes, where: str) -> Any:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The object that a JSON file holds. Raises ConfigError with the file's name when it holds none."""
+    """The JSON object in a file. Raises ConfigError with the file's name when the file holds something else."""
     content = parse_json(read_text(path), str(path))
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
     return content
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a file in UTF-8. Raises ConfigError with its name when it cannot be written."""
+def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Replaces a file in one step: whoever reads it finds the old content or the new one, also after a crash.
+
+    Text becomes UTF-8. A symbolic link stays one, and what is no regular file (/dev/stdout) is written directly. Raises
+    ConfigError with the file's name when it cannot be written; the old content then stays.
+    """
+    data = content.encode() if isinstance(content, str) else content
     try:
-        Path(path).write_text(text, encoding="utf-8")
+        if Path(path).exists() and not Path(path).is_file():
+            Path(path).write_bytes(data)
+        else:
+            _replace(Path(os.path.realpath(path)), data)
     except OSError as error:
         raise ConfigError(
-            f"{path} cannot be written: {error.strerror}; give another path."
+            f"{path} cannot be written: {error.strerror}; give another path, or free or mend the disk."
         ) from error
+
+
+def _replace(target: Path, data: bytes) -> None:
+    partial = target.with_name(f"{target.name}.{os.urandom(4).hex()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(
+                file.fileno()
+            )  # else a crash of the machine may leave the new name with no content
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path) -> Generator[Path, None, None]:
+    """A folder to fill, which becomes `out` when the block ends and is removed when the block raises.
+
+    Raises ConfigError when `out` exists and is not empty.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{str(out)!r} exists and is not empty; choose another directory.")
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if out.exists():
+            out.rmdir()
+        partial.replace(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def lock(workdir: Path) -> Generator[None, None, None]:
-    """Holds `workdir` for this process. The lock dies with the process, also by kill -9, so none is ever stale.
+    """Locks `workdir` for this process. The system releases the lock when the process ends, even by kill -9.
 
-    Raises ConfigError when another process holds it. A file system without locks is told in the log and not locked.
+    Raises ConfigError when another process holds it. On a file system without locks a warning is logged instead.
     """
     with writing(workdir):
         file = (workdir / "lock").open("a+", encoding="utf-8")
@@ -114,7 +160,7 @@ def lock(workdir: Path) -> Generator[None, None, None]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Generator[None, None, None]:
-    """Turns an OSError inside into a ConfigError about `path`."""
+    """Turns an OSError raised in the block into a ConfigError about `path`."""
     try:
         yield
     except OSError as error:
@@ -124,7 +170,7 @@ def writing(path: Path) -> Generator[None, None, None]:
 
 
 def check_room(folder: Path, num_bytes: int) -> None:
-    """Raises OSError when no file can be made in `folder` or fewer than `num_bytes` are free on its disk."""
+    """Raises OSError when `folder` is not writable, or its disk has fewer than `num_bytes` free."""
     with tempfile.TemporaryFile(dir=folder):
         free = shutil.disk_usage(folder).free
     if free < num_bytes:
@@ -133,10 +179,17 @@ def check_room(folder: Path, num_bytes: int) -> None:
 
 
 def reason(error: Exception) -> str:
-    """The system's words for what went wrong ("No space left on device"), from Python's errors and tensorstore's."""
+    """The system's description of an error of Python or tensorstore, such as "No space left on device"."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     code = re.search(r"os_error_code='(\d+)'", str(error))
     if code:
         return os.strerror(int(code[1]))
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
+
+
+def shown(path: str | Path) -> str:
+    """A path relative to the current directory where it lies inside it, otherwise the absolute path."""
+    absolute = os.path.abspath(path)
+    inside = os.path.relpath(absolute)
+    return absolute if inside.startswith("..") else inside

@@ -1,12 +1,13 @@
 """python -m vlm_jax.show --config=configs/eval.py --config.eval.checkpoint=RUN image.jpg --question "What is this?" [--out=F]
 
 Draws which patches of the image each visual token of a trained model is made of, as PNG or SVG (default IMAGE.tokens.png
-in the current directory), with the model's answer above it. RUN is the workdir of a training run; the other `eval` fields
-that shape an answer count too.
+in the current directory), with the model's answer above it. RUN is the workdir of a training run. Other fields of `eval`,
+such as temperature and visual_tokens, are used too.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 import textwrap
@@ -29,10 +30,10 @@ from ml_collections import ConfigDict
 
 from vlm_jax import compressors
 from vlm_jax.data import images
-from vlm_jax.data.templates import QUERIES
-from vlm_jax.laws import drawing as plot
+from vlm_jax.inference.settings import EvalConfig
+from vlm_jax.laws import drawing
 from vlm_jax.settings import addresses, cli
-from vlm_jax.settings.checks import ConfigError, build, check_choice
+from vlm_jax.settings.checks import ConfigError, build
 from vlm_jax.settings.run import MeshConfig
 from vlm_jax.storage import run as experiment
 
@@ -73,11 +74,8 @@ def show(cfg: ConfigDict, image: str, question: str, out: str) -> Path:
     Raises ConfigError for a run without a checkpoint, an image that cannot be read, or a path that cannot be written.
     """
     addresses.check_settings(cfg.to_dict())
-    checkpoint = cfg.eval.checkpoint
-    if not checkpoint:
-        raise ConfigError(
-            "eval: checkpoint is empty; give the workdir of a training run: --config.eval.checkpoint=DIR."
-        )
+    settings = EvalConfig.from_block(cfg.eval.to_dict())
+    checkpoint = settings.checkpoint
     run = experiment.read(checkpoint)
     if experiment.last_step(checkpoint) is None:
         raise ConfigError(
@@ -85,8 +83,7 @@ def show(cfg: ConfigDict, image: str, question: str, out: str) -> Path:
         )
     if run.data.max_images < 1:
         raise ConfigError(f"eval: checkpoint {checkpoint!r} is of a run without images.")
-    check_choice("eval", "query", cfg.eval.query, ("", *QUERIES))
-    path = plot.check_path(out or f"{Path(image).stem}.tokens.png")
+    path = drawing.check_path(out or f"{Path(image).stem}.tokens.png")
     vit, data = run.model.vit, run.data
     side = vit.image_px * math.ceil(PICTURE_PX / vit.image_px)
     try:
@@ -103,10 +100,8 @@ def show(cfg: ConfigDict, image: str, question: str, out: str) -> Path:
         raise ConfigError(f"image {image!r}: {error}.") from error
     from vlm_jax.inference.answer import Answerer  # here, not above: jax and orbax take seconds
 
-    answerer = Answerer(
-        checkpoint, build(MeshConfig, cfg.mesh.to_dict()), "", cfg.eval.max_new_tokens, cfg.eval.temperature,
-        cfg.eval.top_p, cfg.eval.seed, cfg.eval.visual_tokens, cfg.eval.query,
-    )  # fmt: skip
+    settings = dataclasses.replace(settings, features_dir="")  # the picture is in no cache
+    answerer = Answerer(settings, build(MeshConfig, cfg.mesh.to_dict()))
     said = [{"from": "human", "value": f"<image>\n{question}"}]
     file = Path(image).absolute()
     row = {"id": file.stem, "image": file.name, "conversations": said}
@@ -116,7 +111,7 @@ def show(cfg: ConfigDict, image: str, question: str, out: str) -> Path:
     cut = side * vit.grid * vit.patch_px // vit.image_px
     name = run.model.compressor.name
     figure = draw(name, picture[:cut, :cut], vit.grid, shown, question, answer)
-    return plot.save(figure, path)
+    return drawing.save(figure, path)
 
 
 def look(answerer: Answerer, row: Mapping[str, Any], image_root: str) -> Shown:

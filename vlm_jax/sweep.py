@@ -4,9 +4,9 @@
     DIR/seed0/cells/<compressor>-<lm>-v<tokens>          one training and its evaluation
     DIR/errors.csv  law.json  *.png  *.svg  report.md  report.html
 
-Every part resumes by itself or is skipped when it is finished, so a killed sweep goes on where it stopped.
-Over several machines that share DIR (scripts/sweep_array.sh): `--part=shared` makes what the cells share, `--part=I/N` runs
-every N-th cell from the I-th (0 <= I < N), and the plain command then finds them finished and writes table, law and report.
+Finished parts are skipped and others are resumed, so the same command continues a sweep that was killed.
+On several machines that share DIR (scripts/sweep_array.sh), `--part=shared` makes what the cells share and `--part=I/N` runs
+every N-th cell from the I-th on (0 <= I < N). The command without --part then writes the table, the law and the report.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from vlm_jax import benchmarks, files
-from vlm_jax.evaluate import evaluate
 from vlm_jax.hf import named
+from vlm_jax.inference import evaluation
+from vlm_jax.inference.settings import EvalConfig
 from vlm_jax.laws import fit, law, report, table
 from vlm_jax.miniworld import CAVEATS, generate
 from vlm_jax.settings import cli, presets
-from vlm_jax.settings.checks import ConfigError, check_choice
+from vlm_jax.settings.checks import ConfigError, build, check_choice
 from vlm_jax.settings.model import stride_for
+from vlm_jax.settings.run import MeshConfig
 from vlm_jax.storage import run as experiment
 from vlm_jax.train import train
 
@@ -58,7 +60,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Shared:
-    """What all cells of one seed have in common: directories below seed<k>/."""
+    """The directories below seed<k>/ that all cells of one seed share."""
 
     root: Path
 
@@ -79,7 +81,7 @@ class Shared:
 
 
 def cells(cfg: ConfigDict) -> list[Cell]:
-    """The law's cells and the query-aware ones shown beside it, seed by seed; every name and size is checked."""
+    """The cells that the law is fitted to and the query-aware ones shown beside it, seed by seed, with all names checked."""
     model = named.vlm(cfg.model.to_dict())
     check_choice("sweep", "model.compressor.name", model.compressor.name, ("tokenpacker",))
     points = [
@@ -95,7 +97,7 @@ def cells(cfg: ConfigDict) -> list[Cell]:
 
 
 def check_stages(cfg: ConfigDict, todo: Sequence[Cell]) -> None:
-    """Raises ConfigError for the first setting that a training or an evaluation would refuse hours later."""
+    """Raises ConfigError now for a setting that a training or an evaluation would refuse hours later."""
     nowhere = Shared(Path("seed"))
     for cell in todo:
         experiment.resolve(cell_stage(cfg, cell, nowhere, cell.seed))
@@ -129,7 +131,7 @@ def sweep(cfg: ConfigDict, workdir: str, made_by: str) -> Path:
 
 
 def sweep_part(cfg: ConfigDict, workdir: str, part: str) -> None:
-    """What one of several machines does: "shared", or the cells "I/N". It writes no table: only one process may.
+    """Runs the part of one of several machines: "shared", or the cells "I/N". No table is written: only one process may.
 
     Raises ConfigError for another `part`, and for cells whose shared parts are not finished.
     """
@@ -154,7 +156,7 @@ def sweep_part(cfg: ConfigDict, workdir: str, part: str) -> None:
 
 
 def share_of(todo: Sequence[Cell], part: str) -> list[Cell]:
-    """The cells of `part` "I/N": every N-th from the I-th, so that sizes and token counts mix; none for "shared"."""
+    """The cells of `part` "I/N": every N-th from the I-th, which mixes sizes and token counts. None for "shared"."""
     if part == SHARED:
         return []
     first, _, step = part.partition("/")
@@ -167,7 +169,7 @@ def share_of(todo: Sequence[Cell], part: str) -> list[Cell]:
 
 
 def prepare(cfg: ConfigDict, seed: int, todo: Sequence[Cell], shared: Shared, clock: Clock) -> None:
-    """Everything of one seed that its cells start from; finished parts return at once."""
+    """Makes everything that the cells of one seed start from. Finished parts return at once."""
     with clock.part(f"seed {seed}: data"):
         write_data(cfg, seed, shared)
     with clock.part(f"seed {seed}: encoder"):
@@ -195,7 +197,7 @@ def write_data(cfg: ConfigDict, seed: int, shared: Shared) -> None:
             )
         return
     generate.write(shared.data, seed, **sizes)
-    done.write_text(made)
+    files.write_whole(done, made)
 
 
 def stage(cfg: ConfigDict, seed: int, name: str, shared: Shared) -> ConfigDict:
@@ -217,7 +219,7 @@ def stage(cfg: ConfigDict, seed: int, name: str, shared: Shared) -> ConfigDict:
 
 
 def encoder_stage(cfg: ConfigDict, seed: int, shared: Shared) -> ConfigDict:
-    """The encoder learns inside a VLM without compression, everything trainable."""
+    """Training of the encoder: inside a VLM without compression, with all parameters trainable."""
     c = stage(cfg, seed, "encoder", shared)
     c.model.compressor.name = "identity"
     c.data.max_tokens += named.vlm(c.model.to_dict()).vit.num_patches
@@ -225,7 +227,7 @@ def encoder_stage(cfg: ConfigDict, seed: int, shared: Shared) -> ConfigDict:
 
 
 def text_stage(cfg: ConfigDict, seed: int, lm: str, shared: Shared) -> ConfigDict:
-    """The language model learns the world from text alone."""
+    """Training of the language model on text alone."""
     c = stage(cfg, seed, "text", shared)
     c.model.lm.preset = lm
     c.data.max_images = 0
@@ -233,7 +235,7 @@ def text_stage(cfg: ConfigDict, seed: int, lm: str, shared: Shared) -> ConfigDic
 
 
 def cell_stage(cfg: ConfigDict, cell: Cell, shared: Shared, seed: int) -> ConfigDict:
-    """Compressor, projector and language model learn on the frozen encoder's cached features."""
+    """Training of compressor, projector and language model on the cached features of the frozen encoder."""
     c = stage(cfg, seed, "query_aware_vlm" if cell.compressor == QUERY_AWARE else "vlm", shared)
     c.model.lm.preset = cell.lm
     c.model.compressor.name = cell.compressor
@@ -271,7 +273,7 @@ def cache_features(cfg: ConfigDict, shared: Shared) -> None:
 
 
 def run_cell(cfg: ConfigDict, cell: Cell, shared: Shared) -> list[table.Row]:
-    """Trains and evaluates; while an error is at chance, again with other seeds; then the rows are flagged."""
+    """Trains and evaluates a cell, again with other seeds while an error stays at chance; in the end such rows are flagged."""
     rows: list[table.Row] = []
     for attempt in range(cfg.sweep.max_reruns + 1):
         seed = cell.seed + attempt * RETRY_SEED
@@ -292,13 +294,12 @@ def run_cell(cfg: ConfigDict, cell: Cell, shared: Shared) -> list[table.Row]:
 def evaluate_cell(
     cfg: ConfigDict, folder: Path, out: Path, data: Path, features_dir: str, seed: int
 ) -> list[table.Row]:
-    """The rows of a training run on the miniature's benchmarks, asked in `out`; `cfg.eval` says how."""
-    c = copy.deepcopy(cfg)
-    c.eval.checkpoint = str(folder)
-    c.eval.benchmarks = tuple(cfg.sweep.benchmarks)
-    c.eval.annotations = (str(data),) * len(cfg.sweep.benchmarks)
-    c.eval.features_dir = features_dir
-    evaluate(c, str(out))
+    """The rows of a training run on the miniature's benchmarks, with answers kept in `out` and the settings of `cfg.eval`."""
+    names = tuple(cfg.sweep.benchmarks)
+    asked = {"benchmarks": names, "annotations": (str(data),) * len(names)}
+    model = {"checkpoint": str(folder), "features_dir": features_dir}
+    settings = EvalConfig.from_block(cfg.eval.to_dict() | asked | model)
+    evaluation.evaluate(settings, build(MeshConfig, cfg.mesh.to_dict()), str(out))
     return [dataclasses.replace(row, seed=seed) for row in table.read(out / "errors.csv")]
 
 
@@ -306,7 +307,7 @@ def evaluate_cell(
 
 
 def conclude(cfg: ConfigDict, root: Path, made_by: str, clock: Clock) -> Path:
-    """Fits one law per family and writes law.json, figures and report."""
+    """Fits one law per family and writes law.json, the figures and the report."""
     rows = table.read(root / "errors.csv")
     options = {"fixed_d": cfg.sweep.fixed_d}
     fits = fit.fit_table(rows, **options)
@@ -319,7 +320,7 @@ def conclude(cfg: ConfigDict, root: Path, made_by: str, clock: Clock) -> Path:
 
 
 class Clock:
-    """Wall seconds of each part, kept in a file so that a resumed sweep still knows them. others: other machines' files."""
+    """Wall-clock seconds of each part, kept in a file for when the sweep is resumed. others: the files of other machines."""
 
     def __init__(self, path: Path, others: Sequence[Path] = ()):
         self.path = path
@@ -334,7 +335,7 @@ class Clock:
         start = time.monotonic()
         yield
         self.seconds.setdefault(name, round(time.monotonic() - start, 1))
-        self.path.write_text(json.dumps(self.seconds, indent=1))
+        files.write_whole(self.path, json.dumps(self.seconds, indent=1))
 
 
 def command(argv: Sequence[str]) -> None:

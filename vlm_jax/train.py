@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax.data import fingerprint
 from vlm_jax.hf.directory import is_model
+from vlm_jax.progress import Say, silent
 from vlm_jax.settings import cli
 from vlm_jax.storage import run as experiment
 from vlm_jax.storage.run import last_step, open_workdir, resolve
@@ -28,7 +29,7 @@ def train(
     cfg: ConfigDict,
     workdir: str,
     given: Sequence[str] = (),
-    say: outline.Say = outline.silent,
+    say: Say = silent,
 ) -> dict[str, float]:
     """Runs the stage that `cfg` describes and returns the metrics of its last step.
 

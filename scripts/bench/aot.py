@@ -65,7 +65,7 @@ def settings(kind: str, lm: str, visual_tokens: int, topology: str, chips: int) 
         f"--config.model.compressor.stride={STRIDES[visual_tokens]}",
     ]  # fmt: skip
     answers = kind == "fit" and lm == "qwen1.5-7b" and topology == "v5e:16x16"
-    return flags if answers else [*flags, "--train_only"]
+    return flags if answers else [*flags, "--train-only"]
 
 
 def measure(kind: str, lm: str, visual_tokens: int, topology: str, chips: int) -> dict[str, Any]:

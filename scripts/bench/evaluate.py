@@ -164,9 +164,10 @@ def ours(
     run: Path, data: Path, rows: Sequence[dict], batch: int, new: int, replies: bool
 ) -> Callable:
     from vlm_jax.inference.answer import Answerer
+    from vlm_jax.inference.settings import EvalConfig
     from vlm_jax.settings.run import MeshConfig
 
-    answerer = Answerer(str(run), MeshConfig(), "", new, 0.0, 1.0, 0)
+    answerer = Answerer(EvalConfig(str(run), 1, new), MeshConfig())
     ask = answerer.likelihoods if replies else answerer.ask
 
     def go() -> dict[str, Any]:

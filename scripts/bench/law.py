@@ -32,8 +32,8 @@ import numpy as np
 from vlm_jax.laws import fit, table
 from vlm_jax.laws.cells import select
 from vlm_jax.laws.law import CONSTANTS, Law
-from vlm_jax.laws.profile import profile
 from vlm_jax.laws.table import Row
+from vlm_jax.laws.uncertainty import profile
 
 DATA = Path(table.__file__).parent / "data"
 SIZES = (0.5e9, 1.8e9, 4e9, 7e9)

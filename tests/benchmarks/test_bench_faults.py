@@ -62,7 +62,7 @@ def test_a_deep_value_where_a_text_is_due_is_one_line(tmp_path):
     value = "x"
     for _ in range(5000):
         value = [value]
-    record = files.Record("gqa: f row 3", "", {"answer": value})
+    record = files.RawRecord("gqa: f row 3", "", {"answer": value})
     with pytest.raises(ConfigError, match="row 3: 'answer' must be a string, got"):
         record.text("answer")
 
@@ -91,7 +91,7 @@ def test_half_a_pair_of_surrogates_is_no_text(tmp_path):
 
 
 def test_a_number_that_is_none_counts_as_missing():
-    record = files.Record("x: f row 0", "", {"a": float("nan"), "b": [float("nan")], "c": True})
+    record = files.RawRecord("x: f row 0", "", {"a": float("nan"), "b": [float("nan")], "c": True})
     assert not record.has("a")
     with pytest.raises(ConfigError, match="row 0: has no 'a'"):
         record.text("a")

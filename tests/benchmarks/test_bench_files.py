@@ -102,7 +102,7 @@ def test_a_file_that_is_absent_or_no_text_is_named(tmp_path, name):
 )
 def test_a_fault_of_a_field_is_one_line_with_its_row(ask, match):
     values = {"null": None, "yes": True, "half": 0.5, "list": ["a", 1], "deep": [[]], "empty": ""}
-    record = records.Record("x: f row 3", "", values)
+    record = records.RawRecord("x: f row 3", "", values)
     with pytest.raises(ConfigError, match=f"^x: f row 3: {match}"):
         ask(record)
 
@@ -118,7 +118,7 @@ def test_fields_are_read_as_what_is_asked_for():
         "g": 7,
         "h": {"k": 1},
     }
-    record = records.Record("x", "name", values)
+    record = records.RawRecord("x", "name", values)
     assert (record.text("a", "b"), record.texts("c"), record.texts("d")) == ("1.5", ["x"], ["1", "y"])  # fmt: skip
     assert (record.optional("a"), record.optional("z"), record.optional("e")) == ("", "", "")
     assert (record.optional("f"), record.optional("g"), record.whole("g")) == ("", "7", 7)

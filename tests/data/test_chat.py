@@ -159,7 +159,7 @@ def test_the_inference_prompt_is_a_prefix_of_the_training_row(tokens, template, 
     )  # fmt: skip
     units = c.prompt(asked)
     n = c.length(units)
-    prompt, row = c.pack(asked, units, n), c.encode(told)
+    prompt, row = c.lay_out(asked, units, n), c.encode(told)
     for key in ("tokens", "visual_index", "positions", "segments"):
         assert np.array_equal(getattr(prompt, key), getattr(row, key)[:n]), key
     assert row.loss_mask[n]  # the first answer token comes right after the prompt
@@ -307,7 +307,7 @@ def test_left_padding_only_moves_the_prompt(tokens):
     asked = record(("<image>Why?", None))
     units = c.prompt(asked)
     n = c.length(units)
-    tight, left = c.pack(asked, units, n), c.pack(asked, units, n + 5, left=True)
+    tight, left = c.lay_out(asked, units, n), c.lay_out(asked, units, n + 5, left=True)
     for key in ("tokens", "visual_index", "positions", "segments"):
         assert np.array_equal(getattr(left, key)[5:], getattr(tight, key)), key
     assert left.segments[:5].tolist() == [-1] * 5

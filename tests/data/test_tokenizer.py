@@ -149,7 +149,7 @@ def row_ids(chat, record):
     """The row's ids, -1 in the slots of visual tokens."""
     if record.turns[-1].answer is None:
         units = chat.prompt(record)
-        row = chat.pack(record, units, chat.length(units))
+        row = chat.lay_out(record, units, chat.length(units))
     else:
         row = chat.encode(record)
     return np.where(row.visual_index >= 0, -1, row.tokens)[row.segments >= 0].tolist()

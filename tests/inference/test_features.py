@@ -92,7 +92,7 @@ def test_a_run_on_cached_features_has_the_losses_of_one_that_encodes_its_images(
 
 def test_bfloat16_features_come_back_bit_by_bit(world):
     exp = experiment.resolve(config(world))
-    table = rows.Features(str(world / "cached"))
+    table = rows.CachedFeatures(str(world / "cached"))
     assert table.last.dtype == table.taps.dtype == ml_dtypes.bfloat16
     assert np.load(world / "cached" / "last.npy").dtype == np.uint16
     params = encoder_params(world, exp)

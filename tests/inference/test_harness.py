@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -208,6 +209,7 @@ def test_a_killed_evaluation_goes_on_in_either_mode(run, files, generated, chose
         (tmp_path / label).mkdir()
         torn = "".join(lines[:kept]) + lines[kept][:7]
         (tmp_path / label / "predictions.jsonl").write_text(torn)
+        shutil.copy(workdir / label / "run.json", tmp_path / label)
         result = evaluate.evaluate(config(run, files, ["pope"], mode=mode), str(tmp_path))
         assert result == [score for score in scores if score["benchmark"] == label]
         assert texts(tmp_path, label) == texts(workdir, label)

@@ -12,6 +12,7 @@ from PIL import Image
 from configs import eval as eval_config
 from vlm_jax.benchmarks import predictions
 from vlm_jax.inference import content, tasks
+from vlm_jax.inference.settings import EvalConfig
 from vlm_jax.settings.checks import ConfigError, build
 from vlm_jax.storage import checkpoint
 from vlm_jax.storage import run as experiment
@@ -40,7 +41,7 @@ def settings(world, **fields):
         "checkpoint": str(world / "run"), "benchmarks": ("llava",), "annotations": (str(world / "data" / "data.json"),),
     }  # fmt: skip
     cfg.eval.update(given | fields)
-    return build(tasks.EvalConfig, cfg.eval.to_dict())
+    return build(EvalConfig, cfg.eval.to_dict())
 
 
 def opened(world, **fields):
@@ -265,4 +266,4 @@ def test_every_setting_of_an_answer_is_compared(world):
     """A field that is added to the settings is thought about: it is compared, or named here."""
     free = {"checkpoint", "benchmarks", "annotations", "image_roots", "batch_size", "limit", "features_dir", "with_questions"}  # fmt: skip
     compared = json.loads((opened(world).folder / "run.json").read_text()).keys()
-    assert {f.name for f in dataclasses.fields(tasks.EvalConfig)} - free <= compared
+    assert {f.name for f in dataclasses.fields(EvalConfig)} - free <= compared

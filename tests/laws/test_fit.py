@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlm_jax.laws import fit, law, least_squares, sizes, table
+from vlm_jax.laws import fit, law, least_squares, table
 from vlm_jax.laws.law import Law
 from vlm_jax.laws.table import Row
 from vlm_jax.settings.checks import ConfigError
@@ -341,7 +341,7 @@ def test_what_n_counts_changes_alpha_as_known(size, alpha, capsys):
 
 def test_a_preset_without_a_nominal_size_is_refused():
     with pytest.raises(ConfigError, match="preset 'mini-38k' has no nominal size"):
-        sizes.counted([Row(38e3, 1, 0.5, lm="mini-38k")], "nominal")
+        table.counted([Row(38e3, 1, 0.5, lm="mini-38k")], "nominal")
 
 
 def test_weights_loss_checked_exponents_and_other_laws_survive_law_json(tmp_path):

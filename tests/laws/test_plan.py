@@ -13,9 +13,7 @@ import pytest
 import tables
 
 from vlm_jax.costs.price import Workload, exact_price
-from vlm_jax.laws import fit, law, table
-from vlm_jax.laws import plan as plan_command
-from vlm_jax.laws import planning as plan
+from vlm_jax.laws import fit, law, plan, planning, table
 from vlm_jax.laws.budget import Budget, find_chip
 from vlm_jax.settings import presets
 from vlm_jax.settings.checks import ConfigError
@@ -41,9 +39,9 @@ def test_the_choice_is_that_of_brute_force(fits, family, text_tokens, budget):
     affordable = [p for p in pairs if 2 * p[1] * (text_tokens + p[2]) <= budget]
     if not affordable:
         with pytest.raises(ConfigError, match="buy nothing; the cheapest candidate"):
-            plan.choose(fits[family], budget, text_tokens)
+            planning.choose(fits[family], budget, text_tokens)
         return
-    found = plan.choose(fits[family], budget, text_tokens)
+    found = planning.choose(fits[family], budget, text_tokens)
     best = min(affordable, key=lambda p: float(fits[family].law.error(p[1], p[2])))
     assert (found.best.lm, found.best.visual_tokens) == (best[0], best[2])
     assert found.best.flops == 2 * best[1] * (text_tokens + best[2])
@@ -53,7 +51,7 @@ def test_the_choice_is_that_of_brute_force(fits, family, text_tokens, budget):
 
 
 def test_nothing_on_the_frontier_is_beaten_and_all_else_is(fits):
-    found = plan.choose(fits["reasoning"], 1e9, 10)
+    found = planning.choose(fits["reasoning"], 1e9, 10)
     for c in found.candidates:
         beaten = any(o.flops <= c.flops and o.error < c.error for o in found.candidates)
         assert beaten != (c in found.frontier)
@@ -72,16 +70,16 @@ def test_the_closed_form_is_the_minimum_over_a_fine_grid():
         )
         error = (1 / (text + v)) ** -alpha * v**-beta
         best = v[error.argmin()]
-        found = plan.optimal_visual_tokens(alpha, beta, text)
+        found = planning.optimal_visual_tokens(alpha, beta, text)
         if v[0] < found < v[-1]:
             inside += 1
             assert found == pytest.approx(best, rel=0.005)
         else:
             assert best == (v[0] if found <= v[0] else v[-1])
     assert inside > 80
-    assert plan.optimal_visual_tokens(0.077, 0.015, 50) == pytest.approx(12.1, abs=0.05)
-    assert plan.optimal_visual_tokens(0.03, 0.05, 50) == math.inf
-    assert plan.optimal_visual_tokens(0.3, -0.01, 50) == 0
+    assert planning.optimal_visual_tokens(0.077, 0.015, 50) == pytest.approx(12.1, abs=0.05)
+    assert planning.optimal_visual_tokens(0.03, 0.05, 50) == math.inf
+    assert planning.optimal_visual_tokens(0.3, -0.01, 50) == 0
 
 
 @pytest.mark.parametrize(("text_tokens", "tokens"), [(0, 1), (50, 16)])
@@ -91,7 +89,7 @@ def test_the_papers_law_at_a_fixed_cost_takes_the_papers_token_counts(
 ):
     """The reading: any size may be had, so that every count spends the same FLOPs; best on the paper's grid of counts."""
     sizes = (1e6, 1e13)  # no count is cut off by the largest size
-    chosen = plan.choose(paper, gflops * 1e9, text_tokens, free_sizes=sizes).best
+    chosen = planning.choose(paper, gflops * 1e9, text_tokens, free_sizes=sizes).best
     assert chosen.visual_tokens == tokens
     assert 2 * chosen.lm_params * (text_tokens + tokens) == pytest.approx(gflops * 1e9, rel=1e-5)
 
@@ -134,9 +132,9 @@ def test_a_budget_in_time_chooses_what_an_enumeration_does(
         work = Workload(q, cached, answer, batch)
         if best is None:
             with pytest.raises(ConfigError, match="buy nothing"):
-                plan.choose(paper, limit, work, lms=sizes)
+                planning.choose(paper, limit, work, lms=sizes)
             continue
-        found = plan.choose(paper, limit, work, lms=sizes)
+        found = planning.choose(paper, limit, work, lms=sizes)
         assert (found.best.lm, found.best.visual_tokens) == best
 
 
@@ -145,34 +143,34 @@ def test_the_choice_flips_exactly_where_the_plan_says(paper, cached):
     budget = Budget("ms", 12, find_chip("H100"))
     work = Workload(50, cached, output_tokens=4, batch=8)
     counts = (1, 36, 576)
-    spans = plan.choose(paper, budget, work, visual_tokens=counts).by_text_tokens
+    spans = planning.choose(paper, budget, work, visual_tokens=counts).by_text_tokens
     assert spans[0].first == 0 and len(spans) > 3
     for span in spans:
         for q in (span.first, span.last):
-            best = plan.choose(
+            best = planning.choose(
                 paper, budget, dataclasses.replace(work, text_tokens=q), visual_tokens=counts
             ).best
             assert (best.lm, best.visual_tokens) == (span.lm, span.visual_tokens)
     assert [span.first for span in spans[1:]] == [span.last + 1 for span in spans[:-1]]
     beyond = dataclasses.replace(work, text_tokens=spans[-1].last + 1)
     with pytest.raises(ConfigError, match="buy nothing"):
-        plan.choose(paper, budget, beyond, visual_tokens=counts)
+        planning.choose(paper, budget, beyond, visual_tokens=counts)
 
 
 def test_the_flips_are_said_in_words(paper):
     """1000 GFLOPs / (2 x 7e9) = 71.4 tokens: Q <= 55 beside 16 visual ones, Q <= 35 beside 36."""
-    said = plan.choose(paper, 1e12, 50).statements
+    said = planning.choose(paper, 1e12, 50).statements
     assert said[2] == (
         "reasoning: at 50 text tokens the choice is qwen1.5-7b with 16 visual tokens; it flips to qwen1.5-7b with 36 "
         "visual tokens below Q = 36; it flips to qwen1.5-4b with 64 visual tokens above Q = 55."
     )
-    cached = plan.choose(paper, 1e12, Workload(200_000, cached=True)).statements
+    cached = planning.choose(paper, 1e12, Workload(200_000, cached=True)).statements
     assert cached[2] == "reasoning: the choice is the same for any number of cached text tokens."
 
 
 def test_free_sizes_spend_the_budget_and_beat_the_measured_ones(paper):
-    free = plan.choose(paper, 6e11, 50, free_sizes=(0.5e9, 7e9))
-    fixed = plan.choose(paper, 6e11, 50)
+    free = planning.choose(paper, 6e11, 50, free_sizes=(0.5e9, 7e9))
+    fixed = planning.choose(paper, 6e11, 50)
     assert free.best.cost == pytest.approx(600, rel=1e-5) and free.best.error < fixed.best.error
     sizes = [(free.budget.limit * 1e9 / 2 / (50 + v), v) for v in PAPER_COUNTS]
     best = min(sizes, key=lambda s: float(paper.law.error(min(s[0], 7e9), s[1])))
@@ -182,12 +180,12 @@ def test_free_sizes_spend_the_budget_and_beat_the_measured_ones(paper):
     )
     span = next(s for s in free.by_text_tokens if s.first <= 50 <= s.last)
     for q in (span.first, span.last, span.last + 1):
-        now = plan.choose(paper, 6e11, q, free_sizes=(0.5e9, 7e9)).best.visual_tokens
+        now = planning.choose(paper, 6e11, q, free_sizes=(0.5e9, 7e9)).best.visual_tokens
         assert (now == span.visual_tokens) == (q <= span.last)
 
 
 def test_the_budgets_between_which_the_choice_holds_are_the_frontiers_steps(paper):
-    found = plan.choose(paper, 1e12, 50)
+    found = planning.choose(paper, 1e12, 50)
     step = found.frontier.index(found.best)
     after = found.frontier[step + 1]
     for gflops, best in (
@@ -195,7 +193,7 @@ def test_the_budgets_between_which_the_choice_holds_are_the_frontiers_steps(pape
         (after.cost * 0.9999, found.best),
         (after.cost, after),
     ):
-        again = plan.choose(paper, Budget("gflops", gflops), 50).best
+        again = planning.choose(paper, Budget("gflops", gflops), 50).best
         assert (again.lm, again.visual_tokens) == (best.lm, best.visual_tokens)
     assert f"the choice holds from 924 GFLOPs to {after.cost:.4g} GFLOPs" in " ".join(
         found.statements
@@ -205,25 +203,25 @@ def test_the_budgets_between_which_the_choice_holds_are_the_frontiers_steps(pape
 def test_what_does_not_fit_in_the_memory_is_not_chosen(paper):
     chip = find_chip("v5e")
     large = {**paper.lms, "qwen1.5-14b": 14e9}
-    found = plan.choose(paper, Budget("ms", 1e4, chip), 50, lms=large)
+    found = planning.choose(paper, Budget("ms", 1e4, chip), 50, lms=large)
     assert found.best.lm == "qwen1.5-7b"
     assert not any(
         c.affordable or c in found.frontier for c in found.candidates if c.lm == "qwen1.5-14b"
     )
-    assert plan.choose(paper, Budget("gib", 4), 50).best.lm == "qwen1.5-1.8b"
-    less = plan.choose(paper, Budget("ms", 1e4, chip, memory_gib=4), 50)
+    assert planning.choose(paper, Budget("gib", 4), 50).best.lm == "qwen1.5-1.8b"
+    less = planning.choose(paper, Budget("ms", 1e4, chip, memory_gib=4), 50)
     assert less.best.lm == "qwen1.5-1.8b"
     with pytest.raises(
         ConfigError,
         match=r"nothing fits in 0\.5 GiB; the smallest candidate, qwen1.5-0.5b with 1 v",
     ):
-        plan.choose(paper, Budget("ms", 1e4, chip, memory_gib=0.5), 50)
+        planning.choose(paper, Budget("ms", 1e4, chip, memory_gib=0.5), 50)
 
 
 def test_a_plan_says_what_the_encoder_changes_in_both_directions(paper):
-    exact = plan.Method("counted exactly", exact_price("clip-l-336", "tokenpacker"))
-    by_paper = plan.choose(paper, 1e12, 50, other=exact)
-    by_parts = plan.choose(paper, 1e12, 50, method=exact, other=plan.PAPER)
+    exact = planning.Method("counted exactly", exact_price("clip-l-336", "tokenpacker"))
+    by_paper = planning.choose(paper, 1e12, 50, other=exact)
+    by_parts = planning.choose(paper, 1e12, 50, method=exact, other=planning.PAPER)
     for one, two in ((by_paper, by_parts), (by_parts, by_paper)):
         said = one.instead[-1]
         assert (said.lm, said.visual_tokens) == (two.best.lm, two.best.visual_tokens)
@@ -231,19 +229,19 @@ def test_a_plan_says_what_the_encoder_changes_in_both_directions(paper):
     assert by_parts.best.flops < 1e12 and by_parts.best.error > by_paper.best.error
     line = "if cost were counted exactly, the choice would be qwen1.5-4b with 36 visual tokens."
     assert f"reasoning: {line}" in by_paper.statements
-    little = plan.choose(paper, 2e11, 50, other=exact)
+    little = planning.choose(paper, 2e11, 50, other=exact)
     assert "there would be no choice: nothing is affordable" in little.statements[-1]
 
 
 def test_a_plan_says_what_caching_the_text_changes(paper):
-    found, cached = (plan.choose(paper, 1e12, Workload(50, c)) for c in (False, True))
+    found, cached = (planning.choose(paper, 1e12, Workload(50, c)) for c in (False, True))
     assert found.instead[0][1:3] == (cached.best.lm, cached.best.visual_tokens)
     assert cached.instead[0][1:3] == (found.best.lm, found.best.visual_tokens)
-    assert plan.choose(paper, 1e12, 0).instead == ()
+    assert planning.choose(paper, 1e12, 0).instead == ()
 
 
 def test_a_size_outside_the_table_is_called_an_extrapolation(fits):
-    found = plan.choose(fits["reasoning"], 1e9, 10, lms={"huge": 1e6})
+    found = planning.choose(fits["reasoning"], 1e9, 10, lms={"huge": 1e6})
     assert found.best.extrapolated and "extrapolation" in found.statements[-1]
 
 
@@ -251,7 +249,7 @@ def test_an_interval_ends_at_the_largest_error_there_is_and_says_so(fits, paper)
     """Far below the measured sizes the law's errors pass 1."""
     smallest = min(fits["reasoning"].lms.values())
     near, far = (
-        plan.choose(fits["reasoning"], 1e12, 10, lms={"tiny": smallest / by}, visual_tokens=[1])
+        planning.choose(fits["reasoning"], 1e12, 10, lms={"tiny": smallest / by}, visual_tokens=[1])
         for by in (10, 1000)
     )
     assert near.best.error == pytest.approx(0.767, abs=1e-3) and near.best.interval[1] == 1
@@ -265,7 +263,7 @@ def test_an_interval_ends_at_the_largest_error_there_is_and_says_so(fits, paper)
         "reasoning: the law predicts an error above 1 there, which no error can be: do not use it."
         in far.statements
     )
-    assert cut not in plan.choose(paper, 1e12, 50).statements
+    assert cut not in planning.choose(paper, 1e12, 50).statements
 
 
 @pytest.mark.parametrize("asking", ["--exact", "--visual-tokens=all"])
@@ -278,13 +276,13 @@ def test_what_needs_the_compressor_of_a_table_without_one_names_its_flag(tmp_pat
     path = tmp_path / "errors.csv"
     table.write(path, rows)
     words = [f"--table={path}", "--family=ocr", "--budget-gflops=5", "--text-tokens=10"]
-    assert plan_command.main([*words, asking]) == 2
+    assert plan.main([*words, asking]) == 2
     flag = asking.replace("=", " ")
     assert capsys.readouterr().err == (
         f"error: plan: {flag} needs to know the compressor, which the law's table does not name; add --compressor=NAME, "
         "one of quecc, tokenpacker, pool, m3, mqt.\n"
     )
-    assert plan_command.main(words) == 0
+    assert plan.main(words) == 0
 
 
 @pytest.fixture(scope="module")
@@ -299,7 +297,7 @@ def test_the_command_prints_the_plan_as_json(fits, law_json):
     command = [sys.executable, "-m", "vlm_jax.laws.plan", *arguments]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     printed = {p["family"]: p for p in json.loads(out)}
-    direct = plan.choose(fits["ocr"], 5e6, 10)
+    direct = planning.choose(fits["ocr"], 5e6, 10)
     assert printed["ocr"]["best"]["lm"] == direct.best.lm
     assert printed["ocr"]["best"]["error"] == pytest.approx(direct.best.error, rel=1e-6)
     assert printed["ocr"]["budget"]["limit"] == 0.005 and printed["ocr"]["workload"]["batch"] == 1
@@ -313,7 +311,7 @@ def test_the_table_fits_the_terminal_and_the_picture_is_drawn(
     monkeypatch.setenv("COLUMNS", str(columns))
     arguments = [f"--law={law_json}", "--budget-ms=0.001", "--text-tokens=10", "--chip=v5e"]
     arguments += ["--chip-hour-dollars=1", "--output-tokens=4", "--batch=2"]
-    assert plan_command.main([*arguments, f"--plot={tmp_path}/{{family}}.png"]) == 0
+    assert plan.main([*arguments, f"--plot={tmp_path}/{{family}}.png"]) == 0
     shown = capsys.readouterr().out
     assert (tmp_path / "ocr.png").stat().st_size > 10_000
     assert "…" not in shown and max(map(len, shown.splitlines())) <= columns
@@ -325,9 +323,9 @@ def test_a_table_of_errors_plans_as_its_law_does(fits, tmp_path, capsys):
     path = tmp_path / "errors.csv"
     table.write(path, tables.rows())
     arguments = [f"--table={path}", "--budget-gflops=0.005", "--text-tokens=10", "--family=ocr"]
-    assert plan_command.main([*arguments, "--json"]) == 0
+    assert plan.main([*arguments, "--json"]) == 0
     (printed,) = json.loads(capsys.readouterr().out)
-    direct = plan.choose(fits["ocr"], 5e6, 10)
+    direct = planning.choose(fits["ocr"], 5e6, 10)
     assert (printed["best"]["lm"], printed["best"]["visual_tokens"]) == (direct.best.lm, direct.best.visual_tokens)  # fmt: skip
     assert printed["best"]["error"] == pytest.approx(direct.best.error)
 
@@ -368,7 +366,7 @@ def test_a_table_of_errors_plans_as_its_law_does(fits, tmp_path, capsys):
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_code_2(law_json, capsys, arguments, words):
-    assert plan_command.main([f"--law={law_json}", "--text-tokens=10", *arguments]) == 2
+    assert plan.main([f"--law={law_json}", "--text-tokens=10", *arguments]) == 2
     said = capsys.readouterr()
     assert words in said.err and not said.out
     assert len(said.err.strip().splitlines()) == 1

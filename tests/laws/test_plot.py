@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 import tables
 
-from vlm_jax.laws import drawing as plot
-from vlm_jax.laws import fit
-from vlm_jax.laws import planning as plan
+from vlm_jax.laws import drawing, figures, fit, planning
 from vlm_jax.settings.checks import ConfigError
 
 
@@ -28,7 +26,7 @@ def drawn(figure) -> list[tuple[float, float]]:
 @pytest.mark.parametrize("family", ["reasoning", "ocr"])
 def test_each_cell_is_drawn_at_its_mean_and_its_flops(fits, family):
     rows = [r for r in tables.rows() if r.family == family and r.compressor == "tokenpacker"]
-    points = drawn(plot.errors_figure(tables.rows(), fits[family], text_tokens=10))
+    points = drawn(figures.errors_figure(tables.rows(), fits[family], text_tokens=10))
     for lm, params in tables.SIZES.items():
         for v in tables.TOKENS:
             mean = np.mean([r.error for r in rows if r.cell == (lm, v) and not r.flag])
@@ -40,8 +38,8 @@ def test_each_cell_is_drawn_at_its_mean_and_its_flops(fits, family):
 
 
 def test_the_plan_s_figure_marks_budget_and_choice(fits):
-    chosen = plan.choose(fits["ocr"], 5e6, 10)
-    figure = plot.plan_figure(chosen, fits["ocr"])
+    chosen = planning.choose(fits["ocr"], 5e6, 10)
+    figure = figures.plan_figure(chosen, fits["ocr"])
     points = drawn(figure)
     assert (
         points.count((chosen.best.cost, pytest.approx(chosen.best.error))) == 2
@@ -52,25 +50,25 @@ def test_the_plan_s_figure_marks_budget_and_choice(fits):
 
 def test_the_same_figure_gives_the_same_bytes(fits, tmp_path):
     for name in ("a", "b"):
-        plot.save_both(plot.errors_figure(tables.rows(), fits["ocr"]), tmp_path, name)
+        drawing.save_both(figures.errors_figure(tables.rows(), fits["ocr"]), tmp_path, name)
     for kind in ("png", "svg"):
         assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
 
 
 def test_a_picture_of_another_kind_is_refused(fits, tmp_path):
-    figure = plot.errors_figure(tables.rows(), fits["ocr"])
+    figure = figures.errors_figure(tables.rows(), fits["ocr"])
     with pytest.raises(ConfigError, match=r"must end in \.png or \.svg"):
-        plot.save(figure, tmp_path / "a.gif")
+        drawing.save(figure, tmp_path / "a.gif")
     with pytest.raises(ConfigError, match="does not exist"):
-        plot.save(figure, tmp_path / "nowhere" / "a.png")
+        drawing.save(figure, tmp_path / "nowhere" / "a.png")
 
 
 @pytest.mark.parametrize("ratio", [1.3, 2.2, 4, 9, 30, 90, 110, 5000, 1e7])
 @pytest.mark.parametrize("low", [8.6e8, 1.1e10, 4e12])
 def test_the_labels_of_costs_never_touch(low, ratio):
-    figure, axes = plot.canvas()
+    figure, axes = drawing.canvas()
     axes.plot([low, low * ratio], [0.5, 0.4])
-    plot.finish(axes, "cost", "error")
+    drawing.finish(axes, "cost", "error")
     labels = label_boxes(figure, axes)
     assert 2 <= len(labels) <= 9
     assert all(b.x0 - a.x1 > 4 for a, b in itertools.pairwise(labels))
@@ -87,7 +85,7 @@ def label_boxes(figure, axes):
 
 
 def test_sizes_that_lie_close_together_share_a_label():
-    _, axes = plot.canvas()
+    _, axes = drawing.canvas()
     axes.plot([1.06e8, 7e9], [0.5, 0.4])
     axes.set_xscale("log")
-    assert plot.apart([1.06e8, 1.34e8, 3.6e8, 6.9e9, 7e9], axes) == [1.34e8, 3.6e8, 7e9]
+    assert drawing.apart([1.06e8, 1.34e8, 3.6e8, 6.9e9, 7e9], axes) == [1.34e8, 3.6e8, 7e9]

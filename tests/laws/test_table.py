@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vlm_jax.costs import price
 from vlm_jax.laws import table
 from vlm_jax.laws.table import Row
 from vlm_jax.settings.checks import ConfigError

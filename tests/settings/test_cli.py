@@ -1,12 +1,14 @@
 """Flags, overrides, and one line per mistake."""
 
 import importlib
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from vlm_jax import aot
 from vlm_jax.settings import cli
 from vlm_jax.settings.checks import ConfigError
 
@@ -190,7 +192,9 @@ def test_every_command_without_flags_says_in_one_line_what_it_needs(module, caps
         assert f"usage: {name} " in err and "--help" in err
         with pytest.raises(SystemExit) as stop:
             main(["--help"])
-        assert stop.value.code == 0 and f"usage: {name} " in capsys.readouterr().out
+        told = capsys.readouterr().out
+        assert stop.value.code == 0 and f"usage: {name} " in told
+        assert re.findall(r"--(?!config\.)[a-z-]*_\w*", told) == []  # flags are written with dashes
 
 
 @pytest.mark.parametrize(
@@ -229,3 +233,38 @@ def test_a_file_of_the_user_s_goes_before_a_config_of_the_package(config, tmp_pa
     assert cli.load_config("configs/stage1.py").a.size == 1
     with pytest.raises(ConfigError, match=r"no file 'elsewhere/stage1.py'"):
         cli.load_config("elsewhere/stage1.py")
+
+
+@pytest.mark.parametrize(
+    ("command", "field", "value", "quoted"),
+    [
+        ("train", "data.annotations", "2024", "('2024',)"),
+        ("train", "data.image_roots", "('a', 7)", "('a', '7')"),
+        ("features", "data.annotations", "None", "('None',)"),
+        ("evaluate", "eval.annotations", "2024", "('2024',)"),
+        ("evaluate", "eval.benchmarks", "True", "('True',)"),
+    ],
+)
+def test_a_name_that_is_read_as_a_number_is_asked_for_in_quotes(
+    command, field, value, quoted, tmp_path, capsys
+):
+    main = importlib.import_module(f"vlm_jax.{command}").main
+    owner, _, name = field.partition(".")
+    words = [
+        "--config=configs/mini.py",
+        "--config.eval.checkpoint=x",
+        f"--workdir={tmp_path / 'w'}",
+    ]
+    assert main([*words, f"--config.{field}={value}"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: {owner}: {name} holds ")
+    assert said.endswith(f'not a string; give it in quotes: --config.{field}="{quoted}".')
+    values = cli.parse(["--config=configs/mini.py", f"--config.{field}={quoted}"], {}, required=())
+    assert all(isinstance(text, str) for text in values.config[owner][name])
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_flag_of_another_style_is_refused_with_the_right_one(capsys):
+    words = ["--config=configs/stage2.py", "--topology=v5e:2x2", "--train_only"]
+    assert aot.main(words) == 2
+    assert "Did you mean: train-only ?" in capsys.readouterr().err

@@ -106,19 +106,6 @@ def test_the_end_names_what_was_written_and_the_next_command(exp, tmp_path):
     )
 
 
-def test_an_evaluation_says_what_it_asks_and_where_it_writes(exp, tmp_path):
-    left = {"pope": (9000, 9000), "mme": (2374, 74)}
-    lines = outline.asking(exp, str(tmp_path / "run"), 6, tmp_path / "eval", left)
-    assert lines == [
-        "  model    run, step 6: images of 16 px -> tokenpacker -> decoder of 2 layers, width 16",
-        "  asked    pope (9,000 questions), mme (2,374 questions, 2,300 answered already)",
-        "  written  eval/<benchmark>/predictions.jsonl, then scores.json and errors.csv; loading jax ...",
-    ]
-    assert outline.asked(tmp_path / "eval", 2)[0] == (
-        "  wrote    eval/scores.json and errors.csv (2 rows of this run)"
-    )
-
-
 @pytest.mark.parametrize(
     ("count", "text"),
     [(0, "0"), (999, "999"), (1000, "1k"), (82_170, "82.2k"), (999_499, "999k"), (999_500, "1M"), (7.06e9, "7.06B")],

@@ -11,7 +11,7 @@ import tiny
 from flax.traverse_util import flatten_dict
 from rich.console import Console
 
-from vlm_jax import sharding, train
+from vlm_jax import progress, sharding, train
 from vlm_jax.costs import chips, flops
 from vlm_jax.storage import run as experiment
 from vlm_jax.training import loop, telemetry
@@ -82,7 +82,7 @@ def test_a_report_that_has_no_new_step_to_tell_of_is_left_out(tmp_path, caplog):
 
 def test_a_bar_leaves_compiling_behind_with_the_first_step(monkeypatch, capsys):
     monkeypatch.setattr(
-        telemetry, "Console", lambda **_: Console(file=sys.stdout, width=120, force_terminal=True)
+        progress, "Console", lambda **_: Console(file=sys.stdout, width=120, force_terminal=True)
     )
     display = telemetry.Display(total=100, done=0, shows=True)
     display.add(1, 10, 1.0)

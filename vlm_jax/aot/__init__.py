@@ -1,4 +1,4 @@
-"""python -m vlm_jax.aot --config=configs/stage2.py --topology=v5e:16x16 [--search] [--train_only] [--json=FILE] [--config.x.y=..]
+"""python -m vlm_jax.aot --config=configs/stage2.py --topology=v5e:16x16 [--search] [--train-only] [--json=FILE] [--config.x.y=..]
 
 Compiles the train step, the prefill and the decode step for chips that need not exist, and prints the memory, FLOPs, memory
 traffic and communication of each chip. --topology=local is this machine's devices. Exit code 1: the chip's memory is too small.
@@ -45,7 +45,7 @@ def command(argv: Sequence[str]) -> int:
     }
     switches = {
         "search": "try meshes, remat policies and micro-batches; show the best that fits",
-        "train_only": "leave out prefill and decode",
+        "train-only": "leave out prefill and decode",
     }
     flags = cli.parse(argv, texts, switches, required=("config", "topology"), about=__doc__ or "")
     exp = resolve(flags.config, cli.given_fields(argv))
@@ -64,9 +64,8 @@ def command(argv: Sequence[str]) -> int:
             return 1
         exp = found
     answers = flags.config.eval
-    report = footprint.measure(
-        exp, flags.topology, devices, 0 if flags.train_only else answers.batch_size, answers.max_new_tokens
-    )  # fmt: skip
+    prompts = 0 if flags["train-only"].value else answers.batch_size
+    report = footprint.measure(exp, flags.topology, devices, prompts, answers.max_new_tokens)
     sys.stdout.write(report.table())
     if flags.json:
         report.write(flags.json)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
-from vlm_jax import sharding
+from vlm_jax import files, sharding
 from vlm_jax.aot import programs, roofline
 from vlm_jax.aot.roofline import Need, TooBig
 from vlm_jax.costs.chips import GIB, Chip
@@ -80,7 +79,7 @@ class Report:
 
     def write(self, path: str) -> None:
         """Saves `as_dict` as JSON."""
-        Path(path).write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
+        files.write_whole(path, json.dumps(self.as_dict(), indent=2) + "\n")
 
 
 def measure(

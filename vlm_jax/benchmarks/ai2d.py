@@ -11,20 +11,20 @@ import string
 from pathlib import Path
 
 from vlm_jax.benchmarks import files, prompts, records
-from vlm_jax.benchmarks.records import Record, Row
+from vlm_jax.benchmarks.records import Question, RawRecord
 
 FILES = (*files.shards("test"), "ai2d_test.json*")
 LEADING = re.compile(r"\s*([A-Z])\.")  # "B. a leaf"; a lower-case letter does not count
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def rows(path: str | Path) -> list[Row]:
+def rows(path: str | Path) -> list[Question]:
     """Ids are row numbers from 0."""
     found = files.read("ai2d", files.find("ai2d", path, *FILES))
     return records.distinct([_row(record, n) for n, record in enumerate(found)], f"ai2d: {path}")
 
 
-def _row(record: Record, number: int) -> Row:
+def _row(record: RawRecord, number: int) -> Question:
     options, answer = record.texts("options"), record.text("answer")
     if answer not in map(str, range(len(options))):
         raise record.fault(f"'answer' must be an index 0..{len(options) - 1}, got {answer!r:.60}")
@@ -34,7 +34,7 @@ def _row(record: Record, number: int) -> Row:
     return records.row(str(number), image, text, letters[int(answer)], replies=letters)
 
 
-def score(text: str, row: Row) -> float:
+def score(text: str, row: Question) -> float:
     """1.0 for the right letter.
 
     The letter is a capital at the start with a period after it ("B. a leaf"), or else the whole text without punctuation, in

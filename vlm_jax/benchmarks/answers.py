@@ -16,9 +16,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm_jax import benchmarks, files
 from vlm_jax.benchmarks import predictions
 from vlm_jax.benchmarks.predictions import Answer
-from vlm_jax.benchmarks.records import Row
+from vlm_jax.benchmarks.records import Question
 from vlm_jax.settings.checks import ConfigError
 
 # The order of POPE's splits in LLaVA's question file. Used, with a warning, where the prompts also fit other orders.
@@ -31,7 +32,7 @@ _NOT_ASKED = re.compile(r"<image>|please answer yes or no\.?$")
 log = logging.getLogger(__name__)
 
 
-def read(name: str, rows: Sequence[Row], path: str | Path) -> list[Answer]:
+def read(name: str, rows: Sequence[Question], path: str | Path) -> list[Answer]:
     """The answers of a file with the ids of `rows`, in the order of the file.
 
     Raises ConfigError with the line's number for a line that is no answer, and for question_ids that belong to no question.
@@ -43,7 +44,7 @@ def read(name: str, rows: Sequence[Row], path: str | Path) -> list[Answer]:
     return _numbered(rows, [predictions.answer(where, line) for where, line in lines])
 
 
-def _numbered(rows: Sequence[Row], answers: Sequence[Answer]) -> list[Answer]:
+def _numbered(rows: Sequence[Question], answers: Sequence[Answer]) -> list[Answer]:
     known, times = {row["id"] for row in rows}, Counter[str]()
     found = []
     for row_id, text in answers:
@@ -81,12 +82,14 @@ def question(prompt: str) -> str:
     return " ".join(filter(None, asked))
 
 
-def _asked(row: Row) -> str:
+def _asked(row: Question) -> str:
     return question(row["conversations"][-1]["value"])
 
 
-def _matched(name: str, rows: Sequence[Row], lines: Sequence[_Line], path: Path) -> list[Answer]:
-    by_key: dict[str, list[Row]] = defaultdict(list)
+def _matched(
+    name: str, rows: Sequence[Question], lines: Sequence[_Line], path: Path
+) -> list[Answer]:
+    by_key: dict[str, list[Question]] = defaultdict(list)
     for row in rows:
         for own in {key(row["id"]), key(row.get("llava_id", row["id"]))}:
             by_key[own].append(row)
@@ -112,7 +115,7 @@ def _matched(name: str, rows: Sequence[Row], lines: Sequence[_Line], path: Path)
     return [texts[id(line)] for line in lines if id(line) in texts]
 
 
-def _group(rows: Sequence[Row], lines: Sequence[_Line]) -> Iterable[tuple[Row, _Line]]:
+def _group(rows: Sequence[Question], lines: Sequence[_Line]) -> Iterable[tuple[Question, _Line]]:
     """The questions with one question_id and their answers: by the prompt, or by their order where no prompt is given."""
     if len(rows) == 1:
         return [(rows[0], line) for line in lines]
@@ -131,7 +134,9 @@ def _group(rows: Sequence[Row], lines: Sequence[_Line]) -> Iterable[tuple[Row, _
     return pairs
 
 
-def _running(name: str, rows: Sequence[Row], lines: Sequence[_Line], path: Path) -> list[Answer]:
+def _running(
+    name: str, rows: Sequence[Question], lines: Sequence[_Line], path: Path
+) -> list[Answer]:
     """Pairs answers whose ids are running numbers with the questions in order. Raises ConfigError where a prompt differs."""
     numbers = [line.number for line in lines]
     if len(set(numbers)) == len(numbers) and all(isinstance(number, int) for number in numbers):
@@ -163,7 +168,7 @@ def _running(name: str, rows: Sequence[Row], lines: Sequence[_Line], path: Path)
     )
 
 
-def _prompts_fit(rows: Sequence[Row], lines: Sequence[_Line]) -> bool:
+def _prompts_fit(rows: Sequence[Question], lines: Sequence[_Line]) -> bool:
     """Whether every line that has a prompt has that of its question."""
     return all(line.asked in ("", _asked(row)) for row, line in zip(rows, lines, strict=True))
 
@@ -177,5 +182,24 @@ def write(
     (folder / "predictions.jsonl").unlink(missing_ok=True)
     predictions.append(folder / "predictions.jsonl", answers)
     for name, content in uploads.items():
-        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        files.write_whole(folder / name, content)
     return [str(folder / name) for name in ("predictions.jsonl", *uploads)]
+
+
+def score(
+    benchmark: str, file: str, annotations: str, allow_missing: bool = False, convert: str = ""
+) -> dict[str, Any]:
+    """Scores a saved predictions.jsonl, or LLaVA's answers.jsonl; convert: writes ours and the upload into that folder.
+
+    The result is that of `benchmarks.score_answers`. Where the gold is hidden and `convert` is given, score and error are None. Raises ConfigError for missing files and ids
+    that do not pair up.
+    """
+    rows = benchmarks.get(benchmark).rows(annotations)
+    found = read(benchmark, rows, file)
+    if convert:
+        uploads = benchmarks.submission(benchmark, rows, found, allow_missing)
+        predictions.pair(rows, found, allow_missing)
+        log.info("%s: wrote %s", benchmark, ", ".join(write(convert, found, uploads)))
+        if not benchmarks.has_gold(rows):
+            return {"benchmark": benchmark, "score": None, "error": None, "n": len(found)}
+    return benchmarks.score_answers(benchmark, rows, found, allow_missing)

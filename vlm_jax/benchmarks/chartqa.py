@@ -10,7 +10,7 @@ import functools
 from pathlib import Path
 
 from vlm_jax.benchmarks import files, metrics, records
-from vlm_jax.benchmarks.records import Record, Row
+from vlm_jax.benchmarks.records import Question, RawRecord
 from vlm_jax.settings.checks import ConfigError
 
 SPLITS = ("human", "augmented")
@@ -18,7 +18,7 @@ WORD = "\nAnswer the question with a single word."
 TOLERANCE = 0.05  # of the gold number: arXiv 2203.10244, section 5.1
 
 
-def rows(path: str | Path) -> list[Row]:
+def rows(path: str | Path) -> list[Question]:
     """Ids "<human|augmented>/<row>", rows counted from 0 in each split; human questions first."""
     found = files.find("chartqa", path, "test_*.json", *files.shards("test"))
     if found[0].suffix == ".parquet":
@@ -30,7 +30,7 @@ def rows(path: str | Path) -> list[Row]:
     return records.distinct(made, f"chartqa: {path}")
 
 
-def _split(path: Path, split: str) -> list[Record]:
+def _split(path: Path, split: str) -> list[RawRecord]:
     """The records of test_<split>.json; none if `path` is a file of the other split."""
     file = path / f"test_{split}.json" if path.is_dir() else path
     if file.stem != f"test_{split}":
@@ -40,13 +40,13 @@ def _split(path: Path, split: str) -> list[Record]:
     return list(files.read("chartqa", [file]))
 
 
-def _row(record: Record, split: str, number: int) -> Row:
+def _row(record: RawRecord, split: str, number: int) -> Question:
     image = record.image("imgname", "image", folder="png" if record.has("imgname") else "")
     question, gold = record.text("query", "question") + WORD, record.text("label", "answer")
     return records.row(f"{split}/{number}", image, question, gold, split=split)
 
 
-def score(text: str, row: Row) -> float:
+def score(text: str, row: Question) -> float:
     """Relaxed accuracy: 1.0 for a number within 5 % of the gold one, or for a text that equals the gold one except for case.
 
     "5%" is 0.05. A gold number of 0 is compared as text, and so is any text that is not just a number ("5 cm", "1,000").

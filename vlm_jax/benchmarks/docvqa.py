@@ -13,7 +13,7 @@ from pathlib import Path
 from rapidfuzz.distance import Levenshtein
 
 from vlm_jax.benchmarks import files, prompts, records
-from vlm_jax.benchmarks.records import Record, Row
+from vlm_jax.benchmarks.records import Question, RawRecord
 
 DOCVQA = (
     "val_v1.0*.json", "test_v1.0*.json", "validation-*.parquet", "DocVQA/validation-*.parquet", "test-*.parquet",
@@ -27,17 +27,17 @@ INFOVQA_IMAGES = "infographicsvqa_images"  # the folder of the official archive
 THRESHOLD = 0.5  # a similarity below it is 0: arXiv 1907.00490, section 4
 
 
-def rows(path: str | Path) -> list[Row]:
+def rows(path: str | Path) -> list[Question]:
     """DocVQA: val_v1.0*.json, or test_v1.0*.json where there is no validation file. Ids are questionId."""
     return _rows("docvqa", path, DOCVQA)
 
 
-def rows_info(path: str | Path) -> list[Row]:
+def rows_info(path: str | Path) -> list[Question]:
     """InfographicVQA: info*VQA_val_v1.0*.json, or the test file where there is no validation file."""
     return _rows("infovqa", path, INFOVQA)
 
 
-def _rows(name: str, path: str | Path, patterns: Sequence[str]) -> list[Row]:
+def _rows(name: str, path: str | Path, patterns: Sequence[str]) -> list[Question]:
     found = files.find(name, path, *patterns)
     if found[0].suffix == ".json":
         found = [files.only(name, path, found)]
@@ -45,7 +45,7 @@ def _rows(name: str, path: str | Path, patterns: Sequence[str]) -> list[Row]:
     return records.distinct(made, f"{name}: {path}")
 
 
-def _row(record: Record) -> Row:
+def _row(record: RawRecord) -> Question:
     answers = record.texts("answers") if record.has("answers") else None
     if answers == []:
         raise record.fault("'answers' is empty")
@@ -75,21 +75,21 @@ def _plain(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def score(text: str, row: Row) -> float:
+def score(text: str, row: Question) -> float:
     return anls(text, row["answer"])
 
 
-def submission_docvqa(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, str | bytes]:
+def submission_docvqa(rows: Sequence[Question], texts: Sequence[str]) -> dict[str, str | bytes]:
     """The JSON list that the server takes: [{"questionId", "answer"}]."""
     return {"docvqa_submission.json": _upload(rows, texts)}
 
 
-def submission_infovqa(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, str | bytes]:
+def submission_infovqa(rows: Sequence[Question], texts: Sequence[str]) -> dict[str, str | bytes]:
     """The JSON list that the server takes: [{"questionId", "answer"}]."""
     return {"infovqa_submission.json": _upload(rows, texts)}
 
 
-def _upload(rows: Sequence[Row], texts: Sequence[str]) -> str:
+def _upload(rows: Sequence[Question], texts: Sequence[str]) -> str:
     answers = [
         {"questionId": records.native_id(row["id"]), "answer": text}
         for row, text in zip(rows, texts, strict=True)

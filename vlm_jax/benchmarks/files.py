@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.benchmarks.records import Record, fault, shown
+from vlm_jax.benchmarks.records import RawRecord, fault, shown
 from vlm_jax.settings.checks import ConfigError
 
 Keyed = Iterator[tuple[str | int, Any]]  # a record's name or number, and the record
@@ -120,13 +120,13 @@ def _absent(name: str, file: Path) -> ConfigError:
     return ConfigError(f"{name}: {file} does not exist; give the directory that holds it.")
 
 
-def head(name: str, file: Path) -> Record:
+def head(name: str, file: Path) -> RawRecord:
     """The object that a JSON file holds."""
     where = f"{name}: {file}"
     value = _parse(text(name, file), where)
     if not isinstance(value, dict):
         raise fault(where, f"must hold an object, not a {type(value).__name__}")
-    return Record(where, "", value)
+    return RawRecord(where, "", value)
 
 
 def _parse(written: str, where: str) -> Any:
@@ -145,7 +145,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def read(name: str, files: Sequence[Path], inside: str = "") -> Iterator[Record]:
+def read(name: str, files: Sequence[Path], inside: str = "") -> Iterator[RawRecord]:
     """The records of all files. Pictures inside a parquet file stay there as `Embedded`.
 
     inside: the field of a JSON file's object that holds its records, a list or an object of objects.
@@ -158,18 +158,18 @@ def read(name: str, files: Sequence[Path], inside: str = "") -> Iterator[Record]
         yield from _records(f"{name}: {file}", READERS[file.suffix](name, file, inside))
 
 
-def read_lines(name: str, file: Path) -> Iterator[Record]:
+def read_lines(name: str, file: Path) -> Iterator[RawRecord]:
     """The records of a file with one JSON object per line, or a list of them, whatever its suffix."""
     listed = text(name, file).lstrip().startswith("[")
     reader = _json if listed else _json_lines
     yield from _records(f"{name}: {file}", reader(name, file, ""))
 
 
-def _records(where: str, values: Keyed) -> Iterator[Record]:
+def _records(where: str, values: Keyed) -> Iterator[RawRecord]:
     for key, value in values:
         if not isinstance(value, dict):
             raise fault(f"{where} row {key}", f"must be an object, got {shown(value)}")
-        yield Record(f"{where} row {key}", key if isinstance(key, str) else "", value)
+        yield RawRecord(f"{where} row {key}", key if isinstance(key, str) else "", value)
 
 
 def _json(name: str, file: Path, inside: str) -> Keyed:

@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlm_jax.benchmarks import files, prompts, records
-from vlm_jax.benchmarks.records import Image, Row
+from vlm_jax.benchmarks.records import ImageSource, Question
 
 SHARDS = "testdev-*.parquet"
 HUB = (f"testdev_balanced_instructions/{SHARDS}", SHARDS)
 HUB_IMAGES = "testdev_balanced_images"
 
 
-def rows(annotations: str | Path) -> list[Row]:
+def rows(annotations: str | Path) -> list[Question]:
     """Ids are the question ids. The answers of the test splits are hidden."""
     found = files.find("gqa", annotations, "testdev_balanced_questions.json", *HUB)
     hub = found[0].suffix == ".parquet"
@@ -35,7 +35,7 @@ def rows(annotations: str | Path) -> list[Row]:
     return records.distinct(made, f"gqa: {found[0]}")
 
 
-def _hub_images(folder: Path) -> dict[str, Image]:
+def _hub_images(folder: Path) -> dict[str, ImageSource]:
     """image id -> picture."""
     found = files.read("gqa", files.find("gqa", folder, SHARDS))
     return {record.text("id"): record.image("image") for record in found}
@@ -46,11 +46,11 @@ def clean(text: str) -> str:
     return text.strip().rstrip(".").lower()
 
 
-def score(text: str, row: Row) -> float:
+def score(text: str, row: Question) -> float:
     return float(clean(text) == row["answer"])
 
 
-def submission(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, str | bytes]:
+def submission(rows: Sequence[Question], texts: Sequence[str]) -> dict[str, str | bytes]:
     """The file that the official eval.py and the challenge server take."""
     answers = [
         {"questionId": row["id"], "prediction": clean(text)}

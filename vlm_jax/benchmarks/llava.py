@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.benchmarks import files, records
-from vlm_jax.benchmarks.records import Record, Row, shown
+from vlm_jax.benchmarks.records import Question, RawRecord, shown
 
 
-def rows(annotations: str | Path) -> list[Row]:
+def rows(annotations: str | Path) -> list[Question]:
     """Rows with ids "<record id>/<turn>", turns counted from 0.
 
     annotations: a .json or .jsonl file, or a directory that holds exactly one; image paths are relative to the
@@ -26,7 +26,7 @@ def rows(annotations: str | Path) -> list[Row]:
     ]
 
 
-def rows_asked_alone(directory: str | Path, file: str) -> list[Row]:
+def rows_asked_alone(directory: str | Path, file: str) -> list[Question]:
     """Each answered turn of `file` on its own: the images, then the question, no dialogue before it."""
     rows = []
     for record in read_records("miniature", Path(directory) / file):
@@ -40,7 +40,7 @@ def rows_asked_alone(directory: str | Path, file: str) -> list[Row]:
     return rows
 
 
-def read_records(name: str, path: Path) -> list[Row]:
+def read_records(name: str, path: Path) -> list[Question]:
     """LLaVA records {"id", "image"?, "conversations"}; ids are unique strings (a missing one is its index). "messages" with
     "role" and "content" are renamed to LLaVA's words.
 
@@ -55,7 +55,7 @@ def read_records(name: str, path: Path) -> list[Row]:
     return records.distinct(found, f"{name}: {path}")
 
 
-def _check(record: Record) -> None:
+def _check(record: RawRecord) -> None:
     messages = record.field("conversations")
     if not isinstance(messages, list) or not all(
         isinstance(message, dict) and {"from", "value"} <= set(message) for message in messages
@@ -94,7 +94,7 @@ def _renamed(messages: Any) -> Any:
     ]
 
 
-def _row(record: Row, turn: int, messages: list[dict[str, Any]], answer: Any) -> Row:
+def _row(record: Question, turn: int, messages: list[dict[str, Any]], answer: Any) -> Question:
     """One question. The record's other fields are kept, so that data.records can read or refuse them."""
     own = {name: record[name] for name in record if name not in ("messages", "answer", "replies")}
     seen, every = _pictures(messages), _pictures(record["conversations"])

@@ -16,7 +16,7 @@ from pathlib import Path
 from rapidfuzz.distance import Levenshtein
 
 from vlm_jax.benchmarks import files, metrics, prompts, records
-from vlm_jax.benchmarks.records import Record, Row
+from vlm_jax.benchmarks.records import Question, RawRecord
 
 FILES = ("testmini.json", *files.shards("testmini"), "data/testmini.json")
 CHOICE, FREE = "multi_choice", "free_form"
@@ -30,13 +30,13 @@ HINTS = {
 }
 
 
-def rows(path: str | Path) -> list[Row]:
+def rows(path: str | Path) -> list[Question]:
     """Ids are MathVista's pid. The question is the file's own "query", or built as MathVista builds it."""
     found = files.read("mathvista", files.find("mathvista", path, *FILES))
     return records.distinct([_row(record) for record in found], f"mathvista: {path}")
 
 
-def _row(record: Record) -> Row:
+def _row(record: RawRecord) -> Question:
     kind, answer_type = record.text("question_type"), record.text("answer_type")
     if kind not in (CHOICE, FREE):
         raise record.fault(f"'question_type' must be {CHOICE} or {FREE}, got {kind!r:.60}")
@@ -63,7 +63,7 @@ def _row(record: Record) -> Row:
     )
 
 
-def _query(record: Record, choices: Sequence[str], answer_type: str, precision: int) -> str:
+def _query(record: RawRecord, choices: Sequence[str], answer_type: str, precision: int) -> str:
     hint = HINT
     if not choices:
         key = f"float{precision}" if answer_type == "float" else answer_type
@@ -76,7 +76,7 @@ def _query(record: Record, choices: Sequence[str], answer_type: str, precision: 
     return "\n".join([*lines, *(["Choices:", *options] if options else [])])
 
 
-def normalise(text: str, row: Row) -> str | None:
+def normalise(text: str, row: Question) -> str | None:
     """The answer as MathVista compares it; None when the question asks for a number and the text is none.
 
     With options: the option of the first "(B)" in the text, or of a text that is just "B"; else the option with the smallest
@@ -105,7 +105,7 @@ def _option(text: str, options: Mapping[str, str]) -> str:
     return min(options.values(), key=lambda choice: Levenshtein.distance(letter, choice))
 
 
-def score(text: str, row: Row) -> float:
+def score(text: str, row: Question) -> float:
     """1.0 if the normalised answer equals the gold one as text."""
     said = normalise(text, row)
     return float(said is not None and said.strip() == row["answer"])

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.benchmarks import files, metrics, prompts, records
-from vlm_jax.benchmarks.records import Image, Record, Row
+from vlm_jax.benchmarks.records import ImageSource, Question, RawRecord
 from vlm_jax.settings.checks import ConfigError
 
 TSV = "[mM][mM][bB]ench*.tsv"
@@ -37,17 +37,17 @@ AROUND = (
 )  # fmt: skip
 
 
-def rows(path: str | Path) -> list[Row]:
+def rows(path: str | Path) -> list[Question]:
     """The English questions. A directory must hold one mmbench*.tsv without "cn" in its name."""
     return _rows("mmbench", path, chinese=False)
 
 
-def rows_cn(path: str | Path) -> list[Row]:
+def rows_cn(path: str | Path) -> list[Question]:
     """The Chinese questions. A directory must hold one mmbench*.tsv with "cn" in its name."""
     return _rows("mmbench_cn", path, chinese=True)
 
 
-def _rows(name: str, path: str | Path, chinese: bool) -> list[Row]:
+def _rows(name: str, path: str | Path, chinese: bool) -> list[Question]:
     instruction = CHINESE if chinese else prompts.LETTER
     found = list(files.read(name, _files(name, path, chinese)))
     made = [
@@ -73,7 +73,7 @@ def _files(name: str, path: str | Path, chinese: bool) -> list[Path]:
     return [files.only(name, path, found)]
 
 
-def _images(found: Sequence[Record]) -> Iterator[Image]:
+def _images(found: Sequence[RawRecord]) -> Iterator[ImageSource]:
     """One image per record. Rows with the same image share its bytes (4,377 rows have 1,164 images)."""
     by_index = {record.text("index"): record for record in found}
     decoded: dict[str, bytes] = {}
@@ -94,7 +94,7 @@ def _images(found: Sequence[Record]) -> Iterator[Image]:
         yield decoded[value]
 
 
-def _row(record: Record, image: Image, instruction: str) -> Row:
+def _row(record: RawRecord, image: ImageSource, instruction: str) -> Question:
     index = record.text("index")
     if not index.isascii() or not index.isdigit() or len(index) > MOST_DIGITS:
         raise record.fault(f"'index' must be a whole number, got {index!r:.60}")
@@ -142,19 +142,19 @@ def letter(text: str, options: Mapping[str, str]) -> str | None:
     return named[0] if len(named) == 1 else None
 
 
-def score(text: str, row: Row) -> float:
+def score(text: str, row: Question) -> float:
     """1.0 if this rotation is answered with the right letter."""
     return float(letter(text, row["options"]) == row["answer"])
 
 
-def reduce(scores: Sequence[float], rows: Sequence[Row]) -> dict[str, Any]:
+def reduce(scores: Sequence[float], rows: Sequence[Question]) -> dict[str, Any]:
     """Score: the share of questions with all rotations right (of originals where the file has no rotations).
 
     details: "circular" (where there are rotations), "vanilla" (originals alone), one per category, "l2.<name>" per
     l2-category. A question with unanswered rotations is left out; n counts answers. Raises ConfigError if none is left.
     """
     circles: dict[int, list[float]] = defaultdict(list)
-    first: dict[int, Row] = {}
+    first: dict[int, Question] = {}
     for value, row in zip(scores, rows, strict=True):
         circles[row["question"]].append(value)
         first.setdefault(row["question"], row)
@@ -173,7 +173,7 @@ def reduce(scores: Sequence[float], rows: Sequence[Row]) -> dict[str, Any]:
     return {"score": main, "error": 1.0 - main, "n": len(scores), "details": {**details, **by_part}}
 
 
-def submission(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, str | bytes]:
+def submission(rows: Sequence[Question], texts: Sequence[str]) -> dict[str, str | bytes]:
     """The spreadsheet for the server at mmbench.opencompass.org.cn: the columns of the TSV and "prediction"."""
     present = list(rows[0]["columns"]) if rows else []
     before = [name for name in present if name in ("index", "question", *OPTIONS)]

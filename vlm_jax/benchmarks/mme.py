@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.benchmarks import files, prompts, records
-from vlm_jax.benchmarks.records import Image, Row
+from vlm_jax.benchmarks.records import ImageSource, Question
 from vlm_jax.settings.checks import ConfigError
 
 PERCEPTION = (
@@ -32,7 +32,7 @@ ROOTS = (".", "MME_Benchmark_release_version", "MME_Benchmark_release_version/MM
 log = logging.getLogger(__name__)
 
 
-def rows(annotations: str | Path) -> list[Row]:
+def rows(annotations: str | Path) -> list[Question]:
     """Ids "<task>/<image name with extension>/<0|1>", tasks in the order above, images by name.
 
     All task folders that exist are read; one is enough. Raises ConfigError when there is none.
@@ -59,7 +59,7 @@ def rows(annotations: str | Path) -> list[Row]:
     return records.distinct(found, f"mme: {base}")
 
 
-def _task_rows(base: Path, folder: Path, task: str) -> list[Row]:
+def _task_rows(base: Path, folder: Path, task: str) -> list[Question]:
     split = (base / folder / "questions_answers_YN").is_dir()
     texts = base / folder / "questions_answers_YN" if split else base / folder
     pictures = folder / "images" if split else folder
@@ -88,7 +88,7 @@ def _task_rows(base: Path, folder: Path, task: str) -> list[Row]:
     return found
 
 
-def _hub_rows(shards: Sequence[Path]) -> list[Row]:
+def _hub_rows(shards: Sequence[Path]) -> list[Question]:
     found, asked = [], collections.Counter()
     for record in files.read("mme", shards):
         name, question = record.text("question_id"), record.text("question")
@@ -102,7 +102,9 @@ def _hub_rows(shards: Sequence[Path]) -> list[Row]:
     return found
 
 
-def _row(task: str, picture: str, number: int, image: Image, question: str, gold: str) -> Row:
+def _row(
+    task: str, picture: str, number: int, image: ImageSource, question: str, gold: str
+) -> Question:
     # Seven questions have two blanks before that sentence, which LLaVA's file does not have.
     text = question.strip().replace(" Please answer yes or no.", "").rstrip() + prompts.SHORT
     stem = Path(picture).stem
@@ -118,11 +120,11 @@ def parse(text: str) -> str:
     return "yes" if "yes" in start else "no" if "no" in start else "other"
 
 
-def score(text: str, row: Row) -> float:
+def score(text: str, row: Question) -> float:
     return float(parse(text) == row["answer"])
 
 
-def reduce(scores: Sequence[float], rows: Sequence[Row]) -> dict[str, Any]:
+def reduce(scores: Sequence[float], rows: Sequence[Question]) -> dict[str, Any]:
     """score: (perception + cognition) / 2800 points. A task without answers has 0 points, and a warning names it.
 
     A task has 100 acc + 100 acc_plus points: acc is the share of questions that are right, acc_plus that of images with both

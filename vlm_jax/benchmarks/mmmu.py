@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vlm_jax.benchmarks import files, metrics, prompts, records
-from vlm_jax.benchmarks.records import Record, Row
+from vlm_jax.benchmarks.records import Question, RawRecord
 
 FILES = ("**/validation-*.parquet", "validation.json*", "**/test-*.parquet", "test.json*")
 MOST_IMAGES = 7
@@ -35,13 +35,13 @@ NUMBERS = (
 )
 
 
-def rows(path: str | Path) -> list[Row]:
+def rows(path: str | Path) -> list[Question]:
     """Ids are MMMU's own. All images precede the question, whose "<image k>" refers to the k-th."""
     found = files.read("mmmu", files.find("mmmu", path, *FILES))
     return records.distinct([_row(record) for record in found], f"mmmu: {path}")
 
 
-def _row(record: Record) -> Row:
+def _row(record: RawRecord) -> Question:
     name = record.text("id")
     kind = CHOICE if record.text("question_type") == CHOICE else OPEN
     options = prompts.lettered(_strings(record, "options") if kind == CHOICE else [])
@@ -70,7 +70,7 @@ def _row(record: Record) -> Row:
     }
 
 
-def _strings(record: Record, name: str) -> list[str]:
+def _strings(record: RawRecord, name: str) -> list[str]:
     """A field as a list of strings. The hub stores it as the source text of a Python list."""
     value = record.field(name)
     if isinstance(value, str) and value.startswith("["):
@@ -81,7 +81,7 @@ def _strings(record: Record, name: str) -> list[str]:
     return dataclasses.replace(record, values={name: value}).texts(name)
 
 
-def score(text: str, row: Row) -> float:
+def score(text: str, row: Question) -> float:
     """1.0 for the right letter, or for an open answer that contains a gold answer."""
     if row["type"] == CHOICE:
         return float(choice(text, row["options"], row["id"]) in row["answer"])
@@ -162,7 +162,7 @@ def _is_right(said: Sequence[str | float], golds: Sequence[str]) -> bool:
 reduce = functools.partial(metrics.mean_by_parts, lambda row: [row["subject"], row["type"]])
 
 
-def submission(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, str | bytes]:
+def submission(rows: Sequence[Question], texts: Sequence[str]) -> dict[str, str | bytes]:
     """{id: letter or open answer}, which the server and the official main_eval_only.py take."""
     answers = {
         row["id"]: choice(text, row["options"], row["id"]) if row["type"] == CHOICE else text

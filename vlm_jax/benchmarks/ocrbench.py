@@ -12,14 +12,14 @@ import functools
 from pathlib import Path
 
 from vlm_jax.benchmarks import files, metrics, records
-from vlm_jax.benchmarks.records import Record, Row
+from vlm_jax.benchmarks.records import Question, RawRecord
 
 FILES = ("OCRBench.json", *files.shards("test"))
 IMAGES = "OCRBench_Images"
 FORMULAS = "HME100k"  # handwritten mathematical expressions, compared without blanks but with case
 
 
-def rows(path: str | Path) -> list[Row]:
+def rows(path: str | Path) -> list[Question]:
     """Ids are row numbers from 0. Only the question is asked, without an instruction."""
     found = files.read("ocrbench", files.find("ocrbench", path, *FILES))
     return records.distinct(
@@ -27,7 +27,7 @@ def rows(path: str | Path) -> list[Row]:
     )
 
 
-def _row(record: Record, number: int) -> Row:
+def _row(record: RawRecord, number: int) -> Question:
     folder = IMAGES if record.has("image_path") else ""
     return records.row(
         str(number),
@@ -39,7 +39,7 @@ def _row(record: Record, number: int) -> Row:
     )
 
 
-def score(text: str, row: Row) -> float:
+def score(text: str, row: Question) -> float:
     """1.0 if the text contains a gold answer, compared in lower case with line breaks as blanks; formulas without blanks."""
     plain = _formula if row["dataset"] == FORMULAS else _plain
     return float(any(plain(gold) in plain(text) for gold in row["answer"]))

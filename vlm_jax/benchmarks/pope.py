@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.benchmarks import files, prompts, records
-from vlm_jax.benchmarks.records import Image, Record, Row
+from vlm_jax.benchmarks.records import ImageSource, Question, RawRecord
 from vlm_jax.settings.checks import ConfigError
 
 SPLITS = ("random", "popular", "adversarial")
@@ -26,7 +26,7 @@ _FULL = [
 ]
 
 
-def rows(annotations: str | Path) -> list[Row]:
+def rows(annotations: str | Path) -> list[Question]:
     """Ids "<split>/<question_id>". A directory must hold all three splits; a file alone is one split."""
     path = Path(annotations)
     named = [file for file in path.glob(_JSON) if _FILE.fullmatch(file.name)]
@@ -68,7 +68,7 @@ def _parts(path: Path) -> tuple[str, str]:
     return named[1], named[2]
 
 
-def _file_rows(path: Path) -> list[Row]:
+def _file_rows(path: Path) -> list[Question]:
     source, split = _parts(path)
     folder = IMAGES[source]
     if not (path.parent / folder).is_dir() and (path.parent / ".." / folder).is_dir():
@@ -80,14 +80,14 @@ def _file_rows(path: Path) -> list[Row]:
     return records.distinct(made, f"pope: {path}")
 
 
-def _hub_row(record: Record) -> Row:
+def _hub_row(record: RawRecord) -> Question:
     split = record.text("category")
     if split not in SPLITS:
         raise record.fault(f"'category' must be one of {', '.join(SPLITS)}, got {split!r:.60}")
     return _row(record, split, record.image("image"), "question", "answer")
 
 
-def _row(record: Record, split: str, image: Image, question: str, label: str) -> Row:
+def _row(record: RawRecord, split: str, image: ImageSource, question: str, label: str) -> Question:
     gold, text = record.text(label), record.text(question) + prompts.SHORT
     if gold not in ("yes", "no"):
         raise record.fault(f"{label!r} must be yes or no, got {gold!r:.60}")
@@ -105,11 +105,11 @@ def parse(text: str) -> str:
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
 
-def score(text: str, row: Row) -> float:
+def score(text: str, row: Question) -> float:
     return float(parse(text) == row["answer"])
 
 
-def reduce(scores: Sequence[float], rows: Sequence[Row]) -> dict[str, Any]:
+def reduce(scores: Sequence[float], rows: Sequence[Question]) -> dict[str, Any]:
     """The mean F1 of the splits that were asked; "yes" is positive and yes_ratio is that of the predictions.
 
     Precision is 0 if no prediction is yes, and recall is 0 if no label is yes.

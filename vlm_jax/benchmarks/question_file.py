@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlm_jax.benchmarks import files, records
-from vlm_jax.benchmarks.records import Row
+from vlm_jax.benchmarks.records import Question
 
 
-def rows(annotations: str | Path) -> list[Row]:
+def rows(annotations: str | Path) -> list[Question]:
     """Ids are question_id, and "<question_id>#1", "#2" where it occurs again (that of MME and TextVQA is the image's)."""
     path = files.find_one("llava_questions", annotations, "*.jsonl")
     found, times = [], {}
@@ -26,7 +26,7 @@ def rows(annotations: str | Path) -> list[Row]:
     return records.distinct(found, f"llava_questions: {path}")
 
 
-def submission(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, str | bytes]:
+def submission(rows: Sequence[Question], texts: Sequence[str]) -> dict[str, str | bytes]:
     """answers.jsonl, one line per question in the order of the questions, with the keys that LLaVA writes."""
     lines = [
         answer_line(row["question_id"], row["prompt"], text, row["id"])

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vlm_jax.benchmarks import prompts
+from vlm_jax.files import ImageSource
 from vlm_jax.settings.checks import ConfigError
 
-Row = dict[str, Any]
-# A path, an encoded image, or what reads one when it is called.
-Image = str | bytes | Callable[[], bytes]
+Question = dict[
+    str, Any
+]  # a LLaVA record that asks one question, with its gold "answer" and what its metric reads
 # The texts that pandas reads as a missing value, in lower case. The official scripts of TSV benchmarks use pandas.
 MISSING = {
     "", "#n/a", "#n/a n/a", "#na", "-1.#ind", "-1.#qnan", "-nan", "1.#ind", "1.#qnan", "<na>", "n/a", "na", "nan",
@@ -37,7 +37,7 @@ def shown(value: Any) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
+class RawRecord:
     """An object of a file. Its methods raise ConfigError for a field that is absent or of another kind."""
 
     where: str  # "NAME: FILE row N"
@@ -107,7 +107,7 @@ class Record:
             raise self.fault(f"{name!r} must be an object, got {shown(value)}")
         return value
 
-    def image(self, *names: str, folder: str = "") -> Image:
+    def image(self, *names: str, folder: str = "") -> ImageSource:
         """The path of an image, joined to `folder`, or an image inside the file; the first of a list."""
         value = self.field(*names)
         if isinstance(value, list) and value:
@@ -124,7 +124,9 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, (str, int, float)) and not isinstance(value, bool) and value == value
 
 
-def row(row_id: str, image: Image | None, question: str, /, answer: Any, **more: Any) -> Row:
+def row(
+    row_id: str, image: ImageSource | None, question: str, /, answer: Any, **more: Any
+) -> Question:
     """One question about at most one image, asked alone. answer: None where the gold is hidden."""
     image_field = {} if image is None else {"image": image}
     messages = prompts.ask(question, images=int(image is not None))
@@ -136,7 +138,7 @@ def native_id(name: str) -> int | str:
     return int(name) if name.isascii() and name.isdigit() else name
 
 
-def distinct(rows: list[Row], where: str | Path) -> list[Row]:
+def distinct(rows: list[Question], where: str | Path) -> list[Question]:
     """The rows themselves. Raises ConfigError if there is none or an id occurs twice. where: their file or directory."""
     if not rows:
         raise fault(where, "holds no question")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.benchmarks import files, metrics, prompts, records
-from vlm_jax.benchmarks.records import Image, Record, Row
+from vlm_jax.benchmarks.records import ImageSource, Question, RawRecord
 from vlm_jax.settings.checks import ConfigError
 
 LETTERS = "ABCDE"
@@ -23,7 +23,7 @@ HUB = (
 _SAID = re.compile(r"The answer is ([A-Z]).")  # the last dot is any character, as in LLaVA's code
 
 
-def rows(annotations: str | Path) -> list[Row]:
+def rows(annotations: str | Path) -> list[Question]:
     """The test split in the order of pid_splits.json; ids are the problems' ids. Prompts as lmms-eval writes them.
 
     The hub's files have no ids; the ids are then row numbers from 0.
@@ -48,7 +48,7 @@ def rows(annotations: str | Path) -> list[Row]:
     return records.distinct(found, split.where)
 
 
-def _row(record: Record, pid: str, image: Image | None) -> Row:
+def _row(record: RawRecord, pid: str, image: ImageSource | None) -> Question:
     hint = record.text("hint") if record.has("hint") else ""
     choices = record.texts("choices")
     answer = record.whole("answer")
@@ -75,11 +75,11 @@ def parse(text: str) -> str:
     return said[0] if len(said) == 1 else ""
 
 
-def score(text: str, row: Row) -> float:
+def score(text: str, row: Question) -> float:
     return float(parse(text) == row["answer"])
 
 
-def reduce(scores: Sequence[float], rows: Sequence[Row]) -> dict[str, Any]:
+def reduce(scores: Sequence[float], rows: Sequence[Question]) -> dict[str, Any]:
     """score: the accuracy of questions with a picture (details "img"); details "all": of all questions."""
     pictured = [(value, row) for value, row in zip(scores, rows, strict=True) if "image" in row]
     if not pictured:

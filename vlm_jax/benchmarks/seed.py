@@ -13,14 +13,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vlm_jax.benchmarks import files, metrics, prompts, records
-from vlm_jax.benchmarks.records import Record, Row
+from vlm_jax.benchmarks.records import Question, RawRecord
 
 FILES = ("SEED-Bench.json", *files.shards("test"))
 IMAGES = "SEED-Bench-image"
 OPTIONS = ("choice_a", "choice_b", "choice_c", "choice_d")
 
 
-def rows(path: str | Path) -> list[Row]:
+def rows(path: str | Path) -> list[Question]:
     """Ids are SEED-Bench's question_id, and "<question_id>#1" where it occurs again: version 1 has one id for two questions."""
     found = files.find("seed", path, *FILES)
     names = _dimensions(found[0]) if found[0].suffix == ".json" else {}
@@ -43,7 +43,7 @@ def _dimensions(file: Path) -> dict[str, str]:
     return {str(number): name for name, number in named.items()}
 
 
-def _row(record: Record, names: Mapping[str, str]) -> Row:
+def _row(record: RawRecord, names: Mapping[str, str]) -> Question:
     answer, dimension = record.text("answer"), record.text("question_type_id")
     options = [record.text(name) for name in OPTIONS]
     letters = tuple(prompts.lettered(options))
@@ -57,7 +57,7 @@ def _row(record: Record, names: Mapping[str, str]) -> Row:
     return records.row(number, image, text, answer, **more)
 
 
-def score(text: str, row: Row) -> float:
+def score(text: str, row: Question) -> float:
     """1.0 if the first character is the right letter, in either case, as lmms-eval reads it.
 
     # Differs from haotian-liu/LLaVA: there the whole answer must be the letter ("A." is wrong).
@@ -65,7 +65,7 @@ def score(text: str, row: Row) -> float:
     return float(text.strip()[:1].lower() == row["answer"].lower())
 
 
-def submission(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, str | bytes]:
+def submission(rows: Sequence[Question], texts: Sequence[str]) -> dict[str, str | bytes]:
     """Lines {"question_id", "prediction"}, as LLaVA's convert_seed_for_submission.py writes; images alone."""
     lines = [
         json.dumps({"question_id": row["llava_id"], "prediction": text}) + "\n"

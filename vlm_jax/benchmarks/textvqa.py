@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vlm_jax.benchmarks import files, prompts, records, vqa
-from vlm_jax.benchmarks.records import Image, Record, Row
+from vlm_jax.benchmarks.records import ImageSource, Question, RawRecord
 
 QUESTIONS, TOKENS = "TextVQA_0.5.1_val.json", "TextVQA_Rosetta_OCR_v0.2_val.json"
 LLAVA = "llava_textvqa_val_v051_ocr.jsonl"
@@ -20,12 +20,12 @@ IMAGES = "train_images"
 LINE = "\nReference OCR token: "
 
 
-def rows(annotations: str | Path) -> list[Row]:
+def rows(annotations: str | Path) -> list[Question]:
     """The question alone. Ids are the native question_id; the test file has no answers."""
     return _rows("textvqa", _find("textvqa", annotations), None)
 
 
-def rows_with_tokens(annotations: str | Path) -> list[Row]:
+def rows_with_tokens(annotations: str | Path) -> list[Question]:
     """The question and "Reference OCR token: t1, t2": those of Rosetta, in its order, as LLaVA-1.5 asked."""
     found = _find("textvqa_ocr", annotations)
     if found[0].suffix == ".parquet":
@@ -47,7 +47,7 @@ def _rosetta(file: Path) -> dict[str, str]:
     return {record.text("image_id"): _joined(record) for record in found}
 
 
-def _joined(record: Record) -> str:
+def _joined(record: RawRecord) -> str:
     return ", ".join(record.texts("ocr_tokens"))
 
 
@@ -62,13 +62,13 @@ def _llava_tokens(file: Path) -> dict[str, str]:
     return tokens
 
 
-def _rows(name: str, found: Sequence[Path], tokens: Mapping[str, str] | None) -> list[Row]:
+def _rows(name: str, found: Sequence[Path], tokens: Mapping[str, str] | None) -> list[Question]:
     """tokens: by image_id, for records that have none; None: the prompt shows no OCR tokens."""
     made = [_row(r, tokens) for r in files.read(name, found, inside="data")]
     return records.distinct(made, f"{name}: {found[0]}")
 
 
-def _row(record: Record, tokens: Mapping[str, str] | None) -> Row:
+def _row(record: RawRecord, tokens: Mapping[str, str] | None) -> Question:
     line = "" if tokens is None else LINE + _tokens(record, tokens)
     question = record.text("question") + line + prompts.SHORT
     golds = vqa.human_answers(record) if record.has("answers") else None
@@ -79,12 +79,12 @@ def _row(record: Record, tokens: Mapping[str, str] | None) -> Row:
     return records.row(question_id, _image(record), question, golds, **more)
 
 
-def _image(record: Record) -> Image:
+def _image(record: RawRecord) -> ImageSource:
     hub = record.has("image")
     return record.image("image") if hub else f"{IMAGES}/{record.text('image_id')}.jpg"
 
 
-def _tokens(record: Record, tokens: Mapping[str, str]) -> str:
+def _tokens(record: RawRecord, tokens: Mapping[str, str]) -> str:
     if record.has("ocr_tokens"):
         return _joined(record)
     image_id = record.text("image_id")
@@ -93,5 +93,5 @@ def _tokens(record: Record, tokens: Mapping[str, str]) -> str:
     return tokens[image_id]
 
 
-def submission(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, str | bytes]:
+def submission(rows: Sequence[Question], texts: Sequence[str]) -> dict[str, str | bytes]:
     return {"textvqa_answers.json": vqa.upload("question_id", rows, "question_id", texts)}

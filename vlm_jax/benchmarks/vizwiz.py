@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vlm_jax.benchmarks import files, prompts, records, vqa
-from vlm_jax.benchmarks.records import Record, Row
+from vlm_jax.benchmarks.records import Question, RawRecord
 
 HINT = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 
 
-def rows(annotations: str | Path) -> list[Row]:
+def rows(annotations: str | Path) -> list[Question]:
     """Ids are the images' file names. With val.json and test.json in the directory, name the one that is meant."""
     shards = (*files.shards("val"), *files.shards("test"))
     found = files.matches("vizwiz", annotations, *shards)
@@ -26,18 +27,18 @@ def rows(annotations: str | Path) -> list[Row]:
     return records.distinct(made, f"vizwiz: {found[0]}")
 
 
-def _row(record: Record, split: str) -> Row:
+def _row(record: RawRecord, split: str) -> Question:
     """split: the folder of the images."""
     hub = record.has("question_id")
     name = record.text("question_id").removesuffix(".jpg") + ".jpg" if hub else record.text("image")
     image = record.image("image") if hub else record.image("image", folder=split)
-    gold: Row = {"answer": None}
+    gold: dict[str, Any] = {"answer": None}
     if record.has("answers") and record.values["answers"] != []:
         kind = record.text("answer_type", "category")
         gold = {"answer": vqa.human_answers(record), "answer_type": kind}
     return records.row(name, image, record.text("question") + HINT + prompts.SHORT, **gold)
 
 
-def submission(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, str | bytes]:
+def submission(rows: Sequence[Question], texts: Sequence[str]) -> dict[str, str | bytes]:
     """The challenge server's file, [{"image", "answer"}] normalised as LLaVA does."""
     return {"vizwiz_answers.json": vqa.upload("image", rows, "id", texts)}

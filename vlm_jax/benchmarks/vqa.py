@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from vlm_jax.benchmarks.records import Record
+from vlm_jax.benchmarks.records import RawRecord
 
 HUMANS = 10
 _POINTS = (0.0, 0.3, 0.6, 0.9, 1.0)
@@ -76,7 +76,7 @@ def normalise(text: str) -> str:
     return plain_words(strip_punctuation(trim(text)))
 
 
-def human_answers(record: Record) -> list[str]:
+def human_answers(record: RawRecord) -> list[str]:
     """The ten gold answers, written as strings or as {"answer": string}."""
     answers = record.field("answers")
     answers = answers if isinstance(answers, list) else [answers]

@@ -11,9 +11,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vlm_jax.benchmarks import files, prompts, records, vqa
-from vlm_jax.benchmarks.records import Record, Row
+from vlm_jax.benchmarks.records import Question, RawRecord
 from vlm_jax.settings.checks import ConfigError
 
 # The hub's name of a split -> the challenge's.
@@ -21,7 +22,7 @@ HUB = {"validation": "val2014", "testdev": "test-dev2015", "test": "test2015"}
 _FILE = re.compile(r"v2_OpenEnded_mscoco_([a-z]+(?:-dev)?\d{4})_questions\.json")
 
 
-def rows(annotations: str | Path) -> list[Row]:
+def rows(annotations: str | Path) -> list[Question]:
     """Ids are the question_id. If the directory has several question files, `annotations` must name one."""
     shards = [pattern for split in HUB for pattern in files.shards(split)]
     found = files.find("vqav2", annotations, "v2_OpenEnded_mscoco_*_questions.json", *shards)
@@ -32,8 +33,8 @@ def rows(annotations: str | Path) -> list[Row]:
     return _file_rows(files.only("vqav2", annotations, found))
 
 
-def _hub_row(record: Record, split: str) -> Row:
-    gold: Row = {"answer": None}
+def _hub_row(record: RawRecord, split: str) -> Question:
+    gold: dict[str, Any] = {"answer": None}
     if record.has("answers") and record.values["answers"] != []:
         gold = {"answer": vqa.human_answers(record), "answer_type": record.text("answer_type")}
     question_id, question = record.whole("question_id"), record.text("question") + prompts.SHORT
@@ -41,7 +42,7 @@ def _hub_row(record: Record, split: str) -> Row:
     return records.row(str(question_id), record.image("image"), question, **gold, **more)
 
 
-def _file_rows(path: Path) -> list[Row]:
+def _file_rows(path: Path) -> list[Question]:
     named = _FILE.fullmatch(path.name)
     if not named:
         raise ConfigError(
@@ -53,7 +54,7 @@ def _file_rows(path: Path) -> list[Row]:
     found = []
     for record in files.read("vqav2", [path], inside="questions"):
         question_id, image_id = record.whole("question_id"), record.whole("image_id")
-        gold: Row = {"answer": None}
+        gold: dict[str, Any] = {"answer": None}
         if not coco.startswith("test"):
             if question_id not in golds:
                 raise record.fault(f"question {question_id} has no answers")
@@ -65,7 +66,7 @@ def _file_rows(path: Path) -> list[Row]:
     return records.distinct(found, f"vqav2: {path}")
 
 
-def _golds(path: Path, split: str) -> dict[int, Row]:
+def _golds(path: Path, split: str) -> dict[int, dict[str, Any]]:
     """question_id -> the ten answers and the answer type."""
     file = path.parent / f"v2_mscoco_{split}_annotations.json"
     return {
@@ -77,7 +78,7 @@ def _golds(path: Path, split: str) -> dict[int, Row]:
     }
 
 
-def submission(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, str | bytes]:
+def submission(rows: Sequence[Question], texts: Sequence[str]) -> dict[str, str | bytes]:
     """The challenge server's file, [{"question_id", "answer"}] normalised as LLaVA does."""
     name = f"v2_OpenEnded_mscoco_{rows[0]['split']}_vlmjax_results.json"
     return {name: vqa.upload("question_id", rows, "question_id", texts)}

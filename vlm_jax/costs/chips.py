@@ -10,7 +10,7 @@ VALUE_BYTES = 2  # of a weight, a key or an activation (bfloat16)
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Peaks of one chip. They are ceilings: a time that follows from them is one no program can beat."""
+    """Peak rates of one chip. They are upper bounds, so a time computed from them is a lower bound."""
 
     name: str
     device_kinds: tuple[str, ...]  # starts of jax's `Device.device_kind`

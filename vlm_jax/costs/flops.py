@@ -52,7 +52,7 @@ def score_pairs(tokens: int, keys: int) -> int:
     )
 
 
-def _encoder_maps(vit: ViTConfig) -> dict[str, int]:
+def encoder_maps(vit: ViTConfig) -> dict[str, int]:
     """Weights of each linear map of one layer, by its path below "vit/"."""
     square, wide = vit.width**2, vit.width * vit.mlp_width
     maps = {f"layers/attn/{name}": square for name in ("q", "k", "v", "out")}
@@ -74,8 +74,8 @@ def _encoder_attention(vit: ViTConfig) -> int:
 
 
 def encoder_flops(vit: ViTConfig) -> int:
-    """One image up to the feature layer; later layers do not exist (LLaVA's CLIP runs 23 of 24)."""
-    linear = 2 * _encoder_rows(vit) * sum(_encoder_maps(vit).values())
+    """One image up to the feature layer; later layers are not run (LLaVA's CLIP runs 23 of 24)."""
+    linear = 2 * _encoder_rows(vit) * sum(encoder_maps(vit).values())
     return _patch_flops(vit) + vit.feature_state * (linear + _encoder_attention(vit))
 
 
@@ -262,7 +262,7 @@ def _encoder_step(vit: ViTConfig, learns: _Learning) -> int:
     forward = encoder_flops(vit)
     if not learns.any("vit"):
         return forward
-    maps, rows = _encoder_maps(vit), _encoder_rows(vit)
+    maps, rows = encoder_maps(vit), _encoder_rows(vit)
     learnt = sum(weights for path, weights in maps.items() if learns.any(f"vit/{path}"))
     layer = 2 * rows * (learnt + sum(maps.values())) + 2 * _encoder_attention(vit)
     return forward + vit.feature_state * layer + learns.any("vit/patch_embed") * _patch_flops(vit)

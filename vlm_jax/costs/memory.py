@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from vlm_jax.costs.chips import VALUE_BYTES
+from vlm_jax.costs.flops import encoder_maps
 from vlm_jax.settings.model import VLMConfig
 
 
@@ -31,10 +32,10 @@ class Weights:
 
 
 def weight_bytes(config: VLMConfig, value_bytes: int = VALUE_BYTES) -> Weights:
-    """What the parts of a model take; the encoder's layers after the feature do not exist."""
+    """What the parts of a model take; the encoder's layers after the feature layer are not stored."""
     vit, lm = config.vit, config.lm
     compressor = config.compressor
-    layer = 4 * vit.width**2 + 2 * vit.width * vit.mlp_width
+    layer = sum(encoder_maps(vit).values())
     positions = ((vit.position_grid or vit.grid) ** 2 + vit.cls_token) * vit.width
     encoder = vit.feature_state * layer + 3 * vit.patch_px**2 * vit.width + positions
     if compressor.uses_scores and vit.feature_layer < -1:

@@ -6,7 +6,7 @@ language model. `exact_price` counts every part, from the encoder to the last an
 Bytes moved: each pass reads its weights once for the whole batch, reads the keys and values it looks at and writes the
 new ones. Activations are not counted: they follow the FLOPs, which bound the passes that have many of them. Weights, cache
 and activations take 2 bytes a value (bfloat16, whose peak the chips' table holds).
-A time is therefore a roofline, the sum over phases of max(FLOPs / peak, bytes / bandwidth): no program is faster.
+A time is therefore a roofline, the sum over phases of max(FLOPs / peak, bytes / bandwidth): a lower bound.
 """
 
 from __future__ import annotations
@@ -128,8 +128,9 @@ def keys_read(prompt: int, steps: int) -> int:
 def paper_price(lm: str, lm_params: Number, visual_tokens: int, workload: Workload) -> Price:
     """2 N (Q + V), arXiv 2411.03312: the language model alone, answer tokens counted with Q.
 
-    The cache is that of the preset `lm`, or a typical one of its size. Cached text is looked at, but costs no FLOPs. Of an
-    answer's tokens the last is not read: the weights are read once less than there are tokens.
+    The cache is that of the preset `lm`, or a typical one of its size. The keys and values of cached text
+    are read, but cost no FLOPs. The last answer token is not fed back, so decoding reads the weights one time fewer than it
+    gives tokens.
     """
     batch, prompt = workload.batch, workload.text_tokens + visual_tokens
     answer, weights = workload.output_tokens, VALUE_BYTES * lm_params

@@ -26,7 +26,7 @@ CACHED_CHARS = 300  # shorter texts are tokenised once per process
 CACHE_SIZE = 1 << 16
 
 
-class Row(NamedTuple):
+class TokenRow(NamedTuple):
     """One sample in T slots; `pipeline` defines the entries."""
 
     tokens: Int32[np.ndarray, "T"]
@@ -107,13 +107,13 @@ class Chat:
         ids, _ = self.tokenizer.encode(self.template.closing)
         return tuple(sorted({i for i in (self.tokenizer.eos_id, *ids[-1:]) if i is not None}))
 
-    def encode(self, record: Record) -> Row:
+    def encode(self, record: Record) -> TokenRow:
         """A training row, right padded to max_tokens; what does not fit is cut, but never inside an image.
 
         Raises BadRecord: control tokens in the text, too many images, an image that does not fit, no supervised token.
         """
         units = self._units(record)
-        row = self.pack(record, units, self.max_tokens)
+        row = self.lay_out(record, units, self.max_tokens)
         if not row.loss_mask.any():
             raise record.bad(
                 f"no answer fits into max_tokens {self.max_tokens}; raise it or drop the record"
@@ -121,7 +121,7 @@ class Chat:
         return row
 
     def prompt(self, record: Record) -> list[Unit]:
-        """A prompt for generation: the record's last turn has no answer. Lay it out with `pack`.
+        """A prompt for generation: the record's last turn has no answer. `lay_out` puts it into slots.
 
         Raises BadRecord as `encode` does, and if the prompt is longer than max_tokens.
         """
@@ -183,7 +183,9 @@ class Chat:
             mask[i, : len(ids)] = True
         return tokens, mask
 
-    def pack(self, record: Record, units: Sequence[Unit], width: int, left: bool = False) -> Row:
+    def lay_out(
+        self, record: Record, units: Sequence[Unit], width: int, left: bool = False
+    ) -> TokenRow:
         """Units laid out in `width` slots, padded on the right, or on the left (they must then fit)."""
         tokens = np.full(width, self.tokenizer.pad_id, np.int32)
         visual = np.full(width, -1, np.int32)
@@ -217,7 +219,7 @@ class Chat:
             if at == width:
                 break
         loss[first] = False  # nothing predicts the first token
-        return Row(tokens, visual, positions, segments, loss)
+        return TokenRow(tokens, visual, positions, segments, loss)
 
     # --- records to units -------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from jaxtyping import Int32
 
 from vlm_jax.data.chat import Unit, common_length
 from vlm_jax.data.records import Record, parse
-from vlm_jax.data.rows import Batch, Encoder, Features, make_encoder, open_features, stack
+from vlm_jax.data.rows import Batch, CachedFeatures, Encoder, make_encoder, open_features, stack
 from vlm_jax.settings.model import ViTConfig
 from vlm_jax.settings.run import DataConfig
 
@@ -101,7 +101,7 @@ def _laid_out(replies: Sequence[np.ndarray], slots: int, pad_id: int) -> list[Un
     return [*units, Unit(np.full(gap, pad_id, np.int32), np.zeros(gap, bool), -1)]
 
 
-class _Layout(grain.transforms.Map):
+class _MakeBatch(grain.transforms.Map):
     """(width, row numbers) -> one batch of this process's rows, with the ids of all."""
 
     def __init__(
@@ -110,7 +110,7 @@ class _Layout(grain.transforms.Map):
         units: list[list[Unit]],
         prefix: int,
         encoder: Encoder,
-        features: Features | None,
+        features: CachedFeatures | None,
         size: int,
         local: slice,
     ):
@@ -128,7 +128,7 @@ class _Layout(grain.transforms.Map):
 
     def _row(self, number: int, width: int) -> Batch:
         record = self.records[number]
-        row = self.encoder.chat.pack(record, self.units[number], width, left=True)._asdict()
+        row = self.encoder.chat.lay_out(record, self.units[number], width, left=True)._asdict()
         del row["loss_mask"]
         row["positions"] += self.prefix
         return {**row, **self.encoder.visual(record)}
@@ -142,14 +142,15 @@ def prepare(
     vit: ViTConfig,
     batch_size: int,
     *,
+    file: str = "questions",
     replies: Sequence[Sequence[str]] | None = None,
     most_buckets: int = MAX_BUCKETS,
     shard: int = 0,
     num_shards: int = 1,
 ) -> Prompts:
-    """LLaVA records whose last turn is human as batches [batch_size / num_shards, bucket + reply_slots], shortest first.
+    """LLaVA records that end with a human turn, as batches [batch_size / num_shards, bucket + reply_slots], shortest first.
 
-    replies: per record, the texts whose likelihood as the answer is wanted; None: answers are generated. shard: which rows of
+    file: where the records come from, for error messages. replies: per record, the texts whose likelihood as the answer is wanted; None: answers are generated. shard: which rows of
     each batch this process lays out; it decodes no image of the others. The last batch of a bucket is completed with copies of
     its last row, whose ids are "", so that there are only len(buckets) shapes. Raises BadRecord whatever on_bad_record says: a dropped question
     would change the error that is measured.
@@ -160,7 +161,7 @@ def prepare(
     parsed = [
         parse(
             raw,
-            "evaluation records",
+            file,
             image_root,
             f"#{i}",
             generate=True,
@@ -189,7 +190,7 @@ def prepare(
         shorter = width
     rows = batch_size // num_shards
     local = slice(shard * rows, (shard + 1) * rows)
-    layout = _Layout(parsed, units, len(prefix), encoder, features, batch_size, local)
+    make = _MakeBatch(parsed, units, len(prefix), encoder, features, batch_size, local)
     options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
-    batches = grain.MapDataset.source(work).map(layout).to_iter_dataset(options)
+    batches = grain.MapDataset.source(work).map(make).to_iter_dataset(options)
     return Prompts(prefix, buckets, slots, sum(lengths) + sum(spoken), iter(batches))

@@ -16,6 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from vlm_jax import files
 from vlm_jax.data.rows import make_pixels
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.model import VLMConfig
@@ -53,7 +54,7 @@ def write_made(
 ) -> None:
     """encoder: fingerprint of the weights. source: where they came from, shown in errors."""
     made = {"format": FORMAT, "settings": settings(model, data), "taps": taps, "encoder": encoder, "source": source}  # fmt: skip
-    (folder / MADE).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    files.write_whole(folder / MADE, json.dumps(made, indent=1) + "\n")
 
 
 def read_made(directory: str) -> dict[str, Any]:

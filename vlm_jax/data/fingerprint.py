@@ -16,6 +16,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from vlm_jax.files import write_whole
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import DataConfig
 
@@ -39,10 +40,7 @@ def digest(entries: list[dict[str, Any]]) -> bytes:
 
 def write(cfg: DataConfig, workdir: Path) -> None:
     """Saves what the run is trained on."""
-    path = workdir / FILE
-    part = path.with_name(f"{FILE}.{os.getpid()}")
-    part.write_text(json.dumps({"annotations": of(cfg)}, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_whole(workdir / FILE, json.dumps({"annotations": of(cfg)}, indent=1) + "\n")
 
 
 def is_known(workdir: Path) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 
 from vlm_jax.data import sources
 from vlm_jax.data.records import BadRecord
-from vlm_jax.data.rows import Batch, Encoder, Features, make_chat
+from vlm_jax.data.rows import Batch, CachedFeatures, Encoder, make_chat
 from vlm_jax.settings.run import DataConfig
 
 SAMPLED = 2048  # records tokenised to estimate how many samples a batch holds
@@ -48,7 +48,9 @@ class Packed:
 
     full = False  # known only when the next sample does not fit
 
-    def __init__(self, cfg: DataConfig, rows: int, encoder: Encoder, features: Features | None):
+    def __init__(
+        self, cfg: DataConfig, rows: int, encoder: Encoder, features: CachedFeatures | None
+    ):
         self.cfg, self.encoder, self.features = cfg, encoder, features
         self.rows: list[list[Batch]] = [[] for _ in range(rows)]
         self.room = FirstFit(rows, cfg.max_tokens, cfg.image_slots)

@@ -14,15 +14,14 @@ import binascii
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from vlm_jax.data import fields
+from vlm_jax.files import ImageSource
 from vlm_jax.settings.checks import ConfigError
 
 IMAGE = "<image>"
-# A path, an encoded image, or what reads one when it is called.
-Image = str | bytes | Callable[[], bytes]
 HUMAN, GPT, SYSTEM = "human", "gpt", "system"
 SPEAKERS = {HUMAN: HUMAN, GPT: GPT, SYSTEM: SYSTEM}  # of messages with from and value
 ROLES = {"user": HUMAN, "assistant": GPT, "system": SYSTEM}  # of messages with role and content
@@ -64,7 +63,7 @@ class Record:
     file: str
     id: str
     root: str
-    images: tuple[Image, ...]
+    images: tuple[ImageSource, ...]
     system: str | None
     turns: tuple[Turn, ...]
 
@@ -101,7 +100,7 @@ def parse(
             record_id = str(raw["id"])
         if ignored:
             raw = {name: value for name, value in raw.items() if name not in ignored}
-        inside: list[Image] = []
+        inside: list[ImageSource] = []
         messages = _messages(_conversation(raw), ignored, inside)
         images = _images(raw, inside)
         if not raw.keys() <= fields.RECORD:
@@ -117,7 +116,7 @@ def parse(
 
 
 def _check_images(
-    images: tuple[Image, ...], turns: tuple[Turn, ...], root: str, raw: Mapping[str, Any]
+    images: tuple[ImageSource, ...], turns: tuple[Turn, ...], root: str, raw: Mapping[str, Any]
 ) -> None:
     placeholders = sum(turn.images for turn in turns)
     if placeholders != len(images):
@@ -133,7 +132,7 @@ def _check_images(
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def _images(raw: Mapping[str, Any], inside: list[Image]) -> tuple[Image, ...]:
+def _images(raw: Mapping[str, Any], inside: list[ImageSource]) -> tuple[ImageSource, ...]:
     """The pictures of a record, named by 'image', 'images' or the messages themselves (`inside`)."""
     given = {name: raw[name] for name in ("image", "images") if raw.get(name) is not None}
     found = {
@@ -149,7 +148,7 @@ def _images(raw: Mapping[str, Any], inside: list[Image]) -> tuple[Image, ...]:
     return tuple(images)
 
 
-def _image(value: Any, name: str) -> Image:
+def _image(value: Any, name: str) -> ImageSource:
     if isinstance(value, bytes) or callable(value):
         return value
     if not isinstance(value, str):
@@ -203,7 +202,9 @@ def _agree(read: list, other: list) -> bool:
     return [plain(m, weighted) for m in read] == [plain(m, weighted) for m in other]
 
 
-def _messages(conversation: list, ignored: Collection[str], images: list[Image]) -> list[Message]:
+def _messages(
+    conversation: list, ignored: Collection[str], images: list[ImageSource]
+) -> list[Message]:
     """The messages, without an answer before the first question. Pictures that are named inside them are appended to `images`."""
     messages = []
     for number, message in enumerate(conversation):
@@ -231,7 +232,7 @@ def _messages(conversation: list, ignored: Collection[str], images: list[Image])
     return messages
 
 
-def _text(content: Any, number: int, key: str, images: list[Image]) -> str:
+def _text(content: Any, number: int, key: str, images: list[ImageSource]) -> str:
     """A message's text with a placeholder per picture. A newline follows each picture before the text, as in LLaVA; a picture
     inside the text keeps its position."""
     if isinstance(content, str):

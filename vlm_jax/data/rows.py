@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 
 from vlm_jax.data import images, tokenizer
 from vlm_jax.data.chat import Chat
-from vlm_jax.data.records import BadRecord, Image, Record, Turn
+from vlm_jax.data.records import BadRecord, ImageSource, Record, Turn
 from vlm_jax.data.sources import Concatenated
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.model import ViTConfig
@@ -53,7 +53,7 @@ def make_chat(cfg: DataConfig, visual_tokens: int) -> Chat:
     return _chat(cfg.tokenizer, stamp, cfg.template, cfg.system, cfg.turns, sizes, cfg.query)
 
 
-class Features:
+class CachedFeatures:
     """A cache of encoder features (see data/feature_cache.py): last.npy [N P C], taps.npy [N P Z] (absent if equal), index.json."""
 
     def __init__(self, directory: str):
@@ -106,7 +106,7 @@ class Pixels:
     resample: str
     exif_rotation: bool = False
 
-    def load(self, record: Record, image: Image) -> UInt8[np.ndarray, "H W 3"]:
+    def load(self, record: Record, image: ImageSource) -> UInt8[np.ndarray, "H W 3"]:
         source = os.path.join(record.root, image) if isinstance(image, str) else image
         name = f"image {image[:200]!r}: " if isinstance(image, str) else ""
         try:
@@ -163,7 +163,7 @@ class Encoder:
 
     def blank(self) -> Batch:
         """A row without a token: padding that belongs to no turn, empty image slots, id ""."""
-        row = self.chat.pack(BLANK, [], self.chat.max_tokens)._asdict()
+        row = self.chat.lay_out(BLANK, [], self.chat.max_tokens)._asdict()
         return {**row, "ids": "", **self.visual(BLANK)}
 
     def empty_slot(self) -> Batch:
@@ -171,19 +171,19 @@ class Encoder:
         return {name: np.asarray(values[0]) for name, values in self.visual(BLANK).items()}
 
 
-def _feature_row(index: dict[str, int], record: Record, image: Image) -> int:
+def _feature_row(index: dict[str, int], record: Record, image: ImageSource) -> int:
     if not isinstance(image, str) or image not in index:
         name = image if isinstance(image, str) else "<bytes>"
         raise record.bad(f"image {name!r} is not in the index of features_dir")
     return index[image]
 
 
-def open_features(cfg: DataConfig) -> Features | None:
-    return Features(cfg.features_dir) if cfg.features_dir and cfg.max_images else None
+def open_features(cfg: DataConfig) -> CachedFeatures | None:
+    return CachedFeatures(cfg.features_dir) if cfg.features_dir and cfg.max_images else None
 
 
 def make_encoder(
-    cfg: DataConfig, visual_tokens: int, vit: ViTConfig, features: Features | None
+    cfg: DataConfig, visual_tokens: int, vit: ViTConfig, features: CachedFeatures | None
 ) -> Encoder:
     rows = None if features is None else features.rows
     return Encoder(make_chat(cfg, visual_tokens), make_pixels(cfg, vit), rows)
@@ -222,7 +222,7 @@ class Assembly(Protocol):
 class Stacked:
     """One sample per row."""
 
-    def __init__(self, size: int, features: Features | None):
+    def __init__(self, size: int, features: CachedFeatures | None):
         self.size, self.features = size, features
         self.rows: list[Batch] = []
 
@@ -238,7 +238,7 @@ class Stacked:
         return stack(self.rows, self.features)
 
 
-def stack(rows: Sequence[Batch], features: Features | None) -> Batch:
+def stack(rows: Sequence[Batch], features: CachedFeatures | None) -> Batch:
     columns = {key: [row[key] for row in rows] for key in rows[0]}
     batch: Batch = {
         key: column if key == "ids" else np.stack(column) for key, column in columns.items()

@@ -21,7 +21,7 @@ from jaxtyping import Int32
 
 from vlm_jax.data import sources
 from vlm_jax.data.records import BadRecord
-from vlm_jax.data.rows import Batch, EncodeChunk, Encoder, Features, Stacked
+from vlm_jax.data.rows import Batch, CachedFeatures, EncodeChunk, Encoder, Stacked
 from vlm_jax.settings.run import DataConfig
 
 MEGA_BATCHES = 50  # shuffled batches sorted together, as in transformers' LengthGroupedSampler
@@ -162,7 +162,9 @@ def width(buckets: Sequence[int], max_tokens: int, longest: int) -> int:
 class Grouped(Stacked):
     """A batch of one modality, cut to the smallest bucket that holds its longest row; see EncodeGrouped for `longest`."""
 
-    def __init__(self, cfg: DataConfig, size: int, has_images: bool, features: Features | None):
+    def __init__(
+        self, cfg: DataConfig, size: int, has_images: bool, features: CachedFeatures | None
+    ):
         super().__init__(size, features)
         self.cfg, self.has_images, self.longest = cfg, has_images, 0
 

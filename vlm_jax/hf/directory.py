@@ -11,14 +11,11 @@ name within its part.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import logging
-import os
 import re
-import shutil
-from collections.abc import Generator, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,26 +112,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{str(path)!r} holds no JSON object; download it again.")
     return content
-
-
-@contextlib.contextmanager
-def whole(out: Path) -> Generator[Path, None, None]:
-    """Yields a directory to write into. It is renamed to `out` on success and deleted on an error.
-
-    Raises ConfigError when `out` exists and is not empty.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{str(out)!r} exists and is not empty; choose another directory.")
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if out.exists():
-            out.rmdir()
-        partial.replace(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -23,6 +23,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
+from vlm_jax.files import whole_folder, write_whole
 from vlm_jax.hf import directory, io, maps, parts, written
 from vlm_jax.hf.describe import check_agrees, check_same_model
 from vlm_jax.hf.maps import Rule
@@ -64,7 +65,7 @@ def standalone(
     what: a key of WHAT; params: its parts. dtype: of the stored tensors; "" = the parameters'. encoder_name: the encoder's
     name in config.json of the reference layout. Raises ConfigError for a model that the layout cannot hold.
     """
-    with directory.whole(out) as partial:
+    with whole_folder(out) as partial:
         ids, image_id = _write_tokenizer(partial, companions, image=what == "llava")
         settings = _settings(what, config, ids, image_id, encoder_name)
         rows = settings["text_config"]["vocab_size"] if what == "llava" else 0
@@ -226,7 +227,7 @@ def onto_base(out: Path, base: Path, params: Tree, config: VLMConfig) -> None:
     files: dict[Path, list[str]] = {}
     for name, entry in opened.tensors.items():
         files.setdefault(entry.file, []).append(name)
-    with directory.whole(out) as partial:
+    with whole_folder(out) as partial:
         for file, wanted in files.items():
             save_file({n: make(n) for n in wanted}, partial / file.name, metadata={"format": "pt"})
         for path in sorted(base.iterdir()):
@@ -237,4 +238,4 @@ def onto_base(out: Path, base: Path, params: Tree, config: VLMConfig) -> None:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(content, indent=2) + "\n")

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from vlm_jax.files import whole_folder, write_whole
 from vlm_jax.hf import directory
 from vlm_jax.settings.checks import ConfigError
 
@@ -29,7 +30,7 @@ def unpickle(given: Path, out: Path) -> None:
     files = _weight_files(given)
     pickles = {path for pattern in directory.PICKLES for path in given.glob(pattern)}
     listed: dict[str, str] = {}
-    with directory.whole(out) as partial:
+    with whole_folder(out) as partial:
         for path in files:
             name = f"{path.stem}.safetensors"
             tensors = _write(path, partial / name)
@@ -39,7 +40,7 @@ def unpickle(given: Path, out: Path) -> None:
             listed |= dict.fromkeys(sorted(tensors), name)
         _check_index(given, listed)
         index = {"metadata": {}, "weight_map": listed}
-        (partial / directory.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_whole(partial / directory.INDEX, json.dumps(index, indent=2) + "\n")
         for path in given.iterdir():
             weights = any(path.match(pattern) for pattern in directory.WEIGHTS)
             if path.is_file() and not weights and path.name != PICKLED_INDEX:

@@ -1,4 +1,4 @@
-"""A trained checkpoint that answers questions: restored onto the mesh once, then asked in fixed-shape batches."""
+"""A trained checkpoint that answers questions: it is restored onto the mesh once, then asked in batches of fixed shapes."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from vlm_jax.data import eval_batches as prompts
 from vlm_jax.data.records import parse
 from vlm_jax.data.rows import make_chat
 from vlm_jax.inference.generate import Decoding, make_generate
+from vlm_jax.inference.settings import EvalConfig
 from vlm_jax.models.attention import for_inference
 from vlm_jax.models.lm import Cache
 from vlm_jax.models.vlm import Inputs
@@ -29,101 +30,94 @@ from vlm_jax.storage import weights
 Rows = Sequence[dict[str, Any]]
 Batch = Mapping[str, jax.Array]
 
+FILE = "questions"  # stands for the file in error messages about rows that come from none
+
 
 class Answerer:
-    """The newest checkpoint of a training run. Two of the same model share their compiled code."""
+    """The newest checkpoint of a training run, ready to answer. Answerers of equal models share their compiled code."""
 
-    def __init__(
-        self,
-        checkpoint: str,
-        mesh: MeshConfig,
-        features_dir: str,
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float,
-        seed: int,
-        visual_tokens: int = 0,
-        query: str = "",
-    ):
-        """checkpoint: workdir of the training run. features_dir: cached encoder features, "" to encode the images.
-
-        seed: of sampling. visual_tokens: per image, 0 as the run's config says. query: as in DataConfig, "" as in the run.
-        Raises ConfigError when the checkpoint cannot be restored onto the mesh or the tokens cannot be chosen.
-        """
+    def __init__(self, settings: EvalConfig, mesh: MeshConfig):
+        """Raises ConfigError when the checkpoint does not fit the mesh, or the model cannot give settings.visual_tokens."""
         sharding.start_processes()
-        run = experiment.read(checkpoint)
+        run = experiment.read(settings.checkpoint)
         compressor, grid = run.model.compressor, run.model.vit.grid
-        if visual_tokens:
-            compressor = with_tokens(compressor, grid, visual_tokens)
-        self.mesh, self.seed = sharding.make_mesh(mesh), seed
+        if settings.visual_tokens:
+            compressor = with_tokens(compressor, grid, settings.visual_tokens)
+        self.mesh, self.settings = sharding.make_mesh(mesh), settings
         model = dataclasses.replace(run.model, compressor=compressor)
         self.model = for_inference(model, self.mesh.devices.flat[0])
-        self.data = dataclasses.replace(
-            run.data, features_dir=features_dir, query=query or run.data.query
-        )
+        query = settings.query or run.data.query
+        self.data = dataclasses.replace(run.data, features_dir=settings.features_dir, query=query)
         self.visual_tokens = compressors.num_tokens(compressor, grid)
         self.chat = make_chat(self.data, self.visual_tokens)
-        self.params = weights.load(checkpoint, self.model, weights.abstract(self.model, self.mesh))
-        if features_dir:
-            weights.check_cached(features_dir, self.model, self.params["vit"])
+        shapes = weights.abstract(self.model, self.mesh)
+        self.params = weights.load(settings.checkpoint, self.model, shapes)
+        if settings.features_dir:
+            weights.check_cached(settings.features_dir, self.model, self.params["vit"])
         self.decoding = Decoding(
-            max_new_tokens,
-            self.chat.closing_ids,
-            self.chat.tokenizer.pad_id,
-            temperature,
-            top_p,
-        )
+            settings.max_new_tokens, self.chat.closing_ids, self.chat.tokenizer.pad_id, settings.temperature,
+            settings.top_p,
+        )  # fmt: skip
         self._generator = make_generate(self.model, self.decoding)
-        self.prompt_tokens = self.answer_tokens = 0  # read and generated so far
+        self.prompt_tokens = self.answer_tokens = 0  # processed so far
 
     @property
     def compilations(self) -> int:
-        """How often the generation of this model was compiled, by whichever Answerer."""
+        """How often the functions of this model were compiled, by all Answerers of the process."""
         return self._generator.compilations
 
     @property
     def counts(self) -> dict[str, int]:
-        """What was done so far."""
+        """Tokens processed and functions compiled so far."""
         return {
             "prompt_tokens": self.prompt_tokens, "answer_tokens": self.answer_tokens, "compilations": self.compilations,
         }  # fmt: skip
 
     @property
     def writes(self) -> bool:
-        """Whether this process keeps the files: the first one does."""
+        """Whether this process writes the files: only the first one does."""
         return jax.process_index() == 0
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Waits until every process has reached this call."""
         multihost_utils.sync_global_devices("answers")
 
     def answer(
         self,
         rows: Rows,
         image_root: str,
-        batch_size: int,
         is_chosen: Callable[[dict[str, Any]], bool],
+        file: str = FILE,
     ) -> Iterator[list[Answer]]:
-        """`choose` for the rows with is_chosen, `ask` for the others; at most eight programs are compiled."""
+        """`choose` for the rows with is_chosen, `ask` for the others; at most eight programs are compiled.
+
+        file: where the rows come from, for error messages.
+        """
         chosen = [row for row in rows if is_chosen(row)]
         generated = [row for row in rows if not is_chosen(row)]
-        # Where there are both, each compiles a prefix and three widths; else one and four.
+        # With both kinds, each compiles a prefix and three widths; otherwise one prefix and four widths are compiled.
         most = prompts.MAX_BUCKETS - bool(chosen and generated)
-        yield from self.choose(chosen, image_root, batch_size, most)
-        yield from self.ask(generated, image_root, batch_size, most)
+        batch_size = self.settings.batch_size
+        yield from self.choose(chosen, image_root, batch_size, most, file)
+        yield from self.ask(generated, image_root, batch_size, most, file)
 
     def ask(
-        self, rows: Rows, image_root: str, batch_size: int, most_buckets: int = prompts.MAX_BUCKETS
+        self,
+        rows: Rows,
+        image_root: str,
+        batch_size: int,
+        most_buckets: int = prompts.MAX_BUCKETS,
+        file: str = FILE,
     ) -> Iterator[list[Answer]]:
-        """(id, text) of every row, batch by batch, shortest prompts first; every process gets all of them.
+        """Generates (id, text) for every row, batch by batch, shortest prompts first. Every process gets all answers.
 
-        rows: LLaVA records that end with a question, ids unique and not empty. Greedy texts depend on the row alone,
-        sampled ones also on the seed; neither on batch_size nor on the other rows.
+        rows: LLaVA records that end with a question; ids are unique and not empty. A greedy text depends only on its row,
+        a sampled one also on the seed; neither depends on batch_size or on the other rows.
         """
-        asked = self._prepare(rows, image_root, batch_size, most_buckets, None)
+        asked = self._prepare(rows, image_root, batch_size, most_buckets, file, None)
 
         def generate(batch: Batch, prefix: Cache | None) -> jax.Array:
-            seeds = batch["seeds"] ^ np.uint32(self.seed % 2**32).view(np.int32)
+            seeds = batch["seeds"] ^ np.uint32(self.settings.seed % 2**32).view(np.int32)
             return self._generator(self.params, Inputs.from_batch(batch), seeds, prefix)
 
         for ids, tokens in self._outputs(asked, generate):
@@ -132,23 +126,33 @@ class Answerer:
             yield [(i, self.chat.tokenizer.decode(kept.tolist()).strip()) for i, kept in told]
 
     def choose(
-        self, rows: Rows, image_root: str, batch_size: int, most_buckets: int = prompts.MAX_BUCKETS
+        self,
+        rows: Rows,
+        image_root: str,
+        batch_size: int,
+        most_buckets: int = prompts.MAX_BUCKETS,
+        file: str = FILE,
     ) -> Iterator[list[Answer]]:
-        """As `ask`, but the text is the likeliest of the row's "replies"; of equals the first."""
+        """As `ask`, but the text is the most likely of the row's "replies", the first of equally likely ones."""
         texts = {row["id"]: row["replies"] for row in rows}
-        for batch in self.likelihoods(rows, image_root, batch_size, most_buckets):
+        for batch in self.likelihoods(rows, image_root, batch_size, most_buckets, file):
             yield [(i, texts[i][int(np.argmax(likelihoods))]) for i, likelihoods in batch]
 
     def likelihoods(
-        self, rows: Rows, image_root: str, batch_size: int, most_buckets: int = prompts.MAX_BUCKETS
+        self,
+        rows: Rows,
+        image_root: str,
+        batch_size: int,
+        most_buckets: int = prompts.MAX_BUCKETS,
+        file: str = FILE,
     ) -> Iterator[list[tuple[str, Float[np.ndarray, "R"]]]]:
-        """(id, log-probability of each of the row's "replies" as the whole answer), batch by batch, by one forward pass.
+        """(id, log-probability of each of the row's "replies" as the answer), batch by batch, in one forward pass each.
 
-        An answer is whole with the token that closes it; nothing is divided by its length.
+        The log-probability includes the token that closes the answer, and is not normalised by length.
         """
         counts = {row["id"]: len(row["replies"]) for row in rows}
         replies = [row["replies"] for row in rows]
-        asked = self._prepare(rows, image_root, batch_size, most_buckets, replies)
+        asked = self._prepare(rows, image_root, batch_size, most_buckets, file, replies)
         sizes = {"slots": asked.reply_slots, "count": max(counts.values(), default=0)}
 
         def score(batch: Batch, prefix: Cache | None) -> jax.Array:
@@ -163,13 +167,14 @@ class Answerer:
         image_root: str,
         batch_size: int,
         most_buckets: int,
+        file: str,
         replies: Sequence[Sequence[str]] | None,
     ) -> prompts.Prompts:
         sharding.check_batch(batch_size, self.mesh)
         shard, num_shards = sharding.data_shard(self.mesh)
         asked = prompts.prepare(
             rows, image_root, self.data, self.visual_tokens, self.model.vit, batch_size,
-            replies=replies, most_buckets=most_buckets, shard=shard, num_shards=num_shards,
+            file=file, replies=replies, most_buckets=most_buckets, shard=shard, num_shards=num_shards,
         )  # fmt: skip
         self.prompt_tokens += asked.num_tokens
         return asked
@@ -177,7 +182,7 @@ class Answerer:
     def _outputs(
         self, asked: prompts.Prompts, run: Callable[[Batch, Cache | None], jax.Array]
     ) -> Iterator[tuple[list[str], np.ndarray]]:
-        """(ids, what `run` gives for their rows) of each batch, from all processes; the device is one batch ahead."""
+        """(ids, output of `run`) of each batch, gathered from all processes. The next batch is dispatched before one is fetched."""
         prefix = None
         if asked.prefix.size:
             with sharding.use(self.mesh):
@@ -199,14 +204,14 @@ class Answerer:
         texts: Mapping[str, str],
         is_chosen: Callable[[dict[str, Any]], bool] = lambda row: False,
     ) -> float:
-        """Forward FLOPs of the average question asked alone: mean prompt, question and answer lengths over `rows`.
+        """Forward FLOPs of an average question in a batch of one: for the mean prompt, query and answer lengths of `rows`.
 
-        texts: the answers by id. is_chosen: whether a row's answer is chosen among its replies, which are read with the
-        prompt then.
+        texts: the answers by id. is_chosen: whether a row's answer is chosen among its replies, which are then processed
+        together with the prompt.
         """
         asked, queries, images, outputs = [], [], [], []
         for row in rows:
-            record = parse(row, "questions", image_root, row["id"], True, self.data.ignored_fields)
+            record = parse(row, FILE, image_root, row["id"], True, self.data.ignored_fields)
             images.append(len(record.images))
             length = self.chat.length(self.chat.prompt(record))
             asked.append(length - images[-1] * self.visual_tokens)
@@ -229,13 +234,13 @@ class Answerer:
         )
 
     def _kept(self, tokens: Int[np.ndarray, "G"]) -> Int[np.ndarray, "kept"]:
-        """What stands before the first closing token."""
+        """The tokens before the first closing token."""
         ends = np.flatnonzero(np.isin(tokens, self.decoding.eos_ids))
         return tokens[: ends[0]] if len(ends) else tokens
 
 
 def _fetch(output: jax.Array) -> np.ndarray:
-    """The rows of all processes."""
+    """The rows of a batch from all processes."""
     if jax.process_count() == 1:
         return np.asarray(output)
     return np.asarray(multihost_utils.process_allgather(output, tiled=True))

@@ -1,7 +1,7 @@
-"""What answers were made from, as short texts that change with the content: a run's weights and prompts, a question.
+"""Fingerprints of what answers were made from: the weights and the prompt format of a run, and the content of a question.
 
-Names and times do not count: a copied or moved run is the same one. Equal texts mean equal contents, but for files above
-WHOLE bytes, of which the size and SAMPLES blocks are looked at.
+File names and times do not count, so a copied or moved run keeps its fingerprint. Of files above WHOLE bytes only the size
+and SAMPLES blocks are hashed.
 """
 
 from __future__ import annotations
@@ -16,23 +16,28 @@ from typing import Any
 
 from vlm_jax import files
 from vlm_jax.data import records
-from vlm_jax.data.rows import Features
+from vlm_jax.data.rows import CachedFeatures
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.storage import run as experiment
 
-WHOLE = 16 * 2**20  # bytes up to which a file is read to its end: every picture, small weights
-# Of a larger file: evenly spaced blocks, the first and the last among them.
+WHOLE = 16 * 2**20  # bytes up to which a file is hashed completely: every image, small weights
+# Of a larger file, evenly spaced blocks are hashed, including the first and the last.
 SAMPLES, BLOCK = 16, 2**16
-PATHS = ("annotations", "image_roots", "tokenizer", "features_dir")  # of data: names, not contents
-PARTS = {"weights", "prompts"}  # what `of_run` gives
+PATHS = (
+    "annotations",
+    "image_roots",
+    "tokenizer",
+    "features_dir",
+)  # fields of data that only say where files are
+PARTS = {"weights", "prompts"}  # the keys of what `of_run` returns
 TOKENIZER = ("tokenizer*", "special_tokens*", "added_tokens*", "vocab.json", "merges.txt")
 
 
 def of_run(workdir: str) -> dict[str, str]:
-    """{"weights": .., "prompts": ..} of the newest checkpoint of a training workdir, and of how the run words a prompt.
+    """{"weights": .., "prompts": ..}: of the newest checkpoint of a training workdir, and of its prompt format.
 
-    Orbax names the files of each save by random numbers, so that a run that was trained anew differs even where the
-    sampled blocks do not. Raises ConfigError for a run that is damaged.
+    Orbax gives the files of each save random names, which are hashed too: a run that was trained again differs even if
+    all sampled blocks are equal. Raises ConfigError for a damaged run.
     """
     folder = Path(workdir)
     state = folder / "checkpoints" / str(experiment.last_step(workdir)) / "state"
@@ -53,22 +58,24 @@ def of_run(workdir: str) -> dict[str, str]:
 
 def of_question(
     row: Mapping[str, Any],
+    file: str,
     image_root: str,
-    features: Features | None,
+    features: CachedFeatures | None,
     replies: Sequence[str] | None,
     ignored: Collection[str] = (),
 ) -> str:
-    """Of what a model sees of a row: words, pictures (or their cached features), replies to choose from. Gold is no part.
+    """The fingerprint of the model's input for a row: text, images (or their cached features) and the replies to choose from.
 
-    ignored: fields of the row that count as absent. Raises BadRecord for a row that cannot be asked.
+    The gold answer is not part of it. file: where the row comes from, for error messages. ignored: fields of the row that
+    are treated as absent. Raises BadRecord for a row that is not a valid question.
     """
-    record = records.parse(dict(row), "questions", image_root, row["id"], True, ignored)
+    record = records.parse(dict(row), file, image_root, row["id"], True, ignored)
     words = dataclasses.replace(record, file="", root="", images=())
     shown = (_picture(image, record.root, features) for image in record.images)
     return _digest([repr(words), repr(replies and tuple(replies)), *shown])
 
 
-def _picture(image: records.Image, root: str, features: Features | None) -> str:
+def _picture(image: records.ImageSource, root: str, features: CachedFeatures | None) -> str:
     if features is not None:
         row = features.rows.get(image) if isinstance(image, str) else None
         return "absent" if row is None else _features(features, row)
@@ -76,20 +83,20 @@ def _picture(image: records.Image, root: str, features: Features | None) -> str:
         path = Path(root, image)
         try:
             stat = path.stat()
-            return _seen(path, stat.st_mtime_ns, stat.st_size)
-        except (OSError, ValueError):  # a folder, or a name that no file can have
+            return _image_file(path, stat.st_mtime_ns, stat.st_size)
+        except (OSError, ValueError):  # missing, a folder, or not a valid file name
             return "absent"
     return _digest([image if isinstance(image, bytes) else image()])
 
 
-def _features(features: Features, row: int) -> str:
+def _features(features: CachedFeatures, row: int) -> str:
     levels = [level for level in (features.last, features.taps) if level is not None]
     return _digest(part for level in levels for part in (repr(level.dtype), level[row].tobytes()))
 
 
-@functools.lru_cache(4096)  # several questions are about one picture
-def _seen(path: Path, changed: int, size: int) -> str:
-    del changed, size  # a file that was written anew is read again
+@functools.lru_cache(4096)  # several questions share one image
+def _image_file(path: Path, changed: int, size: int) -> str:
+    del changed, size  # part of the cache key: a file that was rewritten is read again
     return _file(path)
 
 
@@ -109,7 +116,7 @@ def _blocks(path: Path) -> Iterator[bytes]:
 
 
 def _digest(parts: Iterable[str | bytes]) -> str:
-    """32 hexadecimal digits."""
+    """32 hexadecimal digits. Each part is hashed with its length, so that parts cannot run together."""
     found = hashlib.blake2b(digest_size=16)
     for part in parts:
         data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part

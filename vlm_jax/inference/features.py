@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import os
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, UInt8
 from numpy.lib.format import open_memmap
 
-from vlm_jax import sharding
+from vlm_jax import files, sharding
 from vlm_jax.data import feature_cache, feature_images
 from vlm_jax.models.vit import Features
 from vlm_jax.models.vlm import VLM
@@ -58,24 +56,18 @@ def cache(exp: Experiment, folder: Path) -> None:
     paths = feature_images.list_images(exp.data)
     if not paths:
         raise ConfigError("features: the records of data.annotations name no image.")
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with files.whole_folder(folder) as partial:
         rows = _write_tables(exp, params, paths, mesh, partial)
-        (partial / "index.json").write_text(json.dumps(rows), encoding="utf-8")
+        files.write_whole(partial / "index.json", json.dumps(rows))
         taps, found = weights.taps_of(exp.model), weights.fingerprint(params["vit"])
         source = str(Path(exp.init.sources["vit"]).absolute())
         feature_cache.write_made(partial, exp.model, exp.data, taps, found, source)
-        partial.replace(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_tables(
     exp: Experiment, params: Any, paths: Sequence[tuple[str, str]], mesh: Mesh, folder: Path
 ) -> dict[str, int]:
-    """Writes last.npy (and taps.npy) row by row; the row of each image."""
+    """Writes last.npy (and taps.npy) batch by batch. Returns the row of each image."""
     arrays: dict[str, Any] = {}
     rows: dict[str, int] = {}
     size = -(-min(BATCH, len(paths)) // mesh.size) * mesh.size

@@ -1,6 +1,7 @@
-"""Answers from a model: one jitted prefill, then a decode loop over a KV cache of fixed size; or how likely replies are.
+"""Generation: one jitted prefill, then a decode loop over a key/value cache of fixed size. Also the likelihood of replies.
 
-What all prompts begin with may be read once: its keys and values (`Generator.prefix`) then stand before every row.
+The prefix that all prompts share can be computed once: `Generator.prefix` returns its keys and values, and every row of a
+batch then continues from them.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ class Decoding:
     """How tokens are chosen and when a row stops."""
 
     max_new_tokens: int
-    eos_ids: tuple[int, ...]  # a row stops at the first of these; it is part of the output
+    eos_ids: tuple[int, ...]  # a row stops at the first of these, which is part of the output
     pad_id: int  # fills a row after its end
-    temperature: float = 0.0  # 0: greedy; else logits are divided by it and sampled
-    top_p: float = 1.0  # sample among the fewest tokens whose probabilities sum to at least this
+    temperature: float = 0.0  # 0: greedy; otherwise tokens are sampled from logits / temperature
+    top_p: float = (
+        1.0  # sample from the smallest set of tokens whose probabilities sum to at least this
+    )
 
     def __post_init__(self):
         check_positive("decoding", max_new_tokens=self.max_new_tokens, top_p=self.top_p)
@@ -41,9 +44,9 @@ class Decoding:
 
 
 class Loop(NamedTuple):
-    """What one decode step hands to the next."""
+    """The state carried from one decode step to the next."""
 
-    step: Int[Array, ""]  # tokens chosen so far
+    step: Int[Array, ""]  # number of tokens generated so far
     last: Int[Array, "B"]
     done: Bool[Array, "B"]
     output: Int[Array, "B G"]
@@ -51,7 +54,7 @@ class Loop(NamedTuple):
 
 
 class Generator:
-    """A model's jitted functions, each compiled once per shape; `compilations` counts how often in all."""
+    """A model's jitted functions, each compiled once per shape; `compilations` counts all compilations."""
 
     def __init__(self, config: VLMConfig, decoding: Decoding):
         self.config, self.decoding, self.compilations = config, decoding, 0
@@ -66,28 +69,28 @@ class Generator:
         seeds: Int[Array, "B"],
         prefix: Cache | None = None,
     ) -> Int[Array, "B G"]:
-        """The new tokens, G = max_new_tokens, pad_id after a row's end.
+        """The generated tokens, G = max_new_tokens, padded with pad_id after the end of a row.
 
-        inputs: left-padded prompts, segments 0 (-1 at padding); `inputs.count` chooses the visual tokens shown by an elastic
-        compressor (traced: any count runs the same code, over the slots of the config). seeds: one per row, so that a
-        sampled answer does not depend on the rows beside it; greedy decoding ignores them. prefix: `self.prefix(params,
-        ids [1 P])` of the text before every prompt; the positions in `inputs` count it.
+        inputs: left-padded prompts in segment 0 (-1 at padding). `inputs.count` is the number of visual tokens that an
+        elastic compressor keeps; it is traced, so every count runs the same compiled code. seeds: one per row, so that a
+        sampled answer does not depend on the other rows; greedy decoding ignores them. prefix: `self.prefix(params, ids
+        [1 P])` of the text before every prompt; the positions in `inputs` start after it.
         """
         return self._jitted(params, inputs, seeds, prefix)
 
     def _prefix(self, params: Any, tokens: Int[Array, "1 P"]) -> Cache:
         """Keys and values of the text that every prompt begins with."""
-        self.compilations += 1  # runs only while jax traces a new shape
+        self.compilations += 1  # runs only when jax traces a new shape
         return self._method("shared_prefix")(params, tokens)
 
     def _replies(
         self, params: Any, inputs: Inputs, prefix: Cache | None, *, slots: int, count: int
     ) -> Float[Array, "B {count}"]:
-        """Log-probability of each of at most `count` replies as the answer: the sum over its tokens, 0 where a row has fewer.
+        """Log-probability of each of up to `count` replies: the sum over its tokens; 0 where a row has fewer replies.
 
         inputs: prompts with their replies in the last `slots` columns, as data/eval_batches.py lays them out.
         """
-        self.compilations += 1  # runs only while jax traces a new shape
+        self.compilations += 1  # runs only when jax traces a new shape
         shared, cache = self._room(prefix, inputs.tokens.shape, 0)
         tokens = self._method("replies")(params, inputs, slots, cache, shared)
         numbers = inputs.segments[:, -slots:, None]
@@ -99,7 +102,7 @@ class Generator:
         return lambda params, *inputs: model.apply({"params": params}, *inputs, method=name)
 
     def _room(self, prefix: Cache | None, shape: tuple[int, ...], new: int) -> tuple[int, Cache]:
-        """How many slots the prefix fills, and a cache with room for prompts of `shape` [B T] and `new` tokens."""
+        """The length of the prefix, and a cache with room for prompts of `shape` [B T] and `new` more tokens."""
         batch, length = shape
         if prefix is None:
             return 0, empty_cache(self.config.lm, batch, length + new)
@@ -108,7 +111,7 @@ class Generator:
     def _generate(
         self, params: Any, inputs: Inputs, seeds: Int[Array, "B"], prefix: Cache | None
     ) -> Int[Array, "B G"]:
-        self.compilations += 1  # runs only while jax traces a new shape
+        self.compilations += 1  # runs only when jax traces a new shape
         new, batch = self.decoding.max_new_tokens, len(inputs.tokens)
         shared, cache = self._room(prefix, inputs.tokens.shape, new)
         logits, cache, layout = self._method("prefill")(params, inputs, cache, shared)
@@ -141,14 +144,14 @@ class Generator:
 
 @functools.lru_cache(maxsize=64)
 def make_generate(config: VLMConfig, decoding: Decoding) -> Generator:
-    """Equal arguments give the same Generator, so that a sweep compiles each model once."""
+    """The Generator of these settings; equal arguments share one, so that a sweep compiles each model once."""
     return Generator(config, decoding)
 
 
 def choose(
     logits: Float[Array, "B V"], seeds: Int[Array, "B"], step: Int[Array, ""], decoding: Decoding
 ) -> Int[Array, "B"]:
-    """The next token of each row: the likeliest, or a draw that depends on (logits, the row's seed, step) alone."""
+    """The next token of each row: the most likely one, or a sample that depends only on its logits, its seed and `step`."""
     if decoding.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / decoding.temperature
@@ -162,7 +165,7 @@ def choose(
 
 
 def nucleus_floor(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B 1"]:
-    """The smallest logit among the fewest likeliest tokens whose probabilities sum to at least top_p."""
+    """The smallest logit in the nucleus: the fewest most likely tokens whose probabilities sum to at least top_p."""
     descending = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
     probabilities = jax.nn.softmax(descending, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities

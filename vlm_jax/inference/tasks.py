@@ -1,11 +1,10 @@
-"""What an evaluation asks, and what its workdir holds of it already: settings, questions, answers that still count."""
+"""The tasks of an evaluation: the questions of each benchmark, and which of them its workdir has answered already."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import json
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,92 +14,28 @@ from vlm_jax import benchmarks, files
 from vlm_jax.benchmarks import predictions
 from vlm_jax.benchmarks.predictions import Answer
 from vlm_jax.data import sources
-from vlm_jax.data.rows import Features
-from vlm_jax.data.templates import QUERIES
+from vlm_jax.data.rows import CachedFeatures
 from vlm_jax.inference import content
-from vlm_jax.settings.checks import ConfigError, check_choice, check_positive
+from vlm_jax.inference.settings import MODES, EvalConfig
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.storage import run as experiment
-
-# How answers are found -> what the names of its results end in. likelihood generates only what has no "replies".
-MODES = {"generation": "", "likelihood": "_likelihood"}
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalConfig:
-    """What to ask, and how."""
-
-    checkpoint: str  # workdir of the training run
-    benchmarks: tuple[str, ...]  # keys of BENCHMARKS
-    annotations: tuple[str, ...]  # one directory per benchmark
-    image_roots: tuple[str, ...]  # one folder per benchmark ("": its annotations'); () = all ""
-    batch_size: int
-    mode: str  # a key of MODES
-    max_new_tokens: int
-    temperature: float  # 0 = greedy
-    top_p: float
-    seed: int  # of sampling
-    limit: int  # first questions only; 0 = all
-    features_dir: str  # cached encoder features; "" = encode the images
-    visual_tokens: int  # per image; 0 = as the model's config says
-    query: str  # a key of data.templates.QUERIES; "" = as in training
-    with_questions: bool  # predictions.jsonl holds each question and its gold answer too
-
-    def __post_init__(self):
-        check_positive("eval", batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
-        if not self.checkpoint:
-            raise ConfigError("eval: checkpoint is empty; give the workdir of a training run.")
-        if not self.benchmarks:
-            names = ", ".join(benchmarks.BENCHMARKS)
-            raise ConfigError(f"eval: benchmarks is empty; name one or more of {names}.")
-        if len(self.benchmarks) != len(self.annotations):
-            raise ConfigError(
-                f"eval: {len(self.benchmarks)} benchmarks but {len(self.annotations)} annotations; give one "
-                "directory per benchmark."
-            )
-        if self.image_roots and len(self.benchmarks) != len(self.image_roots):
-            raise ConfigError(
-                f"eval: {len(self.benchmarks)} benchmarks but {len(self.image_roots)} image_roots; give one folder per "
-                "benchmark ('' for the folder of its annotations), or none."
-            )
-        if len(set(self.benchmarks)) != len(self.benchmarks):
-            raise ConfigError(
-                f"eval: benchmarks {self.benchmarks} names one twice; name each once."
-            )
-        if self.temperature < 0:
-            raise ConfigError(
-                f"eval: temperature must be 0 (greedy) or more, got {self.temperature}."
-            )
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"eval: top_p must lie in (0, 1], got {self.top_p}.")
-        check_choice("eval", "query", self.query, ("", *QUERIES))
-        check_choice("eval", "mode", self.mode, MODES)
-        if self.limit < 0:
-            raise ConfigError(f"eval: limit must be 0 (all) or more, got {self.limit}.")
-        for name in self.benchmarks:
-            benchmarks.get(name)
-
-    def image_root(self, number: int) -> str:
-        """The folder that image paths of a benchmark start from."""
-        if self.image_roots and self.image_roots[number]:
-            return self.image_roots[number]
-        place = Path(self.annotations[number])
-        return str(place if place.is_dir() else place.parent)
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One benchmark of a run: its questions and where its answers are kept."""
+    """One benchmark of an evaluation: its questions, and the folder of its answers."""
 
     name: str
     mode: str
+    annotations: str
     image_root: str
     folder: Path
-    rows: list[dict[str, Any]]  # those to be scored
-    beyond: frozenset[str]  # ids left out by the limit
-    unanswered: list[dict[str, Any]]
-    features: Features | None  # read instead of the images
-    ignored: tuple[str, ...]  # fields of rows that count as absent
-    with_questions: bool
+    rows: list[dict[str, Any]]  # the questions to score
+    beyond: frozenset[str]  # ids of the questions that the limit leaves out
+    unanswered: list[dict[str, Any]]  # the rows without an answer in the folder
+    features: CachedFeatures | None  # read instead of the images
+    ignored: tuple[str, ...]  # fields of rows that are treated as absent
+    with_questions: bool  # whether predictions.jsonl also holds questions and gold answers
 
     @property
     def predictions(self) -> Path:
@@ -108,24 +43,25 @@ class Task:
 
     @property
     def label(self) -> str:
-        """The name of its results."""
+        """The name under which results are reported: the benchmark's, with the ending of the mode."""
         return self.name + MODES[self.mode]
 
     def is_chosen(self, row: dict[str, Any]) -> bool:
-        """Whether the answer is the likeliest of the row's replies."""
+        """Whether the answer is chosen as the most likely of the row's replies, not generated."""
         return self.mode == "likelihood" and "replies" in row
 
     def mark(self, row: dict[str, Any]) -> str:
         """The fingerprint of a question."""
         replies = row["replies"] if self.is_chosen(row) else None
-        return content.of_question(row, self.image_root, self.features, replies, self.ignored)
+        where = (self.annotations, self.image_root)
+        return content.of_question(row, *where, self.features, replies, self.ignored)
 
     @functools.cached_property
     def _by_id(self) -> dict[str, dict[str, Any]]:
         return {row["id"]: row for row in self.unanswered}
 
     def keep(self, answers: list[Answer]) -> None:
-        """Adds answers to the predictions, each with the fingerprint of its question, and the question if it is wanted."""
+        """Appends answers to predictions.jsonl, each with the fingerprint of its question, and the question if asked for."""
         beside: dict[str, dict[str, Any]] = {}
         for i, _ in answers:
             row = self._by_id[i]
@@ -137,9 +73,9 @@ class Task:
 
 
 def open_tasks(settings: EvalConfig, workdir: Path) -> list[Task]:
-    """Reads the questions and what `workdir` answers already.
+    """Reads the questions of each benchmark and the answers that `workdir` already holds.
 
-    Raises ConfigError when those are answers of another run or to other questions.
+    Raises ConfigError when those answers are by another run or to other questions.
     """
     if not settings.features_dir:
         sources.check_image_roots("eval", settings.image_roots)
@@ -153,7 +89,7 @@ def open_tasks(settings: EvalConfig, workdir: Path) -> list[Task]:
         "visual_tokens": settings.visual_tokens or None,
         "query": settings.query or None,
     }
-    features = Features(settings.features_dir) if settings.features_dir else None
+    features = CachedFeatures(settings.features_dir) if settings.features_dir else None
     return [
         _open(number, settings, made_with, features, workdir)
         for number in range(len(settings.benchmarks))
@@ -164,7 +100,7 @@ def _open(
     number: int,
     settings: EvalConfig,
     made_with: Mapping[str, Any],
-    features: Features | None,
+    features: CachedFeatures | None,
     workdir: Path,
 ) -> Task:
     name, annotations = settings.benchmarks[number], settings.annotations[number]
@@ -176,7 +112,7 @@ def _open(
     benchmarks.check_scorable(name, chosen)
     folder.mkdir(exist_ok=True)
     task = Task(
-        name, settings.mode, settings.image_root(number), folder, chosen,
+        name, settings.mode, annotations, settings.image_root(number), folder, chosen,
         frozenset(row["id"] for row in rows[len(chosen) :]), [], features,
         experiment.read(settings.checkpoint).data.ignored_fields, settings.with_questions,
     )  # fmt: skip
@@ -191,15 +127,13 @@ def _open(
 
 
 def _describe(path: Path, made_with: Mapping[str, Any], checkpoint: str, annotations: str) -> None:
-    """Writes run.json; where things lay is for the reader, and not compared."""
+    """Writes run.json. The paths in it are for people; they are not compared."""
     places = {
         "checkpoint": str(Path(checkpoint).absolute()),
         "step": experiment.last_step(checkpoint),
         "annotations": str(Path(annotations).absolute()),
     }
-    part = path.with_suffix(f".part{os.getpid()}")  # another process may be reading
-    part.write_text(json.dumps({**places, **made_with}, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    files.write_whole(path, json.dumps({**places, **made_with}, indent=1) + "\n")
 
 
 CHANGED = {
@@ -209,7 +143,7 @@ CHANGED = {
 
 
 def _check_run(task: Task, checkpoint: str, made_with: Mapping[str, Any]) -> None:
-    """Raises ConfigError unless run.json says that the answers were made as they would be now."""
+    """Raises ConfigError unless run.json says that the answers were made with the present weights and settings."""
     path, advice = task.folder / "run.json", "give another workdir, or delete it"
     before = files.read_json(path) if path.is_file() else {}
     if not before.keys() >= content.PARTS:
@@ -228,10 +162,10 @@ def _check_run(task: Task, checkpoint: str, made_with: Mapping[str, Any]) -> Non
 
 
 def _check_questions(task: Task, rows: Mapping[str, dict[str, Any]]) -> None:
-    """Raises ConfigError when an answer in the predictions is to a question that is another one now, or gone."""
+    """Raises ConfigError when predictions.jsonl answers a question that has changed since, or no longer exists."""
     records = [line for _, line in predictions.read_lines(task.predictions)]
     known = [record for record in records if record["id"] in rows]
-    with ThreadPoolExecutor(8) as pool:  # pictures are read, mostly waiting for the disk
+    with ThreadPoolExecutor(8) as pool:  # threads, because reading images mostly waits for the disk
         now = pool.map(lambda record: task.mark(rows[record["id"]]), known)
         changed = [
             record["id"]

@@ -1,16 +1,20 @@
-"""What may be spent on a question: FLOPs, milliseconds on a chip, memory, or dollars per million questions."""
+"""What may be spent on a question (FLOPs, milliseconds on a chip, memory, dollars per million), and a plan made for it."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from vlm_jax.costs.chips import CHIPS, GIB, Chip
-from vlm_jax.costs.price import Number, Price
+from vlm_jax.costs.price import Number, Phase, Price, Workload
 from vlm_jax.settings.checks import ConfigError, check_choice, check_positive
 
 UNITS = {"gflops": "GFLOPs", "ms": "ms", "gib": "GiB", "dollars": "$ per 1M questions"}
 ON_A_CHIP = ("ms", "dollars")
+LONGEST = 2**17  # text tokens up to which the choice is computed
+LARGEST = 1.0  # possible error
 
 
 def spelt(kind: str, amount: Number) -> str:
@@ -83,3 +87,64 @@ def find_chip(name: str) -> Chip:
     table = {chip.name: chip for chip in CHIPS}
     check_choice("plan", "chip", name, table)
     return table[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One (LM, visual tokens) with its cost and predicted error."""
+
+    lm: str
+    lm_params: Number
+    visual_tokens: int
+    cost: float  # in the budget's unit
+    flops: float  # of one question
+    amounts: Mapping[str, float]  # the cost by kind of budget, for all that are known
+    affordable: bool  # within the budget and the memory
+    error: float
+    # Of the error over the law's resamples, at the fit's level; of an error below 1 it ends at 1.
+    interval: tuple[float, float]
+    share: float  # of resamples in which this candidate is the best affordable one
+    extrapolated: bool  # size or token count outside what was measured
+
+
+class Span(NamedTuple):
+    """The choice for Q text tokens from `first` to `last`, both included; nothing is affordable outside of spans."""
+
+    first: int
+    last: int
+    lm: str  # "" where sizes are free: as large as the budget allows
+    visual_tokens: int
+
+
+class Instead(NamedTuple):
+    """What the same budget buys if one thing is otherwise; lm is "" when nothing, for a reason."""
+
+    assumption: str
+    lm: str
+    visual_tokens: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to build for a budget, and how firmly the law says so."""
+
+    family: str
+    budget: Budget
+    workload: Workload
+    method: str  # how cost was counted
+    sizes_free: bool
+    best: Candidate
+    runners_up: tuple[Candidate, ...]  # the next affordable ones by predicted error
+    frontier: tuple[Candidate, ...]  # of those that fit in the memory: none cheaper and better
+    candidates: tuple[Candidate, ...]  # all of them, cheapest first
+    phases: tuple[Phase, ...]  # of the best one, for the whole batch
+    by_text_tokens: tuple[Span, ...]  # the choice for other Q at the same budget
+    instead: tuple[Instead, ...]
+    continuous_optimum: float  # V* were LM size and V free: Q beta / (alpha - beta); inf: all
+    statements: tuple[str, ...] = ()  # the answer in words, one sentence each; see `words.py`
+
+
+def spell_pair(lm: str, visual_tokens: int) -> str:
+    """ "qwen1.5-7b with 16 visual tokens" """
+    return f"{lm} with {visual_tokens} visual token{'' if visual_tokens == 1 else 's'}"

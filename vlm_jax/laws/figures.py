@@ -1,59 +1,112 @@
-"""Pictures of what follows from a law: an unseen LM size, the best number of visual tokens, pairs of equal cost."""
+"""Pictures of a law, drawn from the table and the fit: nothing is typed in. `plot.py` is the command.
+
+Error against cost, a plan, an unseen LM size, the best number of visual tokens, pairs of equal cost.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, NullLocator
 
 from vlm_jax.costs.price import Number, Workload, paper_flops
-from vlm_jax.laws.budget import Budget
-from vlm_jax.laws.cells import select
-from vlm_jax.laws.drawing import (
-    FRONTIER,
-    LANGUAGE_MODEL,
-    MARKERS,
-    MUTED,
-    SAMPLES,
-    apart,
-    canvas,
-    colour_keys,
-    finish,
-    legends,
-    lm_colours,
-    lm_names,
-    rows_of,
-    shades,
-    shape_keys,
-)
+from vlm_jax.laws import cells, drawing
+from vlm_jax.laws.budget import Budget, Plan, Span, spell_pair
 from vlm_jax.laws.law import Fit, Law
-from vlm_jax.laws.planning import Span, choose, optimal_visual_tokens
+from vlm_jax.laws.planning import best_measured_tokens, choose, optimal_visual_tokens
 from vlm_jax.laws.table import Row, family_mean, size_name
-from vlm_jax.laws.weighting import LOSSES, WEIGHTS
 from vlm_jax.settings.checks import ConfigError
 
-ABOUT = 1.2  # costs within this factor of a budget are about equal to it
 BUDGETS = (0.25, 1.0, 4.0)  # of the base budget, where choices are followed along Q
 LONGEST_TEXT = 2048  # Q up to which they are drawn
 FLOPS = EngFormatter(unit="FLOPs", places=0)
 LABELLED_BARS = 12  # up to which each bar has room for its number
 
 
-class Pair(NamedTuple):
-    """An (LM, visual tokens) with its cost."""
+def errors_figure(rows: Sequence[Row], fit: Fit, text_tokens: int = 0) -> Figure:
+    """Error against the paper's inference FLOPs 2 N (Q + V), as its Figure 1.
 
-    lm: str
-    lm_params: Number
-    visual_tokens: int
-    flops: float  # 2 N (Q + V)
+    Points are measured cells (mean over seeds, bars from the lowest to the highest seed), thin lines the fitted law for
+    each LM, the band its Pareto frontier. Flagged cells are hollow and were not fitted. text_tokens: Q.
+    """
+    rows = [row for row in family_mean(cells.rows_of(rows, fit), fit.family)]
+    figure, axes = drawing.canvas()
+    lms = sorted(fit.lms.items(), key=lambda item: item[1])
+    colours, names = drawing.lm_colours(fit.lms), drawing.lm_names(fit.lms)
+    _draw_law(axes, fit, lms, colours, text_tokens)
+    for lm, params in lms:
+        for i, tokens in enumerate(fit.visual_tokens):
+            x = float(paper_flops(params, text_tokens, tokens))
+            runs = [row for row in rows if row.cell == (lm, tokens)]
+            _draw_cell(axes, x, runs, colours[lm], drawing.MARKERS[i % len(drawing.MARKERS)])
+    drawing.finish(
+        axes,
+        f"FLOPs of one answer, 2 N (Q + V), Q = {text_tokens}",
+        f"{fit.family} error (1 - score)",
+    )
+    law = fit.law
+    floor = f" + {law.D:.3g}" if law.D > 0 else ""
+    axes.set_title(
+        f"{fit.family}: error = {law.A:.3g} N$^{{{-law.alpha:.3f}}}$ V$^{{{-law.beta:.3f}}}${floor}"
+        "   (N in billions)",
+        fontsize=11,
+    )
+    drawing.legends(
+        figure,
+        {
+            drawing.LANGUAGE_MODEL: drawing.colour_keys({names[lm]: colours[lm] for lm, _ in lms}),
+            drawing.VISUAL_TOKENS: drawing.shape_keys([str(v) for v in fit.visual_tokens]),
+            "": [_frontier_key()],
+        },
+    )
+    return figure
+
+
+def plan_figure(plan: Plan, fit: Fit) -> Figure:
+    """The candidates' predicted error against their cost, the Pareto frontier, the budget and the choice."""
+    figure, axes = drawing.canvas()
+    tokens = sorted({c.visual_tokens for c in plan.candidates})
+    colours = drawing.lm_colours({c.lm: c.lm_params for c in plan.candidates})
+    low, high = min(c.cost for c in plan.candidates), max(c.cost for c in plan.candidates)
+    right = max(high, plan.budget.limit) * 1.3
+    axes.axvspan(plan.budget.limit, right, color="#eeeeee", zorder=0, linewidth=0)
+    axes.axvline(plan.budget.limit, color=drawing.MUTED, linewidth=1.2, linestyle="--", zorder=1)
+    steps = [*plan.frontier]
+    axes.plot([c.cost for c in steps], [c.error for c in steps], color=drawing.FRONTIER, linewidth=5, alpha=0.35, zorder=1, solid_joinstyle="round")  # fmt: skip
+    for c in plan.candidates:
+        marker = drawing.MARKERS[tokens.index(c.visual_tokens) % len(drawing.MARKERS)]
+        axes.plot(c.cost, c.error, marker, color=colours[c.lm], markersize=7, markeredgecolor="white", markeredgewidth=0.6, zorder=3)  # fmt: skip
+    best = plan.best
+    below, above = best.error - best.interval[0], best.interval[1] - best.error
+    axes.errorbar(best.cost, best.error, yerr=[[max(below, 0)], [max(above, 0)]], fmt="none", ecolor="black", elinewidth=1.2, capsize=3, zorder=4)  # fmt: skip
+    axes.plot(best.cost, best.error, "o", markersize=16, markerfacecolor="none", markeredgecolor="black", markeredgewidth=1.6, zorder=5)  # fmt: skip
+    axes.set_xlim(low / 1.3, right)
+    drawing.finish(
+        axes,
+        f"{plan.budget.unit} ({plan.method}, Q = {plan.workload.text_tokens})",
+        f"predicted {plan.family} error",
+    )
+    axes.set_title(
+        f"{plan.family}: {plan.budget.text} buy {spell_pair(best.lm, best.visual_tokens)}",
+        fontsize=11,
+    )
+    budget = Line2D([], [], color=drawing.MUTED, linestyle="--", linewidth=1.2, label="budget")
+    choice = Line2D([], [], color="black", marker="o", markersize=11, markerfacecolor="none", linestyle="", label="choice")  # fmt: skip
+    drawing.legends(
+        figure,
+        {
+            drawing.LANGUAGE_MODEL: drawing.colour_keys(colours),
+            drawing.VISUAL_TOKENS: drawing.shape_keys([str(v) for v in tokens]),
+            "": [_frontier_key(), budget, choice],
+        },
+    )
+    return figure
 
 
 def extrapolation_figure(rows: Sequence[Row], fit: Fit, to: Number | None = None) -> Figure:
@@ -72,12 +125,12 @@ def extrapolation_figure(rows: Sequence[Row], fit: Fit, to: Number | None = None
         raise ConfigError(
             f"plot: {size_name(to)} is no extrapolation; give more parameters than the largest LM, {size_name(sizes[-1])}."
         )
-    own = rows_of(rows, fit)
+    own = cells.rows_of(rows, fit)
     law = _law([row for row in own if fit.lms[row.lm] < sizes[-1]], fit)
     means = _cell_means(own, fit)
-    figure, axes = canvas()
+    figure, axes = drawing.canvas()
     labels, misses = [], []
-    colours = shades(len(fit.visual_tokens))
+    colours = drawing.shades(len(fit.visual_tokens))
     for v, colour, marker in zip(fit.visual_tokens, colours, _markers(fit), strict=True):
         _draw_tokens(axes, law, sizes, v, colour, to)
         off = []
@@ -91,9 +144,9 @@ def extrapolation_figure(rows: Sequence[Row], fit: Fit, to: Number | None = None
                 off.append(float(law.error(params, v)) / measured - 1)
         labels.append(f"{v}: {np.mean(off):+.1%}" if off else f"{v}: not measured")
         misses += off
-    finish(axes, "parameters of the language model, N", f"{fit.family} error (1 - score)")
+    drawing.finish(axes, "parameters of the language model, N", f"{fit.family} error (1 - score)")
     ticks = sizes if to is None else [*sizes, to]
-    axes.xaxis.set_major_locator(FixedLocator(apart(ticks, axes)))
+    axes.xaxis.set_major_locator(FixedLocator(drawing.apart(ticks, axes)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: size_name(n)))
     axes.xaxis.set_minor_locator(NullLocator())
     largest = size_name(sizes[-1])
@@ -104,11 +157,11 @@ def extrapolation_figure(rows: Sequence[Row], fit: Fit, to: Number | None = None
         fontsize=11,
     )
     kinds = [
-        Line2D([], [], color=MUTED, marker="o", linestyle="-", label="fitted"),
-        Line2D([], [], color=MUTED, marker="o", linestyle="--", markerfacecolor="white", label="held out"),
+        Line2D([], [], color=drawing.MUTED, marker="o", linestyle="-", label="fitted"),
+        Line2D([], [], color=drawing.MUTED, marker="o", linestyle="--", markerfacecolor="white", label="held out"),
     ]  # fmt: skip
     title = f"visual tokens: law's\nerror at {largest}"
-    legends(figure, {title: shape_keys(labels, colours), "": kinds})
+    drawing.legends(figure, {title: drawing.shape_keys(labels, colours), "": kinds})
     return figure
 
 
@@ -123,12 +176,12 @@ def text_tokens_figure(fit: Fit, base_flops: float | None = None) -> Figure:
     if base_flops is None:
         costs = [float(paper_flops(n, 0, v)) for n in fit.lms.values() for v in fit.visual_tokens]
         base_flops = math.sqrt(min(costs) * max(costs))
-    figure, _ = canvas()
+    figure, _ = drawing.canvas()
     figure.clear()
     grid = figure.add_gridspec(len(BUDGETS), 2, width_ratios=(1.15, 1))
     free = figure.add_subplot(grid[:, 0])
     _draw_free_sizes(free, fit)
-    colours, names = lm_colours(fit.lms), lm_names(fit.lms)
+    colours, names = drawing.lm_colours(fit.lms), drawing.lm_names(fit.lms)
     for i, share in enumerate(BUDGETS):
         axes = figure.add_subplot(grid[i, 1])
         _token_axes(axes, fit.visual_tokens)
@@ -138,7 +191,9 @@ def text_tokens_figure(fit: Fit, base_flops: float | None = None) -> Figure:
         axes.set_title(f"measured LMs, {FLOPS(share * base_flops)}", fontsize=9, pad=3)
         axes.tick_params(labelsize=8, labelbottom=i == len(BUDGETS) - 1)
     keys = {names[lm]: colour for lm, colour in colours.items()}
-    legends(figure, {LANGUAGE_MODEL: colour_keys(keys)}, at="outside right center")
+    drawing.legends(
+        figure, {drawing.LANGUAGE_MODEL: drawing.colour_keys(keys)}, at="outside right center"
+    )
     free.set_ylabel("best number of visual tokens, V")
     figure.supxlabel("text tokens, Q", fontsize=10)
     figure.suptitle(f"{fit.family}: {_tendency(fit.law)}", fontsize=11)
@@ -154,14 +209,14 @@ def equal_compute_figure(
     benchmark's own law. flops: the cost; None takes the one about which most LMs have a cell.
     Raises ConfigError when fewer than two have one.
     """
-    groups = [(fit, name) for fit in fits.values() for name in _benchmarks(rows, fit)]
-    pairs = equal_pairs(measured_pairs(rows, fits, text_tokens), flops)
-    figure, axes = canvas()
+    groups = [(fit, name) for fit in fits.values() for name in cells.benchmarks_of(rows, fit)]
+    pairs = cells.equal_pairs(cells.measured_pairs(rows, fits, text_tokens), flops)
+    figure, axes = drawing.canvas()
     lms = {pair.lm: pair.lm_params for pair in pairs}
-    colours, names = lm_colours(lms), lm_names(lms)
+    colours, names = drawing.lm_colours(lms), drawing.lm_names(lms)
     width = 0.8 / len(pairs)
     for g, (fit, benchmark) in enumerate(groups):
-        own = [row for row in rows_of(rows, fit) if row.benchmark == benchmark]
+        own = [row for row in cells.rows_of(rows, fit) if row.benchmark == benchmark]
         law = _law(own, fit)
         for i, pair in enumerate(pairs):
             x = g + (i - (len(pairs) - 1) / 2) * width
@@ -169,7 +224,9 @@ def equal_compute_figure(
             predicted = float(law.error(pair.lm_params, pair.visual_tokens))
             axes.bar(x, np.mean(errors), width * 0.92, color=colours[pair.lm], zorder=2)
             if len(errors) > 1:
-                axes.vlines(x, min(errors), max(errors), color=MUTED, linewidth=1.4, zorder=3)
+                axes.vlines(
+                    x, min(errors), max(errors), color=drawing.MUTED, linewidth=1.4, zorder=3
+                )
             axes.hlines(predicted, x - width * 0.46, x + width * 0.46, color="black", linewidth=2, zorder=4)  # fmt: skip
             if len(groups) * len(pairs) <= LABELLED_BARS:
                 axes.annotate(f"{np.mean(errors):.3f}", (x, max(predicted, *errors)), (0, 3), textcoords="offset points", ha="center", fontsize=8)  # fmt: skip
@@ -177,78 +234,20 @@ def equal_compute_figure(
     crowded = len(labels) > 3
     axes.set_xticks(range(len(labels)), labels, fontsize=9, rotation=30 if crowded else 0, ha="right" if crowded else "center")  # fmt: skip
     axes.set_ylabel("error (1 - score)")
-    axes.grid(True, axis="y", color="#dddddd", linewidth=0.6, zorder=0)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    drawing.plain(axes, "y")
     low, high = (FLOPS(limit(pair.flops for pair in pairs)) for limit in (min, max))
     axes.set_title(f"About equal compute: 2 N (Q + V) from {low} to {high}, Q = {text_tokens}", fontsize=11)  # fmt: skip
     bars = {f"{names[p.lm]}, V = {p.visual_tokens}": colours[p.lm] for p in pairs}
     predicted_key = Line2D([], [], color="black", linewidth=2, label="predicted by the law")
-    legends(figure, {"measured": colour_keys(bars), "": [predicted_key]})
+    drawing.legends(figure, {"measured": drawing.colour_keys(bars), "": [predicted_key]})
     return figure
-
-
-def measured_pairs(rows: Sequence[Row], fits: Mapping[str, Fit], text_tokens: int) -> list[Pair]:
-    """The (LM, visual tokens) that every benchmark of every law was measured at, smallest LM first."""
-    cells = [
-        {row.cell for row in rows_of(rows, fit) if row.benchmark == name and not row.flag}
-        for fit in fits.values()
-        for name in _benchmarks(rows, fit)
-    ]
-    sizes = {lm: params for fit in fits.values() for lm, params in fit.lms.items()}
-    shared = sorted(set.intersection(*cells), key=lambda cell: (sizes[cell[0]], cell))
-    return [
-        Pair(lm, sizes[lm], v, float(paper_flops(sizes[lm], text_tokens, v))) for lm, v in shared
-    ]
-
-
-def equal_pairs(pairs: Sequence[Pair], flops: float | None = None) -> list[Pair]:
-    """Of each LM the pair whose cost is nearest to `flops`, if it is within ABOUT of it; smallest LM first.
-
-    flops: None takes the pair's cost that keeps the most LMs, of these the one whose costs differ the least.
-    """
-    if flops is not None:
-        found = _near(pairs, flops)
-    else:
-        choices = [_near(pairs, pair.flops) for pair in pairs]
-        found = max(choices, key=lambda near: (len(near), -_spread(near)), default=[])
-    if len(found) < 2:
-        where = "of any one cost" if flops is None else f"of {FLOPS(flops)}"
-        raise ConfigError(
-            f"plot: fewer than 2 LMs have a cell within {ABOUT - 1:.0%} {where}; "
-            "measure more token counts, or give another --budget-gflops."
-        )
-    return found
-
-
-def _near(pairs: Sequence[Pair], flops: float) -> list[Pair]:
-    def distance(pair: Pair) -> float:
-        return abs(math.log(pair.flops / flops))
-
-    lms = dict.fromkeys(pair.lm for pair in pairs)
-    nearest = [min((p for p in pairs if p.lm == lm), key=distance) for lm in lms]
-    return [pair for pair in nearest if distance(pair) <= math.log(ABOUT)]
-
-
-def _spread(pairs: Iterable[Pair]) -> float:
-    costs = [pair.flops for pair in pairs]
-    return max(costs) / min(costs)
-
-
-def best_measured_tokens(
-    law: Law, counts: Sequence[int], text_tokens: Int[np.ndarray, " q"]
-) -> Int[np.ndarray, " q"]:
-    """For each Q the count of least error at equal cost where LMs of every size exist: N = C / (Q + V), for any C."""
-    v = np.array(counts)
-    spent = np.asarray(text_tokens)[:, None] + v
-    return v[np.argmin(spent**law.alpha * v**-law.beta, axis=1)]
 
 
 def _law(rows: Sequence[Row], fit: Fit) -> Law:
     """The law of these rows, fitted as `fit` was."""
     fixed = fit.law.D if fit.d_fixed else None
-    cells = select(rows, fit.family, None, fit.compressor, 4 if fixed is None else 3)
-    return LOSSES[fit.loss](WEIGHTS[fit.weights](cells), fixed).points.law(fixed)
+    own = cells.select(rows, fit.family, None, fit.compressor, 4 if fixed is None else 3)
+    return cells.weighed(own, fit.weights, fit.loss, fixed).points.law(fixed)
 
 
 def _cell_means(rows: Sequence[Row], fit: Fit) -> dict[tuple[str, int], float]:
@@ -260,11 +259,7 @@ def _cell_means(rows: Sequence[Row], fit: Fit) -> dict[tuple[str, int], float]:
 
 
 def _markers(fit: Fit) -> list[str]:
-    return [MARKERS[i % len(MARKERS)] for i in range(len(fit.visual_tokens))]
-
-
-def _benchmarks(rows: Sequence[Row], fit: Fit) -> list[str]:
-    return list(dict.fromkeys(row.benchmark for row in rows_of(rows, fit)))
+    return [drawing.MARKERS[i % len(drawing.MARKERS)] for i in range(len(fit.visual_tokens))]
 
 
 def _group_name(fit: Fit, benchmark: str) -> str:
@@ -275,8 +270,8 @@ def _draw_tokens(
     axes: Axes, law: Law, sizes: Sequence[Number], tokens: int, colour, to: Number | None
 ) -> None:
     """One token count's curve: solid over the fitted sizes, dashed beyond, and marked at `to`."""
-    fitted = np.geomspace(sizes[0], sizes[-2], SAMPLES)
-    beyond = np.geomspace(sizes[-2], to or sizes[-1], SAMPLES)
+    fitted = np.geomspace(sizes[0], sizes[-2], drawing.SAMPLES)
+    beyond = np.geomspace(sizes[-2], to or sizes[-1], drawing.SAMPLES)
     axes.plot(fitted, law.error(fitted, tokens), color=colour, linewidth=1.6, zorder=2)
     axes.plot(beyond, law.error(beyond, tokens), color=colour, linewidth=1.6, linestyle="--", zorder=2)  # fmt: skip
     if to is not None:
@@ -288,7 +283,7 @@ def _draw_free_sizes(axes: Axes, fit: Fit) -> None:
     law, counts = fit.law, fit.visual_tokens
     q = np.arange(LONGEST_TEXT + 1)
     best = best_measured_tokens(law, counts, q)
-    axes.step(q, best, where="post", color=FRONTIER, linewidth=2.2, label="best measured count", zorder=3)  # fmt: skip
+    axes.step(q, best, where="post", color=drawing.FRONTIER, linewidth=2.2, label="best measured count", zorder=3)  # fmt: skip
     ideal = np.array([optimal_visual_tokens(law.alpha, law.beta, float(x)) for x in q[1:]])
     if 0 < ideal[0] < math.inf:
         axes.plot(q[1:], ideal, color="black", linewidth=0.9, label="V* = Q β / (α - β)", zorder=2)
@@ -308,9 +303,7 @@ def _token_axes(axes: Axes, counts: Sequence[int]) -> None:
     axes.yaxis.set_major_locator(FixedLocator(list(counts)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.grid(True, which="major", color="#dddddd", linewidth=0.6, zorder=0)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    drawing.plain(axes)
 
 
 def _draw_spans(axes: Axes, spans: Sequence[Span], colours: Mapping[str, object]) -> None:
@@ -329,3 +322,57 @@ def _tendency(law: Law) -> str:
     if law.alpha <= law.beta:
         return f"tokens before parameters (α = {law.alpha:.3f} ≤ β = {law.beta:.3f})"
     return f"more visual tokens for longer prompts (α = {law.alpha:.3f}, β = {law.beta:.3f})"
+
+
+def _draw_law(axes: Axes, fit: Fit, lms, colours, text_tokens: int) -> None:
+    tokens = np.geomspace(fit.visual_tokens[0], fit.visual_tokens[-1], drawing.SAMPLES)
+    curves = []
+    for lm, params in lms:
+        cost = np.asarray(paper_flops(params, text_tokens, tokens))
+        error = fit.law.error(params, tokens)
+        curves.append((cost, error))
+        axes.plot(cost, error, color=colours[lm], linewidth=1.6, zorder=2)
+    cost, error = _envelope(curves)
+    axes.plot(
+        cost,
+        error,
+        color=drawing.FRONTIER,
+        linewidth=7,
+        alpha=0.35,
+        zorder=1,
+        solid_joinstyle="round",
+    )
+
+
+def _envelope(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """The least error any of the curves reaches at or below each cost."""
+    cost = np.unique(np.concatenate([c for c, _ in curves]))
+    reached = []
+    for own_cost, own_error in curves:
+        error = np.interp(np.log(cost), np.log(own_cost), own_error, left=np.inf)
+        reached.append(np.minimum.accumulate(error))
+    return cost, np.minimum.reduce(reached)
+
+
+def _draw_cell(axes: Axes, x: Number, runs: Sequence[Row], colour, marker: str) -> None:
+    good = [row.error for row in runs if not row.flag]
+    if good:
+        mean = float(np.mean(good))
+        if len(good) > 1:
+            axes.vlines(x, min(good), max(good), color=colour, linewidth=1.4, zorder=3)
+        axes.plot(x, mean, marker, color=colour, markersize=8, markeredgecolor="white", markeredgewidth=0.7, zorder=4)  # fmt: skip
+    for row in runs:
+        if row.flag:
+            axes.plot(
+                x,
+                row.error,
+                marker,
+                markersize=8,
+                markerfacecolor="none",
+                markeredgecolor=colour,
+                zorder=4,
+            )
+
+
+def _frontier_key() -> Line2D:
+    return Line2D([], [], color=drawing.FRONTIER, linewidth=7, alpha=0.35, label="Pareto frontier")

@@ -7,16 +7,16 @@ only the cost). Least squares with every (LM, visual tokens) cell weighted equal
 The exponents are free in sign: a table in which more tokens hurt says so with beta < 0, and the law under alpha, beta >= 0
 stands beside it (`law_nonnegative`), as do laws of other forms (`alternatives.py`).
 
-The headline intervals are profile likelihoods (`profile.py`); repeated seeds widen them by what a training run's luck adds
-(`runs.py`). Beside them stand bootstraps. *Cells*: which (LM, V) pairs were measured. *Seeds*: which training runs; drawn
+The headline intervals are profile likelihoods; repeated seeds widen them by what a training run's luck adds. Beside them stand bootstraps. *Cells*: which (LM, V) pairs were measured. *Seeds*: which training runs; drawn
 per LM size, whole, because one seed's language model is shared by all its token counts. *Residuals*: takes the law and
-independent noise for granted. Intervals are widened for small numbers, see `bootstrap.expanded_tail`.
+independent noise for granted. Intervals are widened for small numbers, see `uncertainty.py`.
 docs/law_coverage.csv says how often each kind of interval covers the truth.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import shlex
@@ -30,17 +30,13 @@ from rich.console import Console
 
 from vlm_jax.costs.price import Number
 from vlm_jax.laws import law as law_file
-from vlm_jax.laws import table
+from vlm_jax.laws import table, uncertainty, words
 from vlm_jax.laws.alternatives import compare
-from vlm_jax.laws.bootstrap import MODES, RESIDUALS, expanded_tail, resample, resample_residuals
-from vlm_jax.laws.cells import Cells, select
-from vlm_jax.laws.law import BILLION, CONSTANTS, EXPONENT_BOX, Fit
+from vlm_jax.laws.cells import LOSSES, WEIGHTS, Cells, select, weighed
+from vlm_jax.laws.law import BILLION, CONSTANTS, EXPONENT_BOX, Fit, Interval
 from vlm_jax.laws.least_squares import Solutions, solve
-from vlm_jax.laws.profile import Profiles, profile
-from vlm_jax.laws.sizes import GIVEN, SIZES, counted
-from vlm_jax.laws.table import Row
-from vlm_jax.laws.terminal import show
-from vlm_jax.laws.weighting import LOSSES, WEIGHTS
+from vlm_jax.laws.table import GIVEN, SIZES, Row, counted
+from vlm_jax.laws.uncertainty import MODES, RESIDUALS, Profiles, profile
 from vlm_jax.settings import cli
 from vlm_jax.settings.checks import ConfigError
 
@@ -69,24 +65,23 @@ def fit_family(
       compressor: None takes the one with the most cells.
       fixed_d: None fits D >= 0.
       draws, seed: of the bootstrap; the same numbers give the same intervals.
-      weights: of the cells, even or binomial (from n). loss: squares or huber; see `weighting.py`.
+      weights: of the cells, even or binomial (from n). loss: squares or huber; see `cells.py`.
       text_tokens: Q; compares the law in Q + V too.
       check: (alpha, beta) to test against the joint region.
     """
     _check_options(level, draws, fixed_d, text_tokens, weights, loss)
     constants = 4 if fixed_d is None else 3
-    cells = select(rows, family, benchmark, compressor, constants)
-    cells = LOSSES[loss](WEIGHTS[weights](cells), fixed_d)
-    points = cells.points
-    profiles = profile(cells, fixed_d)
+    chosen = select(rows, family, benchmark, compressor, constants)
+    cells = weighed(chosen, weights, loss, fixed_d)
+    points, profiles = cells.points, profile(cells, fixed_d)
     law, sse = profiles.law, profiles.sse
     predicted = law.error(points.size * BILLION, points.tokens)
     nonnegative, sse_nonnegative = profiles.nonnegative()
     solved = _resampled(cells, predicted, constants, draws, seed, fixed_d)
-    tails = {m: expanded_tail(cells, m, constants, level) for m in solved}
+    tails = {m: uncertainty.expanded_tail(cells, m, constants, level) for m in solved}
     mode = next(m for m in reversed(MODES) if m in solved)  # both, where both can be drawn
     lms = {row.lm: row.lm_params for row in cells.rows}
-    return Fit(
+    found = Fit(
         family=family,
         benchmark=cells.rows[0].benchmark,
         compressor=cells.rows[0].compressor,
@@ -117,6 +112,7 @@ def fit_family(
         visual_tokens=tuple(sorted({row.visual_tokens for row in cells.rows})),
         left_out=cells.left_out,
     )
+    return dataclasses.replace(found, statements=tuple(words.of_fit(found)))
 
 
 def fit_table(rows: Sequence[Row], **options: Any) -> dict[str, Fit]:
@@ -127,14 +123,7 @@ def fit_table(rows: Sequence[Row], **options: Any) -> dict[str, Fit]:
     }
 
 
-def _check_options(
-    level: float,
-    draws: int,
-    fixed_d: Number | None,
-    text_tokens: int | None,
-    weights: str,
-    loss: str,
-) -> None:
+def _check_options(level, draws, fixed_d, text_tokens, weights: str, loss: str) -> None:
     if not 0 < level < 1:
         raise ConfigError(f"fit: level must lie in (0, 1), got {level}.")
     if draws < 100:
@@ -161,10 +150,10 @@ def _resampled(
     errors = np.tile(cells.errors, (draws, 1))
     solved = {
         mode: solve(cells.size, cells.tokens, errors, weights, fixed)
-        for mode, weights in resample(cells, constants, draws, seed).items()
+        for mode, weights in uncertainty.resample(cells, constants, draws, seed).items()
     }
     points = cells.points
-    errors = resample_residuals(points, predicted, constants, draws, seed)
+    errors = uncertainty.resample_residuals(points, predicted, constants, draws, seed)
     even = np.tile(points.weights, (draws, 1))
     return solved | {RESIDUALS: solve(points.size, points.tokens, errors, even, fixed)}
 
@@ -180,11 +169,9 @@ def _down_weighted(cells: Cells) -> tuple[str, ...]:
     )
 
 
-def _intervals(
-    solved: Solutions, tail: float, level: float
-) -> dict[str, tuple[float, float] | None]:
+def _intervals(solved: Solutions, tail: float, level: float) -> dict[str, Interval | None]:
     tails = [tail, 100 - tail]
-    out: dict[str, tuple[float, float] | None] = {
+    out: dict[str, Interval | None] = {
         name: _pair(np.percentile(getattr(solved, name), tails)) for name in CONSTANTS[:4]
     }
     positive = (solved.alpha > 0) & (solved.beta > 0)
@@ -193,12 +180,12 @@ def _intervals(
     return out
 
 
-def _pair(values) -> tuple[float, float]:
+def _pair(values) -> Interval:
     low, high = values
-    return (float(low), float(high))
+    return float(low), float(high)
 
 
-def _profile_d(profiles: Profiles, level: float) -> dict[str, tuple[float, float] | None]:
+def _profile_d(profiles: Profiles, level: float) -> dict[str, Interval | None]:
     """Every D whose best law is not significantly worse, and the other constants of those best laws."""
     spans: dict[str, Any] = dict.fromkeys(CONSTANTS)
     ends = profiles.interval("D", level)
@@ -247,6 +234,20 @@ def _exponents(text: str) -> tuple[float, float]:
             f"fit: --check must be alpha=X,beta=Y with numbers up to {EXPONENT_BOX:g}; got {text!r}."
         )
     return alpha, beta
+
+
+def show(fit: Fit, console: Console) -> None:
+    """Prints one family's constants, the headline intervals (law.json has all), other laws and the statements."""
+    compressor = f", {fit.compressor}" if fit.compressor else ""
+    console.print(
+        f"{fit.family} ({fit.benchmark}{compressor}): {fit.num_cells} cells, {fit.num_seeds} seed(s), "
+        f"R2 {fit.r2:.3f}, largest relative error {fit.max_relative_error:.1%}",
+        style="bold", highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    console.print(words.constants_table(fit))
+    console.print(words.alternatives_table(fit))
+    for line in fit.statements:
+        console.print("- " + line, highlight=False, markup=False, soft_wrap=True)
 
 
 def run(argv: Sequence[str]) -> None:

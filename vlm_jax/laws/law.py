@@ -1,4 +1,4 @@
-"""A fitted law, how sure it is, and its file law.json: numbers, words, resamples, provenance."""
+"""A fitted law, how sure it is, and its file law.json: numbers, statements, resamples, provenance."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vlm_jax.settings.checks import ConfigError
 
 BILLION = 1e9
 LAW_FORMAT = 2
-SETTLED = 2.0  # AICc: laws closer than this are as good as each other (Burnham and Anderson 2002, section 2.6)
+Interval = tuple[float, float]
 CONSTANTS = ("A", "alpha", "beta", "D", "alpha/beta")
 _LAWS = ("law", "law_d_zero", "law_nonnegative")
 EXPONENT_BOX = 5.0  # |alpha|, |beta| <= 5 in the fit; a solution on the edge is a jump between two sizes or counts
@@ -55,9 +55,8 @@ class Alternative:
     rmse: float
     aicc: float | None  # corrected for few cells; None where there are too few
     bic: float
-    held_out: dict[
-        str, tuple[float, float]
-    ]  # LM -> (mean, largest) relative error of its cells, by the law of the other sizes
+    # LM -> (mean, largest) relative error of its cells, by the law of the other sizes
+    held_out: dict[str, tuple[float, float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +82,7 @@ class Fit:
     benchmark: str
     compressor: str
     law: Law
-    law_d_zero: (
-        Law  # the same with D = 0: its exponents are the ones to compare when D is not identified
-    )
+    law_d_zero: Law  # with D = 0: its exponents are the ones to compare when D is not identified
     law_nonnegative: Law  # the same with alpha, beta >= 0
     sse_nonnegative: float
     d_fixed: bool
@@ -95,17 +92,11 @@ class Fit:
     num_cells: int
     num_seeds: int
     level: float
-    intervals: dict[
-        str, dict[str, tuple[float, float] | None]
-    ]  # resampling mode -> constant -> interval
+    intervals: dict[str, dict[str, Interval | None]]  # resampling mode -> constant -> interval
     tails: dict[str, float]  # resampling mode -> percent cut off at either end for `level`
     p_alpha_greater: dict[str, float]  # resampling mode -> share of resamples with alpha > beta
-    d_profile: dict[
-        str, tuple[float, float] | None
-    ]  # constant -> its range over every D that fits as well
-    profile: dict[
-        str, tuple[float, float] | None
-    ]  # constant -> its profile-likelihood interval, see `laws/profile.py`
+    d_profile: dict[str, Interval | None]  # constant -> its range over every D that fits as well
+    profile: dict[str, Interval | None]  # constant -> its profile-likelihood interval
     alternatives: tuple[Alternative, ...]
     weights: str  # even | binomial
     loss: str  # squares | huber
@@ -116,117 +107,11 @@ class Fit:
     lms: dict[str, int | float]  # name -> parameters, as measured
     visual_tokens: tuple[int, ...]
     left_out: tuple[str, ...]  # rows that were not fitted, and why
+    statements: tuple[str, ...] = ()  # what the numbers say, one sentence each; see `words.py`
 
     @property
     def d_identified(self) -> bool:
         return not self.d_fixed and self.d_profile["D"] is not None and self.d_profile["D"][0] > 0
-
-    @property
-    def statements(self) -> list[str]:
-        """What the numbers say, in words; one line each."""
-        return _statements(self)
-
-
-def _order_statement(fit: Fit) -> str:
-    share, which = fit.p_alpha_greater[fit.mode], f"{len(fit.resamples)} resamples ({fit.mode})"
-    if 1 - fit.level < share < fit.level:
-        return f"{fit.family}: the order of alpha and beta is not settled: alpha > beta in {share:.1%} of {which}."
-    sizes, tokens = ("alpha", "LM size"), ("beta", "visual tokens")
-    (large, faster), (small, slower) = (sizes, tokens) if share > 0.5 else (tokens, sizes)
-    falls = f"error falls faster with {faster} than with {slower}"
-    interval = fit.profile[large]
-    if interval is None or interval[0] <= 0:
-        falls = f"but that error falls with {faster} at all is not settled"
-    return f"{fit.family}: {large} > {small} in {max(share, 1 - share):.1%} of {which}: {falls}."
-
-
-def _statements(fit: Fit) -> list[str]:
-    lines = [_order_statement(fit)]
-    if not fit.d_fixed:
-        lines.append(_d_statement(fit))
-    lines += _sign_statements(fit)
-    edge = np.mean(np.abs(fit.resamples[:, 1:3]).max(1) >= EXPONENT_BOX)
-    if edge > 0:
-        lines.append(
-            f"{fit.family}: in {edge:.1%} of the resamples an exponent reached the largest value that the fit allows, {EXPONENT_BOX:g}: these errors jump between two sizes or token counts rather than fall as a power law."
-        )
-    if fit.num_seeds == 1:
-        lines.append(
-            f"{fit.family}: one seed per cell: the intervals know nothing of run-to-run differences."
-        )
-    lines += _alternatives_statement(fit)
-    if fit.down_weighted:
-        lines.append(
-            f"{fit.family}: the robust loss counts these cells less: {'; '.join(fit.down_weighted)}."
-        )
-    if fit.check is not None:
-        lines.append(_check_statement(fit, fit.check))
-    lines += [f"{fit.family}: not fitted: {line}." for line in fit.left_out]
-    return lines
-
-
-def _d_statement(fit: Fit) -> str:
-    if fit.d_identified:
-        return f"{fit.family}: D = {fit.law.D:.3g} is identified: D = 0 fits significantly worse."
-    d, alpha, ratio = fit.profile["D"], fit.profile["alpha"], fit.profile["alpha/beta"]
-    along, steady = fit.d_profile["alpha"], fit.d_profile["alpha/beta"]
-    assert d is not None and alpha is not None and along is not None  # None only where D is fixed
-    ratios = "" if ratio is None else f" and the ratio alpha/beta in {_in(ratio)}"
-    stable = "" if steady is None else f", the best ratio in {_in(steady)}"
-    return (
-        f"{fit.family}: D is not identified: any D in {_in(d)} fits as well at {fit.level:.0%}, which leaves alpha in "
-        f"{_in(alpha)}{ratios}; the best alpha for each such D lies in {_in(along)}{stable}; compare the "
-        "exponents at D = 0."
-    )
-
-
-def _sign_statements(fit: Fit) -> list[str]:
-    lines = []
-    for name, what in (("alpha", "LM size"), ("beta", "visual tokens")):
-        interval, value = fit.profile[name], getattr(fit.law, name)
-        assert interval is not None  # only D and the ratio may have none
-        if interval[0] <= 0 <= interval[1]:
-            lines.append(
-                f"{fit.family}: {name} is not distinguishable from 0 ({fit.level:.0%} interval {_in(interval)})."
-            )
-        elif value < 0:
-            lines.append(f"{fit.family}: {name} = {value:.3g} < 0: error rises with {what} here.")
-    if fit.law_nonnegative != fit.law:
-        law = fit.law_nonnegative
-        lines.append(
-            f"{fit.family}: with alpha, beta >= 0 the law is A = {law.A:.3g}, alpha = {law.alpha:.3g}, beta = {law.beta:.3g}, "
-            f"D = {law.D:.3g}; SSE x {fit.sse_nonnegative / max(fit.sse, 1e-300):.3g}."
-        )
-    return lines
-
-
-def _alternatives_statement(fit: Fit) -> list[str]:
-    known = [(law.aicc, law.formula) for law in fit.alternatives if law.aicc is not None]
-    if len(known) < 2:
-        return [f"{fit.family}: too few cells to compare laws by AICc."]
-    known.sort()
-    least = known[0][0]
-    close = [formula for aicc, formula in known if aicc - least < SETTLED]
-    if len(close) == 1:
-        return [
-            f"{fit.family}: the cells support {close[0]}: AICc {known[1][0] - least:.1f} below the next law, {known[1][1]}."
-        ]
-    return [
-        f"{fit.family}: not settled which law holds: AICc differs by less than {SETTLED:g} between {' and '.join(close)}."
-    ]
-
-
-def _check_statement(fit: Fit, check: Check) -> str:
-    side = "inside" if check.inside else "outside"
-    return (
-        f"{fit.family}: alpha = {check.law.alpha:g}, beta = {check.law.beta:g} lie {side} the joint {fit.level:.0%} region: "
-        f"best A = {check.law.A:.3g}, D = {check.law.D:.3g}, SSE x {check.sse_ratio:.3g}, F = {check.f:.3g} (limit "
-        f"{check.f_limit:.3g}), p = {check.p:.2g}."
-    )
-
-
-def _in(pair: tuple[float, float]) -> str:
-    return f"[{pair[0]:.3g}, {pair[1]:.3g}]"
 
 
 def provenance(source: str, command: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,7 +121,7 @@ def provenance(source: str, command: str, options: Mapping[str, Any]) -> dict[st
 
 def save(path: str | os.PathLike[str], fits: Mapping[str, Fit], made_by: Mapping[str, Any]) -> None:
     """Writes law.json; numbers keep 8 digits, resamples 6."""
-    files.write_text(path, json.dumps(as_dict(fits, made_by), indent=1, allow_nan=False) + "\n")
+    files.write_whole(path, json.dumps(as_dict(fits, made_by), indent=1, allow_nan=False) + "\n")
 
 
 def as_dict(fits: Mapping[str, Fit], made_by: Mapping[str, Any]) -> dict[str, Any]:
@@ -248,11 +133,7 @@ def as_dict(fits: Mapping[str, Fit], made_by: Mapping[str, Any]) -> dict[str, An
         fields |= {name: dataclasses.asdict(getattr(fit, name)) for name in _LAWS}
         fields["alternatives"] = [dataclasses.asdict(law) for law in fit.alternatives]
         fields["check"] = None if fit.check is None else dataclasses.asdict(fit.check)
-        fields["ratio"], fields["d_identified"], fields["statements"] = (
-            fit.law.ratio,
-            fit.d_identified,
-            fit.statements,
-        )
+        fields |= {"ratio": fit.law.ratio, "d_identified": fit.d_identified}
         fields["resamples"] = [[float(f"{x:.6g}") for x in row] for row in fit.resamples]
         laws[family] = fields
     return {
@@ -265,31 +146,26 @@ def as_dict(fits: Mapping[str, Fit], made_by: Mapping[str, Any]) -> dict[str, An
 
 def load(path: str | os.PathLike[str]) -> dict[str, Fit]:
     """Reads law.json; raises ConfigError on a file that is not one."""
-    path = Path(path)
+    path, again = Path(path), "make it again with python -m vlm_jax.laws.fit."
     if not path.is_file():
         raise ConfigError(
             f"{path}: no such file; make it with python -m vlm_jax.laws.fit errors.csv --out {path.name}."
         )
     content = files.read_json(path)
     if content.get("format") != LAW_FORMAT:
-        raise ConfigError(
-            f"{path}: not a law.json of format {LAW_FORMAT}; make it again with python -m vlm_jax.laws.fit."
-        )
+        raise ConfigError(f"{path}: not a law.json of format {LAW_FORMAT}; {again}")
     try:
         fits = {family: _from_dict(fields) for family, fields in content["laws"].items()}
         broken = [family for family, fit in fits.items() if not _is_whole(fit)]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ConfigError(f"{path}: is damaged ({reason}); {again}") from error
+    if broken:
         raise ConfigError(
-            f"{path}: is damaged ({reason}); make it again with python -m vlm_jax.laws.fit."
-        ) from error
-    if broken or not fits:
-        raise ConfigError(
-            f"{path}: is damaged (the law of family {broken[0]!r} has no finite constants, resamples or sizes); "
-            "make it again with python -m vlm_jax.laws.fit."
-            if broken
-            else f"{path}: holds no law; make it again with python -m vlm_jax.laws.fit."
+            f"{path}: is damaged (the law of family {broken[0]!r} has no finite constants, resamples or sizes); {again}"
         )
+    if not fits:
+        raise ConfigError(f"{path}: holds no law; {again}")
     return fits
 
 
@@ -315,7 +191,7 @@ def _from_dict(fields: dict[str, Any]) -> Fit:
     values["intervals"] = {mode: pairs(group) for mode, group in fields["intervals"].items()}
     values["d_profile"], values["profile"] = pairs(fields["d_profile"]), pairs(fields["profile"])
     values["resamples"] = np.asarray(fields["resamples"], float)
-    for name in ("visual_tokens", "left_out", "down_weighted"):
+    for name in ("visual_tokens", "left_out", "down_weighted", "statements"):
         values[name] = tuple(fields[name])
     return Fit(**values)
 

@@ -58,15 +58,10 @@ def solve(
       errors, weights: one row per problem; a weight of 0 leaves the point out.
       fixed_d: D per problem; None fits D >= 0.
     """
+    x = np.log(size), np.log(tokens)
+    rows = [slice(i, i + CHUNK) for i in range(0, len(errors), CHUNK)]
     parts = [
-        _solve(
-            np.log(size),
-            np.log(tokens),
-            errors[i : i + CHUNK],
-            weights[i : i + CHUNK],
-            None if fixed_d is None else fixed_d[i : i + CHUNK],
-        )
-        for i in range(0, len(errors), CHUNK)
+        _solve(*x, errors[r], weights[r], None if fixed_d is None else fixed_d[r]) for r in rows
     ]
     return Solutions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
@@ -192,12 +187,8 @@ def _refine(
         moved = np.abs(proposal - exponents).max(1)
         gained = here.sse - there.sse
         exponents = np.where(better[:, None], proposal, exponents)
-        here = _Profile(
-            *(
-                np.where(better.reshape(-1, *[1] * (b.ndim - 1)), a, b)
-                for a, b in zip(there, here, strict=True)
-            )
-        )
+        pairs = zip(there, here, strict=True)
+        here = _Profile(*(np.where(better[:, None] if a.ndim == 2 else better, a, b) for a, b in pairs))  # fmt: skip
         damping = np.clip(np.where(better, damping * 0.2, damping * 5), 1e-12, 1e12)
         small = moved < 1e-9 * (1 + np.abs(exponents).max(1))
         done = small | (better & (gained < 1e-14 * (here.sse + 1e-30)) & (damping < 1e-2))
@@ -205,13 +196,7 @@ def _refine(
         if done.all():
             break
         keep = ~done
-        live, exponents, damping, y, w = (
-            live[keep],
-            exponents[keep],
-            damping[keep],
-            y[keep],
-            w[keep],
-        )
+        live, exponents, damping, y, w = (a[keep] for a in (live, exponents, damping, y, w))
         direction, fixed_a = (None if a is None else a[keep] for a in (direction, fixed_a))
         here = _Profile(*(field[keep] for field in here))
     return result

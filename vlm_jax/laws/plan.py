@@ -10,23 +10,20 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
-from vlm_jax.costs.chips import CHIPS, GIB
+from vlm_jax.costs.chips import CHIPS
 from vlm_jax.costs.price import Number, Workload, allowed_tokens, choosable, exact_price
 from vlm_jax.laws import fit as fitting
 from vlm_jax.laws import law as law_file
-from vlm_jax.laws import table
-from vlm_jax.laws.budget import UNITS, Budget, find_chip
+from vlm_jax.laws import table, words
+from vlm_jax.laws.budget import UNITS, Budget, Plan, find_chip
 from vlm_jax.laws.law import Fit
-from vlm_jax.laws.planning import PAPER, Candidate, Method, Plan, choose
+from vlm_jax.laws.planning import PAPER, Method, choose
 from vlm_jax.settings import cli, presets
 from vlm_jax.settings.checks import ConfigError
 
 WIDE = 110  # columns of a terminal from which on every known amount is shown
-HEADS = {"gflops": "GFLOPs", "ms": "ms", "gib": "GiB", "dollars": "$ / 1M"}
 
 
 def _parser() -> cli.OneLineParser:
@@ -95,10 +92,10 @@ def _budget(args: Namespace) -> Budget:
 
 
 def _numbers(flag: str, text: str) -> tuple[int, ...]:
-    words = [word for word in text.split(",") if word]
-    if any(not word.strip().isdigit() for word in words):
+    parts = [word for word in text.split(",") if word]
+    if any(not word.strip().isdigit() for word in parts):
         raise ConfigError(f"plan: {flag} {text!r} is not a comma-separated list of whole numbers.")
-    return tuple(int(word) for word in words)
+    return tuple(int(word) for word in parts)
 
 
 def _number(flag: str, word: str) -> float:
@@ -128,10 +125,10 @@ def _free_sizes(text: str | None, fit: Fit) -> tuple[Number, Number] | None:
         return None
     if not text:
         return min(fit.lms.values()), max(fit.lms.values())
-    words = text.split(",")
-    if len(words) != 2:
+    ends = text.split(",")
+    if len(ends) != 2:
         raise ConfigError(f"plan: --free-sizes {text!r} is not LOW,HIGH in parameters.")
-    low, high = (_number("--free-sizes", word) for word in words)
+    low, high = (_number("--free-sizes", word) for word in ends)
     return low, high
 
 
@@ -177,53 +174,10 @@ def show(plan: Plan, console: Console) -> None:
     for line in plan.statements:
         console.print(line, highlight=False, markup=False)
     if plan.budget.chip or len(plan.phases) > 1:
-        console.print(_phases(plan))
-    kinds = [plan.budget.kind]
-    if console.width >= WIDE:
-        kinds += [kind for kind in plan.best.amounts if kind not in kinds]
-    grid = Table(box=SIMPLE, pad_edge=False)
-    left = ("", "LM")
-    for name in (*left, "tokens", *(HEADS[k] for k in kinds), "error", "interval", "chosen"):
-        grid.add_column(name, justify="left" if name in left else "right", no_wrap=True)
-    groups = {"best": [plan.best], "next": plan.runners_up, "frontier": _around(plan)}
-    for mark, group in groups.items():
-        for i, c in enumerate(group):
-            grid.add_row(
-                *_cells(c, mark if i == 0 else "", kinds, plan), end_section=i == len(group) - 1
-            )
-    console.print(grid)
-    if any(c.extrapolated for group in groups.values() for c in group):
+        console.print(words.phases_table(plan))
+    console.print(words.candidates_table(plan, wide=console.width >= WIDE))
+    if any(c.extrapolated for group in words.shown(plan).values() for c in group):
         console.print("* outside the measured sizes or token counts", highlight=False)
-
-
-def _phases(plan: Plan) -> Table:
-    """What the best candidate's batch does, part by part."""
-    chip = plan.budget.chip
-    grid = Table(box=SIMPLE, pad_edge=False)
-    grid.add_column("phase", no_wrap=True)
-    for name in ("GFLOPs", "GiB moved", *(("ms at least", "bounded by") if chip else ())):
-        grid.add_column(name, justify="right", no_wrap=True)
-    for phase in plan.phases:
-        cells = [phase.name, f"{phase.flops / 1e9:.4g}", f"{phase.bytes / GIB:.3g}"]
-        if chip:
-            cells += [f"{phase.seconds(chip) * 1e3:.3g}", phase.bounded_by(chip)]
-        grid.add_row(*cells)
-    return grid
-
-
-def _around(plan: Plan, below: int = 4, above: int = 3) -> list[Candidate]:
-    """The part of the frontier near the budget; --json and --plot show all of it."""
-    split = sum(c.affordable for c in plan.frontier)
-    return list(plan.frontier[max(0, split - below) : split + above])
-
-
-def _cells(c: Candidate, mark: str, kinds: Sequence[str], plan: Plan) -> list[str]:
-    refused = "too dear" if c.cost > plan.budget.limit else "too big"
-    return [
-        mark, c.lm, str(c.visual_tokens), *(f"{c.amounts[kind]:.4g}" for kind in kinds),
-        f"{c.error:.3f}" + ("*" if c.extrapolated else ""), f"{c.interval[0]:.3f}..{c.interval[1]:.3f}",
-        f"{c.share:.0%}" if c.affordable else refused,
-    ]  # fmt: skip
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:
@@ -233,19 +187,18 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         fields[name] = [item._asdict() for item in kind]
     if math.isinf(plan.continuous_optimum):
         fields["continuous_optimum"] = None  # JSON has no infinity
-    return {**fields, "statements": plan.statements}
+    return fields
 
 
 def _plot(plan: Plan, fit: Fit, path: str, count: int, console: Console) -> None:
-    from vlm_jax.laws import (
-        drawing as plot,  # matplotlib takes longer to load than a plan takes to make
-    )
+    # Matplotlib takes longer to load than a plan takes to make.
+    from vlm_jax.laws import drawing, figures
 
     if count > 1 and plan.family not in path:
         raise ConfigError(
             "plan: --plot draws one picture per family; put {family} in the name, or give --family."
         )
-    plot.save(plot.plan_figure(plan, fit), path)
+    drawing.save(figures.plan_figure(plan, fit), path)
     console.print(f"wrote {path}", highlight=False, markup=False)
 
 

@@ -13,22 +13,33 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from vlm_jax.costs.chips import GIB
-from vlm_jax.costs.price import Number, Phase, Price, Pricer, Workload, paper_price
-from vlm_jax.laws import law as law_file
-from vlm_jax.laws import plan_words
-from vlm_jax.laws.budget import Budget, spelt
-from vlm_jax.laws.law import Fit
-from vlm_jax.laws.offer import LONGEST, Offer, Point, last_that
-from vlm_jax.laws.plan_words import pair
-from vlm_jax.settings.checks import ConfigError
+from vlm_jax.costs.price import Number, Price, Pricer, Workload, paper_price
+from vlm_jax.laws import words
+from vlm_jax.laws.budget import (
+    LARGEST,
+    LONGEST,
+    Budget,
+    Candidate,
+    Instead,
+    Plan,
+    Span,
+    spell_pair,
+    spelt,
+)
+from vlm_jax.laws.law import BILLION, Fit, Law
+from vlm_jax.laws.table import size_name
+from vlm_jax.settings.checks import ConfigError, check_positive
 
+Point = tuple[str, Number, int]  # LM name, its parameters, visual tokens
+SIZES = 25  # of a free choice that stand for the whole range on the frontier
+PRECISION = 1e-6  # relative, of the largest size a budget buys
 STOPS = 20  # numbers of text tokens at which the choice is looked up where sizes are free
 
 
@@ -43,63 +54,70 @@ PAPER = Method("2 N (Q + V)", paper_price)
 
 
 @dataclasses.dataclass(frozen=True)
-class Candidate:
-    """One (LM, visual tokens) with its cost and predicted error."""
+class Offer:
+    """Every LM with every token count; or, where sizes are free, every size between two with every token count."""
 
-    lm: str
-    lm_params: Number
-    visual_tokens: int
-    cost: float  # in the budget's unit
-    flops: float  # of one question
-    amounts: Mapping[str, float]  # the cost by kind of budget, for all that are known
-    affordable: bool  # within the budget and the memory
-    error: float
-    # Of the error over the law's resamples, at the fit's level; of an error below 1 it ends at 1.
-    interval: tuple[float, float]
-    share: float  # of resamples in which this candidate is the best affordable one
-    extrapolated: bool  # size or token count outside what was measured
+    lms: Mapping[str, Number]
+    visual_tokens: tuple[int, ...]
+    free_sizes: tuple[Number, Number] | None = None
+
+    def __post_init__(self):
+        if not (self.lms or self.free_sizes) or not self.visual_tokens:
+            raise ConfigError(
+                "plan: no candidates; give at least one LM and one visual token count."
+            )
+        sizes = self.free_sizes or ()
+        for value in (*self.lms.values(), *sizes):
+            check_positive("plan", **{"an LM's size": value})
+        for count in self.visual_tokens:
+            check_positive("plan", visual_tokens=count)
+        if sizes and sizes[0] >= sizes[1]:
+            raise ConfigError(
+                f"plan: free sizes go from the smaller to the larger, not {sizes[0]:g} to {sizes[1]:g}."
+            )
+
+    def points(self, budget: Budget, workload: Workload, price: Pricer) -> list[Point]:
+        """All pairs; with free sizes a grid of them, and for each count the largest that the budget buys."""
+        if self.free_sizes is None:
+            return [(lm, n, v) for lm, n in self.lms.items() for v in self.visual_tokens]
+        grid = [float(n) for n in np.geomspace(*self.free_sizes, SIZES)]
+        between = [(size_name(n), n, v) for n in grid[1:-1] for v in self.visual_tokens]
+        high = [(size_name(grid[-1]), grid[-1], v) for v in self.visual_tokens]
+        ends = self.ends(budget, workload, price)
+        return [*ends, *between, *(point for point in high if point not in ends)]
+
+    def ends(self, budget: Budget, workload: Workload, price: Pricer) -> list[Point]:
+        """With free sizes, for each count the smallest size and the largest that the budget buys: one of them is best."""
+        assert self.free_sizes is not None
+        low, high = map(float, self.free_sizes)
+        found = []
+        for v in self.visual_tokens:
+            largest = _largest(
+                lambda n, v=v: budget.allows(price(size_name(n), n, v, workload)), low, high
+            )
+            found += [(size_name(n), n, v) for n in dict.fromkeys((low, largest))]
+        return found
 
 
-class Span(NamedTuple):
-    """The choice for Q text tokens from `first` to `last`, both included; nothing is affordable outside of spans."""
-
-    first: int
-    last: int
-    lm: str  # "" where sizes are free: as large as the budget allows
-    visual_tokens: int
-
-
-class Instead(NamedTuple):
-    """What the same budget buys if one thing is otherwise; lm is "" when nothing, for a reason."""
-
-    assumption: str
-    lm: str
-    visual_tokens: int
-    reason: str
+def _largest(fits: Callable[[float], bool], low: float, high: float) -> float:
+    """The largest size in [low, high] that fits, to PRECISION; low if none does."""
+    if not fits(low):
+        return low
+    if fits(high):
+        return high
+    while high / low > 1 + PRECISION:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What to build for a budget, and how firmly the law says so."""
-
-    family: str
-    budget: Budget
-    workload: Workload
-    method: str  # how cost was counted
-    sizes_free: bool
-    best: Candidate
-    runners_up: tuple[Candidate, ...]  # the next affordable ones by predicted error
-    frontier: tuple[Candidate, ...]  # of those that fit in the memory: none cheaper and better
-    candidates: tuple[Candidate, ...]  # all of them, cheapest first
-    phases: tuple[Phase, ...]  # of the best one, for the whole batch
-    by_text_tokens: tuple[Span, ...]  # the choice for other Q at the same budget
-    instead: tuple[Instead, ...]
-    continuous_optimum: float  # V* were LM size and V free: Q beta / (alpha - beta); inf: all
-
-    @property
-    def statements(self) -> list[str]:
-        """The answer in words; one line each."""
-        return plan_words.statements(self)
+def last_that(fits: Callable[[int], bool], high: int) -> int:
+    """The last number from 0 to `high` that fits, of which all smaller ones do too; -1 if none does."""
+    low = -1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
 
 
 def optimal_visual_tokens(alpha: float, beta: float, text_tokens: Number) -> float:
@@ -110,6 +128,15 @@ def optimal_visual_tokens(alpha: float, beta: float, text_tokens: Number) -> flo
     if beta <= 0:
         return 0.0
     return text_tokens * beta / (alpha - beta) if alpha > beta else math.inf
+
+
+def best_measured_tokens(
+    law: Law, counts: Sequence[int], text_tokens: Int[np.ndarray, " q"]
+) -> Int[np.ndarray, " q"]:
+    """For each Q the count of least error at equal cost where LMs of every size exist: N = C / (Q + V), for any C."""
+    v = np.array(counts)
+    spent = np.asarray(text_tokens)[:, None] + v
+    return v[np.argmin(spent**law.alpha * v**-law.beta, axis=1)]
 
 
 def choose(
@@ -147,7 +174,7 @@ def choose(
     _check_affordable(budget, found)
     ranked = sorted((c for c in found if c.affordable), key=lambda c: (c.error, c.cost))
     best = ranked[0]
-    return Plan(
+    plan = Plan(
         family=fit.family,
         budget=budget,
         workload=workload,
@@ -162,6 +189,7 @@ def choose(
         instead=tuple(_instead(fit, offer, budget, workload, method, other)),
         continuous_optimum=optimal_visual_tokens(fit.law.alpha, fit.law.beta, workload.paid_tokens),
     )
+    return dataclasses.replace(plan, statements=tuple(words.of_plan(plan)))
 
 
 def _candidates(
@@ -178,7 +206,7 @@ def _candidates(
         wins = np.bincount(winners, minlength=len(points)) / len(drawn)
     tail = fit.tails[fit.mode]
     low, high = np.percentile(drawn, [tail, 100 - tail], axis=0)
-    high = np.where(errors > plan_words.LARGEST, high, np.minimum(high, plan_words.LARGEST))
+    high = np.where(errors > LARGEST, high, np.minimum(high, LARGEST))
     found = [
         Candidate(
             lm, size, count, budget.amount(price), price.flops, budget.amounts(price), bool(affordable[i]),
@@ -194,7 +222,7 @@ def _errors_of_resamples(
     fit: Fit, params: Float[np.ndarray, "c"], tokens: Float[np.ndarray, "c"]
 ) -> Float[np.ndarray, "R c"]:
     a, alpha, beta, d = (column[:, None] for column in fit.resamples.T)
-    return a * (params / law_file.BILLION) ** -alpha * tokens**-beta + d
+    return a * (params / BILLION) ** -alpha * tokens**-beta + d
 
 
 def _check_affordable(budget: Budget, found: Sequence[Candidate]) -> None:
@@ -206,11 +234,11 @@ def _check_affordable(budget: Budget, found: Sequence[Candidate]) -> None:
         c = min(found, key=lambda c: c.amounts["gib"])
         raise ConfigError(
             f"plan: nothing fits in {budget.memory_bytes / GIB:.4g} GiB; the smallest candidate, "
-            f"{pair(c.lm, c.visual_tokens)}, takes {c.amounts['gib']:.4g}: add a smaller LM, or more memory."
+            f"{spell_pair(c.lm, c.visual_tokens)}, takes {c.amounts['gib']:.4g}: add a smaller LM, or more memory."
         )
     c = fitting[0]
     raise ConfigError(
-        f"plan: {budget.text} buy nothing; the cheapest candidate, {pair(c.lm, c.visual_tokens)}, costs "
+        f"plan: {budget.text} buy nothing; the cheapest candidate, {spell_pair(c.lm, c.visual_tokens)}, costs "
         f"{spelt(budget.kind, c.cost)}: raise the budget or add a smaller LM."
     )
 
@@ -289,12 +317,7 @@ def _spans_of_free_sizes(
 
 
 def _instead(
-    fit: Fit,
-    offer: Offer,
-    budget: Budget,
-    workload: Workload,
-    method: Method,
-    other: Method | None,
+    fit: Fit, offer: Offer, budget: Budget, workload: Workload, method: Method, other: Method | None
 ) -> list[Instead]:
     """With the text cached if it is not (and the reverse), and with cost counted the other way."""
 

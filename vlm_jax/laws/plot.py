@@ -12,15 +12,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from vlm_jax.laws import drawing as plot
+from vlm_jax.laws import drawing, figures, table
 from vlm_jax.laws import fit as fitting
 from vlm_jax.laws import law as law_file
-from vlm_jax.laws import table
-from vlm_jax.laws.figures import (
-    equal_compute_figure,
-    extrapolation_figure,
-    text_tokens_figure,
-)
+from vlm_jax.laws.cells import rows_of
 from vlm_jax.laws.law import Fit
 from vlm_jax.laws.table import Row
 from vlm_jax.settings import cli
@@ -82,7 +77,7 @@ def _fits(args: Namespace, rows: Sequence[Row]) -> tuple[dict[str, Fit], list[st
 
 def _check_made_of(fit: Fit, rows: Sequence[Row], path: str) -> None:
     """Raises ConfigError when a law was fitted to other cells than the table has."""
-    means = table.family_mean(plot.rows_of(rows, fit), fit.family)
+    means = table.family_mean(rows_of(rows, fit), fit.family)
     cells = {row.cell for row in means if not row.flag}
     if len(cells) != fit.num_cells or {lm for lm, _ in cells} != set(fit.lms):
         raise ConfigError(
@@ -109,14 +104,14 @@ def _figures(args: Namespace, rows: Sequence[Row], fits: dict[str, Fit]) -> Iter
     for family, fit in fits.items():
         name = stems[family]
         for q in args.text_tokens:
-            yield f"{name}_q{q}", lambda fit=fit, q=q: plot.errors_figure(rows, fit, q)
+            yield f"{name}_q{q}", lambda fit=fit, q=q: figures.errors_figure(rows, fit, q)
         yield (
             f"{name}_extrapolation",
-            lambda fit=fit: extrapolation_figure(rows, fit, args.extrapolate_to),
+            lambda fit=fit: figures.extrapolation_figure(rows, fit, args.extrapolate_to),
         )
-        yield f"{name}_text_tokens", lambda fit=fit: text_tokens_figure(fit, flops)
+        yield f"{name}_text_tokens", lambda fit=fit: figures.text_tokens_figure(fit, flops)
     for q in args.text_tokens:
-        yield f"equal_compute_q{q}", lambda q=q: equal_compute_figure(rows, fits, q, flops)
+        yield f"equal_compute_q{q}", lambda q=q: figures.equal_compute_figure(rows, fits, q, flops)
 
 
 def run(argv: Sequence[str]) -> None:
@@ -140,7 +135,7 @@ def run(argv: Sequence[str]) -> None:
         except ConfigError as error:  # the table does not support it
             left_out.append(f"{name}: {error}")
             continue
-        for path in plot.save_both(figure, folder, name).values():
+        for path in drawing.save_both(figure, folder, name).values():
             sys.stdout.write(f"wrote {path}\n")
     for line in left_out:
         sys.stdout.write(f"left out {line}\n")

@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from vlm_jax.laws import drawing as plot
-from vlm_jax.laws import planning
+from vlm_jax import files
+from vlm_jax.laws import drawing, figures, planning
+from vlm_jax.laws.cells import rows_of
 from vlm_jax.laws.law import Fit
 from vlm_jax.laws.table import Row, family_mean, size_name
-from vlm_jax.laws.terminal import constant_rows
+from vlm_jax.laws.words import constant_rows
 from vlm_jax.settings.checks import ConfigError
 
 FLAG = "†"
@@ -81,9 +82,9 @@ def write_report(
         parts = [[name, f"{value:.0f}"] for name, value in seconds.items()]
         parts.append(["all", f"{sum(seconds.values()):.0f}"])
         blocks += [Heading(2, "Wall time"), Table(["part", "seconds"], parts)]
-    (folder / "report.md").write_text("\n\n".join(map(_markdown, blocks)) + "\n", encoding="utf-8")
+    files.write_whole(folder / "report.md", "\n\n".join(map(_markdown, blocks)) + "\n")
     page = PAGE.format(title=html.escape(title), body="\n".join(map(_html, blocks)))
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    files.write_whole(folder / "report.html", page)
     return folder / "report.html"
 
 
@@ -91,7 +92,7 @@ def _family_blocks(
     folder: Path, rows: Sequence[Row], family: str, fit: Fit, text_tokens: int
 ) -> list[Block]:
     name = f"errors_{family}"
-    plot.save_both(plot.errors_figure(rows, fit, text_tokens), folder, name)
+    drawing.save_both(figures.errors_figure(rows, fit, text_tokens), folder, name)
     seeds = (
         "one seed" if fit.num_seeds == 1 else f"mean of {fit.num_seeds} seeds, lowest to highest"
     )
@@ -109,7 +110,7 @@ def _family_blocks(
 
 def error_table(rows: Sequence[Row], fit: Fit) -> Table:
     """Sizes down, token counts across; each cell the mean over seeds, and its range when there are several."""
-    own = family_mean(plot.rows_of(rows, fit), fit.family)
+    own = family_mean(rows_of(rows, fit), fit.family)
     counts = sorted({row.visual_tokens for row in own})
     sizes = sorted({(row.lm_params, row.lm) for row in own})
     body = []
@@ -149,7 +150,7 @@ def _plan_blocks(
         except ConfigError as error:
             blocks.append(Paragraph(str(error)))
             continue
-        plot.save_both(plot.plan_figure(plan, fit), folder, f"plan_{family}")
+        drawing.save_both(figures.plan_figure(plan, fit), folder, f"plan_{family}")
         blocks += [
             Items(plan.statements),
             Picture(f"plan_{family}.png", f"{family}: candidates, frontier, budget and choice"),

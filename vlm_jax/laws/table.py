@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,24 @@ import numpy as np
 
 from vlm_jax import files
 from vlm_jax.costs.price import Number
-from vlm_jax.settings import addresses
+from vlm_jax.settings import addresses, presets
 from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.model import LMConfig
 
 REQUIRED = ("lm_params", "visual_tokens", "error")
 DIVIDERS = ",;\t"  # of cells; of equally many the first
 COMMAS = re.compile(r"[-+]?[\d.]*,[\d.,]*")  # 0,42 and 7,000,000
 LARGEST_LM, MOST_TOKENS = 1e15, 1e9  # beyond which powers of them overflow, and no model lies
 SMALLEST_LM = 1_000  # parameters; below it the column surely holds billions
+
+# What counts as N: the table's own numbers, or each preset's size by name, with or without embeddings.
+GIVEN = "given"
+COUNTS: dict[str, Callable[[LMConfig], Number]] = {
+    "nominal": lambda lm: lm.nominal_params,  # as in the model's name: 7B
+    "total": lambda lm: lm.total_params,
+    "non-embedding": lambda lm: lm.non_embedding_params,
+}
+SIZES = (GIVEN, *COUNTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,15 +247,7 @@ def write(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     writer.writerows([_format(getattr(row, name)) for name in COLUMNS] for row in rows)
-    part = Path(f"{os.fspath(path)}.part")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}.") from error
+    files.write_whole(path, text.getvalue())
 
 
 def append(path: str | os.PathLike[str], rows: Iterable[Row]) -> list[Row]:
@@ -298,3 +300,24 @@ def family_mean(rows: Sequence[Row], family: str) -> list[Row]:
     return sorted(
         means, key=lambda row: (row.lm_params, row.lm, row.visual_tokens, row.compressor, row.seed)
     )
+
+
+def counted(rows: Sequence[Row], size: str) -> list[Row]:
+    """The rows with lm_params counted in this way; raises ConfigError for an LM that is no preset (but for "given")."""
+    if size == GIVEN:
+        return list(rows)
+    params = {lm: _params(lm, size) for lm in dict.fromkeys(row.lm for row in rows)}
+    return [dataclasses.replace(row, lm_params=params[row.lm]) for row in rows]
+
+
+def _params(lm: str, size: str) -> Number:
+    if lm not in presets.LM:
+        raise ConfigError(
+            f"fit: --size={size} needs presets, and lm {lm!r} is none; name one of {', '.join(presets.LM)} or use --size={GIVEN}."
+        )
+    params = COUNTS[size](presets.lm(lm))
+    if not params:
+        raise ConfigError(
+            f"fit: preset {lm!r} has no {size} size; use --size=total, non-embedding or {GIVEN}."
+        )
+    return params

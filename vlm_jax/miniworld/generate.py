@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from vlm_jax.files import write_whole
 from vlm_jax.miniworld import questions, rendering, scenes
 from vlm_jax.miniworld.scenes import Scene, Sheet
 from vlm_jax.settings.checks import ConfigError
@@ -97,7 +98,7 @@ def write(
     files["contents"] = {name: dataclasses.asdict(content) for name, content in shown}
     files["world"] = {name: t.tolist() for name, t in dataclasses.asdict(world).items()}
     for name, content in files.items():
-        (directory / f"{name}.json").write_text(json.dumps(content, separators=(",", ":")))
+        write_whole(directory / f"{name}.json", json.dumps(content, separators=(",", ":")))
     write_tokenizer(directory / "tokenizer")
 
 
@@ -184,4 +185,4 @@ def write_tokenizer(directory: pathlib.Path) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>",
         "eos_token": "</s>", "model_max_length": 4096, "clean_up_tokenization_spaces": False,
     }  # fmt: skip
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+    write_whole(directory / "tokenizer_config.json", json.dumps(settings, indent=1))

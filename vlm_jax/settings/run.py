@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from vlm_jax.settings.checks import ConfigError, check_choice, check_positive
 from vlm_jax.settings.model import VLMConfig
+
+
+def check_texts(owner: str, block: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raises ConfigError when a tuple of names holds something else: a command line reads 2024 as a number."""
+    for name in names:
+        for value in block[name]:
+            if not isinstance(value, str):
+                quoted = tuple(map(str, block[name]))
+                raise ConfigError(
+                    f"{owner}: {name} holds {value!r} ({type(value).__name__}), not a string; give it in quotes: "
+                    f'--config.{owner}.{name}="{quoted!r}".'
+                )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from vlm_jax.settings.run import (
     MeshConfig,
     OptimConfig,
     TrainConfig,
+    check_texts,
 )
 from vlm_jax.storage.inherit import changed, inherit
 
@@ -42,6 +42,7 @@ def resolve(cfg: ConfigDict, given: Sequence[str] = ()) -> Experiment:
     if source:
         check_has_checkpoint("from", source)
         config = inherit(config, source, read(source), {*given, *changed(config)})
+    check_texts("data", config["data"], ("annotations", "image_roots", "ignored_fields"))
     return Experiment(
         model=named.vlm(config["model"], given),
         data=build(DataConfig, config["data"]),
@@ -129,10 +130,7 @@ def finished(workdir: Path) -> dict[str, float] | None:
 
 
 def _write_json(content: Mapping[str, Any], path: Path) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    files.write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def read(workdir: str | Path) -> Experiment:

@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float
 
+from vlm_jax import files
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import TrainConfig
 
@@ -57,7 +58,7 @@ class Guard:
         if jax.process_index() == 0:
             found = {name: line[name] for name in ("step", "loss", "grad_norm")}
             found |= {"ids_of_each_process": everywhere, "config": "config.json"}
-            path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            files.write_whole(path, json.dumps(found, indent=2) + "\n")
         told = f"step {step}: loss {line['loss']}, gradient norm {line['grad_norm']}; its records are in {path}"
         if line["skipped"] <= self._limit:
             log.warning("left out (%d of at most %d): %s", line["skipped"], self._limit, told)

@@ -19,6 +19,7 @@ from vlm_jax.costs import chips
 from vlm_jax.costs.flops import batch_flops
 from vlm_jax.data import fingerprint, pipeline, tokenizer
 from vlm_jax.hf.directory import is_model
+from vlm_jax.progress import Say, silent
 from vlm_jax.settings.checks import ConfigError, RunEnded
 from vlm_jax.settings.run import Experiment
 from vlm_jax.storage import run as experiment
@@ -39,7 +40,7 @@ from vlm_jax.training.step import (
 log = logging.getLogger(__name__)
 
 
-def run(exp: Experiment, workdir: Path, say: outline.Say = outline.silent) -> dict[str, float]:
+def run(exp: Experiment, workdir: Path, say: Say = silent) -> dict[str, float]:
     """Trains to the last step, starting from the newest checkpoint in `workdir`; returns the metrics of the last step.
 
     say: in the first process, is called with each line that reports the start and the end.

@@ -1,28 +1,23 @@
-"""What a training run is about to do, and what it did: the lines that a command prints at the start and at the end. No jax."""
+"""The lines that a training command prints at its start and its end: what it is going to do, and what it wrote. No jax."""
 
 from __future__ import annotations
 
 import math
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vlm_jax import files
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.model import LORA
 from vlm_jax.settings.run import Experiment
 
-Say = Callable[[str], None]  # is given one line at a time
 Tree = Mapping[str, Any]  # parameters, or what has their shapes, as nested dicts
 
 
-def silent(line: str) -> None:
-    """For callers that want no lines."""
-
-
 class Part(NamedTuple):
-    """A top-level part of the model: numbers of parameters, and where they come from ("": random)."""
+    """A top-level part of the model: how many parameters are trained and frozen, and their source ("": random)."""
 
     name: str
     trained: int
@@ -31,7 +26,7 @@ class Part(NamedTuple):
 
 
 def parts(exp: Experiment, trainable: Tree, frozen: Tree) -> list[Part]:
-    """The parts that have parameters, in the order in which an image passes them."""
+    """The parts of the model that have parameters, in the order in which an image passes through them."""
     found = []
     for name, source in exp.init.sources.items():
         learns, stays = (
@@ -43,9 +38,9 @@ def parts(exp: Experiment, trainable: Tree, frozen: Tree) -> list[Part]:
 
 
 def check_frozen(exp: Experiment, trainable: Tree, frozen: Tree) -> None:
-    """Raises ConfigError when a part that does not learn would keep random parameters, unless that was asked for.
+    """Raises ConfigError when frozen parameters would be random, unless train.random_frozen allows it.
 
-    Adapters do not count: they begin as nothing. A run on text alone uses the decoder only.
+    Frozen adapters are allowed, because new ones change nothing. Of a run on text alone only the decoder is checked.
     """
     if exp.train.random_frozen:
         return
@@ -75,10 +70,10 @@ def _sizes(tree: Tree, prefix: str = "") -> Iterator[tuple[str, int]]:
             yield prefix + name, math.prod(node.shape)
 
 
-def opening(files: int, workdir: str | Path, done: int | None) -> str:
-    """The first line, before anything slow. files: how many annotation files there are."""
+def opening(num_files: int, workdir: str | Path, done: int | None) -> str:
+    """The first line, printed before anything slow. done: the last step of a run to resume."""
     state = f"goes on after step {done}" if done else "a new run"
-    return f"{shown(workdir)}: {state}; loading jax and opening {files} annotation file{'s' * (files > 1)} ..."
+    return f"{files.shown(workdir)}: {state}; loading jax and opening {num_files} annotation file{'s' * (num_files > 1)} ..."
 
 
 def start(
@@ -92,10 +87,12 @@ def start(
     done: int,
     devices: str,
 ) -> list[str]:
-    """The lines once all sizes are known, before weights are read and the step is compiled."""
+    """The lines printed once all sizes are known, before weights are read and the step is compiled."""
     data, vit, lm = exp.data, exp.model.vit, exp.model.lm
-    names = ", ".join(shown(path) for path in data.annotations)
-    roots = ", ".join(shown(root) for root in dict.fromkeys(data.image_roots) if root) or "none"
+    names = ", ".join(files.shown(path) for path in data.annotations)
+    roots = (
+        ", ".join(files.shown(root) for root in dict.fromkeys(data.image_roots) if root) or "none"
+    )
     drawn = num_steps * data.batch_size / max(num_records, 1)
     rows = "packed rows" if data.packing else "records"
     every = parts(exp, trainable, frozen)
@@ -109,7 +106,7 @@ def start(
     return [
         f"  data     {num_records:,} records of {names}; images in {roots}",
         f"  model    {images} -> decoder of {lm.num_layers} layers, width {lm.width}; T = {data.max_tokens} tokens per row; "
-        f"template {data.template}, tokenizer {shown(data.tokenizer)}",
+        f"template {data.template}, tokenizer {files.shown(data.tokenizer)}",
         f"  trained  {learning}",
         f"  frozen   {still or 'nothing'}",
         f"  steps    {num_steps:,} of {data.batch_size} {rows}"
@@ -131,13 +128,13 @@ def _frozen(part: Part, origin: str) -> str:
 def _source(part: Part, origin: str) -> str:
     if origin:
         return f"from {origin}"
-    return f"from {shown(part.source)}" if part.source else "RANDOM"
+    return f"from {files.shown(part.source)}" if part.source else "RANDOM"
 
 
 def end(exp: Experiment, workdir: Path, metrics: Mapping[str, float]) -> list[str]:
-    """What a finished run wrote, and the command that comes next."""
-    run, step = shown(workdir), int(metrics["step"])
-    # After an alignment stage, whose decoder is frozen, comes instruction tuning.
+    """The lines about what a finished run wrote, and the next command to give."""
+    run, step = files.shown(workdir), int(metrics["step"])
+    # A frozen decoder means an alignment stage; instruction tuning follows it.
     decoder = [f"lm/layers/mlp/up/{name}" for name in ("kernel", *LORA)]
     if not any(re.search(exp.optim.trainable, path) for path in decoder):
         following = f"train --config=configs/stage2.py --workdir=DIR --config.init.from={run} --config.data.annotations=.."
@@ -154,45 +151,9 @@ def end(exp: Experiment, workdir: Path, metrics: Mapping[str, float]) -> list[st
     ]
 
 
-def asking(
-    run: Experiment, checkpoint: str, step: int, workdir: Path, left: Mapping[str, tuple[int, int]]
-) -> list[str]:
-    """What an evaluation is about to do. left: name of a benchmark -> its questions, and those without an answer yet."""
-    lm, vit = run.model.lm, run.model.vit
-    asked = ", ".join(
-        f"{name} ({total:,} questions{f', {total - missing:,} answered already' if missing < total else ''})"
-        for name, (total, missing) in left.items()
-    )
-    return [
-        f"  model    {shown(checkpoint)}, step {step}: images of {vit.image_px} px -> {run.model.compressor.name} -> decoder of "
-        f"{lm.num_layers} layers, width {lm.width}",
-        f"  asked    {asked}",
-        f"  written  {shown(workdir)}/<benchmark>/predictions.jsonl, then scores.json and errors.csv; loading jax ...",
-    ]
-
-
-def asked(workdir: Path, scored: int) -> list[str]:
-    """What an evaluation wrote, and the command that comes next."""
-    folder = shown(workdir)
-    if not scored:
-        return [f"{folder}: answers are in <benchmark>/predictions.jsonl; nothing could be scored"]
-    return [
-        f"  wrote    {folder}/scores.json and errors.csv ({scored} row{'s' * (scored > 1)} of this run)",
-        f"  next     python -m vlm_jax.laws.fit {folder}/errors.csv --out law.json, once it holds several LM sizes and "
-        "numbers of visual tokens",
-    ]
-
-
 def short(count: float) -> str:
-    """A number of parameters in three figures: 82.2k, 303M, 7.06B."""
+    """A number of parameters with three significant digits: 82.2k, 303M, 7.06B."""
     for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= 0.9995 * limit:
             return f"{count / limit:.3g}{unit}"
     return f"{count:.0f}"
-
-
-def shown(path: str | Path) -> str:
-    """A path as short as it can be typed here."""
-    absolute = os.path.abspath(path)
-    inside = os.path.relpath(absolute)
-    return absolute if inside.startswith("..") else inside

@@ -1,11 +1,10 @@
-"""What a run tells: metrics.jsonl with every step, TensorBoard, a progress bar or plain lines, and how busy the chip is."""
+"""What a run reports: metrics.jsonl with every step, TensorBoard, a progress bar or plain lines, and the MFU."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,13 +12,12 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2  # the types in it are made when it is imported
 from tensorboardX.summary import scalar
 
 from vlm_jax import files
+from vlm_jax.progress import Bar
 
 log = logging.getLogger(__name__)
 
@@ -27,13 +25,13 @@ Notice = Callable[[Mapping[str, Any], Sequence[str]], None]
 
 
 class Metrics:
-    """Scalars of every step. They stay on the device until a block of them is written, so no step waits for the host."""
+    """The scalars of every step. They stay on the device until a block of them is written, so that no step waits for the host."""
 
     def __init__(self, workdir: Path, last_step: int, writes: bool, notice: Notice):
-        """Continues the files of `workdir` after `last_step`: later lines belong to a run that died and are dropped.
+        """Continues the files of `workdir` after `last_step`; later lines are of an interrupted run and are dropped.
 
         writes: False on all processes but the first. notice: called with the line and the record ids of each step that
-        was left out, once all lines of its block are on disk.
+        was skipped, once all lines of its block are on disk.
         """
         self._pending: list[tuple[int, Mapping[str, Any], Sequence[str]]] = []
         self._file: TextIO | None = None
@@ -45,14 +43,12 @@ class Metrics:
             self.last |= kept[-1]
         if writes:
             with files.writing(self._path):
-                partial = self._path.with_suffix(".partial")
-                partial.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
-                partial.replace(self._path)
+                files.write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept))
                 self._file = self._path.open("a", encoding="utf-8")
                 self._board = Board(workdir / "tensorboard", last_step + 1)
 
     def append(self, step: int, scalars: Mapping[str, Any], ids: Sequence[str]) -> None:
-        """scalars: name -> device scalar or number, "skipped" among them; nothing waits for them here.
+        """Adds a step without waiting for its scalars. scalars: name -> device scalar or number, including "skipped".
 
         ids: the records of this process's rows.
         """
@@ -62,10 +58,10 @@ class Metrics:
         self._pending.append((step, scalars, ids))
 
     def flush(self, up_to: int) -> None:
-        """Writes the steps <= up_to and waits until they are computed and on disk.
+        """Writes the steps <= up_to, waiting until they are computed and on disk.
 
-        "skipped" becomes the number of steps left out so far. Raises ConfigError when the disk takes no more, or what
-        `notice` raises.
+        "skipped" becomes the number of steps skipped so far. Raises ConfigError when the disk is full, and what `notice`
+        raises.
         """
         ready = [entry for entry in self._pending if entry[0] <= up_to]
         self._pending = self._pending[len(ready) :]
@@ -87,7 +83,7 @@ class Metrics:
             self._notice(line, ids)
 
     def board(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Numbers for TensorBoard alone, such as tokens per second: they differ from run to run."""
+        """Writes numbers to TensorBoard alone: those that differ from run to run, such as tokens per second."""
         if self._board is not None:
             with files.writing(self._path):
                 self._board.write("speed", step, scalars)
@@ -103,11 +99,11 @@ class Metrics:
 
 
 class Board:
-    """A TensorBoard file. Written in this thread: tensorboardX's own thread dies of a full disk, and whoever adds a
-    number after that waits for ever."""
+    """A TensorBoard file, written in the calling thread: the thread of tensorboardX dies when the disk is full, and adding a
+    number then blocks for ever."""
 
     def __init__(self, folder: Path, purge_step: int):
-        """purge_step: TensorBoard forgets what older files of `folder` say from this step on."""
+        """purge_step: TensorBoard ignores this and later steps in the older files of `folder`."""
         folder.mkdir(exist_ok=True)
         self._events = EventsWriter(str(folder / "events"))
         log_type = event_pb2.SessionLog  # pyrefly: ignore[missing-attribute]
@@ -134,7 +130,7 @@ def _number(value: Any) -> float | int:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics.jsonl; a last line cut short by a crash is left out."""
+    """The complete lines of a metrics.jsonl, without a last line that a crash cut short."""
     if not path.is_file():
         return []
     text = files.read_text(path)
@@ -143,37 +139,32 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class Display:
-    """A progress bar on a terminal, one plain log line per report elsewhere."""
+    """The progress of a run: a bar on a terminal, elsewhere one log line per report."""
 
     def __init__(self, total: int, done: int, shows: bool):
-        self._total, self._bar = total, None
+        self._total = total
         self._last_time, self._last_step = time.perf_counter(), done
-        self._work: list[tuple[int, int, float]] = []  # of steps not yet counted
-        console = Console(stderr=True)
+        self._work: list[
+            tuple[int, int, float]
+        ] = []  # step, tokens, FLOPs of the steps not yet counted
+        self._bar = Bar("train", total, done, "compiling", shows)
         self._shows = shows
-        if shows and console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                TextColumn("{task.fields[text]}"),
-            )  # fmt: skip
-            self._bar = Progress(*columns, console=console)
-            self._task = self._bar.add_task("train", total=total, completed=done, text="compiling")
-            self._bar.start()
 
     def add(self, step: int, tokens: int, flops: float) -> None:
-        """What a step that was just sent off has to work through."""
+        """Notes the tokens and FLOPs of a step that was just dispatched."""
         self._work.append((step, tokens, flops))
 
     def first(self, scalars: Mapping[str, float]) -> None:
-        """After the first step, whose time is mostly that of the compilation: its loss, without a speed."""
+        """Shows the loss of the first step without a speed, because its time is mostly compilation."""
         seconds = time.perf_counter() - self._last_time
         step = int(scalars["step"])
         self.speed(step, None)  # the next speed starts here
         self._tell(step, f"loss {scalars['loss']:.4f}", f"first step after {_duration(seconds)}")
 
     def speed(self, step: int, peak: float | None) -> dict[str, float]:
-        """Of the steps since the last call up to `step`, now computed: steps/s, tokens/s and, where `peak` (FLOP/s of all
-        chips) is known, MFU in [0, 1]. Empty when no step was computed since.
+        """Speed since the last call up to `step`, which is now computed: steps/s, tokens/s and, if `peak` is given, MFU.
+
+        peak: FLOP/s of all chips. MFU lies in [0, 1]. The result is empty when no step was computed since the last call.
         """
         if step == self._last_step:
             return {}
@@ -189,7 +180,7 @@ class Display:
         return found | ({"mfu": sum(flops for *_, flops in done) / seconds / peak} if peak else {})
 
     def report(self, scalars: Mapping[str, float], speed: Mapping[str, float]) -> None:
-        """scalars: a line of metrics.jsonl; speed: what `speed` returned."""
+        """Shows one step. scalars: its line of metrics.jsonl. speed: what `speed` returned."""
         step = int(scalars["step"])
         text = f"loss {scalars['loss']:.4f}  {speed['tokens_per_second']:,.0f} tokens/s"
         if "mfu" in speed:
@@ -202,16 +193,14 @@ class Display:
         self._tell(step, text, f"{_duration(left)} left")
 
     def _tell(self, step: int, text: str, time_text: str) -> None:
-        """time_text: for the plain line; a bar shows the time itself."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, text=text)
+        """time_text: shown in the log line only; a bar estimates the time itself."""
+        if self._bar.is_shown:
+            self._bar.update(step, text)
         elif self._shows:
             log.info("step %d/%d  %s  %s", step, self._total, text, time_text)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            sys.stderr.flush()
+        self._bar.close()
 
 
 def _duration(seconds: float) -> str:

@@ -10,9 +10,8 @@ from vlm_jax.laws import fit, table
 from vlm_jax.laws.cells import select
 from vlm_jax.laws.law import Law
 from vlm_jax.laws.least_squares import solve
-from vlm_jax.laws.profile import profile
-from vlm_jax.laws.runs import run_variance
 from vlm_jax.laws.table import Row
+from vlm_jax.laws.uncertainty import profile, run_variance
 
 DATA = fit.Path(table.__file__).parent / "data"
 SIZES, TOKENS = (0.5e9, 1.8e9, 4e9, 7e9), (1, 4, 16, 36, 64, 144, 576)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.optimize import least_squares
 
-from vlm_jax.laws import fit, weighting
-from vlm_jax.laws.cells import select
+from vlm_jax.laws import fit
+from vlm_jax.laws.cells import binomial, huber, select
 from vlm_jax.laws.law import Law
 from vlm_jax.laws.table import Row
 from vlm_jax.settings.checks import ConfigError
@@ -56,9 +56,7 @@ def test_a_cell_of_two_seeds_weighs_as_much_as_all_its_questions():
         dataclasses.replace(r, n=r.n // 2, seed=seed) if r.lm == "4e+09" else r
         for r in whole for seed in ((0, 1) if r.lm == "4e+09" else (0,))
     ]  # fmt: skip
-    once, twice = (
-        weighting.binomial(select(t, "all", None, None, 4)).cell_weights for t in (whole, split)
-    )
+    once, twice = (binomial(select(t, "all", None, None, 4)).cell_weights for t in (whole, split))
     np.testing.assert_allclose(once, twice, rtol=0.05)  # halves of a small n are smoothed more
 
 
@@ -92,7 +90,7 @@ def test_the_robust_law_is_scipys_huber_optimum(lms):
     off = np.abs(points.errors - points.law().error(points.size * 1e9, points.tokens))
     scale = 1.4826 * np.median(off) * np.sqrt(len(off) / (len(off) - 4))
     best = scipys(points, 1.0, "huber", 1.345 * scale)
-    found = weighting.huber(cells, None).points.law()
+    found = huber(cells, None).points.law()
     np.testing.assert_allclose(dataclasses.astuple(found), best.x, atol=3e-5)
 
 
