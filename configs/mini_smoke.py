@@ -10,9 +10,10 @@ def get_config():
     c.sweep.train_images = 160
     c.sweep.test_images = 80
     c.sweep.encoder_images = 80
-    c.sweep.text_records = 320
+    c.sweep.text_records = 64
     c.sweep.max_reruns = 0
     c.sweep.failed_above = 1.01
     for stage in ("encoder", "text", "vlm", "query_aware_vlm"):
-        c.sweep[stage].steps = 10
+        c.sweep[stage].steps = 3
+        c.sweep[stage].batch_size = 8
     return c

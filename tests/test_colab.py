@@ -1,5 +1,12 @@
-"""The notebook: nothing run is kept in git, and every cell runs."""
+"""The notebook: nothing run is kept in git, every cell runs, and its sweep goes on where a killed one stopped."""
 
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -48,10 +55,36 @@ def test_a_cell_that_raises_fails_the_run(tmp_path, smoke):
         execute(notebook, tmp_path)
 
 
+def start_and_kill(workdir: Path) -> None:
+    """The sweep of the notebook's sweep cell, killed as soon as the first rows of the error table stand."""
+    errors = workdir / "errors.csv"
+    command = [
+        sys.executable, "-m", "vlm_jax.sweep", "--config=configs/mini_smoke.py", f"--workdir={workdir}",
+    ]  # fmt: skip
+    first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ)
+    deadline = time.monotonic() + 300
+    while not errors.exists() and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    alive = first.poll() is None
+    first.send_signal(signal.SIGKILL)
+    _, said = first.communicate()
+    assert errors.exists() and alive, said[-2000:]
+
+
 @pytest.mark.slow
-def test_every_cell_of_the_notebook_runs(tmp_path, smoke):
+def test_every_cell_of_the_notebook_runs_and_its_sweep_goes_on_where_a_killed_one_stopped(
+    tmp_path, smoke
+):
+    """One sweep for both, since nearly all of its time is compilation: the command is killed, the notebook's cell ends it."""
+    workdir = tmp_path / "runs" / "miniature"
+    start_and_kill(workdir)
+    before = (workdir / "errors.csv").read_text()
+    done = {path: path.stat().st_mtime_ns for path in workdir.rglob("final.json")}
+    assert done
+
     notebook = read()
     said = execute(notebook, tmp_path)
+    check_sweep(workdir, before, done)
     outputs = {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
     # A slider's function that raises prints a traceback but does not stop the cell.
     kinds = [o.output_type for found in outputs.values() for o in found]
@@ -61,4 +94,20 @@ def test_every_cell_of_the_notebook_runs(tmp_path, smoke):
     assert {i: n for i, n in pictures.items() if n} == {"figure": 2, "plan": 1, "report": 2}
     assert "alpha" in said["fit"] and "qwen1.5-7b with 16 visual tokens" in said["plan"]
     assert "5/5 seed 0 quecc" in said["sweep"] and said["report"].count("4 cells") == 2
-    assert (tmp_path / "runs" / "miniature" / "report.html").is_file()
+    assert (workdir / "report.html").is_file()
+
+
+def check_sweep(workdir: Path, before: str, done: dict[Path, int]) -> None:
+    """Nothing was trained twice, the table's first lines stayed, and every cell is in table, law, figure and report."""
+    assert all(path.stat().st_mtime_ns == when for path, when in done.items())
+    errors = workdir / "errors.csv"
+    assert errors.read_text().startswith(before)
+    rows = list(csv.DictReader(errors.open()))
+    cells = {(r["compressor"], r["lm"], r["visual_tokens"], r["benchmark"]) for r in rows}
+    assert len(rows) == len(cells) == 2 * (2 * 2 + 1)
+    laws = json.loads((workdir / "law.json").read_text())["laws"]
+    assert set(laws) == {"reasoning", "ocr"}
+    page = (workdir / "report.html").read_text()
+    assert (workdir / "errors_ocr.png").stat().st_size > 10_000
+    for row in rows:
+        assert f"{float(row['error']):.3f}" in page

@@ -197,6 +197,7 @@ def check(row: Compared) -> None:
         assert agree == of, row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", hf_models.MODELS)
 def test_an_imported_model_computes_what_transformers_computes(name, tmp_path):
     check(compare(hf_models.build(name, tmp_path)))

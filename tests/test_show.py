@@ -98,6 +98,7 @@ def array(axes) -> np.ndarray:
     return np.asarray(axes.images[-1].get_array())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["splash", "cudnn"])
 def test_a_run_that_names_another_machines_kernel_answers_as_it_does_here(
     world, trained, tmp_path, caplog, kernel

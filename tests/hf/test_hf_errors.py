@@ -275,6 +275,7 @@ def test_settings_of_another_model_than_the_weights_are_refused(llama, models):
         describe.check_agrees(str(llama), "lm", config)
 
 
+@pytest.mark.slow
 def test_a_stage_trains_from_downloaded_directories(models, tmp_path):
     """Encoder and decoder by path, the encoder frozen and held in bfloat16; mistakes are told before jax starts."""
     folder, clip, llama = tiny.write(tmp_path / "data"), models("clip tower"), models("llama, grouped queries")  # fmt: skip

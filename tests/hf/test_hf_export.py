@@ -342,6 +342,7 @@ def test_a_large_export_is_cut_into_shards_that_transformers_joins(tmp_path, mon
     np.testing.assert_array_equal(theirs, np.asarray(ours, np.float32))
 
 
+@pytest.mark.slow
 def test_the_script_converts_a_directory_in_a_process_of_its_own(tmp_path):
     """And what it made answers a benchmark as any trained run does."""
     given = hf_models.build("llava 1.5", tmp_path / "given")

@@ -129,6 +129,7 @@ print(known.encode("What colour is this ?")[0], embed.shape, float(embed[3, 4]))
 """
 
 
+@pytest.mark.slow
 def test_a_directory_is_read_without_torch(tmp_path):
     folder = hf_models.build("qwen2, biases", tmp_path / "qwen")
     shutil.copytree(tokenizers.byte_level(tmp_path / "tokenizer"), folder, dirs_exist_ok=True)

@@ -61,6 +61,7 @@ def report(tmp_path_factory):
     return json.loads(run.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", MESHES)
 def test_every_mesh_holds_the_same_numbers_where_the_rules_put_them(sizes, report):
     found = report[str(sizes)]

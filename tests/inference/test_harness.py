@@ -101,6 +101,7 @@ def closed(files):
     return [n for n in FIXTURES if any("replies" in r for r in benchmarks.get(n).rows(files[n]))]
 
 
+@pytest.mark.slow
 def test_every_benchmark_goes_from_native_files_to_an_error(files, generated):
     workdir, scores = generated
     rows = {row.benchmark: row for row in table.read(workdir / "errors.csv")}
@@ -125,6 +126,7 @@ def test_every_benchmark_goes_from_native_files_to_an_error(files, generated):
     assert len(said) > 5, "the answers must differ for these tests to mean anything"
 
 
+@pytest.mark.slow
 def test_at_most_eight_programs_are_compiled_for_a_benchmark_and_its_speed_is_kept(
     files, generated, chosen
 ):
@@ -136,6 +138,7 @@ def test_at_most_eight_programs_are_compiled_for_a_benchmark_and_its_speed_is_ke
             assert line["prompt_tokens"] >= line["questions"]
 
 
+@pytest.mark.slow
 def test_the_likeliest_reply_is_named_apart_from_the_official_answer(files, closed, chosen):
     workdir, scores = chosen
     assert [score["benchmark"] for score in scores] == [f"{name}_likelihood" for name in closed]
@@ -149,6 +152,7 @@ def test_the_likeliest_reply_is_named_apart_from_the_official_answer(files, clos
         assert families[score["benchmark"]] == benchmarks.get(name).family + "_likelihood"
 
 
+@pytest.mark.slow
 def test_a_benchmark_of_open_questions_has_no_likelihoods(run, files, tmp_path):
     with pytest.raises(ConfigError, match="eval: gqa has open questions only; use mode = 'generat"):
         evaluate.evaluate(config(run, files, ["gqa"], mode="likelihood"), str(tmp_path))
@@ -168,6 +172,7 @@ def test_no_score_depends_on_the_batch_size(run, files, generated, chosen, tmp_p
         assert found == [wanted[name + suffix] for name in names]
 
 
+@pytest.mark.slow
 def test_no_answer_depends_on_sharing_what_prompts_begin_with(
     run, files, generated, chosen, tmp_path, monkeypatch
 ):
@@ -192,6 +197,7 @@ def test_no_answer_depends_on_sharing_what_prompts_begin_with(
     assert min(lengths) >= 15  # <s>, the system prompt's twelve tokens, USER :
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [1, 3])
 def test_a_killed_evaluation_goes_on_in_either_mode(run, files, generated, chosen, tmp_path, kept):
     for mode, (workdir, scores), suffix in (

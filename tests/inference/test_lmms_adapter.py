@@ -92,6 +92,7 @@ def request(model, doc_id, kwargs=GREEDY, kind="generate_until", context=None, v
     return instance(kind, arguments, 0, metadata)
 
 
+@pytest.mark.slow
 def test_answers_equal_those_of_our_evaluation_in_the_order_of_the_requests(model, ours):
     rows, texts = ours
     order = [5, *range(1, 5), 0, *range(6, 12), *[12, 13] * 4]  # the shortest come last
@@ -100,6 +101,7 @@ def test_answers_equal_those_of_our_evaluation_in_the_order_of_the_requests(mode
     assert len(rows) == 14 and len(set(found)) > 3, "else an order would not show"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["RGB", "P", "L", "CMYK"])
 def test_a_picture_arrives_as_its_file_would_whatever_its_mode(model, lmms, tmp_path, mode):
     from vlm_jax.data import images
@@ -113,6 +115,7 @@ def test_a_picture_arrives_as_its_file_would_whatever_its_mode(model, lmms, tmp_
     assert (native == ours).all() and native.std() > 20
 
 
+@pytest.mark.slow
 def test_an_image_that_the_task_has_placed_is_not_placed_again(model, ours):
     rows, texts = ours
     assert rows[0]["conversations"][-1]["value"].startswith("<image>")
@@ -122,6 +125,7 @@ def test_an_image_that_the_task_has_placed_is_not_placed_again(model, ours):
         model.generate_until([request(model, 0, context="<image> <image> Is it bright ?")])
 
 
+@pytest.mark.slow
 def test_requests_with_different_settings_are_answered_each_with_its_own(model, ours):
     rows, texts = ours
     stop = texts[rows[1]["id"]][1:3]
@@ -135,6 +139,7 @@ def test_requests_with_different_settings_are_answered_each_with_its_own(model, 
     assert len({found[i] for i in (0, 2, 4, 6, 7)}) > 2
 
 
+@pytest.mark.slow
 def test_a_repeated_request_is_sampled_anew_and_does_not_depend_on_the_others(model):
     repeated = [request(model, 0, SAMPLED)] * 8
     found = model.generate_until(repeated)
@@ -173,12 +178,14 @@ def test_generation_kwargs_that_would_be_ignored_are_refused(lmms, kwargs, messa
         lmms.parse_kwargs(kwargs, TASK)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["loglikelihood", "generate_until_multi_round"])
 def test_other_kinds_of_request_are_refused_by_name(model, kind):
     with pytest.raises(ConfigError, match=f"{kind} is not supported, which colours .* generate_u"):
         getattr(model, kind)([request(model, 0, kind=kind)])
 
 
+@pytest.mark.slow
 def test_what_is_no_picture_is_refused_by_name(model):
     with pytest.raises(ConfigError, match="colours/test/3 shows a str; only images"):
         model.generate_until([request(model, 0), request(model, 3, visuals=["film.mp4"])])

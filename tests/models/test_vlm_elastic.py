@@ -181,6 +181,7 @@ def test_a_compressor_with_one_number_of_tokens_cannot_be_asked_for_another():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, counts", [("mqt", (3, 16)), ("m3", (1, 4))])
 def test_answers_for_any_count_come_from_one_compilation_and_equal_a_smaller_model(name, counts):
     params, seeds = params_of(name), jnp.zeros(2, jnp.int32)
@@ -227,6 +228,7 @@ def loss_and_gradient(exp, number: int = 0):
     return float(value), scalars, grads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [0, 1])
 def test_the_loss_of_a_drawn_count_is_that_of_a_model_trained_for_it(folder, step):
     loss, scalars, grads = loss_and_gradient(experiment_of(folder, "mqt", (1, 3, 4)), step)
@@ -250,6 +252,7 @@ def test_counts_are_drawn_evenly_from_the_seed_and_the_step(folder):
     assert loss._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_the_loss_of_m3_is_the_mean_over_its_scales(folder):
     whole = loss_and_gradient(experiment_of(folder, "m3", (4, 1)))
     alone = [loss_and_gradient(experiment_of(folder, "m3", (n,))) for n in (4, 1)]
@@ -269,6 +272,7 @@ def test_m3_runs_encoder_and_projector_once_however_many_scales(folder):
     assert products((4, 1)) == products((4,))  # the decoder is traced once, too
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mqt", "m3"])
 def test_a_training_step_with_changing_counts_compiles_once_and_learns(folder, name):
     exp = experiment_of(folder, name, (1, 4))
@@ -364,6 +368,7 @@ def test_a_coarse_token_stands_in_the_middle_of_its_window():
     assert shown.places[0, :4].tolist() == [5, 7, 13, 15]
 
 
+@pytest.mark.slow
 def test_a_kept_patch_brings_the_position_of_its_place():
     """PruMerge's tokens, in the order of their scores, each with the code of its patch; the extra token has its own."""
     cfg = config("prumerge", neighbours=4, prune_ratio="fixed", fixed_ratio=0.25)

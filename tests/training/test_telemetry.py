@@ -67,6 +67,7 @@ def test_without_a_terminal_a_report_is_one_plain_line(caplog):
     ]
 
 
+@pytest.mark.slow
 def test_a_report_that_has_no_new_step_to_tell_of_is_left_out(tmp_path, caplog):
     """With log_every = 1 or 2 the second step is sent before a second one is computed: a speed of 0 would be told."""
     config = tiny.config(tiny.write(tmp_path / "data"), num_steps=4, log_every=1, save_every=4)
