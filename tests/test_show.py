@@ -116,6 +116,7 @@ def test_a_run_that_names_another_machines_kernel_answers_as_it_does_here(
     }
     row = {"id": "a", "image": "parts.jpg", "conversations": [{"from": "human", "value": f"<image>\n{QUESTION}"}]}  # fmt: skip
     told = []
+    caplog.clear()  # what the training said
     with caplog.at_level(logging.INFO, logger="vlm_jax"):
         for checkpoint in (trained("quecc"), str(tmp_path / "run")):
             answerer = answer.Answerer(EvalConfig(checkpoint, 1, 2), MeshConfig())

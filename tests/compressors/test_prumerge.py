@@ -22,7 +22,6 @@ from vlm_jax.models.vlm import VLM, Inputs, init_params
 from vlm_jax.settings import presets
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.model import CompressorConfig, VLMConfig
-from vlm_jax.storage import run as experiment
 
 NAMES = ("prumerge", "prumerge_plus")
 WIDTH = 8
@@ -334,7 +333,7 @@ def test_a_feature_cache_is_refused_wherever_it_could_come_in(tmp_path):
     cfg.model.compressor.name, cfg.model.compressor.neighbours = "prumerge", 2
     match = "a cache has no queries and keys, which prumerge looks at; use ''"
     with pytest.raises(ConfigError, match=match):
-        features.cache(experiment.resolve(cfg), tmp_path / "run", tmp_path / "features")
+        features.write_features(cfg, str(tmp_path / "features"))
     cfg.data.features_dir = str(tmp_path)
     with pytest.raises(ConfigError, match=match):
         train.train(cfg, str(tmp_path / "run"))

@@ -39,8 +39,8 @@ FORMS = {
     "nothing but siglip's class": ("SiglipImageProcessorPil", "preprocessor_config.json", {"image_processor_type": "SiglipImageProcessor"}, 224, STRETCH),
     "null is the default": (
         "CLIPImageProcessorPil", "preprocessor_config.json",
-        {"image_processor_type": "CLIPImageProcessorFast", "do_center_crop": None, "resample": 3, "default_to_square": False,
-         "input_data_format": None, **EDGE | {"do_center_crop": None}, **CLIP}, PX, CROP,
+        {"image_processor_type": "CLIPImageProcessorFast", "resample": 3, "default_to_square": False,
+         "input_data_format": None, **EDGE, **CLIP}, PX, CROP,
     ),
     "a list": ("SiglipImageProcessorPil", "preprocessor_config.json", {"image_processor_type": "SiglipImageProcessor", "size": [PX, PX]}, PX, STRETCH),
     "stretched, then nothing to crop": (
@@ -124,6 +124,8 @@ REFUSED = {
     "a crop that the class has by default": ({"image_processor_type": "CLIPImageProcessor", "size": PX}, f"resized to {PX} px and cropped to 224 px"),
     "a crop that is no square": ({**EDGE, "crop_size": {"height": PX, "width": 12}}, f"{PX}x12 px is no square"),
     "no crop": ({**EDGE, "do_center_crop": False}, "shortest_edge without do_center_crop leaves no square"),
+    "no crop by null": ({**EDGE, "do_center_crop": None}, "shortest_edge without do_center_crop leaves no square."),
+    "no resize by null": ({**EDGE, "do_resize": None}, "do_resize is not true; that step is always taken here."),
     "a longest edge": ({**EDGE, "size": {"shortest_edge": PX, "longest_edge": 99}}, "size {'shortest_edge': 24, 'longest_edge': 99} is not computed here"),
     "two means": ({**EDGE, "image_mean": [0.5, 0.5]}, "image_mean [0.5, 0.5] is not three numbers"),
     "a factor in words": ({**EDGE, "rescale_factor": "1/255"}, "rescale_factor '1/255' is not 1/255"),

@@ -63,7 +63,7 @@ def _check(record: RawRecord) -> None:
         raise record.fault("'conversations' must be a list of messages with 'from' and 'value'")
     for number, message in enumerate(messages):
         value, hidden = message["value"], number == len(messages) - 1 and message["from"] == "gpt"
-        if isinstance(value, list):
+        if isinstance(value, list) and all(isinstance(part, dict) for part in value):
             continue  # a list of parts, which data.records checks when the question is laid out
         if not isinstance(value, str) and not (value is None and hidden):
             reason = f"'value' must be a string, got {shown(value)}"

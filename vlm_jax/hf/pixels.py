@@ -57,10 +57,12 @@ def preprocessing(folder: Path, image_px: int, encoder: str = "") -> dict[str, A
     given, where = found
     name = _class_of(given, where)
     default = PROCESSORS[name] if name else _guessed(given, family)
-    settings = {**default, **{key: value for key, value in given.items() if value is not None}}
+    # Of a size or a number null means the default; of a step transformers takes it as false.
+    said = {key: value for key, value in given.items() if value is not None or key[:3] == "do_"}
+    settings = {**default, **said}
     for step in ("do_resize", "do_rescale", "do_normalize"):
-        if settings.get(step) is False:
-            raise ConfigError(f"{where}: {step} is false; that step is always taken here.")
+        if not settings.get(step, True):
+            raise ConfigError(f"{where}: {step} is not true; that step is always taken here.")
     factor = settings.get("rescale_factor", 1 / 255)
     if not isinstance(factor, float) or abs(factor - 1 / 255) > 1e-9:
         raise ConfigError(f"{where}: rescale_factor {short(factor)} is not 1/255.")
