@@ -45,3 +45,28 @@ def test_the_guide_s_commands_are_found():
     (stage2,) = [w for _, w in commands("docs/guide.md") if "--workdir=runs/instruct" in w]
     assert "--config.init.from=runs/align" in stage2
     assert "--config.data.annotations=llava_v1_5_mix665k.json" in stage2
+
+
+NAMED = re.compile(
+    r"(?<![\w/.])(?:vlm_jax|tests|configs|docs)/[\w/.]*\w(?:\.\w+|/)|(?<![\w/.])vlm_jax/\w+/"
+)
+
+
+def named(document: str) -> list[str]:
+    """Paths of the project in a document; what a reader is to make (NAME.py) or a pattern stands for is left out."""
+    found = NAMED.findall((ROOT / document).read_text(encoding="utf-8"))
+    return [path for path in found if "NAME" not in path]
+
+
+@pytest.mark.parametrize("document", sorted(DOCUMENTS))
+def test_every_path_that_a_document_names_exists(document):
+    for path in named(document):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_walk_through_the_code_names_its_files():
+    """Were none found, the test above could not fail."""
+    assert {"vlm_jax/models/vlm.py", "vlm_jax/laws/planning.py", "vlm_jax/costs/"} <= set(
+        named("docs/architecture.md")
+    )
+    assert len(set(named("docs/architecture.md"))) > 35

@@ -2,14 +2,15 @@
 
 commands      train  evaluate  sweep  show  features (a frozen encoder's features, computed once)
               laws.fit  laws.plan  laws.plot  aot  benchmarks.tables
-settings/     model: frozen dataclasses   run: those of a training   presets: named sizes   cli: flags, one-line errors
-files         the one door to paths        sharding   processes, mesh, logical axes -> mesh axes
+settings/     model: frozen dataclasses   run: those of a training   presets: named sizes   cli: flags   checks: one-line errors
+files         the one door to paths        progress   the one progress bar
+sharding      processes, mesh, logical axes -> mesh axes
 layers        the blocks of every module   models/    attention, vit, projector, lm; vlm: the whole flow
-compressors/  module, token count, FLOPs   data/      records, images, chat, tokenizer, pipeline, sampling, packing
+compressors/  settings, counts; modules/   data/      records, images, chat, tokenizer, pipeline, sampling, packing
 hf/           a model directory in and out storage/   a workdir: its settings, checkpoints, weights
 costs/        chips, FLOPs, memory, price: the one place that counts
 training/     inputs, step, losses, optim, loop, guard (NaN), interrupt (SIGTERM), telemetry, outline (what a run says)
-inference/    generate, answer, tasks, features, lmms_eval
+inference/    tasks, answer, generate, evaluation, features, lmms_eval
 benchmarks/   rows, score, reduce          miniworld/ the embedded benchmark
 laws/         table, fit, law, plan, figures, report
 aot/          a step compiled for machines that one does not have
