@@ -1,4 +1,4 @@
-"""QueCC: query-based convolutional cross-attention (Li et al. 2024, "Inference Optimal VLMs Need Fewer VisualTokens Tokens and
+"""QueCC: query-based convolutional cross-attention (Li et al. 2024, "Inference Optimal VLMs Need Fewer Visual Tokens and
 More Parameters", section 4; locuslab/llava-token-compression). What it computes: modules/quecc.py."""
 
 from __future__ import annotations

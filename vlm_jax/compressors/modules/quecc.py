@@ -1,4 +1,4 @@
-"""QueCC: query-based convolutional cross-attention (Li et al. 2024, "Inference Optimal VLMs Need Fewer VisualTokens Tokens and
+"""QueCC: query-based convolutional cross-attention (Li et al. 2024, "Inference Optimal VLMs Need Fewer Visual Tokens and
 More Parameters", section 4; locuslab/llava-token-compression).
 
 The question's state is added to every patch, a depth-wise convolution down-samples the result to one query per window,
