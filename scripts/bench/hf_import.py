@@ -87,7 +87,7 @@ def measure(folder: Path, way: str) -> dict[str, float]:
     import jax
 
     from vlm_jax import compressors, sharding
-    from vlm_jax.hf import directory, io, maps
+    from vlm_jax.hf import directory, io, maps, named
     from vlm_jax.settings.model import VLMConfig
     from vlm_jax.settings.run import MeshConfig
     from vlm_jax.storage import weights

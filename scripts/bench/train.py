@@ -39,7 +39,14 @@ from vlm_jax.costs import chips
 from vlm_jax.costs.flops import step_flops
 from vlm_jax.settings import presets
 from vlm_jax.settings.model import LMConfig, VLMConfig
-from vlm_jax.settings.run import Experiment, InitConfig, MeshConfig, OptimConfig, TrainConfig
+from vlm_jax.settings.run import (
+    DataConfig,
+    Experiment,
+    InitConfig,
+    MeshConfig,
+    OptimConfig,
+    TrainConfig,
+)
 from vlm_jax.training import step
 
 VISUAL = 64  # the mini encoder's patches

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from paths import PYTHONPATH
 
 MESHES = ((1, 1, 1), (2, 2, 2), (1, 8, 1), (1, 1, 4))
 PARTS = ("vit", "projector", "lm")
@@ -20,6 +21,7 @@ def main(folder: str) -> None:
 
     from vlm_jax import sharding
     from vlm_jax.compressors import settings as compressor_settings
+    from vlm_jax.hf import named
     from vlm_jax.settings.model import VLMConfig
     from vlm_jax.settings.run import MeshConfig
     from vlm_jax.storage import weights

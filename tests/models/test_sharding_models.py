@@ -11,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+from paths import PYTHONPATH, ROOT
 
 MESHES = ((8, 1, 1), (2, 4, 1), (1, 2, 4), (2, 2, 2))
 CASES = [("quecc", mesh) for mesh in MESHES] + [("mqt", (2, 2, 2)), ("m3", (2, 2, 2))]
