@@ -12,7 +12,7 @@ from PIL import Image
 from vlm_jax import answer, experiment, show, train
 from vlm_jax.compressors import COMPRESSORS
 from vlm_jax.data import images
-from vlm_jax.models.vlm import VLM, Inputs
+from vlm_jax.models.vlm import VLM, Inputs, shapes
 from vlm_jax.run_config import MeshConfig
 
 GRID = 4
@@ -103,6 +103,13 @@ def test_a_run_that_names_another_machines_kernel_answers_as_it_does_here(
     shutil.copytree(trained("quecc"), tmp_path / "run")
     path = tmp_path / "run" / "config.json"
     path.write_text(path.read_text().replace('"attention": "auto"', f'"attention": "{kernel}"'))
+    saved = experiment.read(tmp_path / "run").model
+    assert saved.lm.attention == kernel and shapes(saved).keys() == {
+        "vit",
+        "compressor",
+        "projector",
+        "lm",
+    }
     row = {"id": "a", "image": "parts.jpg", "conversations": [{"from": "human", "value": f"<image>\n{QUESTION}"}]}  # fmt: skip
     told = []
     with caplog.at_level(logging.INFO, logger="vlm_jax"):
@@ -111,7 +118,8 @@ def test_a_run_that_names_another_machines_kernel_answers_as_it_does_here(
             (answers,) = answerer.ask([row], str(world), 1)
             told.append((answers, show.look(answerer, row, str(world)).weights.tolist()))
     assert told[0] == told[1]
-    assert caplog.messages == [
+    ours = [r.getMessage() for r in caplog.records if r.name.startswith("vlm_jax")]
+    assert ours == [
         f"the run was trained with model.lm.attention={kernel}, which this machine (cpu) does not have: here it is auto"
     ]
 

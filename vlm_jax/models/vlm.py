@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
@@ -281,7 +282,9 @@ def dummy_inputs(config: VLMConfig) -> Inputs:
 
 def init_params(config: VLMConfig, rng: PRNGKeyArray) -> dict[str, Any]:
     """Random parameters, boxed with their logical axes; call it under jit with out_shardings to have them born sharded."""
-    variables = VLM(config).init(rng, dummy_inputs(config))
+    # Parameters do not depend on the attention kernel, which this machine may lack (cuDNN's is looked for when it is traced).
+    plain = dataclasses.replace(config, lm=dataclasses.replace(config.lm, attention="xla"))
+    variables = VLM(plain).init(rng, dummy_inputs(config))
     params = cast(dict[str, Any], variables["params"])  # flax's stub still allows a FrozenDict
     for part, settings in (("vit", config.vit), ("lm", config.lm)):
         params[part] = _stored_as(settings.param_dtype, params[part])
