@@ -326,7 +326,7 @@ def test_an_elastic_step_runs_the_decoder_once_per_number_of_tokens_and_the_rest
 
 
 def test_queries_are_cut_into_the_blocks_that_attention_cuts():
-    assert (flops.QUERIES, flops.BLOCKS) == (attention.QUERIES, attention.BLOCKS)
+    assert (flops.QUERIES, flops.BLOCKS) == (attention.MIN_QUERIES, attention.MAX_BLOCKS)
     assert flops.score_pairs(100, 100) == 100**2
     assert flops.score_pairs(300, 310) == 128 * 138 + 128 * 266 + 44 * 310
     assert flops.score_pairs(1, 77) == 77

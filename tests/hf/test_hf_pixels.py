@@ -125,7 +125,7 @@ REFUSED = {
     "a crop that is no square": ({**EDGE, "crop_size": {"height": PX, "width": 12}}, f"{PX}x12 px is no square"),
     "no crop": ({**EDGE, "do_center_crop": False}, "shortest_edge without do_center_crop leaves no square"),
     "no crop by null": ({**EDGE, "do_center_crop": None}, "shortest_edge without do_center_crop leaves no square."),
-    "no resize by null": ({**EDGE, "do_resize": None}, "do_resize is not true; that step is always taken here."),
+    "no resize by null": ({**EDGE, "do_resize": None}, "do_resize is null; that step is always taken here."),
     "a longest edge": ({**EDGE, "size": {"shortest_edge": PX, "longest_edge": 99}}, "size {'shortest_edge': 24, 'longest_edge': 99} is not computed here"),
     "two means": ({**EDGE, "image_mean": [0.5, 0.5]}, "image_mean [0.5, 0.5] is not three numbers"),
     "a factor in words": ({**EDGE, "rescale_factor": "1/255"}, "rescale_factor '1/255' is not 1/255"),

@@ -42,7 +42,7 @@ def _described(cls: type, kind: str, directory: str) -> dict[str, Any]:
     found = describe(Path(directory))
     config = found.vit if cls is ViTConfig else found.lm
     if config is None and cls is ViTConfig and found.encoder:
-        config = presets.vit(presets.HUB.get(found.encoder, found.encoder))
+        config = vit(presets.HUB.get(found.encoder, found.encoder))
         layer = feature_layer(found.select_layer, config.num_layers)
         config = dataclasses.replace(config, feature_layer=layer)
     if config is None:

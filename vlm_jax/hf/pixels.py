@@ -62,7 +62,8 @@ def preprocessing(folder: Path, image_px: int, encoder: str = "") -> dict[str, A
     settings = {**default, **said}
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if not settings.get(step, True):
-            raise ConfigError(f"{where}: {step} is not true; that step is always taken here.")
+            given_as = "null" if settings[step] is None else "false"
+            raise ConfigError(f"{where}: {step} is {given_as}; that step is always taken here.")
     factor = settings.get("rescale_factor", 1 / 255)
     if not isinstance(factor, float) or abs(factor - 1 / 255) > 1e-9:
         raise ConfigError(f"{where}: rescale_factor {short(factor)} is not 1/255.")

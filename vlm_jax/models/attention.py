@@ -35,9 +35,8 @@ class AttentionMask(NamedTuple):
 
 
 AMPERE = 8.0  # the first compute capability for which cuDNN has flash attention
-MIN_QUERIES = (
-    128  # per block: smaller products are inefficient, larger blocks write more scores to memory
-)
+# Per block: smaller products are inefficient, larger blocks write more scores to memory.
+MIN_QUERIES = 128
 MAX_BLOCKS = 8  # bounds the compile time
 
 
