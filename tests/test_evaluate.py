@@ -93,7 +93,7 @@ def test_the_errors_row_says_what_was_measured(world, first):
     )
     assert (row.lm_params, row.visual_tokens, row.seed) == (lm.non_embedding_params, 1, 0)
     assert row.error == pytest.approx(scores[0]["error"])
-    assert row.lm == table.size_name(lm.total_params)
+    assert row.lm == presets.size_name(lm.total_params)
     assert 0 < row.seconds < 60
     assert 2 * lm.non_embedding_params * 5 < row.flops < 2 * lm.non_embedding_params * 100
 

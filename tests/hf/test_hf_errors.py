@@ -6,7 +6,6 @@ import os
 import shutil
 from pathlib import Path
 
-import hf_models
 import ml_dtypes
 import numpy as np
 import pytest
@@ -20,19 +19,6 @@ from vlm_jax import train
 from vlm_jax.hf import describe, directory, named
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.storage import run as experiment
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """name -> a directory that every test may copy."""
-    root, made = tmp_path_factory.mktemp("models"), {}
-
-    def get(name: str) -> Path:
-        if name not in made:
-            made[name] = hf_models.build(name, root / str(len(made)))
-        return made[name]
-
-    return get
 
 
 @pytest.fixture

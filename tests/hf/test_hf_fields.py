@@ -6,7 +6,6 @@ import re
 import shutil
 from pathlib import Path
 
-import hf_models
 import pytest
 from safetensors.numpy import load_file
 from test_hf_errors import edit
@@ -15,19 +14,6 @@ from test_hf_parity import check, compare_decoder, compare_encoder, compare_llav
 from vlm_jax.hf import named
 from vlm_jax.hf.describe import describe
 from vlm_jax.settings.checks import ConfigError
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """name -> a directory that every test may copy."""
-    root, made = tmp_path_factory.mktemp("models"), {}
-
-    def get(name: str) -> Path:
-        if name not in made:
-            made[name] = hf_models.build(name, root / str(len(made)))
-        return made[name]
-
-    return get
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import pytest
 import tiny
 
 from vlm_jax import train
+from vlm_jax.settings import presets
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import InitConfig
 from vlm_jax.storage import run as experiment
@@ -111,7 +112,7 @@ def test_the_end_names_what_was_written_and_the_next_command(exp, tmp_path):
     [(0, "0"), (999, "999"), (1000, "1k"), (82_170, "82.2k"), (999_499, "999k"), (999_500, "1M"), (7.06e9, "7.06B")],
 )  # fmt: skip
 def test_parameters_are_told_in_three_figures(count, text):
-    assert outline.short(count) == text
+    assert presets.size_name(count) == text
 
 
 def test_a_training_says_its_lines_and_refuses_a_frozen_random_encoder(tmp_path, monkeypatch):

@@ -205,4 +205,4 @@ def lm_name(lm: LMConfig) -> str:
         preset = presets.lm(name, **{field: getattr(lm, field) for field in free})
         if preset == lm:
             return name
-    return table.size_name(float(lm.nominal_params or lm.total_params))
+    return presets.size_name(float(lm.nominal_params or lm.total_params))

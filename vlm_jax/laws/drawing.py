@@ -19,8 +19,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from vlm_jax.costs.price import Number
-from vlm_jax.laws.table import size_name
 from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.presets import size_name
 
 MARKERS = "osD^vP*Xp<>h"  # one per token count, fewest first
 FRONTIER = "#d55e00"  # vermilion of Okabe and Ito: apart from every shade of the size scale

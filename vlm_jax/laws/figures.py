@@ -20,8 +20,9 @@ from vlm_jax.laws import cells, drawing
 from vlm_jax.laws.budget import Budget, Plan, Span, spell_pair
 from vlm_jax.laws.law import Fit, Law
 from vlm_jax.laws.planning import best_measured_tokens, choose, optimal_visual_tokens
-from vlm_jax.laws.table import Row, family_mean, size_name
+from vlm_jax.laws.table import Row, family_mean
 from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.presets import size_name
 
 BUDGETS = (0.25, 1.0, 4.0)  # of the base budget, where choices are followed along Q
 LONGEST_TEXT = 2048  # Q up to which they are drawn

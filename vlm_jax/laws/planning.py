@@ -34,8 +34,8 @@ from vlm_jax.laws.budget import (
     spelt,
 )
 from vlm_jax.laws.law import BILLION, Fit, Law
-from vlm_jax.laws.table import size_name
 from vlm_jax.settings.checks import ConfigError, check_positive
+from vlm_jax.settings.presets import size_name
 
 Point = tuple[str, Number, int]  # LM name, its parameters, visual tokens
 SIZES = 25  # of a free choice that stand for the whole range on the frontier

@@ -14,9 +14,10 @@ from vlm_jax import files
 from vlm_jax.laws import drawing, figures, planning
 from vlm_jax.laws.cells import rows_of
 from vlm_jax.laws.law import Fit
-from vlm_jax.laws.table import Row, family_mean, size_name
+from vlm_jax.laws.table import Row, family_mean
 from vlm_jax.laws.words import constant_rows
 from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.presets import size_name
 
 FLAG = "†"
 NAMES = {"ocr": "OCR", "reasoning": "Reasoning"}  # as headings write families

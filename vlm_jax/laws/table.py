@@ -23,6 +23,7 @@ from vlm_jax.costs.price import Number
 from vlm_jax.settings import addresses, presets
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.model import LMConfig
+from vlm_jax.settings.presets import size_name
 
 REQUIRED = ("lm_params", "visual_tokens", "error")
 DIVIDERS = ",;\t"  # of cells; of equally many the first
@@ -81,14 +82,6 @@ COLUMNS = (
 _TEXT = ("benchmark", "family", "lm", "compressor", "flag")
 _WHOLE = ("visual_tokens", "n", "seed")
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(Row)}
-
-
-def size_name(params: Number) -> str:
-    """7e9 -> "7B", 24576 -> "24.6k"."""
-    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if params >= unit:
-            return f"{params / unit:.3g}{letter}"
-    return f"{params:.0f}"
 
 
 def read(path: str | os.PathLike[str]) -> list[Row]:

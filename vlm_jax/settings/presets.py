@@ -139,3 +139,11 @@ def _named(cls: type, kind: str, table: dict[str, dict], preset: str, overrides:
             f"{hub_hint(preset)}"
         )
     return build(cls, {**table.get(preset, {}), **overrides})
+
+
+def size_name(params: float) -> str:
+    """A number of parameters with three significant digits: 24576 -> "24.6k", 303e6 -> "303M", 7e9 -> "7B"."""
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if params >= 0.9995 * limit:  # 999,900 is 1M, not 1e+03k
+            return f"{params / limit:.3g}{unit}"
+    return f"{params:.0f}"

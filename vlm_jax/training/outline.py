@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from vlm_jax import files
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.model import LORA
+from vlm_jax.settings.presets import size_name
 from vlm_jax.settings.run import Experiment
 
 Tree = Mapping[str, Any]  # parameters, or what has their shapes, as nested dicts
@@ -46,7 +47,7 @@ def check_frozen(exp: Experiment, trainable: Tree, frozen: Tree) -> None:
         return
     used = ("lm",) if exp.data.max_images == 0 else tuple(exp.init.sources)
     names = {
-        part.name: f"{part.name} ({short(part.frozen)} parameters)"
+        part.name: f"{part.name} ({size_name(part.frozen)} parameters)"
         for part in parts(exp, trainable, frozen)
         if part.name in used and not part.source
         if any(path.split("/")[-1] not in LORA for path, _ in _sizes(frozen.get(part.name, {})))
@@ -117,12 +118,12 @@ def start(
 
 def _trained(part: Part, origin: str) -> str:
     total = part.trained + part.frozen
-    size = short(part.trained) + (f" of {short(total)}" if part.frozen else "")
+    size = size_name(part.trained) + (f" of {size_name(total)}" if part.frozen else "")
     return f"{part.name} {size} ({_source(part, origin)})"
 
 
 def _frozen(part: Part, origin: str) -> str:
-    return f"{part.name} {short(part.frozen)} ({_source(part, origin)})"
+    return f"{part.name} {size_name(part.frozen)} ({_source(part, origin)})"
 
 
 def _source(part: Part, origin: str) -> str:
@@ -149,11 +150,3 @@ def end(exp: Experiment, workdir: Path, metrics: Mapping[str, float]) -> list[st
         f"  wrote    {run}/checkpoints/{step}, config.json, metrics.jsonl (every step), tensorboard, final.json",
         f"  next     python -m vlm_jax.{following}",
     ]
-
-
-def short(count: float) -> str:
-    """A number of parameters with three significant digits: 82.2k, 303M, 7.06B."""
-    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= 0.9995 * limit:
-            return f"{count / limit:.3g}{unit}"
-    return f"{count:.0f}"
