@@ -187,6 +187,7 @@ def optim() -> ml_collections.ConfigDict:
     o.optimizer = "adamw"  # adamw | muon (hidden matrices by Muon, the rest by AdamW) | adafactor
     o.learning_rate = 2e-5  # peak
     o.muon_learning_rate = 1e-2  # peak, of Muon's matrices
+    o.rates = ()  # (regex, factor): parameters that learn at another rate, such as (("^vit/", 0.1),)
     o.warmup_ratio = 0.03  # of the steps, then cosine to 0
     o.weight_decay = 0.0
     o.beta1 = 0.9

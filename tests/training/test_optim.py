@@ -181,3 +181,53 @@ def test_a_muon_update_is_near_orthogonal_per_layer_and_scaled_by_its_own_rate()
     embed = np.abs(np.asarray(updates["lm"]["embed"]))
     np.testing.assert_allclose(embed, 1e-2, rtol=1e-4)  # AdamW's first step: the rate itself
     assert jnp.isfinite(optax.tree.norm(updates))
+
+
+def test_a_muon_update_never_changes_the_size_of_an_output_by_more_than_the_rate():
+    """A wide MLP's last map, [40, 6] and [640, 6]: the root mean square of (update x) over that of x, along the worst x."""
+    for wide in (40, 640):
+        kernel = boxed((2, wide, 6), ("layers", "mlp", "embed"))
+        boxes = {"lm": {"layers": {"mlp": {"down": {"kernel": kernel}}}}}
+        params = nn.unbox(boxes)
+        optimizer = make_optimizer(config(optimizer="muon"), 4, boxes)
+        updates, _ = optimizer.update(params, optimizer.init(params), params)
+        for layer in np.asarray(updates["lm"]["layers"]["mlp"]["down"]["kernel"]):
+            largest = np.linalg.svd(layer, compute_uv=False).max()
+            gain = largest * np.sqrt(
+                wide / 6
+            )  # rms(y) / rms(x) = |y| / |x| * sqrt(inputs / outputs)
+            assert 0.6 * 2e-2 < gain < 1.3 * 2e-2
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
+def test_rates_slow_the_parameters_that_they_match_the_first_match_counts(optimizer):
+    params, (chosen, _) = nn.unbox(tree()), partition(tree(), STAGE_2)
+    trainable, _ = partition(params, STAGE_2)
+
+    def updates(**fields):
+        rule = make_optimizer(config(optimizer=optimizer, weight_decay=0.1, **fields), 4, chosen)
+        return flatten_dict(rule.update(trainable, rule.init(trainable), trainable)[0], sep="/")
+
+    plain = updates()
+    slowed = updates(rates=(["mlp/", 0.25], ["^lm/", 0.5]))
+    for path, update in plain.items():
+        factor = 0.25 if "mlp/" in path else 0.5 if path.startswith("lm/") else 1.0
+        np.testing.assert_allclose(slowed[path], factor * update, rtol=1e-6)
+        assert np.abs(update).max() > 0
+
+
+@pytest.mark.parametrize(
+    "rates, said",
+    [
+        ((("^lm/", 0.0),), r"rates '\^lm/' must be positive, got 0.0"),
+        (("^lm/",), r"rates must be pairs \(regex, factor\)"),
+        (
+            (("^vit/", 0.1),),
+            r"rates '\^vit/' matches no parameter; paths begin with compressor/, lm/",
+        ),
+        ((("(", 0.1),), r"rates '\(' is not a regular expression"),
+    ],
+)
+def test_rates_that_cannot_be_meant_are_named(rates, said):
+    with pytest.raises(ConfigError, match=said):
+        make_optimizer(config(rates=rates), 4, partition(tree(), STAGE_2)[0])

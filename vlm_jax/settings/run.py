@@ -101,8 +101,19 @@ class OptimConfig:
     eps: float
     clip_norm: float  # global gradient norm
     momentum_dtype: str = "float32"  # of the first moment: bfloat16 saves 2 bytes per parameter
+    # (regex, factor): parameters whose learning rate is that much of the peak; the first match counts
+    rates: tuple[Sequence[Any], ...] = ()
 
     def __post_init__(self):
+        try:  # lists, as JSON has them, become tuples
+            rates = tuple((str(pattern), float(factor)) for pattern, factor in self.rates)
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"optim: rates must be pairs (regex, factor), such as (('^vit/', 0.1),); got {self.rates!r}."
+            ) from None
+        object.__setattr__(self, "rates", rates)
+        for pattern, factor in rates:
+            check_positive("optim", **{f"rates {pattern!r}": factor})
         check_choice("optim", "optimizer", self.optimizer, ("adamw", "muon", "adafactor"))
         check_choice("optim", "momentum_dtype", self.momentum_dtype, ("float32", "bfloat16"))
         check_positive("optim", learning_rate=self.learning_rate, clip_norm=self.clip_norm)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -18,23 +19,23 @@ from vlm_jax.settings.run import OptimConfig
 Tree = dict[str, Any]
 
 
-def partition(params: Tree, trainable: str) -> tuple[Tree, Tree]:
+def partition(params: Tree, trainable: str, setting: str = "trainable") -> tuple[Tree, Tree]:
     """Splits nested `params` into (trainable, frozen). A path such as "lm/embed" is trainable if the regex matches in it.
 
     Both results are nested like `params`; `merge` is the inverse. Leaves may be boxed or abstract. Raises ConfigError when
-    the regex is malformed or matches nothing.
+    the regex is malformed or matches nothing; `setting` is the field of `optim` that holds it.
     """
     try:
         pattern = re.compile(trainable)
     except re.error as error:
         raise ConfigError(
-            f"optim: trainable {trainable!r} is not a regular expression: {error}."
+            f"optim: {setting} {trainable!r} is not a regular expression: {error}."
         ) from error
     flat = flatten_dict(params, sep="/")
     chosen = {path: leaf for path, leaf in flat.items() if pattern.search(path)}
     if not chosen:
         raise ConfigError(
-            f"optim: trainable {trainable!r} matches no parameter; paths begin with "
+            f"optim: {setting} {trainable!r} matches no parameter; paths begin with "
             f"{', '.join(f'{name}/' for name in sorted(params))}."
         )
     frozen = {path: leaf for path, leaf in flat.items() if path not in chosen}
@@ -65,31 +66,69 @@ def schedule(peak: float, num_steps: int, warmup_ratio: float) -> optax.Schedule
 def make_optimizer(
     config: OptimConfig, num_steps: int, boxed: Tree
 ) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW, Adafactor, or Muon (hidden matrices) with AdamW (everything else).
+    """Clipping by the global norm, the update rule, and the factors of `optim.rates`.
 
-    boxed: the trainable parameters with their logical axes (shapes suffice). Adafactor stores one number per row and column
-    of a matrix instead of two per weight, and no momentum. Weight decay applies to kernels and to adapters, as with PEFT
-    under transformers' Trainer.
+    boxed: the trainable parameters with their logical axes (shapes suffice). Raises ConfigError for a malformed regex in
+    `optim.rates` and for one that matches none of them.
     """
-    decayed = {path: path.endswith(("/kernel", *LORA)) for path in flatten_dict(boxed, sep="/")}
-    decayed = unflatten_dict(decayed, sep="/")
-    adamw = optax.adamw(
+    rule = {"adamw": _adamw, "adafactor": _adafactor, "muon": _muon}[config.optimizer]
+    steps = [optax.clip_by_global_norm(config.clip_norm), rule(config, num_steps, boxed)]
+    if config.rates:
+        steps.append(_times(_rates(config.rates, boxed)))
+    return optax.chain(*steps)
+
+
+def _rates(rates: Sequence[tuple[str, float]], boxed: Tree) -> Tree:
+    """Per parameter the factor of the first regex that matches in its path; 1 without a match."""
+    flat = flatten_dict(boxed, sep="/")
+    factors = dict.fromkeys(flat, 1.0)
+    for pattern, factor in reversed(rates):
+        matching = flatten_dict(partition(boxed, pattern, "rates")[0], sep="/")
+        factors |= dict.fromkeys(matching, factor)
+    return unflatten_dict(factors, sep="/")
+
+
+def _times(factors: Tree) -> optax.GradientTransformation:
+    """Multiplies each update by its factor."""
+
+    def scaled(updates: optax.Updates, _: Any) -> optax.Updates:
+        return jax.tree.map(
+            lambda update, factor: update if _is_masked(update) else factor * update,
+            updates, _restrict(factors, updates), is_leaf=_is_masked,
+        )  # fmt: skip
+
+    return optax.stateless(scaled)
+
+
+def _decayed(boxed: Tree) -> Tree:
+    """True for kernels and adapters, to which weight decay applies, as with PEFT under transformers' Trainer."""
+    flat = flatten_dict(boxed, sep="/")
+    return unflatten_dict({path: path.endswith(("/kernel", *LORA)) for path in flat}, sep="/")
+
+
+def _adamw(config: OptimConfig, num_steps: int, boxed: Tree) -> optax.GradientTransformation:
+    decayed = _decayed(boxed)
+    return optax.adamw(
         schedule(config.learning_rate, num_steps, config.warmup_ratio), config.beta1, config.beta2, config.eps,
         weight_decay=config.weight_decay, mask=lambda params: _restrict(decayed, params),
         mu_dtype=config.momentum_dtype,
     )  # fmt: skip
-    if config.optimizer == "adamw":
-        return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
-    if config.optimizer == "adafactor":
-        return optax.chain(
-            optax.clip_by_global_norm(config.clip_norm),
-            optax.scale_by_factored_rms(),
-            optax.clip_by_block_rms(1.0),
-            optax.add_decayed_weights(config.weight_decay, decayed),
-            optax.scale_by_learning_rate(
-                schedule(config.learning_rate, num_steps, config.warmup_ratio)
-            ),
-        )
+
+
+def _adafactor(config: OptimConfig, num_steps: int, boxed: Tree) -> optax.GradientTransformation:
+    """One number per row and column of a matrix instead of two per weight, and no momentum."""
+    return optax.chain(
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        optax.add_decayed_weights(config.weight_decay, _decayed(boxed)),
+        optax.scale_by_learning_rate(
+            schedule(config.learning_rate, num_steps, config.warmup_ratio)
+        ),
+    )
+
+
+def _muon(config: OptimConfig, num_steps: int, boxed: Tree) -> optax.GradientTransformation:
+    """Muon for the hidden kernels, AdamW for everything else; weight decay applies to kernels."""
     axes = muon_axes(boxed)
     muon = optax.contrib.muon(
         schedule(config.muon_learning_rate, num_steps, config.warmup_ratio),
@@ -98,10 +137,35 @@ def make_optimizer(
         muon_weight_dimension_numbers=lambda params: _restrict(axes, params),
     )
     labels = jax.tree.map(lambda spec: "adamw" if spec is None else "muon", axes, is_leaf=_is_spec)
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.partition({"muon": muon, "adamw": adamw}, labels),
+    return optax.partition(
+        {
+            "muon": optax.chain(muon, _times(_narrowing(axes, boxed))),
+            "adamw": _adamw(config, num_steps, boxed),
+        },
+        labels,
     )
+
+
+def _narrowing(axes: Tree, boxed: Tree) -> Tree:
+    """sqrt(outputs / inputs) of each kernel with more inputs than outputs, 1 for the others.
+
+    An orthogonal update then changes the root mean square of a layer's output by at most the learning rate times that of
+    its input, whatever the kernel's shape (Bernstein & Newhouse 2024, arXiv 2409.20325). optax.contrib.muon scales by
+    sqrt(outputs / inputs) only where that is above 1, which makes the steps of a wide MLP's last map too large.
+    """
+    shapes = flatten_dict(nn.unbox(boxed), sep="/")
+
+    def factor(path: str, spec: optax.contrib.MuonDimensionNumbers | None) -> float:
+        if spec is None:
+            return 1.0
+        outputs, inputs = (
+            math.prod(shapes[path].shape[axis] for axis in group)
+            for group in (spec.output_axis, spec.reduction_axis)
+        )
+        return min(1.0, math.sqrt(outputs / inputs))
+
+    flat = flatten_dict(axes, sep="/", is_leaf=lambda _, node: _is_spec(node))
+    return unflatten_dict({path: factor(path, spec) for path, spec in flat.items()}, sep="/")
 
 
 def muon_axes(boxed: Tree) -> Tree:
@@ -127,6 +191,10 @@ def muon_axes(boxed: Tree) -> Tree:
     return unflatten_dict({path: axes(path, leaf) for path, leaf in flat.items()}, sep="/")
 
 
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
 def _is_spec(node: Any) -> bool:
     return node is None or isinstance(node, optax.contrib.MuonDimensionNumbers)
 
@@ -135,4 +203,4 @@ def _restrict(full: Any, params: Any) -> Any:
     """The entries of nested `full` for the leaves of `params` that optax has not masked."""
     if isinstance(params, Mapping):
         return {name: _restrict(full[name], child) for name, child in params.items()}
-    return params if isinstance(params, optax.MaskedNode) else full
+    return params if _is_masked(params) else full
