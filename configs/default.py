@@ -114,6 +114,8 @@ def model() -> ml_collections.ConfigDict:
     m.projector_layers = 2  # LLaVA-1.5's mlp2x_gelu
     m.projector_norm = "none"  # none | rms: RMSNorm of the visual tokens (the miniature's)
     m.projector_positions = "none"  # none | grid: a learned vector per place (likewise)
+    m.projector_scale = "one"  # one | words: a new projector's norm and positions begin at the root
+    # mean square of the decoder's word embeddings instead of 1 (needs the norm)
 
     m.lm = ml_collections.ConfigDict()
     m.lm.preset = "vicuna-7b"  # a key of presets.LM, a model directory, or "" with every field set

@@ -173,6 +173,32 @@ def test_a_run_leaves_config_metrics_and_checkpoints_and_is_not_run_twice(folder
     )
 
 
+def test_new_visual_tokens_may_begin_at_the_scale_of_the_word_embeddings(folder):
+    config = tiny.config(folder)
+    config.model.projector_positions = "grid"
+    config.model.projector_norm = "rms"
+
+    def begun(scale):
+        config.model.projector_scale = scale
+        exp = experiment.resolve(config)
+        return loop.begin(step.plan(exp, sharding.make_mesh(exp.mesh), 3))
+
+    one, words = (begun(scale) for scale in ("one", "words"))
+    table = optim.merge(words.trainable, words.frozen)["lm"]["embed"]
+    rms = np.sqrt(np.mean(np.square(table)))
+    assert 0.01 < rms < 0.03
+    for name in ("position", "norm"):
+        before, now = one.trainable["projector"][name], words.trainable["projector"][name]
+        jax.tree.map(lambda b, n: np.testing.assert_allclose(n, b * rms, rtol=1e-5), before, now)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        one.trainable["projector"]["dense_0"], words.trainable["projector"]["dense_0"],
+    )  # fmt: skip
+    config.model.projector_norm = "none"
+    with pytest.raises(ConfigError, match="projector_scale 'words' scales the projector's norm"):
+        experiment.resolve(config)
+
+
 def settled(folder, tmp_path):
     """A workdir that holds a run of the tiny config with a checkpoint, without having trained."""
     exp = experiment.resolve(tiny.config(folder))

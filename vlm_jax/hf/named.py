@@ -74,6 +74,7 @@ def vlm(model: Mapping[str, Any], given: Collection[str] = ()) -> VLMConfig:
         projector_layers=model["projector_layers"],
         projector_norm=model["projector_norm"],
         projector_positions=model["projector_positions"],
+        projector_scale=model["projector_scale"],
     )
 
 

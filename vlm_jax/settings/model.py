@@ -330,11 +330,17 @@ class VLMConfig:
     projector_layers: int = 2  # linear layers with GELU between ("mlp2x_gelu" = 2)
     projector_norm: str = "none"  # none | rms: RMSNorm of the visual tokens handed to the decoder
     projector_positions: str = "none"  # none | grid: a learned vector per place, after the norm
+    projector_scale: str = "one"  # one | words: root mean square of the first visual tokens
 
     def __post_init__(self):
         check_positive("vlm", projector_layers=self.projector_layers)
         check_choice("vlm", "projector_norm", self.projector_norm, ("none", "rms"))
         check_choice("vlm", "projector_positions", self.projector_positions, ("none", "grid"))
+        check_choice("vlm", "projector_scale", self.projector_scale, ("one", "words"))
+        if self.projector_scale == "words" and self.projector_norm == "none":
+            raise ConfigError(
+                "vlm: projector_scale 'words' scales the projector's norm; set projector_norm to 'rms', or it to 'one'."
+            )
         self.compressor.check(self.vit, self.lm)
 
 

@@ -24,7 +24,7 @@ HOW = {
     "compressor": ("dtype", "visual_tokens", "train_tokens"),
     "lm": ("dtype", "param_dtype", "remat", "attention", "nominal_params", "lora_rank", "lora_alpha", "lora_targets"),
 }  # fmt: skip
-PROJECTOR = ("projector_layers", "projector_norm", "projector_positions")
+PROJECTOR = ("projector_layers", "projector_norm", "projector_positions", "projector_scale")
 DATA = ("tokenizer", "template", "system", "query", "max_query_tokens")
 VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 

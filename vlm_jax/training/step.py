@@ -99,10 +99,32 @@ def fresh_state(p: TrainPlan, loaded: Tree | None = None) -> TrainState:
         params |= jax.jit(init, out_shardings=_shardings(fresh), compiler_options=options)(
             exp.train.seed
         )
+        if exp.model.projector_scale == "words":
+            params |= _at_word_scale(params, fresh)
     trainable, frozen = optim.partition(unflatten_dict(params, sep="/"), exp.optim.trainable)
     opt_state = jax.jit(p.optimizer.init, out_shardings=_shardings(state.opt_state))(trainable)
     step = jax.device_put(jnp.int32(0), state.step.sharding)
     return TrainState(step, trainable, frozen, opt_state)
+
+
+def _at_word_scale(params: Tree, fresh: Tree) -> Tree:
+    """The projector's fresh norm and positions times the root mean square of the word embeddings; flat paths.
+
+    An RMSNorm's tokens begin at 1, twenty times the scale of a trained word table. Adam moves both by the same absolute
+    steps, so visual tokens would learn that much more slowly than words, relative to their size.
+    """
+    scaled = {
+        path: fresh[path]
+        for path in ("projector/norm/scale", "projector/position")
+        if path in fresh
+    }
+
+    def scale(words: Array, one: Tree) -> Tree:
+        rms = jnp.sqrt(jnp.mean(jnp.square(words.astype(jnp.float32))))
+        return {path: x * rms for path, x in one.items()}
+
+    begun = {path: params[path] for path in scaled}
+    return jax.jit(scale, out_shardings=_shardings(scaled))(params["lm/embed"], begun)
 
 
 def to_saved(state: TrainState) -> Tree:
