@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.compressors.windowed import AttendingConfig, mlp_flops, mlp_params, stored_mlp
-from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.checks import ConfigError, check_choice
 from vlm_jax.settings.model import LMConfig, Reference, ViTConfig
 
 
@@ -17,6 +17,7 @@ class QueCCConfig(AttendingConfig):
     name: str = dataclasses.field(default="quecc", init=False)
     # pyrefly: ignore[bad-override]
     query_layers: int = -1  # decoder layers that read the question; -1 = all, 0 = embeddings
+    positions: str = "none"  # none (as released) | sines: added to what queries and keys read
 
     flax_module = "vlm_jax.compressors.modules.quecc.QueCC"
     uses_query = True
@@ -36,8 +37,16 @@ class QueCCConfig(AttendingConfig):
         mark="0.q_downsample.weight",
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_choice("compressor", "positions", self.positions, ("none", "sines"))
+
     def check(self, vit: ViTConfig, lm: LMConfig) -> None:
         super().check(vit, lm)
+        if self.positions == "sines" and vit.width % 4:
+            raise ConfigError(
+                f"{self.name}: positions 'sines' need an encoder width that 4 divides, got {vit.width}; use 'none'."
+            )
         if not -1 <= self.query_layers <= lm.num_layers:
             raise ConfigError(
                 f"{self.name}: query_layers {self.query_layers} must lie in [-1, {lm.num_layers}]."
@@ -59,6 +68,11 @@ class QueCCConfig(AttendingConfig):
         return 2 * text_width * width + 4 * grid**2 * self.taps_width(width) * width
 
     def reference_fields(self, patches: int, text_width: int) -> dict[str, Any]:
+        if self.positions != "none":
+            raise ConfigError(
+                f"export: QueCC's release has no positions, this model {self.positions!r}; export the parts: --what=lm and "
+                "--what=vit."
+            )
         return {
             "mm_vision_token_compression_type": "quecc", "mm_vision_output_token_count": patches,
             "mm_vision_output_text_embedding_size": text_width, "mm_vision_token_compression_kernel_size": self.stride,

@@ -6,6 +6,9 @@ and each query attends to its own window of multi-level features.
 
     last + text -> MLP -> LN -> conv (kernel = stride) -> q [B M C]  --+
     taps        -> MLP -> LN -> windows                -> k, v       --+-> attention -> [B M C]
+
+With `positions` "sines" (ours), last and the keys' taps begin with 2-D sine codes of their places. A deep encoder's features
+hold little of where a patch lies, so that without the codes a query can hardly ask for a place ("read c5").
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from jaxtyping import Array, Float
 from vlm_jax.compressors.modules import windows
 from vlm_jax.compressors.modules.visual import VisualTokens
 from vlm_jax.compressors.quecc import QueCCConfig
-from vlm_jax.layers import LayerNorm, Linear, uniform_fan_in, weight
+from vlm_jax.layers import LayerNorm, Linear, sincos_positions, uniform_fan_in, weight
 
 
 class QueCC(nn.Module):
@@ -36,8 +39,11 @@ class QueCC(nn.Module):
         query: Float[Array, "B D"],
         scores: None = None,
     ) -> VisualTokens:
-        """query: the decoder's final-norm state at the last token of the question."""
+        """query: the decoder's final-norm state at the last token of the question (see `VLM.query`)."""
         cfg, width = self.config, last.shape[-1]
+        keyed = taps
+        if cfg.positions == "sines":
+            last, keyed = (x + sincos_positions(self.grid, x.shape[-1]) for x in (last, taps))
 
         def mlp(name: str) -> windows.NormedMLP:
             return windows.NormedMLP(width, cfg.norm_eps, cfg.dtype, name=name)
@@ -48,7 +54,7 @@ class QueCC(nn.Module):
         q = DepthwiseConv(cfg.stride, cfg.dtype, name="downsample")(
             windows.split(asked, self.grid, cfg.stride)
         )
-        k = windows.split(mlp("key_mlp")(taps), self.grid, cfg.stride)
+        k = windows.split(mlp("key_mlp")(keyed), self.grid, cfg.stride)
         v = windows.split(mlp("value_mlp")(taps), self.grid, cfg.stride)
         attention = windows.WindowAttention(cfg.num_heads, cfg.dtype, name="attention")
         return VisualTokens(attention(q, k, v))
