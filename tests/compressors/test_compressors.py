@@ -1,5 +1,6 @@
 """Compressors against slow float64 twins, their counts against the spec's numbers, and what must hold for any weights."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -114,6 +115,19 @@ def test_the_question_changes_quecc_but_the_order_of_a_batch_does_not():
     np.testing.assert_array_equal(other[1], before[1])
     flipped = run(module, params, [x[::-1] for x in inputs])
     np.testing.assert_allclose(flipped[::-1], before, atol=1e-6)
+
+
+def test_with_sine_positions_quecc_tells_equal_patches_apart_by_their_place():
+    """Two images whose one odd patch lies at different places of the same window: without positions, one answer."""
+    plain, params, _, inputs = case("quecc", 4, 4, batch=1)
+    placed = dataclasses.replace(plain.config, positions="sines").module(4)
+    last, taps, query = (jnp.ones_like(x) for x in inputs)
+    taps = [taps.at[:, place].set(2.0) for place in (0, 9)]
+    # QueCC's filter is one number per place, so equal features alone give it nothing to tell the places of a query apart.
+    one, two = (run(plain, params, [last, x, query]) for x in taps)
+    np.testing.assert_allclose(one, two, atol=1e-6)
+    one, two = (run(placed, params, [last, x, query]) for x in taps)
+    assert np.abs(one - two).max() > 1e-4
 
 
 @pytest.mark.parametrize("name", LEARNED)
@@ -271,12 +285,12 @@ def test_sizes_that_do_not_fit_are_refused_with_the_allowed_ones():
 
 def test_traits_say_what_each_compressor_is():
     named = lambda trait: [n for n, c in COMPRESSORS.items() if getattr(c, trait)]  # noqa: E731
-    assert named("elastic") == ["m3", "mqt"]
+    assert named("elastic") == ["m3", "mqt", "querypool"]
     assert named("draws") == ["mqt"]
     assert named("uses_scores") == ["prumerge", "prumerge_plus"]
-    assert named("uses_query") == ["quecc"]
-    assert named("uses_taps") == ["quecc", "tokenpacker"]
-    assert named("sizable") == ["quecc", "tokenpacker", "pool", "m3", "mqt"]
+    assert named("uses_query") == ["quecc", "querypool"]
+    assert named("uses_taps") == ["quecc", "tokenpacker", "querypool"]
+    assert named("sizable") == ["quecc", "tokenpacker", "pool", "m3", "mqt", "querypool"]
     assert {n: c.place for n, c in COMPRESSORS.items() if c.place != "before"} == {
         "m3": "inside",
         "mqt": "instead",

@@ -15,7 +15,9 @@ from refs import elastic_numpy as twin
 from vlm_jax import compressors
 from vlm_jax.compressors import COMPRESSORS, with_tokens
 from vlm_jax.compressors.modules import m3, mqt, pool
+from vlm_jax.compressors.modules.visual import VisualTokens
 from vlm_jax.costs import flops
+from vlm_jax.layers import sincos_positions
 from vlm_jax.models.projector import Projector
 from vlm_jax.settings import presets
 from vlm_jax.settings.checks import ConfigError
@@ -72,6 +74,58 @@ def test_pool_and_m3_are_the_mean_of_each_window(grid, stride):
         close(np.asarray(entry.module(config, grid).apply({}, x, x).tokens), twin.pooled(x, stride))
 
 
+def querypool_case(grid: int, tokens: int):
+    config = with_tokens(compressor_config("querypool"), grid, tokens)
+    rng = np.random.default_rng([grid, tokens])
+    module, x, query = config.module(grid), patches(grid), rng.standard_normal((2, HIDDEN))
+    query = jnp.asarray(query, jnp.float32)
+    variables = jax.jit(module.init)(jax.random.key(0), x, x, query)
+    return module, variables, x, query
+
+
+@pytest.mark.parametrize("grid, tokens", [(8, 16), (8, 1), (6, 4), (6, 36)])
+def test_querypool_is_a_softmax_of_the_question_over_each_window(grid, tokens):
+    module, variables, x, query = querypool_case(grid, tokens)
+    found = jax.jit(module.apply)(variables, x, x, query)
+    p = jax.tree.map(np.asarray, nn.unbox(variables["params"]))
+    normed = {}
+    for name, value in (
+        ("key_mlp", x + sincos_positions(grid, WIDTH)),
+        ("text", np.asarray(query)),
+    ):
+        if name == "key_mlp":
+            hidden = value @ p[name]["fc1"]["kernel"] + p[name]["fc1"]["bias"]
+            value = np.asarray(jax.nn.gelu(hidden, approximate=False))
+            value, norm = value @ p[name]["fc2"]["kernel"] + p[name]["fc2"]["bias"], p[name]["norm"]
+        else:
+            value, norm = value @ p[name]["kernel"] + p[name]["bias"], p["text_norm"]
+        value = value - value.mean(-1, keepdims=True)
+        value /= np.sqrt((value**2).mean(-1, keepdims=True) + 1e-6)
+        normed[name] = value * norm["scale"] + norm["bias"]
+    logits = np.einsum("bpc,bc->bp", normed["key_mlp"], normed["text"]) / np.sqrt(WIDTH)
+    side = int(tokens**0.5)
+    y, z = np.divmod(np.arange(grid**2), grid)
+    window = y * side // grid * side + z * side // grid
+    for m in range(tokens):
+        inside = np.exp(logits[:, window == m])
+        shares = inside / inside.sum(axis=1, keepdims=True)
+        close(found.tokens[:, m], np.einsum("bp,bpc->bc", shares, np.asarray(x)[:, window == m]))
+        close(found.logits[:, m], np.log(inside.sum(axis=1)))
+
+
+def test_querypool_tokens_of_finer_tokens_equal_those_of_patches_and_depend_on_the_question():
+    module, variables, x, query = querypool_case(8, 16)
+    fine = jax.jit(module.apply)(variables, x, x, query)
+    for count in (16, 4, 1):
+        coarse = module.clone(config=with_tokens(module.config, 8, count))
+        wanted = jax.jit(coarse.apply)(variables, x, x, query).tokens
+        shown = type(module).show(fine, jnp.int32(count))
+        close(np.asarray(shown.tokens[:, :count]), np.asarray(wanted))
+        assert shown.valid.sum(axis=1).tolist() == [count] * 2
+    other = jax.jit(module.apply)(variables, x, x, query[::-1]).tokens
+    assert np.abs(other - fine.tokens).max() > 1e-3
+
+
 @pytest.mark.parametrize("source", mqt.KEYS)
 @pytest.mark.parametrize("grid, side, count", [(24, 3, 9), (27, 3, 2), (14, 4, 16), (16, 4, 1)])
 def test_any_grid_and_number_of_queries_equals_the_slow_twin(grid, side, count, source):
@@ -108,14 +162,14 @@ def test_fewer_mqt_tokens_are_the_first_of_all():
     for count in (1, 5, 16):
         some = module.clone(config=with_tokens(module.config, 6, count))
         np.testing.assert_allclose(run(some, params, x), everything[:, :count], atol=1e-6)
-        visual = mqt.MQT.show(jnp.asarray(everything), jnp.int32(count))
+        visual = mqt.MQT.show(VisualTokens(jnp.asarray(everything)), jnp.int32(count))
         np.testing.assert_array_equal(visual.valid, [[True] * count + [False] * (16 - count)] * 2)
 
 
 @pytest.mark.parametrize("count", [1, 4, 9, 36])
 def test_m3_shows_what_it_would_pool_to(count):
     x = patches(6)
-    visual = jax.jit(m3.M3.show)(x, jnp.int32(count))
+    visual = jax.jit(m3.M3.show)(VisualTokens(x), jnp.int32(count))
     np.testing.assert_allclose(
         visual.tokens[:, :count], twin.pooled(np.asarray(x), 6 // round(count**0.5)), atol=1e-6
     )

@@ -143,6 +143,7 @@ WHOLE: dict[str, dict] = {
     "quecc, one layer reads": dict(compressor=dict(name="quecc", stride=4, query_layers=1)),
     "quecc, embeddings alone": dict(compressor=dict(name="quecc", stride=8, query_layers=0)),
     "m3": dict(compressor=dict(name="m3", visual_tokens=16)),
+    "querypool": dict(compressor=dict(name="querypool", visual_tokens=16)),
     "mqt": dict(compressor=dict(name="mqt", visual_tokens=36, query_grid=8)),
     "prumerge": dict(compressor=dict(name="prumerge", neighbours=8), vit=CLIP),
 }  # fmt: skip

@@ -109,7 +109,16 @@ def assert_same(ours: list[np.ndarray], theirs: list[np.ndarray]) -> None:
         assert np.abs(a - b).max() <= 2e-5 * np.abs(b).max()
 
 
-CASES = [("mqt", 1), ("mqt", 5), ("mqt", 16), ("m3", 1), ("m3", 4), ("m3", 16)]
+CASES = [
+    ("mqt", 1),
+    ("mqt", 5),
+    ("mqt", 16),
+    ("m3", 1),
+    ("m3", 4),
+    ("m3", 16),
+    ("querypool", 1),
+    ("querypool", 4),
+]
 
 
 @pytest.mark.parametrize("pad", [0, 3])
@@ -126,7 +135,7 @@ def test_logits_at_the_text_equal_a_model_with_fewer_slots(name, count, pad):
 
 
 @pytest.mark.parametrize("behind", [2, 0])  # 0: a prompt that ends in an image
-@pytest.mark.parametrize("name, count", [("mqt", 5), ("m3", 4)])
+@pytest.mark.parametrize("name, count", [("mqt", 5), ("m3", 4), ("querypool", 4)])
 def test_prefill_and_decode_equal_a_model_with_fewer_slots(name, count, behind):
     params = {"params": params_of(name)}
     made = []
@@ -346,13 +355,13 @@ def test_flops_of_the_question_are_those_of_the_layers_that_read_it():
     assert with_tokens(compressor_config("quecc"), 4, 4).stride == 2
 
 
-PLACES = {"identity": 16, "quecc": 4, "m3": 16, "mqt": 16, "prumerge": 17}
+PLACES = {"identity": 16, "quecc": 4, "m3": 16, "mqt": 16, "querypool": 16, "prumerge": 17}
 
 
 @pytest.mark.parametrize("name", PLACES)
 def test_the_table_of_positions_does_not_change_with_the_tokens_shown(name):
     fields = {"neighbours": 4, "max_kept": 3} if name == "prumerge" else {}
-    for count in (0, 4) if name in ("m3", "mqt") else (0,):
+    for count in (0, 4) if name in ("m3", "mqt", "querypool") else (0,):
         shapes = jax.eval_shape(
             functools.partial(init_params, config(name, count, **fields)), jax.random.key(0)
         )
@@ -364,7 +373,7 @@ def test_a_coarse_token_stands_in_the_middle_of_its_window():
     assert m3.centres(4, 2).tolist() == [5, 7, 13, 15]
     assert m3.centres(4, 4).tolist() == [10]
     assert m3.centres(3, 3).tolist() == [4]
-    shown = m3.M3.show(jnp.arange(32.0).reshape(1, 16, 2), jnp.int32(4))
+    shown = m3.M3.show(VisualTokens(jnp.arange(32.0).reshape(1, 16, 2)), jnp.int32(4))
     assert shown.places[0, :4].tolist() == [5, 7, 13, 15]
 
 

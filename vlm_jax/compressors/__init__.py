@@ -24,8 +24,8 @@ modules/, because flax loads jax, and settings, costs and laws must not.
   place "before" the projector (C is the encoder's width), "inside" it (before its last linear map: `last` is what enters
   that map) or "instead" of it (`M(config, grid, decoder width)` gives tokens as wide as the decoder).
   Patches and visual tokens are in row-major order where they stand on a grid.
-  An elastic module has a static method show(tokens [B M C], count) -> VisualTokens of as many slots that shows `count` tokens, a
-  traced number, instead of M.
+  An elastic module has a static method show(VisualTokens of M slots, count) -> VisualTokens of as many slots that shows `count`
+  tokens, a traced number, instead of M.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from vlm_jax.compressors.mqt import MQTConfig
 from vlm_jax.compressors.pool import PoolConfig
 from vlm_jax.compressors.prumerge import PruMergeConfig, PruMergePlusConfig
 from vlm_jax.compressors.quecc import QueCCConfig
+from vlm_jax.compressors.querypool import QueryPoolConfig
 from vlm_jax.compressors.tokenpacker import TokenPackerConfig
 from vlm_jax.settings.checks import ConfigError, build
 from vlm_jax.settings.model import CompressorConfig, VLMConfig
@@ -51,6 +52,7 @@ COMPRESSORS: dict[str, type[CompressorConfig]] = {
     "pool": PoolConfig,
     "m3": M3Config,
     "mqt": MQTConfig,
+    "querypool": QueryPoolConfig,
     "prumerge": PruMergeConfig,
     "prumerge_plus": PruMergePlusConfig,
 }

@@ -202,7 +202,7 @@ class VLM(nn.Module):
             return visual
         if not self.config.compressor.elastic:
             raise ValueError(f"{self.config.compressor.name} cannot show a part of its tokens")
-        return self.compressor.show(visual.tokens, inputs.count)
+        return self.compressor.show(visual, inputs.count)
 
     def insert_visual_tokens(
         self, inputs: Inputs, visual: VisualTokens | None

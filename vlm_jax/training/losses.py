@@ -201,7 +201,7 @@ def make_loss(exp: Experiment, attention: str = "xla") -> Callable[..., Scored]:
         # Without checkpointing, four scales of a small model took 4.5 times the memory and 1.4 times the CPU time.
         @jax.checkpoint
         def shown(count: Array) -> Scored:
-            part = config.compressor.module_class().show(visual.tokens, count)
+            part = config.compressor.module_class().show(visual, count)
             return score(model.apply({"params": params}, inputs, part, method=method), batch)
 
         return jax.tree.map(lambda x: x.mean(axis=0), jax.lax.map(shown, jnp.array(counts)))

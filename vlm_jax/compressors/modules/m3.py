@@ -8,6 +8,7 @@ that map: with 36 of 576 tokens the projector costs a fifth.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -44,22 +45,33 @@ class M3(nn.Module):
         return VisualTokens(tokens, places=jnp.broadcast_to(places, tokens.shape[:2]))
 
     @staticmethod
-    def show(tokens: Float[Array, "B M C"], count: Int[Array, ""]) -> VisualTokens:
+    def show(visual: VisualTokens, count: Int[Array, ""]) -> VisualTokens:
         """All tokens pooled to `count`, which must be the number that some stride gives (unchecked: it is not static)."""
-        slots = tokens.shape[1]
-        side = math.isqrt(slots)
-        strides = valid_strides(side)
+        side = math.isqrt(visual.tokens.shape[1])
+        return at_scale(visual.tokens, count, lambda x, stride: pool.mean(x, side, stride))
 
-        def pooled(stride: int) -> tuple[Array, Array]:
-            x, places = pool.mean(tokens, side, stride), jnp.asarray(centres(side, stride))
-            empty = slots - x.shape[1]
-            return jnp.pad(x, ((0, 0), (0, empty), (0, 0))), jnp.pad(places, (0, empty))
 
-        counts = jnp.array([(side // stride) ** 2 for stride in strides])
-        branches = [lambda stride=stride: pooled(stride) for stride in strides]
-        shown, places = jax.lax.switch(jnp.argmax(counts == count), branches)
-        valid = jnp.broadcast_to(jnp.arange(slots) < count, shown.shape[:2])
-        return VisualTokens(shown, valid, jnp.broadcast_to(places, shown.shape[:2]))
+def at_scale(
+    tokens: Float[Array, "B M C"], count: Int[Array, ""], pooled: Callable[[Array, int], Array]
+) -> VisualTokens:
+    """M slots, of which the first `count` hold the tokens of the stride that gives so many.
+
+    pooled: (tokens, stride) -> the tokens of that stride's windows.
+    """
+    slots = tokens.shape[1]
+    side = math.isqrt(slots)
+    strides = valid_strides(side)
+
+    def shown(stride: int) -> tuple[Array, Array]:
+        x, places = pooled(tokens, stride), jnp.asarray(centres(side, stride))
+        empty = slots - x.shape[1]
+        return jnp.pad(x, ((0, 0), (0, empty), (0, 0))), jnp.pad(places, (0, empty))
+
+    counts = jnp.array([(side // stride) ** 2 for stride in strides])
+    branches = [lambda stride=stride: shown(stride) for stride in strides]
+    x, places = jax.lax.switch(jnp.argmax(counts == count), branches)
+    valid = jnp.broadcast_to(jnp.arange(slots) < count, x.shape[:2])
+    return VisualTokens(x, valid, jnp.broadcast_to(places, x.shape[:2]))
 
 
 def centres(side: int, stride: int) -> Int[np.ndarray, "M"]:

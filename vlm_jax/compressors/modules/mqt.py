@@ -75,11 +75,11 @@ class MQT(nn.Module):
         return VisualTokens(project(out))
 
     @staticmethod
-    def show(tokens: Float[Array, "B M D"], count: Int[Array, ""]) -> VisualTokens:
+    def show(visual: VisualTokens, count: Int[Array, ""]) -> VisualTokens:
         """The first `count` tokens."""
-        return VisualTokens(
-            tokens, jnp.broadcast_to(jnp.arange(tokens.shape[1]) < count, tokens.shape[:2])
-        )
+        tokens = visual.tokens
+        valid = jnp.broadcast_to(jnp.arange(tokens.shape[1]) < count, tokens.shape[:2])
+        return VisualTokens(tokens, valid)
 
 
 KEYS = {

@@ -18,3 +18,5 @@ class VisualTokens(NamedTuple):
     valid: Bool[Array, "B M"] | None = None  # None: all of them
     # The place each token stands at: the row of the projector's table of positions. None: its own slot.
     places: Int[Array, "B M"] | None = None
+    # Of a compressor that weighs patches by the question: each token's log-weight when tokens are pooled further.
+    logits: Float[Array, "B M"] | None = None
