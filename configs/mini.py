@@ -7,6 +7,9 @@ import ml_collections
 
 from configs import default
 
+# What learns from images: everything but the encoder and the decoder's MLPs, which keep what the text taught them.
+ATTENDING = "^(compressor/|projector/|lm/(?!layers/mlp/))"
+
 
 def get_config():
     c = default.get_config()
@@ -22,6 +25,7 @@ def get_config():
     c.model.compressor.dtype = "float32"
     c.model.projector_norm = "rms"
     c.model.projector_positions = "grid"
+    c.model.projector_scale = "words"
     c.model.lm.preset = "mini-82k"
     c.model.lm.dtype = "float32"
     c.model.lm.remat = "none"
@@ -45,7 +49,7 @@ def get_config():
 def sweep() -> ml_collections.ConfigDict:
     s = ml_collections.ConfigDict()
     s.seeds = (0,)  # each seed repeats everything: world, encoder, text, cells
-    s.lms = ("mini-38k", "mini-52k", "mini-82k")  # keys of presets.LM
+    s.lms = ("mini-21k", "mini-38k", "mini-82k", "mini-131k", "mini-254k")  # keys of presets.LM
     s.visual_tokens = (1, 4, 16, 64)
     s.query_aware = (("mini-82k", 1),)  # QueCC cells (LM, visual tokens), beside the law, not in it
     s.benchmarks = ("mini_reasoning", "mini_ocr")
@@ -65,17 +69,17 @@ def sweep() -> ml_collections.ConfigDict:
         learning_rate=3e-3, muon_learning_rate=1e-2,
     )  # fmt: skip
     s.text = stage(
-        annotations="text_train.json", trainable="^lm/", steps=800, batch_size=32, text_tokens=68,
+        annotations="text_train.json", trainable="^lm/", steps=800, batch_size=32, text_tokens=75,
         learning_rate=4e-3, muon_learning_rate=2e-2,
     )  # fmt: skip
     s.vlm = stage(
-        annotations="vlm_train.json", trainable="^(compressor|projector|lm)/", steps=400, batch_size=32,
-        text_tokens=58, learning_rate=4e-3, muon_learning_rate=2e-2,
+        annotations="vlm_train.json", trainable=ATTENDING, steps=400, batch_size=32,
+        text_tokens=58, learning_rate=1e-2, muon_learning_rate=2e-2,
     )  # fmt: skip
     # As many questions per step, one per image: a query-aware compressor looks at one question.
     s.query_aware_vlm = stage(
-        annotations="vlm_single_train.json", trainable="^(compressor|projector|lm)/", steps=400, batch_size=256,
-        text_tokens=9, learning_rate=4e-3, muon_learning_rate=2e-2,
+        annotations="vlm_single_train.json", trainable=ATTENDING, steps=400, batch_size=256,
+        text_tokens=9, learning_rate=1e-2, muon_learning_rate=2e-2,
     )  # fmt: skip
     return s
 

@@ -56,14 +56,18 @@ def turns(record):
     return [(q["value"], a["value"]) for q, a in zip(said[::2], said[1::2], strict=True)]
 
 
-def gold(question, colour, floor, world):
+DOTS = ["lime", "cyan", "magenta", "maroon"]
+CHARACTERS = "ABCDEFHJKLMNPRSTUVXZ"
+
+
+def gold(question, colour, dot, floor, world):
     """The answer from the tables, by another road than the generator's: words are looked up one by one."""
     words = question.split()
-    if words[0] == "shape's":
-        at = COLOURS.index(colour)
+    if words[0] in ("shape's", "dot's"):
+        at = COLOURS.index(colour) if words[0] == "shape's" else 8 + DOTS.index(dot)
         for word in words[1:]:
             entity = world["relation"][RELATIONS.index(word.removesuffix("'s"))][at]
-            at = 8 + entity
+            at = 12 + entity
         return ENTITIES[entity]
     first, second, about = words
     attribute = COLOURS.index(colour) if about == "shape" else 8 + FLOORS.index(floor)
@@ -89,6 +93,15 @@ def test_the_same_seed_writes_the_same_bytes_and_another_seed_does_not(tmp_path)
     assert len(differing) == 32 + 8  # only the tokenizer is the same in every world
 
 
+def gold_of_sheet(question, characters, world):
+    """The same for a sheet; characters: by square."""
+    asked, square = question.split()
+    if asked == "read":
+        return characters[square]
+    row = 12 + 16 + CHARACTERS.index(characters[square])
+    return ENTITIES[world["relation"][RELATIONS.index(asked)][row]]
+
+
 def slot(square: str) -> int:
     """c5 -> raster number: column c, row 5 from the top."""
     return 8 * (int(square[1]) - 1) + "abcdefgh".index(square[0])
@@ -108,17 +121,19 @@ def test_gold_answers_follow_from_the_saved_contents(folder, name):
                 continue
             assert len(answer.split()) == 1
             if "colour" in shown:
-                assert answer == gold(question, shown["colour"], shown["floor"], world)
+                assert answer == gold(
+                    question, shown["colour"], shown["dot"], shown["floor"], world
+                )
             else:
-                word, square = question.split()
-                assert word == "read"
-                assert answer == shown["characters"][slot(square)]
+                square = question.split()[1]
+                told = {square: shown["characters"][slot(square)]}
+                assert answer == gold_of_sheet(question, told, world)
 
 
 def test_text_only_questions_follow_from_what_is_told_and_the_same_tables(folder):
     world, records = load(folder, "world"), load(folder, "text_train")
     assert len(records) == SIZES["num_text_records"]
-    scenes_told = 0
+    scenes_told, lengths = 0, collections.Counter()
     for record in records:
         assert "image" not in record
         system = record["conversations"][0]
@@ -129,9 +144,11 @@ def test_text_only_questions_follow_from_what_is_told_and_the_same_tables(folder
         sheet = dict(zip(told[::2], told[1::2], strict=False))
         for question, answer in turns(record):
             if told[-1] == "floor":
-                assert answer == gold(question, told[0], told[3], world)
+                assert answer == gold(question, told[0], told[2], told[5], world)
             else:
-                assert len(sheet) == 8 and answer == sheet[question.removeprefix("read ")]
+                assert answer == gold_of_sheet(question, sheet, world)
+        lengths[len(sheet) if told[-1] != "floor" else 0] += 1
+    assert lengths == {0: 200, 1: 50, 2: 50, 4: 50, 8: 50}
     assert scenes_told == len(records) / 2
 
 
@@ -149,9 +166,12 @@ def test_listings_name_every_slot_in_raster_order(folder):
             for row, column in np.ndindex(8, 8):
                 assert grid[row, column] == grid[row // block * block, column // block * block]
         else:
-            assert set(slots) == {shown["colour"], shown["floor"]}
+            assert set(slots) == {shown["colour"], shown["floor"], shown["dot"]}
+            assert 4 <= slots.count(shown["dot"]) <= 6
+            dot = [(shown[k] + 9) // 8 for k in ("dot_top", "dot_left")]
+            assert slots[8 * dot[0] + dot[1]] == shown["dot"]
             middle = [round(shown[k] + shown["size"] / 2) // 8 for k in ("top", "left")]
-            assert slots[8 * middle[0] + middle[1]] == shown["colour"]
+            assert slots[8 * middle[0] + middle[1]] in (shown["colour"], shown["dot"])
 
 
 def test_pictures_show_what_the_contents_say(folder):
@@ -159,9 +179,13 @@ def test_pictures_show_what_the_contents_say(folder):
         image = np.asarray(Image.open(folder / name)).astype(float)
         assert image.shape == (64, 64, 3)
         if "colour" in shown:
+            top, left = shown["dot_top"], shown["dot_left"]
+            dot = image[top : top + 18, left : left + 18].mean((0, 1))
+            assert np.abs(dot - scenes.DOTS[shown["dot"]]).max() < 20
             row, column = (round(shown[k] + shown["size"] / 2) for k in ("top", "left"))
-            seen = image[row - 2 : row + 2, column - 2 : column + 2].mean((0, 1))
-            assert np.abs(seen - scenes.COLOURS[shown["colour"]]).max() < 20
+            if not (top - 2 <= row < top + 20 and left - 2 <= column < left + 20):
+                seen = image[row - 2 : row + 2, column - 2 : column + 2].mean((0, 1))
+                assert np.abs(seen - scenes.COLOURS[shown["colour"]]).max() < 20
             continue
         dark, bright = np.percentile(image, 10), np.percentile(image, 95)
         for i, character in enumerate(shown["characters"][:16]):
@@ -190,17 +214,14 @@ def test_no_test_image_is_a_training_image(folder):
     assert all("/train-" in r["image"] for r in load(folder, "vlm_train"))
 
 
-def test_scenes_and_the_four_densities_have_equal_shares(folder):
+def test_half_are_scenes_and_dense_sheets_are_rarer_in_the_test(folder):
     contents = load(folder, "contents")
-    for split, count in (("train", 400), ("test", 160)):
-        sides = collections.Counter(v.get("side") for k, v in contents.items() if f"/{split}-" in k)
-        assert sides == {
-            None: count // 2,
-            1: count // 8,
-            2: count // 8,
-            4: count // 8,
-            8: count // 8,
-        }
+
+    def sides(split):
+        return collections.Counter(v.get("side") for k, v in contents.items() if f"/{split}-" in k)
+
+    assert sides("train") == {None: 200, 1: 25, 2: 50, 4: 50, 8: 75}
+    assert sides("test") == {None: 80, 1: 30, 2: 25, 4: 15, 8: 10}
 
 
 def test_each_record_has_its_number_of_turns_and_its_own_id(folder):
@@ -218,17 +239,21 @@ def test_each_record_has_its_number_of_turns_and_its_own_id(folder):
 
 def test_question_kinds_have_their_shares_and_frequent_facts_come_first(folder):
     asked = [q.split() for r in load(folder, "text_train") for q, _ in turns(r)]
-    asked = [q for q in asked if q[0] != "read"]
-    chains = [q for q in asked if q[0] == "shape's"]
+    of_sheets = [q for q in asked if len(q) == 2 and q[1][1:].isdecimal()]
+    assert abs(np.mean([q[0] == "read" for q in of_sheets]) - 0.75) < 0.033
+    asked = [q for q in asked if q not in of_sheets]
+    chains = [q for q in asked if q[0] in ("shape's", "dot's")]
+    assert abs(np.mean([q[0] == "dot's" for q in chains]) - 1 / 3) < 0.054
     assert abs(len(chains) / len(asked) - 0.45) < 0.038  # 1600 questions: 3 standard errors
     assert abs(np.mean([len(q) == 3 for q in chains]) - 0.5) < 0.05
     weight = np.sort(scenes.make_world(3).fact_weight.reshape(-1))[::-1]
-    np.testing.assert_allclose(weight[[0, 9, 4095]], [1.0, 10**-0.8, 4096**-0.8])
+    np.testing.assert_allclose(weight[[0, 9, 4095]], [1.0, 1 / 10, 1 / 4096])
     asker, rng = questions.Asker(scenes.make_world(3)), np.random.default_rng(0)
     drawn = [
-        asker.ask(scenes.Scene("red", "sand", "disc", 30, 0, 0), 1, rng)[0] for _ in range(4000)
+        asker.ask(scenes.Scene("red", "sand", "disc", 30, 0, 0, "lime", 40, 40), 1, rng)[0]
+        for _ in range(4000)
     ]
-    facts = collections.Counter(q for q, _ in drawn if not q.startswith("shape's"))
+    facts = collections.Counter(q for q, _ in drawn if "'s" not in q)
     weights = asker.world.fact_weight[:, :, [0, 8]]
     heaviest = np.unravel_index(weights.argmax(), weights.shape)
     assert facts.most_common(1)[0][0] == (

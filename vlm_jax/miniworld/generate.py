@@ -35,8 +35,13 @@ TEMPLATE_WORDS = ("USER:", "ASSISTANT:", "image")
 Record = dict[str, Any]
 Ask = Callable[[Scene | Sheet, np.random.Generator], list[questions.Turn]]
 
-# The contents of the images of a split, in turn: 0 is a scene, k a sheet of k x k different blocks.
-KINDS = (0, 1, 0, 2, 0, 4, 0, 8)
+# The contents of the images of a split, in turn: 0 is a scene, k a sheet of k x k different blocks. Most training images are
+# dense sheets: a scene's answers are mostly known from text, one block is read at once, and many teach to look at a place.
+KINDS = (0, 1, 2, 4, 0, 8, 4, 8, 0, 2, 4, 8, 0, 8, 2, 8)
+# Of the test images, the denser sheets are the rarer ones: the share that V tokens cannot tell apart falls about as a power of V.
+TEST_SIDES = (1, 2, 1, 4, 1, 2, 8, 1, 2, 4, 1, 2, 1, 4, 2, 8)
+TEST_KINDS = tuple(kind for side in TEST_SIDES for kind in (0, side))
+TOLD = (1, 2, 4, 8)  # slots that a text about a sheet tells, in turn
 ENCODER_KINDS = (0, 1, 2, 4, 0, 8, 4, 8)
 
 
@@ -52,7 +57,7 @@ def write(
 ) -> None:
     """Writes everything below `directory` (created; files of the same name are replaced). Same arguments, same bytes.
 
-    Half of the images of each split are scenes, half are sheets with 1, 4, 16 and 64 different blocks in equal shares.
+    The shares of scenes and of sheets with 1, 4, 16 or 64 different blocks: see KINDS (training) and TEST_KINDS (half, half).
     records_per_image: conversations about each training image, with different questions. No test image equals a
     training image. Raises ConfigError for image counts that cannot be split evenly.
     """
@@ -70,14 +75,15 @@ def write(
     world = scenes.make_world(seed)
     images = functools.partial(_write_images, directory)
     train = images("train", num_train_images, KINDS, np.random.default_rng([seed, 1]))
-    test = images("test", num_test_images, KINDS, np.random.default_rng([seed, 2]))
+    test = images("test", num_test_images, TEST_KINDS, np.random.default_rng([seed, 2]))
     dense = images("encoder", num_encoder_images, ENCODER_KINDS, np.random.default_rng([seed, 6]))
-    ask = functools.partial(_ask, questions.Asker(world), questions_per_record)
+    asker = questions.Asker(world)
+    ask = functools.partial(_ask, asker, questions_per_record)
 
     files: dict[str, Any] = {
         "encoder_train": _encoder_records(dense, ask, np.random.default_rng([seed, 3])),
         "text_train": _text_records(
-            num_text_records, ask, questions_per_record, np.random.default_rng([seed, 4])
+            num_text_records, asker, questions_per_record, np.random.default_rng([seed, 4])
         ),
     }
     rng = np.random.default_rng([seed, 5])
@@ -107,7 +113,7 @@ def _ask(
 ) -> list[questions.Turn]:
     if isinstance(content, Scene):
         return asker.ask(content, count, rng)
-    return questions.read(content, count, rng)
+    return asker.read(content, count, rng)
 
 
 def _encoder_records(
@@ -121,16 +127,17 @@ def _encoder_records(
 
 
 def _text_records(
-    count: int, ask: Ask, questions_per_record: int, rng: np.random.Generator
+    count: int, asker: questions.Asker, questions_per_record: int, rng: np.random.Generator
 ) -> list[Record]:
     """Questions about scenes and sheets, in turn, that the system message describes in words."""
     records = []
     for i in range(count):
         if i % 2:
-            system, turns = questions.note(questions_per_record, rng)
+            told = TOLD[i // 2 % len(TOLD)]
+            system, turns = asker.note(questions_per_record, told, rng)
         else:
             scene = scenes.sample_scene(rng)
-            system, turns = questions.caption(scene), ask(scene, rng)
+            system, turns = questions.caption(scene), asker.ask(scene, questions_per_record, rng)
         records.append(_record(f"text-{i:06d}", turns, system=system))
     return records
 

@@ -4,28 +4,35 @@
 |-----------|-------------------------|-----------------------------------------------------------|
 | reasoning | `shape's friend`        | one step: relation table at the shape's colour            |
 | reasoning | `shape's friend's rival`| two steps: the rival of that friend                       |
+| reasoning | `dot's friend`          | either, from the colour of the small dot                  |
 | reasoning | `ant bee shape`         | fact table at (ant, bee, the shape's colour)              |
 | reasoning | `ant bee floor`         | fact table at (ant, bee, the floor)                       |
 | ocr       | `read c5`               | the character in column c, row 5 (rows count from the top)|
+| ocr       | `friend c5`             | one step more: relation table at that character           |
 | dense     | `list`                  | all 64 slots in raster order (trains the encoder only)    |
 """
 
 from __future__ import annotations
 
+import collections
 import functools
 
 import numpy as np
+from jaxtyping import Bool
 
-from vlm_jax.miniworld.rendering import shape_mask
+from vlm_jax.miniworld.rendering import dot_mask, shape_mask
 from vlm_jax.miniworld.scenes import (
     CHARACTERS,
     COLOURS,
+    DOT_PX,
+    DOTS,
     ENTITIES,
     FLOORS,
     GRID,
+    IMAGE_PX,
     RELATIONS,
-    SLOT_PX,
     SQUARES,
+    THINGS,
     Scene,
     Sheet,
     World,
@@ -35,21 +42,24 @@ Turn = tuple[str, str]  # question, answer
 
 CHAIN_SHARE = 0.45  # of the reasoning questions; the others ask for facts
 TWO_STEP_SHARE = 0.5  # of the chains
+DOT_SHARE = 1 / 3  # of the chains: they start from the dot
+RELATED_SHARE = 0.25  # of the questions about sheets: they ask for a relation of the character
 LIST = "list"
+CAPTION_GRID = 4  # regions along a side that a caption names
 
 
 def caption(scene: Scene) -> str:
-    """The description that replaces the image in a text-only sample."""
-    return f"{scene.colour} shape on {scene.floor} floor"
+    """The description that replaces the image in a text-only sample: what each of 4 x 4 regions shows, in raster order."""
+    centre = (scene.dot_top + DOT_PX // 2, scene.dot_left + DOT_PX // 2)
+    shown = np.where(_filled(shape_mask(scene), CAPTION_GRID), scene.colour, scene.floor)
+    span = IMAGE_PX // CAPTION_GRID
+    shown[centre[0] // span * CAPTION_GRID + centre[1] // span] = scene.dot
+    return " ".join(shown)
 
 
-def note(count: int, rng: np.random.Generator) -> tuple[str, list[Turn]]:
-    """The description that replaces a sheet in a text-only sample, `count` slots with their characters; one question each."""
-    slots = rng.permutation(len(SQUARES))[:count]
-    characters = [CHARACTERS[i] for i in rng.integers(len(CHARACTERS), size=count)]
-    told = " ".join(f"{SQUARES[slot]} {c}" for slot, c in zip(slots, characters, strict=True))
-    order = rng.permutation(count)
-    return told, [(f"read {SQUARES[slots[i]]}", characters[i]) for i in order]
+def _filled(mask: Bool[np.ndarray, "H W"], grid: int) -> Bool[np.ndarray, "P"]:
+    """Which of grid x grid regions the mask fills by more than half."""
+    return mask.reshape(grid, IMAGE_PX // grid, grid, IMAGE_PX // grid).mean((1, 3)).ravel() > 0.5
 
 
 class Asker:
@@ -69,13 +79,15 @@ class Asker:
         """`count` questions about the scene with their answers."""
         colour, floor = list(COLOURS).index(scene.colour), list(FLOORS).index(scene.floor)
         chances = self._fact_chances(colour, floor)
-        is_chain, two_steps, fact_draw = rng.random((3, count))
+        is_chain, two_steps, about_dot, fact_draw = rng.random((4, count))
         relations = rng.integers(len(RELATIONS), size=(count, 2))
         turns = []
         for i in range(count):
             if is_chain[i] < CHAIN_SHARE:
                 steps = relations[i, : 2 if two_steps[i] < TWO_STEP_SHARE else 1]
-                turns.append(self.chain(colour, [int(s) for s in steps]))
+                of_dot = about_dot[i] < DOT_SHARE
+                start = ("dot", scene.dot) if of_dot else ("shape", scene.colour)
+                turns.append(self.chain(*start, [int(s) for s in steps]))
             else:
                 fact = min(int(np.searchsorted(chances, fact_draw[i])), chances.size - 1)
                 turns.append(
@@ -83,13 +95,47 @@ class Asker:
                 )
         return turns
 
-    def chain(self, colour: int, steps: list[int]) -> Turn:
-        row, words = colour, ["shape"]
+    def chain(self, subject: str, named: str, steps: list[int]) -> Turn:
+        """subject: "shape" or "dot", of the colour `named`."""
+        words = [subject]
         for step in steps:
-            row = len(COLOURS) + int(self.world.relation[step, row])
+            named = self.related(step, named)
             words.append(RELATIONS[step])
-        answer = ENTITIES[row - len(COLOURS)]
-        return " ".join([w + "'s" for w in words[:-1]] + words[-1:]), answer
+        return " ".join([w + "'s" for w in words[:-1]] + words[-1:]), named
+
+    def related(self, relation: int, thing: str) -> str:
+        """The friend, rival, .. of a colour, an entity or a character."""
+        return ENTITIES[self.world.relation[relation, THINGS.index(thing)]]
+
+    def read(self, sheet: Sheet, count: int, rng: np.random.Generator) -> list[Turn]:
+        """`count` questions about different slots, spread evenly over the sheet's blocks."""
+        span = GRID // sheet.side
+        slots = np.arange(len(SQUARES))
+        blocks = slots // GRID // span * sheet.side + slots % GRID // span
+        shuffled = rng.permutation(slots)
+        seen: collections.Counter[int] = collections.Counter()
+        turn = []  # how often the slot's block has come before
+        for block in blocks[shuffled].tolist():
+            turn.append(seen[block])
+            seen[block] += 1
+        asked = shuffled[np.argsort(turn, kind="stable")][:count]
+        return [self.slot(SQUARES[i], sheet.characters[i], rng) for i in asked]
+
+    def note(self, count: int, num_told: int, rng: np.random.Generator) -> tuple[str, list[Turn]]:
+        """The description that replaces a sheet in a text-only sample, `num_told` slots with their characters; `count`
+        questions about them."""
+        slots = rng.permutation(len(SQUARES))[:num_told]
+        characters = [CHARACTERS[i] for i in rng.integers(len(CHARACTERS), size=num_told)]
+        told = [(SQUARES[slot], c) for slot, c in zip(slots, characters, strict=True)]
+        asked = rng.permutation(np.arange(count) % num_told)
+        return " ".join(" ".join(pair) for pair in told), [self.slot(*told[i], rng) for i in asked]
+
+    def slot(self, square: str, character: str, rng: np.random.Generator) -> Turn:
+        """A question about one slot of a sheet: the character, or one of its relations."""
+        if rng.random() >= RELATED_SHARE:
+            return f"read {square}", character
+        relation = int(rng.integers(len(RELATIONS)))
+        return f"{RELATIONS[relation]} {square}", self.related(relation, character)
 
     def fact(self, colour: int, floor: int, first: int, second: int, about_floor: int) -> Turn:
         attribute = len(COLOURS) + floor if about_floor else colour
@@ -97,25 +143,13 @@ class Asker:
         return f"{ENTITIES[first]} {ENTITIES[second]} {'floor' if about_floor else 'shape'}", answer
 
 
-def read(sheet: Sheet, count: int, rng: np.random.Generator) -> list[Turn]:
-    """`count` questions for characters in different slots, spread evenly over the sheet's blocks."""
-    block = GRID // sheet.side
-    slots = np.arange(len(SQUARES))
-    blocks = slots // GRID // block * sheet.side + slots % GRID // block
-    shuffled = rng.permutation(slots)
-    turn = np.array(
-        [np.sum(blocks[shuffled[:i]] == blocks[slot]) for i, slot in enumerate(shuffled)]
-    )
-    asked = shuffled[np.argsort(turn, kind="stable")][:count]
-    return [(f"read {SQUARES[i]}", sheet.characters[i]) for i in asked]
-
-
 def listing(content: Scene | Sheet) -> Turn:
-    """The question LIST and its answer: the content of the 64 slots in raster order, for a scene the colour or the floor."""
+    """The question LIST and its answer: the content of the 64 slots in raster order, for a scene the dot's or the shape's
+    colour or the floor."""
     if isinstance(content, Sheet):
         return LIST, " ".join(content.characters)
-    covered = shape_mask(content).reshape(GRID, SLOT_PX, GRID, SLOT_PX).mean((1, 3)).reshape(-1)
-    return LIST, " ".join(content.colour if share > 0.5 else content.floor for share in covered)
+    named = np.where(_filled(shape_mask(content), GRID), content.colour, content.floor)
+    return LIST, " ".join(np.where(_filled(dot_mask(content), GRID), content.dot, named))
 
 
 def words() -> list[str]:
@@ -124,10 +158,11 @@ def words() -> list[str]:
         "read",
         LIST,
         "shape's",
+        "dot's",
         *(f"{r}'s" for r in RELATIONS),
         *RELATIONS,
         "shape",
-        "on",
+        "dot",
         "floor",
     ]
-    return [*asked, *COLOURS, *FLOORS, *ENTITIES, *SQUARES, *CHARACTERS]
+    return [*asked, *COLOURS, *DOTS, *FLOORS, *ENTITIES, *SQUARES, *CHARACTERS]

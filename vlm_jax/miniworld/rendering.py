@@ -8,6 +8,8 @@ from jaxtyping import Bool, UInt8
 from vlm_jax.miniworld.scenes import (
     CHARACTERS,
     COLOURS,
+    DOT_PX,
+    DOTS,
     FLOORS,
     GRID,
     IMAGE_PX,
@@ -56,7 +58,8 @@ def draw(content: Scene | Sheet, rng: np.random.Generator) -> UInt8[np.ndarray, 
     """The image of a scene or a sheet; `rng` draws the noise, and a sheet's contrast and the shifts of its characters."""
     if isinstance(content, Scene):
         floor, colour = np.array(FLOORS[content.floor]), np.array(COLOURS[content.colour])
-        image = np.where(shape_mask(content)[:, :, None], colour, floor) / 255.0
+        image = np.where(shape_mask(content)[:, :, None], colour, floor)
+        image = np.where(dot_mask(content)[:, :, None], np.array(DOTS[content.dot]), image) / 255.0
         noise = SCENE_NOISE * rng.standard_normal(image.shape)
     else:
         contrast = rng.uniform(0.5, 1.0)
@@ -77,6 +80,13 @@ def shape_mask(scene: Scene) -> Bool[np.ndarray, "H W"]:
     if scene.shape == "disc":
         return x**2 + y**2 <= half**2
     return x + y <= half
+
+
+def dot_mask(scene: Scene) -> Bool[np.ndarray, "H W"]:
+    """True where the dot covers the shape or the floor."""
+    mask = np.zeros((IMAGE_PX, IMAGE_PX), dtype=bool)
+    mask[scene.dot_top : scene.dot_top + DOT_PX, scene.dot_left : scene.dot_left + DOT_PX] = True
+    return mask
 
 
 def ink_mask(sheet: Sheet, rng: np.random.Generator) -> Bool[np.ndarray, "H W"]:

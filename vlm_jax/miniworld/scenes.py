@@ -1,8 +1,9 @@
 """The contents of the miniature world: scenes, text images, and the fixed tables that hold its knowledge.
 
-A scene is one big coloured shape on a floor: two facts, which fit one visual token. A text image is a sheet with
-1, 4, 16 or 64 characters: the more characters, the more visual tokens are needed to read them. Knowledge about colours
-and floors is the same in every image, so it must be stored in the language model's weights.
+A scene is one big coloured shape and a small coloured dot on a floor: two facts that fit one visual token, and
+one that is easily lost in it. A text image is a sheet with 1, 4, 16 or 64 characters: the more characters, the more visual
+tokens are needed to read them. Knowledge about colours, floors and characters is the same in every image, so it must be
+stored in the language model's weights.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ FLOORS: dict[str, tuple[int, int, int]] = {
     "sand": (200, 180, 130), "moss": (80, 110, 60), "slate": (95, 105, 120), "coal": (25, 25, 30),
     "brick": (130, 65, 50), "lake": (70, 140, 170), "navy": (20, 25, 85), "plum": (85, 40, 80),
 }  # fmt: skip
+# Colours of dots are those of nothing else: which token holds the dot need not be guessed.
+DOTS: dict[str, tuple[int, int, int]] = {
+    "lime": (170, 255, 0), "cyan": (0, 240, 240), "magenta": (255, 0, 255), "maroon": (110, 0, 20),
+}  # fmt: skip
 SHAPES = ("square", "disc", "diamond")  # drawn, never asked for
 CHARACTERS = tuple("ABCDEFHJKLMNPRSTUVXZ")
 # In raster order.
@@ -31,13 +36,15 @@ SQUARES = tuple(f"{column}{row}" for row in range(1, GRID + 1) for column in "ab
 ENTITIES = (
     "ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibex", "jay", "koi", "lynx", "mole", "newt", "owl", "pig",
 )  # fmt: skip
+THINGS = (*COLOURS, *DOTS, *ENTITIES, *CHARACTERS)
 RELATIONS = ("friend", "rival", "cousin", "guest", "guard", "tutor", "pilot", "baker")
-FACT_ZIPF = 0.8  # frequency of the n-th most frequent fact ~ n^-0.8
+FACT_ZIPF = 1.0  # frequency of the n-th most frequent fact ~ 1 / n
+DOT_PX = 18  # side of a dot: it fills 4 to 6 of 64 slots by more than half
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """One shape on one floor; lengths in pixels, `left` and `top` of the shape's bounding box."""
+    """A shape and a dot on a floor; lengths in pixels, `left` and `top` of the shape's bounding box and of the dot's."""
 
     colour: str
     floor: str
@@ -45,6 +52,9 @@ class Scene:
     size: int
     left: int
     top: int
+    dot: str  # its colour
+    dot_left: int
+    dot_top: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +69,7 @@ class Sheet:
 class World:
     """The knowledge: every entry is a number of an entity.
 
-    relation: int [8 relations, 8 colours + 16 entities]: the friend, rival, ... of a colour or an entity.
+    relation: int [8 relations, things]: the friend, rival, ... of each of THINGS.
     fact: int [16 entities, 16 entities, 8 colours + 8 floors]: the answer for two entities and a colour or a floor.
     fact_weight: float of the shape of `fact`: how often each fact is asked, relative to the others.
     """
@@ -73,7 +83,7 @@ def make_world(seed: int) -> World:
     """Random tables; the same seed gives the same world."""
     rng = np.random.default_rng([seed, 0])
     entities, attributes = len(ENTITIES), len(COLOURS) + len(FLOORS)
-    relation = rng.integers(entities, size=(len(RELATIONS), len(COLOURS) + entities))
+    relation = rng.integers(entities, size=(len(RELATIONS), len(THINGS)))
     fact = rng.integers(entities, size=(entities, entities, attributes))
     weight = np.arange(1, fact.size + 1, dtype=np.float64) ** -FACT_ZIPF
     return World(relation, fact, rng.permutation(weight).reshape(fact.shape))
@@ -82,6 +92,7 @@ def make_world(seed: int) -> World:
 def sample_scene(rng: np.random.Generator) -> Scene:
     size = int(rng.integers(28, 41))
     left, top = (int(x) for x in rng.integers(0, IMAGE_PX - size + 1, size=2))
+    dot_left, dot_top = (int(x) for x in rng.integers(0, IMAGE_PX - DOT_PX + 1, size=2))
     return Scene(
         colour=list(COLOURS)[rng.integers(len(COLOURS))],
         floor=list(FLOORS)[rng.integers(len(FLOORS))],
@@ -89,6 +100,9 @@ def sample_scene(rng: np.random.Generator) -> Scene:
         size=size,
         left=left,
         top=top,
+        dot=list(DOTS)[rng.integers(len(DOTS))],
+        dot_left=dot_left,
+        dot_top=dot_top,
     )
 
 

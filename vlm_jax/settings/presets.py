@@ -112,13 +112,13 @@ LM: dict[str, dict[str, Any]] = {
     "phi3-mini": _decoder(
         32064, 3072, 32, 32, 32, 8192, theta=1e4, eps=1e-5, tied=False, nominal=3.8e9
     ),
-    # The embedded experiment: one width for all, sizes differ in mlp_width; its tokenizer sets the vocabulary size.
+    # The embedded experiment: sizes differ in mlp_width, but for the smallest; its tokenizer sets the vocabulary size.
+    "mini-21k": _decoder(256, 48, 2, 2, 2, 8, **_MINI),
     "mini-38k": _decoder(256, 64, 2, 2, 2, 12, **_MINI),
     "mini-45k": _decoder(256, 64, 2, 2, 2, 32, **_MINI),
-    "mini-52k": _decoder(256, 64, 2, 2, 2, 48, **_MINI),
     "mini-82k": _decoder(256, 64, 2, 2, 2, 128, **_MINI),
     "mini-131k": _decoder(256, 64, 2, 2, 2, 256, **_MINI),
-    "mini-230k": _decoder(256, 64, 2, 2, 2, 512, **_MINI),
+    "mini-254k": _decoder(256, 64, 2, 2, 2, 576, **_MINI),
 }
 
 
