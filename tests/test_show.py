@@ -9,7 +9,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from vlm_jax import show, train
+from vlm_jax import compressors, show, train
 from vlm_jax.compressors import COMPRESSORS
 from vlm_jax.data import images
 from vlm_jax.inference import answer
@@ -42,8 +42,11 @@ def trained(world):
         if name not in made:
             cfg = tiny.config(world, num_steps=1, save_every=1)
             cfg.model.vit.image_px = 8 * GRID
-            fields = {"name": name, "neighbours": 3, "query_grid": 3}
-            cfg.model.compressor.update(fields)
+            fields = {"neighbours": 3, "query_grid": 3}
+            own = {
+                field: fields[field] for field in fields if field in compressors.settings_of(name)
+            }
+            compressors.choose(cfg.model.compressor, name, **own)
             made[name] = str(world.parent / name)
             train.train(cfg, made[name])
         return made[name]

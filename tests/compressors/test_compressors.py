@@ -1,5 +1,6 @@
 """Compressors against slow float64 twins, their counts against the spec's numbers, and what must hold for any weights."""
 
+import copy
 import functools
 
 import flax.linen as nn
@@ -12,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 from refs import compressors_numpy as twin
 from refs import reference_layout
 
+from configs import default
 from vlm_jax import compressors
 from vlm_jax.compressors import COMPRESSORS
 from vlm_jax.compressors.modules import tokenpacker, windows
@@ -20,6 +22,7 @@ from vlm_jax.models.projector import Projector
 from vlm_jax.settings import presets
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.model import VLMConfig
+from vlm_jax.storage import run as run_settings
 
 WIDTH, TEXT, HIDDEN, HEADS = 8, 12, 20, 2
 LEARNED = ("quecc", "tokenpacker")  # with parameters, inside windows
@@ -310,3 +313,26 @@ def test_a_setting_of_another_compressor_is_refused_with_its_own_ones():
         compressors.chosen(block, {"taps"})
     with pytest.raises(ConfigError, match=r"pool: has no setting 'strid'; it has dtype, stride."):
         compressors.chosen({"name": "pool", "strid": 2})
+
+
+def test_a_config_file_may_not_set_what_its_compressor_does_not_have():
+    c = default.get_config()
+    c.model.compressor.name = "pool"
+    pooled = compressors.settings("pool", stride=4, dtype="bfloat16")
+    assert run_settings.resolve(c).model.compressor == pooled  # num_heads and taps as in default.py
+    for field, value in {"query_grid": 4, "taps": (1, 2), "num_heads": 16}.items():
+        other = copy.deepcopy(c)
+        other.model.compressor[field] = value
+        with pytest.raises(
+            ConfigError, match=f"pool: has no setting '{field}'; it has dtype, strid"
+        ):
+            run_settings.resolve(other)
+        assert run_settings.resolve(other, ["model.compressor.name"]).model.compressor == pooled
+
+
+def test_a_config_is_turned_to_another_compressor_without_the_settings_of_the_last():
+    block = default.get_config().model.compressor.lock()
+    compressors.choose(block, "mqt", query_grid=8)
+    assert block.to_dict() == {"name": "mqt", "num_heads": 8, "dtype": "bfloat16", "query_grid": 8}
+    compressors.choose(block, "pool")
+    assert block.to_dict() == {"name": "pool", "dtype": "bfloat16"}
