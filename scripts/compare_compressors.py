@@ -55,10 +55,9 @@ def training(cfg: Any, name: str, count: int, shared: sweep.Shared, seed: int) -
     """The stage of the miniature's cells with another compressor."""
     entry = compressors.get(name)
     c = sweep.stage(cfg, seed, "query_aware_vlm" if entry.uses_query else "vlm", shared)
-    c.model.compressor.unlock()  # the settings of all compressors; each takes its own ones
-    c.model.compressor.name = name
-    c.model.compressor.query_grid = cfg.compare.query_grid
-    c.model.compressor.neighbours = cfg.compare.neighbours
+    own = {field: cfg.compare[field] for field in ("query_grid", "neighbours") if field in compressors.settings_of(name)}  # fmt: skip
+    compressors.choose(c.model.compressor, name, **own)
+    c.model.compressor.unlock()
     grid = named.vlm(c.model.to_dict()).vit.grid
     c.data.features_dir = str(shared.features)
     if entry.uses_scores:

@@ -16,7 +16,7 @@ import pytest
 import tiny
 
 from configs import eval as eval_config
-from vlm_jax import benchmarks, evaluate, train
+from vlm_jax import benchmarks, compressors, evaluate, train
 from vlm_jax.benchmarks import vqa
 from vlm_jax.inference import answer, evaluation, features
 from vlm_jax.inference.settings import EvalConfig
@@ -190,7 +190,7 @@ def test_cached_features_give_the_answers_of_the_images(world, first, tmp_path):
 @pytest.mark.slow
 def test_an_elastic_model_is_measured_at_any_number_of_tokens_it_can_show(world, tmp_path):
     c = tiny.config(world, num_steps=2)
-    c.model.compressor.update({"name": "mqt", "query_grid": 2, "train_tokens": (2, 4)})
+    compressors.choose(c.model.compressor, "mqt", query_grid=2, train_tokens=(2, 4))
     train.train(c, str(tmp_path / "run"))
     measured = []
     for count in (0, 1):

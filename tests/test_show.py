@@ -9,10 +9,10 @@ import pytest
 import tiny
 from PIL import Image
 
-from vlm_jax import show, train
+from vlm_jax import compressors, show, train
 from vlm_jax.compressors import COMPRESSORS
 from vlm_jax.data import images
-from vlm_jax.inference import answer
+from vlm_jax.inference import answer, views
 from vlm_jax.inference.settings import EvalConfig
 from vlm_jax.models.vlm import VLM, Inputs, shapes
 from vlm_jax.settings.run import MeshConfig
@@ -42,8 +42,11 @@ def trained(world):
         if name not in made:
             cfg = tiny.config(world, num_steps=1, save_every=1)
             cfg.model.vit.image_px = 8 * GRID
-            fields = {"name": name, "neighbours": 3, "query_grid": 3}
-            cfg.model.compressor.update(fields)
+            fields = {"neighbours": 3, "query_grid": 3}
+            own = {
+                field: fields[field] for field in fields if field in compressors.settings_of(name)
+            }
+            compressors.choose(cfg.model.compressor, name, **own)
             made[name] = str(world.parent / name)
             train.train(cfg, made[name])
         return made[name]
@@ -79,14 +82,14 @@ def own_weights(world, checkpoint: str) -> dict:
 
 def drawn(world, checkpoint: str, out, monkeypatch, *more: str):
     """(what was shown, the figure) of a whole run of the command."""
-    kept, original = [], show.draw
+    kept, original = [], views.draw
 
     def spy(name, picture, grid, shown, question, text):
         figure = original(name, picture, grid, shown, question, text)
         kept.extend([shown, figure, picture])
         return figure
 
-    monkeypatch.setattr(show, "draw", spy)
+    monkeypatch.setattr(views, "draw", spy)
     words = ["--config=configs/eval.py", f"--config.eval.checkpoint={checkpoint}", str(world / "parts.jpg")]  # fmt: skip
     words += ["--question", QUESTION, f"--out={out}", "--config.eval.max_new_tokens=2"]
     assert show.main([*words, *more]) == 0
@@ -121,7 +124,7 @@ def test_a_run_that_names_another_machines_kernel_answers_as_it_does_here(
         for checkpoint in (trained("quecc"), str(tmp_path / "run")):
             answerer = answer.Answerer(EvalConfig(checkpoint, 1, 2), MeshConfig())
             (answers,) = answerer.ask([row], str(world), 1)
-            told.append((answers, show.look(answerer, row, str(world)).weights.tolist()))
+            told.append((answers, views.look(answerer, row, str(world)).weights.tolist()))
     assert told[0] == told[1]
     ours = [r.getMessage() for r in caplog.records if r.name.startswith("vlm_jax")]
     assert ours == [
@@ -194,12 +197,12 @@ def test_queries_are_drawn_with_the_models_own_weights(world, trained, tmp_path,
 
 def test_queries_are_drawn_one_by_one_and_on_average():
     weights = np.random.default_rng(0).dirichlet(np.ones(16), (2, 40)).astype(np.float32)
-    shown = show.VIEWS["queries"].read({"weights": (weights,)}, GRID, 40)
+    shown = views.VIEWS["queries"].read({"weights": (weights,)}, GRID, 40)
     np.testing.assert_allclose(shown.weights, weights.mean(axis=0))
-    figure = show.draw("mqt", np.zeros((8, 8, 3), np.uint8), GRID, shown, "Why ?", "")
+    figure = views.draw("mqt", np.zeros((8, 8, 3), np.uint8), GRID, shown, "Why ?", "")
     np.testing.assert_allclose(array(figure.axes[0]).ravel(), 16 * shown.weights.mean(axis=0))
     panels = [axes for axes in figure.axes if axes.get_title().startswith("token ")]
-    assert len(panels) == show.MAX_PANELS
+    assert len(panels) == views.MAX_PANELS
     for axes, row in zip(panels, shown.weights, strict=False):
         np.testing.assert_allclose(array(axes).ravel(), 16 * row)
     assert (
@@ -209,19 +212,19 @@ def test_queries_are_drawn_one_by_one_and_on_average():
 
 
 def test_a_mean_is_drawn_as_its_window():
-    shown = show.VIEWS["means"].read({}, GRID, 4)
+    shown = views.VIEWS["means"].read({}, GRID, 4)
     window = np.zeros((GRID, GRID))
     window[:2, 2:] = 0.25
     np.testing.assert_array_equal(shown.weights[1].reshape(GRID, GRID), window)
     picture = np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8)
-    figure = show.draw("pool", picture, GRID, shown, "Why ?", "yes")
+    figure = views.draw("pool", picture, GRID, shown, "Why ?", "yes")
     np.testing.assert_array_equal(array(figure.axes[0]), picture)
     segments = [s for lines in figure.axes[0].collections for s in lines.get_segments()]
     assert len(segments) == 2 and (segments[0][:, 0] == 2).all() and (segments[1][:, 1] == 2).all()
 
 
 def test_every_compressor_has_a_view():
-    assert show.VIEWS.keys() == {entry.drawn for entry in COMPRESSORS.values()}
+    assert views.VIEWS.keys() == {entry.drawn for entry in COMPRESSORS.values()}
 
 
 # Mistakes

@@ -12,7 +12,7 @@ costs/        chips, FLOPs, memory, price: the one place that counts
 training/     inputs, step, losses, optim, loop, guard (NaN), interrupt (SIGTERM), telemetry, outline (what a run says)
 inference/    tasks, answer, generate, evaluation, features, lmms_eval
 benchmarks/   rows, score, reduce          miniworld/ the embedded benchmark
-laws/         table, fit, law, plan, figures, report
+laws/         table, fitting, law, planning, figures, report; commands fit, plan, plot
 aot/          a step compiled for machines that one does not have
 
 Array axes, one letter and one meaning everywhere (signatures, einsums, docs):

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from vlm_jax import benchmarks, files
+from vlm_jax import benchmarks, compressors, files
 from vlm_jax.hf import named
 from vlm_jax.inference import evaluation
 from vlm_jax.inference.settings import EvalConfig
@@ -221,7 +221,7 @@ def stage(cfg: ConfigDict, seed: int, name: str, shared: Shared) -> ConfigDict:
 def encoder_stage(cfg: ConfigDict, seed: int, shared: Shared) -> ConfigDict:
     """Training of the encoder: inside a VLM without compression, with all parameters trainable."""
     c = stage(cfg, seed, "encoder", shared)
-    c.model.compressor.name = "identity"
+    compressors.choose(c.model.compressor, "identity")
     c.data.max_tokens += named.vlm(c.model.to_dict()).vit.num_patches
     return c
 
@@ -238,10 +238,8 @@ def cell_stage(cfg: ConfigDict, cell: Cell, shared: Shared, seed: int) -> Config
     """Training of compressor, projector and language model on the cached features of the frozen encoder."""
     c = stage(cfg, seed, "query_aware_vlm" if cell.compressor == QUERY_AWARE else "vlm", shared)
     c.model.lm.preset = cell.lm
-    c.model.compressor.name = cell.compressor
-    c.model.compressor.stride = stride_for(
-        named.vlm(c.model.to_dict()).vit.grid, cell.visual_tokens
-    )
+    stride = stride_for(named.vlm(c.model.to_dict()).vit.grid, cell.visual_tokens)
+    compressors.choose(c.model.compressor, cell.compressor, stride=stride)
     c.data.max_tokens += cell.visual_tokens
     c.data.features_dir = str(shared.features)
     c.init.vit = str(shared.encoder)
@@ -264,7 +262,7 @@ def cache_features(cfg: ConfigDict, shared: Shared) -> None:
     c = encoder_stage(cfg, 0, shared)
     c.data.annotations = tuple(str(shared.data / name) for name in annotations)
     c.data.image_roots = (str(shared.data),) * len(annotations)
-    c.model.compressor.name = cfg.model.compressor.name
+    c.model.compressor = copy.deepcopy(cfg.model.compressor)  # its taps are cached too
     c.init.vit = str(shared.encoder)
     features.cache(experiment.resolve(c), shared.features)
 

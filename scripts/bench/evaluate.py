@@ -131,6 +131,7 @@ def write_run(
     from flax import linen as nn
 
     from configs import default
+    from vlm_jax import compressors
     from vlm_jax.models.vlm import init_params
     from vlm_jax.storage import run as experiment
     from vlm_jax.storage.checkpoint import save_params
@@ -142,7 +143,7 @@ def write_run(
 
     c.model.vit.preset = "clip-l-336"
     c.model.vit.update(tower(*vit) | {"mlp_width": 4 * vit[0]})
-    c.model.compressor.update({"taps": (), "dtype": "float32"} | compressor)
+    compressors.choose(c.model.compressor, dtype="float32", **compressor)
     c.model.lm.preset = "vicuna-7b"
     sizes = {
         "vocab_size": 1000,

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vlm_jax.laws import fit, table
+from vlm_jax.laws import fitting, table
 from vlm_jax.laws.cells import select
 from vlm_jax.laws.law import CONSTANTS, Law
 from vlm_jax.laws.table import Row
@@ -81,7 +81,7 @@ def speed(num_seeds: int) -> None:
         rows = table.read(DATA / f"paper_{family}.csv")
         points = select(rows, family, None, None, 4).points
         ours = points.sum_of_squares(points.law())
-        whole = seconds(lambda f=family, r=rows: fit.fit_family(r, f, draws=1000), 3)
+        whole = seconds(lambda f=family, r=rows: fitting.fit_family(r, f, draws=1000), 3)
         print(f"{family}: 28 cells; the law {1e3 * seconds(points.law, 20):.1f} ms; with 2 x 1,000 resamples (cells, residuals), profiles and other laws {whole:.2f} s")  # fmt: skip
         ratios, times, laws = [], [], []
         for seed in range(num_seeds):
@@ -131,7 +131,7 @@ def coverage(num_seeds: int, num_laws: int, draws: int) -> list[dict[str, str]]:
     for i in range(num_laws):
         rng = np.random.default_rng([num_seeds, i])
         law = random_law(rng)
-        found = fit.fit_family(noisy_table(law, num_seeds, rng), "all", draws=draws)
+        found = fitting.fit_family(noisy_table(law, num_seeds, rng), "all", draws=draws)
         for kind, spans in {"profile": found.profile, **found.intervals}.items():
             for name in CONSTANTS:
                 truth, span = law.ratio if name == "alpha/beta" else getattr(law, name), spans[name]

@@ -1,5 +1,6 @@
 """Compressors against slow float64 twins, their counts against the spec's numbers, and what must hold for any weights."""
 
+import copy
 import dataclasses
 import functools
 
@@ -13,6 +14,7 @@ from jax.flatten_util import ravel_pytree
 from refs import compressors_numpy as twin
 from refs import reference_layout
 
+from configs import default
 from vlm_jax import compressors
 from vlm_jax.compressors import COMPRESSORS
 from vlm_jax.compressors.modules import tokenpacker, windows
@@ -21,6 +23,7 @@ from vlm_jax.models.projector import Projector
 from vlm_jax.settings import presets
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.model import VLMConfig
+from vlm_jax.storage import run as run_settings
 
 WIDTH, TEXT, HIDDEN, HEADS = 8, 12, 20, 2
 LEARNED = ("quecc", "tokenpacker")  # with parameters, inside windows
@@ -283,20 +286,21 @@ def test_sizes_that_do_not_fit_are_refused_with_the_allowed_ones():
         compressors.get("qecc")
 
 
-def test_traits_say_what_each_compressor_is():
-    named = lambda trait: [n for n, c in COMPRESSORS.items() if getattr(c, trait)]  # noqa: E731
-    assert named("elastic") == ["m3", "mqt", "querypool"]
-    assert named("draws") == ["mqt"]
-    assert named("uses_scores") == ["prumerge", "prumerge_plus"]
-    assert named("uses_query") == ["quecc", "querypool"]
-    assert named("uses_taps") == ["quecc", "tokenpacker", "querypool"]
-    assert named("sizable") == ["quecc", "tokenpacker", "pool", "m3", "mqt", "querypool"]
-    assert {n: c.place for n, c in COMPRESSORS.items() if c.place != "before"} == {
-        "m3": "inside",
-        "mqt": "instead",
-    }
-    for name in COMPRESSORS:
-        assert compressors.settings(name).name == name
+TRAITS = {
+    "identity": set(), "pool": {"sizable"}, "tokenpacker": {"uses_taps", "sizable"},
+    "quecc": {"uses_query", "uses_taps", "sizable"}, "m3": {"elastic", "sizable", "inside"},
+    "mqt": {"elastic", "draws", "sizable", "instead"}, "prumerge": {"uses_scores"},
+    "querypool": {"uses_query", "uses_taps", "elastic", "draws", "sizable", "inside"}, "prumerge_plus": {"uses_scores"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRAITS)
+def test_traits_say_what_each_compressor_is(name):
+    entry = compressors.get(name)
+    traits = ("uses_query", "uses_taps", "uses_scores", "elastic", "draws", "sizable")
+    found = {trait for trait in traits if getattr(entry, trait)} | {entry.place} - {"before"}
+    assert found == TRAITS[name]
+    assert compressors.settings(name).name == name
 
 
 @pytest.mark.parametrize("fields", [{}, {"taps": (1, 2), "stride": 2, "query_grid": 3}])
@@ -324,3 +328,26 @@ def test_a_setting_of_another_compressor_is_refused_with_its_own_ones():
         compressors.chosen(block, {"taps"})
     with pytest.raises(ConfigError, match=r"pool: has no setting 'strid'; it has dtype, stride."):
         compressors.chosen({"name": "pool", "strid": 2})
+
+
+def test_a_config_file_may_not_set_what_its_compressor_does_not_have():
+    c = default.get_config()
+    c.model.compressor.name = "pool"
+    pooled = compressors.settings("pool", stride=4, dtype="bfloat16")
+    assert run_settings.resolve(c).model.compressor == pooled  # num_heads and taps as in default.py
+    for field, value in {"query_grid": 4, "taps": (1, 2), "num_heads": 16}.items():
+        other = copy.deepcopy(c)
+        other.model.compressor[field] = value
+        with pytest.raises(
+            ConfigError, match=f"pool: has no setting '{field}'; it has dtype, strid"
+        ):
+            run_settings.resolve(other)
+        assert run_settings.resolve(other, ["model.compressor.name"]).model.compressor == pooled
+
+
+def test_a_config_is_turned_to_another_compressor_without_the_settings_of_the_last():
+    block = default.get_config().model.compressor.lock()
+    compressors.choose(block, "mqt", query_grid=8)
+    assert block.to_dict() == {"name": "mqt", "num_heads": 8, "dtype": "bfloat16", "query_grid": 8}
+    compressors.choose(block, "pool")
+    assert block.to_dict() == {"name": "pool", "dtype": "bfloat16"}

@@ -32,7 +32,7 @@ def world(tmp_path_factory):
     """A folder of data and, in `run`, a model with the compressor, trained for two steps."""
     directory = tiny.write(tmp_path_factory.mktemp("world") / "data")
     cfg = tiny.config(directory, num_steps=2, save_every=2)
-    cfg.model.compressor.update({"name": "scaled", "stride": 1, "gain": 0.5})
+    compressors.choose(cfg.model.compressor, "scaled", stride=1, gain=0.5)
     cfg.model.projector_norm = "none"  # as in a release
     train.train(cfg, str(directory.parent / "run"))
     return directory

@@ -51,4 +51,5 @@ class Scaled(nn.Module):
     ) -> VisualTokens:
         init = nn.initializers.constant(self.config.gain)
         scale = weight(self, "scale", init, (last.shape[-1],), ("vision",))
-        return VisualTokens(pool.mean(last, self.grid, self.config.stride) * scale)
+        mean = pool.mean(last, self.grid, self.config.stride)
+        return VisualTokens(mean * scale.astype(mean.dtype))

@@ -27,11 +27,12 @@ from vlm_jax.training.losses import make_loss
 CONFIG = """
 from pathlib import Path
 import tiny
+from vlm_jax import compressors
 
 def get_config(folder):
     c = tiny.config(Path(folder) / "data", num_steps=4)
-    c.model.vit.update({{"dtype": "bfloat16", "num_layers": 2}})
-    c.model.compressor.update({{"name": "{compressor}", "taps": (1, 2)}})
+    c.model.vit.update({"dtype": "bfloat16", "num_layers": 2})
+    compressors.choose(c.model.compressor, "tokenpacker", taps=(1, 2))
     c.optim.trainable = "^(compressor|projector|lm)/"
     return c
 """
@@ -42,7 +43,7 @@ def world(tmp_path_factory):
     """A folder with data, an encoder's run in `encoder`, its cached features in `cached`, a config in `small.py`."""
     folder = tmp_path_factory.mktemp("features")
     tiny.write(folder / "data")
-    (folder / "small.py").write_text(CONFIG.format(compressor="tokenpacker"))
+    (folder / "small.py").write_text(CONFIG)
     exp, rng = experiment.resolve(config(folder)), np.random.default_rng(0)
     vit = {"vit": nn.unbox(shapes(exp.model))["vit"]}
     drawn = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), vit)
@@ -127,7 +128,7 @@ def test_the_encoders_weights_are_arguments_of_its_program(world):
         ({"model.vit.dtype": "float32"}, "was made with model.vit.dtype = 'bfloat16', this run has 'float32'"),
         ({"model.vit.mean": (0.1, 0.5, 0.5)}, r"was made with model.vit.mean = \[0.5, 0.5, 0.5\]"),
         ({"model.compressor.taps": (1,)}, r"was made with model.compressor.taps = \(1, 2\), this run has \(1,\)"),
-        ({"model.compressor.name": "prumerge"}, "a cache has no queries and keys, which prumerge looks at"),
+        ({"model.compressor.name": "prumerge", "model.compressor.neighbours": 3}, "a cache has no queries and keys, which prumerge looks at"),
         ({"init.vit": "", "train.seed": 1}, "holds the features of another encoder .*/encoder, fingerprint .*; set init.vit to the same"),
         ({"optim.trainable": "."}, "takes parameters of the encoder, whose features come from a cache; freeze it"),
     ],
@@ -135,10 +136,9 @@ def test_the_encoders_weights_are_arguments_of_its_program(world):
 def test_a_cache_that_is_not_this_runs_is_refused(world, tmp_path, change, message):
     c = config(world, features_dir=str(world / "cached"))
     c.init.vit = str(world / "encoder")
-    c.model.compressor.neighbours = 3
     c.update_from_flattened_dict(change)
     with pytest.raises(ConfigError, match=message):
-        train.train(c, str(tmp_path / "run"))
+        train.train(c, str(tmp_path / "run"), given=tuple(change))
 
 
 def test_settings_that_change_no_feature_do_not_matter(world):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlm_jax.laws import alternatives, fit, table
+from vlm_jax.laws import alternatives, fitting, table
 from vlm_jax.laws.cells import Points, select
 
 DATA = Path(table.__file__).parent / "data"
@@ -60,7 +60,7 @@ def test_the_reports_words_name_the_supported_law_or_say_that_none_is():
     text = {}
     for family in ("reasoning", "ocr"):
         rows = table.read(DATA / f"paper_{family}.csv")
-        text[family] = "\n".join(fit.fit_family(rows, family, draws=100).statements)
+        text[family] = "\n".join(fitting.fit_family(rows, family, draws=100).statements)
     assert f"not settled which law holds: AICc differs by less than 2 between {LOG} and {CROSSED}" in text["reasoning"]  # fmt: skip
     assert f"the cells support {CROSSED}: AICc 6.2 below the next law, {LOG}" in text["ocr"]
 

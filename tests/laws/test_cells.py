@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import least_squares
 
-from vlm_jax.laws import fit
+from vlm_jax.laws import fitting
 from vlm_jax.laws.cells import binomial, huber, select
 from vlm_jax.laws.law import Law
 from vlm_jax.laws.table import Row
@@ -37,7 +37,7 @@ def scipys(points, scale, loss="linear", f_scale=1.0):
 
 def test_binomial_weights_give_scipys_weighted_optimum():
     table = rows()
-    found = fit.fit_family(table, "all", draws=100, weights="binomial")
+    found = fitting.fit_family(table, "all", draws=100, weights="binomial")
     n, e = (np.array([getattr(r, k) for r in table], float) for k in ("n", "error"))
     p = (e * n + 0.5) / (n + 1)
     weights = n / (p * (1 - p))
@@ -46,7 +46,7 @@ def test_binomial_weights_give_scipys_weighted_optimum():
     best = scipys(points, np.sqrt(weights))
     assert found.sse == pytest.approx(2 * best.cost, rel=1e-7)
     np.testing.assert_allclose(dataclasses.astuple(found.law), best.x, atol=2e-5)
-    even = fit.fit_family(table, "all", draws=100)
+    even = fitting.fit_family(table, "all", draws=100)
     assert abs(found.law.alpha - even.law.alpha) > 1e-3  # the weights matter here
 
 
@@ -64,7 +64,7 @@ def test_binomial_weights_without_n_are_refused():
     table = rows()
     table[3] = dataclasses.replace(table[3], n=None)
     with pytest.raises(ConfigError, match=r"5e\+08, 64 visual tokens, seed 0 has none"):
-        fit.fit_family(table, "all", draws=100, weights="binomial")
+        fitting.fit_family(table, "all", draws=100, weights="binomial")
 
 
 def with_outlier():
@@ -74,7 +74,8 @@ def with_outlier():
 
 def test_an_outlier_moves_the_robust_law_less_and_is_named():
     plain, robust = (
-        fit.fit_family(with_outlier(), "all", draws=100, loss=loss) for loss in ("squares", "huber")
+        fitting.fit_family(with_outlier(), "all", draws=100, loss=loss)
+        for loss in ("squares", "huber")
     )
     assert abs(plain.law.alpha - 0.2) > 4 * abs(robust.law.alpha - 0.2)
     assert robust.down_weighted[0].startswith("7e+09, 576 visual tokens")
@@ -96,5 +97,5 @@ def test_the_robust_law_is_scipys_huber_optimum(lms):
 
 def test_a_table_without_residuals_keeps_its_weights():
     exact = [dataclasses.replace(r, error=0.5) for r in rows()]
-    found = fit.fit_family(exact, "all", draws=100, loss="huber")
+    found = fitting.fit_family(exact, "all", draws=100, loss="huber")
     assert found.law.alpha == pytest.approx(0, abs=1e-6) and not found.down_weighted

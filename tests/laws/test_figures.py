@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlm_jax.laws import cells, drawing, figures, fit, planning, plot, table
+from vlm_jax.laws import cells, drawing, figures, fitting, law, planning, plot, table
 from vlm_jax.laws.law import BILLION
 from vlm_jax.settings.checks import ConfigError
 
@@ -24,7 +24,7 @@ def rows():
 
 @pytest.fixture(scope="module")
 def fits(rows):
-    return {name: fit.fit_family(rows, name, draws=100) for name in ("reasoning", "ocr")}
+    return {name: fitting.fit_family(rows, name, draws=100) for name in ("reasoning", "ocr")}
 
 
 def texts(figure):
@@ -44,7 +44,7 @@ def test_the_largest_size_is_predicted_by_the_law_of_the_others(rows, fits, fami
     drawn = sorted(float(line.get_ydata()[0]) for line in hollow)
     assert drawn == sorted(e for (lm, _), e in cells.items() if lm == LARGEST)
     assert len(points) == len(cells) == 28
-    law = fit.fit_family([r for r in rows if r.lm != LARGEST], family, draws=100).law
+    law = fitting.fit_family([r for r in rows if r.lm != LARGEST], family, draws=100).law
     ends = [line.get_xydata()[-1] for line in axes.lines if line.get_linestyle() == "--"]
     for (x, y), v in zip(ends, fits[family].visual_tokens, strict=True):
         assert (x, y) == pytest.approx((14 * BILLION, float(law.error(14 * BILLION, v))), rel=1e-4)
@@ -98,7 +98,7 @@ def test_pairs_are_the_nearest_of_each_lm_within_a_fifth(rows, fits):
 
 def test_two_sizes_cannot_be_extrapolated(rows):
     two = [row for row in rows if row.lm_params < 2 * BILLION and row.family == "ocr"]
-    small = fit.fit_family(two, "ocr", draws=100)
+    small = fitting.fit_family(two, "ocr", draws=100)
     with pytest.raises(ConfigError, match="'ocr' has 2 LM sizes; predicting the largest needs 2"):
         figures.extrapolation_figure(two, small)
 
@@ -138,7 +138,7 @@ def test_drawing_loads_no_jax():
 
 
 def test_a_law_of_another_table_is_refused(rows, fits, tmp_path, capsys):
-    fit.law_file.save(tmp_path / "law.json", {"ocr": fits["ocr"]}, {})
+    law.save(tmp_path / "law.json", {"ocr": fits["ocr"]}, {})
     table.write(tmp_path / "some.csv", [r for r in rows if r.family == "ocr" and r.lm != LARGEST])
     words = [str(tmp_path / "some.csv"), f"--law={tmp_path / 'law.json'}", f"--out={tmp_path}"]
     assert plot.main(words) == 2

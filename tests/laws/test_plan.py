@@ -13,22 +13,22 @@ import pytest
 import tables
 
 from vlm_jax.costs.price import Workload, exact_price
-from vlm_jax.laws import fit, law, plan, planning, table
+from vlm_jax.laws import fitting, law, plan, planning, table
 from vlm_jax.laws.budget import Budget, find_chip
 from vlm_jax.settings import presets
 from vlm_jax.settings.checks import ConfigError
 
-PAPER = Path(fit.__file__).parent / "data" / "paper_reasoning.csv"
+PAPER = Path(fitting.__file__).parent / "data" / "paper_reasoning.csv"
 
 
 @pytest.fixture(scope="module")
 def fits():
-    return fit.fit_table(tables.rows(), draws=200)
+    return fitting.fit_table(tables.rows(), draws=200)
 
 
 @pytest.fixture(scope="module")
 def paper():
-    return fit.fit_table(table.read(PAPER), draws=200)["reasoning"]
+    return fitting.fit_table(table.read(PAPER), draws=200)["reasoning"]
 
 
 @pytest.mark.parametrize("family", ["reasoning", "ocr"])

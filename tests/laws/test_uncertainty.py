@@ -1,19 +1,21 @@
 """Profile likelihoods: the same ends as a general optimiser's, flat directions followed, given exponents judged."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy.optimize import brentq, minimize
 from scipy.stats import f as f_distribution
 from scipy.stats import t as t_distribution
 
-from vlm_jax.laws import fit, table
+from vlm_jax.laws import fitting, table
 from vlm_jax.laws.cells import select
 from vlm_jax.laws.law import Law
 from vlm_jax.laws.least_squares import solve
 from vlm_jax.laws.table import Row
 from vlm_jax.laws.uncertainty import profile, run_variance
 
-DATA = fit.Path(table.__file__).parent / "data"
+DATA = Path(table.__file__).parent / "data"
 SIZES, TOKENS = (0.5e9, 1.8e9, 4e9, 7e9), (1, 4, 16, 36, 64, 144, 576)
 
 
@@ -69,7 +71,7 @@ def test_a_profile_ends_where_a_general_optimiser_s_sum_of_squares_crosses_the_f
 
 
 def test_the_published_d_is_not_identified_and_its_flat_direction_is_followed():
-    found = fit.fit_family(table.read(DATA / "paper_reasoning.csv"), "reasoning", draws=100)
+    found = fitting.fit_family(table.read(DATA / "paper_reasoning.csv"), "reasoning", draws=100)
     assert found.profile["D"][0] == 0 and found.profile["D"][1] == pytest.approx(0.141, abs=2e-3)
     assert found.profile["alpha"] == pytest.approx((0.0681, 0.0960), abs=5e-4)
     assert found.profile["alpha/beta"] == pytest.approx((4.25, 5.24), abs=0.03)
@@ -96,7 +98,7 @@ def test_the_papers_own_exponents_lie_in_their_family_s_joint_region_only(
     family, alpha, beta, inside, ratio
 ):
     rows = table.read(DATA / f"paper_{family}.csv")
-    found = fit.fit_family(rows, family, draws=100, check=(alpha, beta))
+    found = fitting.fit_family(rows, family, draws=100, check=(alpha, beta))
     assert found.check.inside == inside and found.check.sse_ratio == pytest.approx(ratio, rel=5e-3)
     points = paper(family).points
     power = points.size**-alpha * points.tokens**-beta
@@ -111,19 +113,19 @@ def test_the_papers_own_exponents_lie_in_their_family_s_joint_region_only(
 
 def test_a_negative_exponent_is_said_and_the_nonnegative_law_is_the_constrained_optimum():
     rows = rows_of(Law(0.3, 0.2, -0.05, 0.0), 0.003)
-    found = fit.fit_family(rows, "all", draws=100)
+    found = fitting.fit_family(rows, "all", draws=100)
     assert found.law.beta < 0 and found.law_nonnegative.beta == 0
     points = select(rows, "all", None, None, 4).points
     best = least(points, {2: 0.0}, (0.3, 0.2, 0.0, 0.0))
     assert found.sse_nonnegative == pytest.approx(best, rel=1e-5)
     text = "\n".join(found.statements)
     assert "error rises with visual tokens" in text and "with alpha, beta >= 0 the law is" in text
-    assert fit.fit_family(rows_of(Law(0.5, 0.2, 0.1, 0), 0.003), "all", draws=100).law_nonnegative.beta > 0  # fmt: skip
+    assert fitting.fit_family(rows_of(Law(0.5, 0.2, 0.1, 0), 0.003), "all", draws=100).law_nonnegative.beta > 0  # fmt: skip
 
 
 def test_a_fixed_d_has_no_interval_and_narrows_alpha():
     rows = table.read(DATA / "paper_reasoning.csv")
-    free, zero = (fit.fit_family(rows, "reasoning", draws=100, fixed_d=d) for d in (None, 0.0))
+    free, zero = (fitting.fit_family(rows, "reasoning", draws=100, fixed_d=d) for d in (None, 0.0))
     assert zero.profile["D"] is None
     wide, narrow = (np.diff(f.profile["alpha"])[0] for f in (free, zero))
     assert narrow < 0.4 * wide

@@ -213,9 +213,8 @@ def folder(tmp_path_factory):
 
 def experiment_of(folder, name: str, train_tokens=(), query_grid: int = 2):
     c = tiny.config(folder, num_steps=6)
-    c.model.compressor.update(
-        {"name": name, "stride": 1, "query_grid": query_grid, "train_tokens": train_tokens}
-    )
+    own = {"query_grid": query_grid} if name == "mqt" else {}
+    compressors.choose(c.model.compressor, name, train_tokens=train_tokens, **own)
     c.data.template = "plain"  # the caption stands right behind the image
     c.data.turns = "independent"
     return experiment.resolve(c)

@@ -34,6 +34,8 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from vlm_jax.compressors.identity import IdentityConfig
 from vlm_jax.compressors.m3 import M3Config
 from vlm_jax.compressors.mqt import MQTConfig
@@ -103,6 +105,14 @@ def chosen(block: Mapping[str, Any], given: Collection[str] = ()) -> CompressorC
         block["name"],
         **{n: value for n, value in fields.items() if n not in others or n in given},
     )
+
+
+def choose(block: ConfigDict, name: str, **fields: Any) -> None:
+    """Names a compressor in a config's `model.compressor` and sets fields; the settings that it does not have are taken out."""
+    with block.unlocked():
+        for field in set(block) - {"name", *settings_of(name)}:
+            del block[field]
+        block.update({"name": name, **fields})
 
 
 def num_tokens(config: CompressorConfig, grid: int) -> int:

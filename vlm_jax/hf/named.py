@@ -59,7 +59,7 @@ def fields(block: str, preset: str) -> dict[str, Any]:
 def vlm(model: Mapping[str, Any], given: Collection[str] = ()) -> VLMConfig:
     """The `model` block of a config: presets overlaid by every field that is not None.
 
-    given: the fields that the command line sets, such as "model.compressor.stride", which the compressor must have.
+    given: the fields that the user sets, such as "model.compressor.stride", which the compressor must have.
     Raises ConfigError for a wrong value.
     """
     block = {key: dict(model[key]) for key in ("vit", "compressor", "lm")}

@@ -1,201 +1,25 @@
-"""The law error = A / (N^alpha V^beta) + D of each family in errors.csv, with honest intervals.
-
-    python -m vlm_jax.laws.fit errors.csv --out law.json
-
-N is lm_params in billions, V the visual tokens (arXiv 2411.03312, equation 2; its fit uses V alone, the text tokens enter
-only the cost). Least squares with every (LM, visual tokens) cell weighted equally; see `least_squares.py`. A and D are >= 0.
-The exponents are free in sign: a table in which more tokens hurt says so with beta < 0, and the law under alpha, beta >= 0
-stands beside it (`law_nonnegative`), as do laws of other forms (`alternatives.py`).
-
-The headline intervals are profile likelihoods; repeated seeds widen them by what a training run's luck adds. Beside them stand bootstraps. *Cells*: which (LM, V) pairs were measured. *Seeds*: which training runs; drawn
-per LM size, whole, because one seed's language model is shared by all its token counts. *Residuals*: takes the law and
-independent noise for granted. Intervals are widened for small numbers, see `uncertainty.py`.
-docs/law_coverage.csv says how often each kind of interval covers the truth.
-"""
+"""The command `python -m vlm_jax.laws.fit errors.csv --out law.json`: its flags, its tables, its JSON. See `fitting.py`."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from rich.console import Console
 
-from vlm_jax.costs.price import Number
 from vlm_jax.laws import law as law_file
-from vlm_jax.laws import table, uncertainty, words
-from vlm_jax.laws.alternatives import compare
-from vlm_jax.laws.cells import LOSSES, WEIGHTS, Cells, select, weighed
-from vlm_jax.laws.law import BILLION, CONSTANTS, EXPONENT_BOX, Fit, Interval
-from vlm_jax.laws.least_squares import Solutions, solve
-from vlm_jax.laws.table import GIVEN, SIZES, Row, counted
-from vlm_jax.laws.uncertainty import MODES, RESIDUALS, Profiles, profile
+from vlm_jax.laws import table, words
+from vlm_jax.laws.cells import LOSSES, WEIGHTS
+from vlm_jax.laws.fitting import fit_family, fit_table
+from vlm_jax.laws.law import EXPONENT_BOX, Fit
+from vlm_jax.laws.table import GIVEN, SIZES, counted
 from vlm_jax.settings import cli
 from vlm_jax.settings.checks import ConfigError
-
-PROFILE_POINTS = 21  # values of D looked at along the flat direction
-
-
-def fit_family(
-    rows: Sequence[Row],
-    family: str,
-    *,
-    benchmark: str | None = None,
-    compressor: str | None = None,
-    fixed_d: Number | None = None,
-    level: float = 0.95,
-    draws: int = 1000,
-    seed: int = 0,
-    weights: str = "even",
-    loss: str = "squares",
-    text_tokens: int | None = None,
-    check: tuple[float, float] | None = None,
-) -> Fit:
-    """Fits one family's law; flagged rows and other compressors' rows are left out and named in `left_out`.
-
-    Args:
-      benchmark: fits this benchmark alone; None the mean over the family's benchmarks.
-      compressor: None takes the one with the most cells.
-      fixed_d: None fits D >= 0.
-      draws, seed: of the bootstrap; the same numbers give the same intervals.
-      weights: of the cells, even or binomial (from n). loss: squares or huber; see `cells.py`.
-      text_tokens: Q; compares the law in Q + V too.
-      check: (alpha, beta) to test against the joint region.
-    """
-    _check_options(level, draws, fixed_d, text_tokens, weights, loss)
-    constants = 4 if fixed_d is None else 3
-    chosen = select(rows, family, benchmark, compressor, constants)
-    cells = weighed(chosen, weights, loss, fixed_d)
-    points, profiles = cells.points, profile(cells, fixed_d)
-    law, sse = profiles.law, profiles.sse
-    predicted = law.error(points.size * BILLION, points.tokens)
-    nonnegative, sse_nonnegative = profiles.nonnegative()
-    solved = _resampled(cells, predicted, constants, draws, seed, fixed_d)
-    tails = {m: uncertainty.expanded_tail(cells, m, constants, level) for m in solved}
-    mode = next(m for m in reversed(MODES) if m in solved)  # both, where both can be drawn
-    lms = {row.lm: row.lm_params for row in cells.rows}
-    found = Fit(
-        family=family,
-        benchmark=cells.rows[0].benchmark,
-        compressor=cells.rows[0].compressor,
-        law=law,
-        law_d_zero=points.law(0.0),
-        law_nonnegative=nonnegative,
-        sse_nonnegative=sse_nonnegative,
-        d_fixed=fixed_d is not None,
-        sse=sse,
-        r2=1 - sse / max(points.scatter, 1e-30),
-        max_relative_error=points.max_relative_error(predicted),
-        num_cells=len(points.errors),
-        num_seeds=len({row.seed for row in cells.rows}),
-        level=level,
-        intervals={m: _intervals(s, tails[m], level) for m, s in solved.items()},
-        tails=tails,
-        p_alpha_greater={m: float(np.mean(s.alpha > s.beta)) for m, s in solved.items()},
-        d_profile=_profile_d(profiles, level),
-        profile={name: profiles.interval(name, level) for name in CONSTANTS},
-        alternatives=compare(points, {lm: n / BILLION for lm, n in lms.items()}, text_tokens),
-        weights=weights,
-        loss=loss,
-        down_weighted=() if loss == "squares" else _down_weighted(cells),
-        check=None if check is None else profiles.check(*check, level),
-        resamples=np.stack(solved[mode][:4], axis=1),
-        mode=mode,
-        lms=lms,
-        visual_tokens=tuple(sorted({row.visual_tokens for row in cells.rows})),
-        left_out=cells.left_out,
-    )
-    return dataclasses.replace(found, statements=tuple(words.of_fit(found)))
-
-
-def fit_table(rows: Sequence[Row], **options: Any) -> dict[str, Fit]:
-    """`fit_family` for every family of the table, by name."""
-    return {
-        family: fit_family(rows, family, **options)
-        for family in dict.fromkeys(r.family for r in rows)
-    }
-
-
-def _check_options(level, draws, fixed_d, text_tokens, weights: str, loss: str) -> None:
-    if not 0 < level < 1:
-        raise ConfigError(f"fit: level must lie in (0, 1), got {level}.")
-    if draws < 100:
-        raise ConfigError(f"fit: {draws} draws are too few for an interval; give at least 100.")
-    if fixed_d is not None and not 0 <= fixed_d < 1:
-        raise ConfigError(f"fit: D must lie in [0, 1), got {fixed_d}.")
-    if text_tokens is not None and text_tokens < 1:
-        raise ConfigError(f"fit: text_tokens must be at least 1, got {text_tokens}.")
-    for name, given, allowed in (("weights", weights, WEIGHTS), ("loss", loss, LOSSES)):
-        if given not in allowed:
-            raise ConfigError(f"fit: {name} must be one of {', '.join(allowed)}; got {given!r}.")
-
-
-def _resampled(
-    cells: Cells,
-    predicted: np.ndarray,
-    constants: int,
-    draws: int,
-    seed: int,
-    fixed_d: Number | None,
-) -> dict[str, Solutions]:
-    """The laws of every bootstrap sample, per mode. A robust fit's weights stay as they are."""
-    fixed = None if fixed_d is None else np.full(draws, float(fixed_d))
-    errors = np.tile(cells.errors, (draws, 1))
-    solved = {
-        mode: solve(cells.size, cells.tokens, errors, weights, fixed)
-        for mode, weights in uncertainty.resample(cells, constants, draws, seed).items()
-    }
-    points = cells.points
-    errors = uncertainty.resample_residuals(points, predicted, constants, draws, seed)
-    even = np.tile(points.weights, (draws, 1))
-    return solved | {RESIDUALS: solve(points.size, points.tokens, errors, even, fixed)}
-
-
-def _down_weighted(cells: Cells) -> tuple[str, ...]:
-    """Cells whose weight is below the largest one's, heaviest cut first."""
-    shares = cells.cell_weights / cells.cell_weights.max()
-    names = {i: row.cell for i, row in zip(cells.cell_of, cells.rows, strict=True)}
-    return tuple(
-        f"{names[i][0]}, {names[i][1]} visual tokens ({shares[i]:.0%})"
-        for i in np.argsort(shares, kind="stable")
-        if shares[i] < 0.995
-    )
-
-
-def _intervals(solved: Solutions, tail: float, level: float) -> dict[str, Interval | None]:
-    tails = [tail, 100 - tail]
-    out: dict[str, Interval | None] = {
-        name: _pair(np.percentile(getattr(solved, name), tails)) for name in CONSTANTS[:4]
-    }
-    positive = (solved.alpha > 0) & (solved.beta > 0)
-    ratio = solved.alpha[positive] / solved.beta[positive]
-    out["alpha/beta"] = _pair(np.percentile(ratio, tails)) if positive.mean() >= level else None
-    return out
-
-
-def _pair(values) -> Interval:
-    low, high = values
-    return float(low), float(high)
-
-
-def _profile_d(profiles: Profiles, level: float) -> dict[str, Interval | None]:
-    """Every D whose best law is not significantly worse, and the other constants of those best laws."""
-    spans: dict[str, Any] = dict.fromkeys(CONSTANTS)
-    ends = profiles.interval("D", level)
-    if ends is None:
-        return spans
-    solved = profiles.hold("D", np.union1d(np.linspace(*ends, PROFILE_POINTS), [profiles.law.D]))
-    spans |= {name: getattr(solved, name) for name in CONSTANTS[:4]}
-    if ((solved.alpha > 0) & (solved.beta > 0)).all():
-        spans["alpha/beta"] = solved.alpha / solved.beta
-    return {name: None if v is None else _pair((v.min(), v.max())) for name, v in spans.items()}
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -258,8 +82,8 @@ def run(argv: Sequence[str]) -> None:
         "level": args.level, "draws": args.draws, "seed": args.seed, "weights": args.weights, "loss": args.loss,
         "text_tokens": args.text_tokens, "check": None if args.check is None else _exponents(args.check),
     }  # fmt: skip
-    families = [args.family] if args.family else list(dict.fromkeys(row.family for row in rows))
-    fits = {family: fit_family(rows, family, **options) for family in families}
+    one = args.family
+    fits = {one: fit_family(rows, one, **options)} if one else fit_table(rows, **options)
     made_by = law_file.provenance(
         args.table,
         shlex.join(["python", "-m", "vlm_jax.laws.fit", *argv]),

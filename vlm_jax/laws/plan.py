@@ -14,9 +14,8 @@ from rich.console import Console
 
 from vlm_jax.costs.chips import CHIPS
 from vlm_jax.costs.price import Number, Workload, allowed_tokens, choosable, exact_price
-from vlm_jax.laws import fit as fitting
+from vlm_jax.laws import fitting, table, words
 from vlm_jax.laws import law as law_file
-from vlm_jax.laws import table, words
 from vlm_jax.laws.budget import UNITS, Budget, Plan, find_chip
 from vlm_jax.laws.law import Fit
 from vlm_jax.laws.planning import PAPER, Method, choose

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from vlm_jax.laws import drawing, figures, table
-from vlm_jax.laws import fit as fitting
+from vlm_jax.laws import drawing, figures, fitting, table
 from vlm_jax.laws import law as law_file
 from vlm_jax.laws.cells import rows_of
 from vlm_jax.laws.law import Fit

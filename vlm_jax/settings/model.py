@@ -244,7 +244,7 @@ class CompressorConfig:
     elastic: ClassVar[bool] = False  # is trained for several numbers of tokens, shows one of them
     draws: ClassVar[bool] = False  # elastic: a training step draws one number; else all, averaged
     sizable: ClassVar[bool] = False  # its number of visual tokens can be chosen
-    drawn: ClassVar[str] = "means"  # a key of show.VIEWS
+    drawn: ClassVar[str] = "means"  # a key of inference.views.VIEWS
     reference: ClassVar[Reference | None] = None  # None: no release stores it
 
     # Settings of some compressors, as those without them count.

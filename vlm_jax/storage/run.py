@@ -32,19 +32,23 @@ from vlm_jax.storage.inherit import changed, inherit
 def resolve(cfg: ConfigDict, given: Sequence[str] = ()) -> Experiment:
     """The frozen settings of an experiment config, with presets filled in, and with init.from the model of that run.
 
-    given: the fields that the command line sets. With init.from, these fields and those that differ from configs/default.py
-    must agree with the other run's. Raises ConfigError for a wrong value.
+    given: the fields that the command line sets. These fields, and those of the config that differ from configs/default.py,
+    must agree with the run of init.from, and those of model.compressor must be settings of the compressor; where the command
+    line names the compressor, what the config sets for its own is left out. Raises ConfigError for a wrong value.
     """
     config = cfg.to_dict()
     addresses.check_settings(config)
+    set_by_user = {*given, *changed(config)}
     source = config["init"].pop("from")
     config["init"]["run"] = source
     if source:
         check_has_checkpoint("from", source)
-        config = inherit(config, source, read(source), {*given, *changed(config)})
+        config = inherit(config, source, read(source), set_by_user)
     check_texts("data", config["data"], ("annotations", "image_roots", "ignored_fields"))
     return Experiment(
-        model=named.vlm(config["model"], given),
+        model=named.vlm(
+            config["model"], given if "model.compressor.name" in given else set_by_user
+        ),
         data=build(DataConfig, config["data"]),
         optim=build(OptimConfig, config["optim"]),
         mesh=build(MeshConfig, config["mesh"]),
