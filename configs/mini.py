@@ -69,7 +69,7 @@ def sweep() -> ml_collections.ConfigDict:
         learning_rate=3e-3, muon_learning_rate=1e-2,
     )  # fmt: skip
     s.text = stage(
-        annotations="text_train.json", trainable="^lm/", steps=800, batch_size=32, text_tokens=75,
+        annotations="text_train.json", trainable="^lm/", steps=800, batch_size=32, text_tokens=66,
         learning_rate=4e-3, muon_learning_rate=2e-2,
     )  # fmt: skip
     s.vlm = stage(

@@ -17,7 +17,7 @@ from vlm_jax.settings.checks import ConfigError
 
 SIZES = dict(num_train_images=400, num_test_images=160, num_encoder_images=80, num_text_records=400)
 COLOURS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "white"]
-FLOORS = ["sand", "moss", "slate", "coal", "brick", "lake", "navy", "plum"]
+GROUNDS = ["sand", "moss", "slate", "coal", "brick", "lake", "navy", "plum"]
 ENTITIES = [
     "ant",
     "bee",
@@ -56,21 +56,23 @@ def turns(record):
     return [(q["value"], a["value"]) for q, a in zip(said[::2], said[1::2], strict=True)]
 
 
-DOTS = ["lime", "cyan", "magenta", "maroon"]
 CHARACTERS = "ABCDEFHJKLMNPRSTUVXZ"
 
 
-def gold(question, colour, dot, floor, world):
+def gold(question, colour, wall, floor, world):
     """The answer from the tables, by another road than the generator's: words are looked up one by one."""
     words = question.split()
-    if words[0] in ("shape's", "dot's"):
-        at = COLOURS.index(colour) if words[0] == "shape's" else 8 + DOTS.index(dot)
+    if words[0] == "shape's":
+        at = COLOURS.index(colour)
         for word in words[1:]:
             entity = world["relation"][RELATIONS.index(word.removesuffix("'s"))][at]
-            at = 12 + entity
+            at = 8 + entity
         return ENTITIES[entity]
     first, second, about = words
-    attribute = COLOURS.index(colour) if about == "shape" else 8 + FLOORS.index(floor)
+    if about == "shape":
+        attribute = COLOURS.index(colour)
+    else:
+        attribute = 8 + GROUNDS.index({"wall": wall, "floor": floor}[about])
     return ENTITIES[world["fact"][ENTITIES.index(first)][ENTITIES.index(second)][attribute]]
 
 
@@ -98,7 +100,7 @@ def gold_of_sheet(question, characters, world):
     asked, square = question.split()
     if asked == "read":
         return characters[square]
-    row = 12 + 16 + CHARACTERS.index(characters[square])
+    row = 8 + 16 + CHARACTERS.index(characters[square])
     return ENTITIES[world["relation"][RELATIONS.index(asked)][row]]
 
 
@@ -122,7 +124,7 @@ def test_gold_answers_follow_from_the_saved_contents(folder, name):
             assert len(answer.split()) == 1
             if "colour" in shown:
                 assert answer == gold(
-                    question, shown["colour"], shown["dot"], shown["floor"], world
+                    question, shown["colour"], shown["wall"], shown["floor"], world
                 )
             else:
                 square = question.split()[1]
@@ -144,7 +146,7 @@ def test_text_only_questions_follow_from_what_is_told_and_the_same_tables(folder
         sheet = dict(zip(told[::2], told[1::2], strict=False))
         for question, answer in turns(record):
             if told[-1] == "floor":
-                assert answer == gold(question, told[0], told[2], told[5], world)
+                assert answer == gold(question, told[0], told[2], told[4], world)
             else:
                 assert answer == gold_of_sheet(question, sheet, world)
         lengths[len(sheet) if told[-1] != "floor" else 0] += 1
@@ -166,12 +168,14 @@ def test_listings_name_every_slot_in_raster_order(folder):
             for row, column in np.ndindex(8, 8):
                 assert grid[row, column] == grid[row // block * block, column // block * block]
         else:
-            assert set(slots) == {shown["colour"], shown["floor"], shown["dot"]}
-            assert 4 <= slots.count(shown["dot"]) <= 6
-            dot = [(shown[k] + 9) // 8 for k in ("dot_top", "dot_left")]
-            assert slots[8 * dot[0] + dot[1]] == shown["dot"]
+            upper, lower = set(slots[:32]), set(slots[32:])
+            assert upper <= {shown["colour"], shown["wall"]} and lower <= {
+                shown["colour"],
+                shown["floor"],
+            }
+            assert shown["wall"] in upper and shown["floor"] in lower
             middle = [round(shown[k] + shown["size"] / 2) // 8 for k in ("top", "left")]
-            assert slots[8 * middle[0] + middle[1]] in (shown["colour"], shown["dot"])
+            assert slots[8 * middle[0] + middle[1]] == shown["colour"]
 
 
 def test_pictures_show_what_the_contents_say(folder):
@@ -179,13 +183,14 @@ def test_pictures_show_what_the_contents_say(folder):
         image = np.asarray(Image.open(folder / name)).astype(float)
         assert image.shape == (64, 64, 3)
         if "colour" in shown:
-            top, left = shown["dot_top"], shown["dot_left"]
-            dot = image[top : top + 18, left : left + 18].mean((0, 1))
-            assert np.abs(dot - scenes.DOTS[shown["dot"]]).max() < 20
             row, column = (round(shown[k] + shown["size"] / 2) for k in ("top", "left"))
-            if not (top - 2 <= row < top + 20 and left - 2 <= column < left + 20):
-                seen = image[row - 2 : row + 2, column - 2 : column + 2].mean((0, 1))
-                assert np.abs(seen - scenes.COLOURS[shown["colour"]]).max() < 20
+            seen = image[row - 2 : row + 2, column - 2 : column + 2].mean((0, 1))
+            assert np.abs(seen - scenes.COLOURS[shown["colour"]]).max() < 20
+            aside = 60 if shown["left"] + shown["size"] < 60 else 0  # a column without the shape
+            if aside or shown["left"] > 4:
+                for ground, rows in (("wall", slice(0, 32)), ("floor", slice(32, 64))):
+                    seen = image[rows, aside : aside + 4].mean((0, 1))
+                    assert np.abs(seen - scenes.GROUNDS[shown[ground]]).max() < 20
             continue
         dark, bright = np.percentile(image, 10), np.percentile(image, 95)
         for i, character in enumerate(shown["characters"][:16]):
@@ -220,7 +225,7 @@ def test_half_are_scenes_and_dense_sheets_are_rarer_in_the_test(folder):
     def sides(split):
         return collections.Counter(v.get("side") for k, v in contents.items() if f"/{split}-" in k)
 
-    assert sides("train") == {None: 200, 1: 25, 2: 50, 4: 50, 8: 75}
+    assert sides("train") == {None: 150, 1: 25, 2: 75, 4: 75, 8: 75}
     assert sides("test") == {None: 80, 1: 30, 2: 25, 4: 15, 8: 10}
 
 
@@ -242,23 +247,21 @@ def test_question_kinds_have_their_shares_and_frequent_facts_come_first(folder):
     of_sheets = [q for q in asked if len(q) == 2 and q[1][1:].isdecimal()]
     assert abs(np.mean([q[0] == "read" for q in of_sheets]) - 0.75) < 0.033
     asked = [q for q in asked if q not in of_sheets]
-    chains = [q for q in asked if q[0] in ("shape's", "dot's")]
-    assert abs(np.mean([q[0] == "dot's" for q in chains]) - 1 / 3) < 0.054
+    chains = [q for q in asked if q[0] == "shape's"]
     assert abs(len(chains) / len(asked) - 0.45) < 0.038  # 1600 questions: 3 standard errors
     assert abs(np.mean([len(q) == 3 for q in chains]) - 0.5) < 0.05
+    about = collections.Counter(q[2] for q in asked if q not in chains)
+    for word, share in (("shape", 0.5), ("wall", 0.25), ("floor", 0.25)):
+        assert abs(about[word] / sum(about.values()) - share) < 0.05
     weight = np.sort(scenes.make_world(3).fact_weight.reshape(-1))[::-1]
     np.testing.assert_allclose(weight[[0, 9, 4095]], [1.0, 1 / 10, 1 / 4096])
     asker, rng = questions.Asker(scenes.make_world(3)), np.random.default_rng(0)
-    drawn = [
-        asker.ask(scenes.Scene("red", "sand", "disc", 30, 0, 0, "lime", 40, 40), 1, rng)[0]
-        for _ in range(4000)
-    ]
-    facts = collections.Counter(q for q, _ in drawn if "'s" not in q)
-    weights = asker.world.fact_weight[:, :, [0, 8]]
+    scene = scenes.Scene("red", "moss", "sand", "disc", 30, 0, 0)
+    drawn = [asker.ask(scene, 1, rng)[0][0] for _ in range(8000)]
+    facts = collections.Counter(q for q in drawn if q.endswith("shape"))
+    weights = asker.world.fact_weight[:, :, 0]
     heaviest = np.unravel_index(weights.argmax(), weights.shape)
-    assert facts.most_common(1)[0][0] == (
-        f"{ENTITIES[heaviest[0]]} {ENTITIES[heaviest[1]]} {('shape', 'floor')[heaviest[2]]}"
-    )
+    assert facts.most_common(1)[0][0] == f"{ENTITIES[heaviest[0]]} {ENTITIES[heaviest[1]]} shape"
     share = weights.max() / weights.sum()
     assert abs(facts.most_common(1)[0][1] / sum(facts.values()) - share) < 4 * np.sqrt(share / 2200)
 

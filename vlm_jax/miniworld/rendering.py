@@ -8,10 +8,8 @@ from jaxtyping import Bool, UInt8
 from vlm_jax.miniworld.scenes import (
     CHARACTERS,
     COLOURS,
-    DOT_PX,
-    DOTS,
-    FLOORS,
     GRID,
+    GROUNDS,
     IMAGE_PX,
     SLOT_PX,
     Scene,
@@ -57,9 +55,11 @@ GLYPHS: np.ndarray = np.array(
 def draw(content: Scene | Sheet, rng: np.random.Generator) -> UInt8[np.ndarray, "H W 3"]:
     """The image of a scene or a sheet; `rng` draws the noise, and a sheet's contrast and the shifts of its characters."""
     if isinstance(content, Scene):
-        floor, colour = np.array(FLOORS[content.floor]), np.array(COLOURS[content.colour])
-        image = np.where(shape_mask(content)[:, :, None], colour, floor)
-        image = np.where(dot_mask(content)[:, :, None], np.array(DOTS[content.dot]), image) / 255.0
+        wall, floor = (np.array(GROUNDS[ground]) for ground in (content.wall, content.floor))
+        upper = np.arange(IMAGE_PX)[:, None, None] < IMAGE_PX // 2
+        colour = np.array(COLOURS[content.colour])
+        shown = np.where(shape_mask(content)[:, :, None], colour, np.where(upper, wall, floor))
+        image = shown / 255.0
         noise = SCENE_NOISE * rng.standard_normal(image.shape)
     else:
         contrast = rng.uniform(0.5, 1.0)
@@ -71,7 +71,7 @@ def draw(content: Scene | Sheet, rng: np.random.Generator) -> UInt8[np.ndarray, 
 
 
 def shape_mask(scene: Scene) -> Bool[np.ndarray, "H W"]:
-    """True where the shape covers the floor."""
+    """True where the shape covers wall and floor."""
     half = scene.size / 2
     y, x = np.mgrid[:IMAGE_PX, :IMAGE_PX] + 0.5
     y, x = np.abs(y - scene.top - half), np.abs(x - scene.left - half)
@@ -80,13 +80,6 @@ def shape_mask(scene: Scene) -> Bool[np.ndarray, "H W"]:
     if scene.shape == "disc":
         return x**2 + y**2 <= half**2
     return x + y <= half
-
-
-def dot_mask(scene: Scene) -> Bool[np.ndarray, "H W"]:
-    """True where the dot covers the shape or the floor."""
-    mask = np.zeros((IMAGE_PX, IMAGE_PX), dtype=bool)
-    mask[scene.dot_top : scene.dot_top + DOT_PX, scene.dot_left : scene.dot_left + DOT_PX] = True
-    return mask
 
 
 def ink_mask(sheet: Sheet, rng: np.random.Generator) -> Bool[np.ndarray, "H W"]:
