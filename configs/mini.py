@@ -57,6 +57,7 @@ def sweep() -> ml_collections.ConfigDict:
     s.test_images = 800
     s.encoder_images = 2048
     s.text_records = 32000  # eight questions each
+    s.processes = 0  # parts side by side, each on one core; 0: one per core, on a GPU or TPU 1
     s.max_reruns = 2  # of a cell that stays at chance, each with other seeds, before it is flagged
     s.failed_above = 0.93  # error of a benchmark at or above which a cell stays at chance
     s.plan_text_tokens = 10  # of the figures and the plan

@@ -93,15 +93,15 @@ def test_every_cell_of_the_notebook_runs_and_its_sweep_goes_on_where_a_killed_on
     pictures = {i: sum("image/png" in o.get("data", {}) for o in f) for i, f in outputs.items()}
     assert {i: n for i, n in pictures.items() if n} == {"figure": 2, "plan": 1, "report": 2}
     assert "alpha" in said["fit"] and "qwen1.5-7b with 16 visual tokens" in said["plan"]
-    assert "5/5 seed 0 quecc" in said["sweep"] and said["report"].count("4 cells") == 2
+    assert "seed 0: quecc-mini-82k-v1" in said["sweep"] and said["report"].count("4 cells") == 2
     assert (workdir / "report.html").is_file()
 
 
 def check_sweep(workdir: Path, before: str, done: dict[Path, int]) -> None:
-    """Nothing was trained twice, the table's first lines stayed, and every cell is in table, law, figure and report."""
+    """Nothing was trained twice, the table's lines stayed, and every cell is in table, law, figure and report."""
     assert all(path.stat().st_mtime_ns == when for path, when in done.items())
     errors = workdir / "errors.csv"
-    assert errors.read_text().startswith(before)
+    assert set(before.splitlines()) <= set(errors.read_text().splitlines())
     rows = list(csv.DictReader(errors.open()))
     cells = {(r["compressor"], r["lm"], r["visual_tokens"], r["benchmark"]) for r in rows}
     assert len(rows) == len(cells) == 2 * (2 * 2 + 1)

@@ -20,6 +20,7 @@ ROOMS: dict[str, set[str]] = {
     "settings": set(),
     "files": {"settings"},
     "progress": set(),
+    "parts": {"settings", "files", "progress"},
     "layers": {"settings"},
     "sharding": {"settings"},
     "compressors": {"settings", "layers"},

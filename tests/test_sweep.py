@@ -30,6 +30,7 @@ def test_the_plan_holds_every_cell_once_and_the_query_aware_ones_beside():
         ("visual_tokens", (4, 4), "each value once"),
         ("seeds", (), "each value once"),
         ("benchmarks", ("mini_ocr", "mini_maths"), "mini_maths"),
+        ("processes", -2, "processes must be at least 1, or 0 for one per CPU core; got -2"),
     ],
 )  # fmt: skip
 def test_a_sweep_that_cannot_be_run_is_refused_before_it_starts(tmp_path, field, value, words):
@@ -62,6 +63,14 @@ def test_mistakes_on_the_command_line_cost_one_line_and_exit_code_2(tmp_path):
         assert "jax" not in run.stderr and time.monotonic() - start < 60  # hung, not slow
 
 
+def row(cell: sweep.Cell, error: float) -> sweep.table.Row:
+    params = float(cell.lm.removeprefix("mini-").removesuffix("k")) * 1000
+    return sweep.table.Row(
+        lm_params=params, visual_tokens=cell.visual_tokens, error=error, benchmark="mini_ocr", family="ocr", lm=cell.lm,
+        compressor=cell.compressor, n=3200, seed=cell.seed,
+    )  # fmt: skip
+
+
 def test_a_cell_at_chance_is_rerun_with_other_seeds_and_then_flagged(tmp_path, monkeypatch):
     cfg, shared, cell = (
         mini.get_config(),
@@ -70,15 +79,79 @@ def test_a_cell_at_chance_is_rerun_with_other_seeds_and_then_flagged(tmp_path, m
     )
     errors, seeds = iter([0.95, 0.94, 0.96]), []
     monkeypatch.setattr(sweep, "train", lambda c, folder: seeds.append((c.train.seed, c.data.seed)))
-    row = sweep.table.Row(
-        lm_params=82240, visual_tokens=4, error=0.5, benchmark="mini_ocr", family="ocr", seed=7
-    )
-    monkeypatch.setattr(
-        sweep, "evaluate_cell", lambda *_: [sweep.dataclasses.replace(row, error=next(errors))]
-    )
-    rows = sweep.run_cell(cfg, cell, shared)
+    monkeypatch.setattr(sweep, "evaluate_cell", lambda *_: [row(cell, next(errors))])
+    tries = sweep.run_cell(cfg, cell, shared).tries
     assert seeds == [(7, 7), (1007, 1007), (2007, 2007)]
-    assert [(r.error, r.flag, r.seed) for r in rows] == [(0.96, "chance level", 7)]
+    assert [(r.error, r.flag, r.seed) for r in tries[-1].rows] == [(0.96, "chance level", 7)]
+    assert [one.fault for one in tries] == [
+        f"mini_ocr stays at chance (error {error})" for error in ("0.950", "0.940", "0.960")
+    ]
+
+
+@pytest.fixture
+def told_errors(monkeypatch):
+    """A sweep without trainings: (cell, try) -> error, of every cell that is not named 0.1. Returns the folders trained."""
+    errors, trained = {}, []
+
+    def evaluate_cell(cfg, folder, out, data, features_dir, seed):
+        name, _, rerun = folder.name.partition("-rerun")
+        cell = next(c for c in sweep.cells(cfg) if (c.name, c.seed) == (name, seed))
+        return [row(cell, errors.get((str(cell), int(rerun or 0)), 0.1))]
+
+    monkeypatch.setattr(sweep, "train", lambda c, folder: trained.append(Path(folder).name))
+    monkeypatch.setattr(sweep, "write_data", lambda *_: None)
+    monkeypatch.setattr(sweep, "cache_features", lambda *_: None)
+    monkeypatch.setattr(sweep, "evaluate_cell", evaluate_cell)
+    monkeypatch.setattr(sweep.fit, "fit_table", lambda rows, **_: {})
+    monkeypatch.setattr(sweep.report, "write_report", lambda root, *_, **__: root)
+    return errors, trained
+
+
+def test_a_cell_out_of_line_is_rerun_and_the_first_sound_try_counts(tmp_path, told_errors):
+    cfg = mini.get_config()
+    cfg.sweep.processes = 1
+    errors, trained = told_errors
+    saved, lost = "seed 0: tokenpacker-mini-82k-v64", "seed 0: tokenpacker-mini-38k-v16"
+    errors |= {(saved, 0): 0.5, (saved, 1): 0.05, (lost, 0): 0.3, (lost, 1): 0.95, (lost, 2): 0.4}
+    sweep.sweep(cfg, str(tmp_path), "test")
+    assert [name for name in trained if "rerun" in name] == [
+        "tokenpacker-mini-38k-v16-rerun1", "tokenpacker-mini-38k-v16-rerun2", "tokenpacker-mini-82k-v64-rerun1",
+    ]  # fmt: skip
+    rows = {(r.lm, r.visual_tokens): r for r in sweep.table.read(tmp_path / "errors.csv")[:-1]}
+    assert (rows["mini-82k", 64].error, rows["mini-82k", 64].flag) == (0.05, "")
+    assert (rows["mini-38k", 16].error, rows["mini-38k", 16].flag) == (0.4, "out of line")
+    assert [cell for cell, r in rows.items() if r.flag] == [("mini-38k", 16)]
+    assert json.loads((tmp_path / "reruns.json").read_text()) == [
+        f"{lost}, trained with seed 0: mini_ocr error 0.300 is above the 0.100 of mini-38k with 4 visual tokens; "
+        "seed 1000: mini_ocr stays at chance (error 0.950); seed 2000: mini_ocr error 0.400 is above the 0.100 of "
+        "mini-38k with 4 visual tokens, flagged and not fitted.",
+        f"{saved}, trained with seed 0: mini_ocr error 0.500 is above the 0.100 of mini-82k with 16 visual tokens; "
+        "seed 1000: mini_ocr 0.050, which counts.",
+    ]
+
+
+def test_rows_stand_in_the_order_of_the_plan_whichever_cell_is_finished_first(tmp_path):
+    cells = sweep.cells(mini.get_config())[:4]
+    path, other = tmp_path / "errors.csv", sweep.Cell(3, "tokenpacker", "mini-38k", 1)
+    sweep.table.write(path, [row(cells[2], 0.9), row(other, 0.3)])
+    tries = {}
+    for cell in (cells[3], cells[0], cells[2], cells[1]):
+        tries[cell] = [sweep.outliers.Try(0, [row(cell, 0.5)])]
+        sweep.write_table(path, cells, tries)
+    assert sweep.table.read(path) == [row(cell, 0.5) for cell in cells] + [row(other, 0.3)]
+
+
+def test_texts_need_only_the_data_and_cells_the_features_and_their_own_text(tmp_path):
+    cfg, shared = mini.get_config(), sweep.Shared(tmp_path)
+    cells = sweep.cells(cfg)
+    plan = sweep.shared_parts(cfg, 0, cells, shared) + [sweep.cell_part(cfg, c, shared) for c in cells]  # fmt: skip
+    needs = {part.name: part.needs for part in plan}
+    assert needs["seed 0: text mini-38k"] == needs["seed 0: encoder"] == ("seed 0: data",)
+    assert needs["seed 0: quecc-mini-82k-v1"] == ("seed 0: features", "seed 0: text mini-82k")
+    assert len({part.log for part in plan}) == len(plan) == 3 + len(cfg.sweep.lms) + len(cells)
+    assert not any(part.log.is_relative_to(shared.features) for part in plan)
+    costs = {part.name: part.cost for part in plan}
+    assert costs["seed 0: tokenpacker-mini-38k-v64"] > costs["seed 0: tokenpacker-mini-38k-v1"] > 0
 
 
 def test_the_parts_of_a_sweep_are_all_cells_once_each():
@@ -94,6 +167,7 @@ def test_the_parts_of_a_sweep_are_all_cells_once_each():
 
 def test_machines_train_their_cells_and_the_last_command_finds_them_finished(tmp_path, monkeypatch):
     cfg, trained = mini_smoke.get_config(), []
+    cfg.sweep.processes = 1
 
     def train(c, folder):
         if sweep.experiment.finished(Path(folder)) is None:
@@ -101,16 +175,14 @@ def test_machines_train_their_cells_and_the_last_command_finds_them_finished(tmp
             (Path(folder) / "checkpoints" / "1").mkdir(parents=True)
             sweep.experiment.finish(Path(folder), {"step": 1, "loss": 0.0})
 
-    row = sweep.table.Row(
-        lm_params=82240, visual_tokens=4, error=0.5, benchmark="mini_ocr", family="ocr", seed=0
-    )
     monkeypatch.setattr(sweep, "train", train)
     monkeypatch.setattr(sweep, "write_data", lambda *_: None)
     monkeypatch.setattr(
         sweep, "cache_features", lambda _, shared: shared.features.mkdir(exist_ok=True)
     )
-    monkeypatch.setattr(sweep, "evaluate_cell", lambda *_: [row])
-    monkeypatch.setattr(sweep.table, "append", lambda path, rows: path.write_text("rows"))
+    cell = sweep.Cell(0, "tokenpacker", "mini-82k", 4)
+    monkeypatch.setattr(sweep, "evaluate_cell", lambda *_: [row(cell, 0.5)])
+    monkeypatch.setattr(sweep, "write_table", lambda path, *_: path.write_text("rows"))
     clocks = []
     monkeypatch.setattr(sweep, "conclude", lambda *given: clocks.append(given[-1]) or tmp_path)
     with pytest.raises(ConfigError, match="encoder is not finished; run --part=shared to its end"):

@@ -3,7 +3,7 @@
 commands      train  evaluate  sweep  show  features (a frozen encoder's features, computed once)
               laws.fit  laws.plan  laws.plot  aot  benchmarks.tables
 settings/     model: frozen dataclasses   run: those of a training   presets: named sizes   cli: flags   checks: one-line errors
-files         the one door to paths        progress   the one progress bar
+files         the one door to paths        progress   the one progress bar   parts  a sweep's parts side by side
 sharding      processes, mesh, logical axes -> mesh axes
 layers        the blocks of every module   models/    attention, vit, projector, lm; vlm: the whole flow
 compressors/  settings, counts; modules/   data/      records, images, chat, tokenizer, pipeline, sampling, packing

@@ -2,9 +2,11 @@
 
     DIR/seed0/{data,encoder,features,text/<lm>}          what the cells of one seed share
     DIR/seed0/cells/<compressor>-<lm>-v<tokens>          one training and its evaluation
-    DIR/errors.csv  law.json  *.png  *.svg  report.md  report.html
+    DIR/seed0/logs/<part>.txt                            what a part logged, if it ran beside others
+    DIR/errors.csv  reruns.json  law.json  *.png  *.svg  report.md  report.html
 
-Finished parts are skipped and others are resumed, so the same command continues a sweep that was killed.
+Parts that do not need each other run side by side, each on one core (sweep.processes). Finished parts are skipped and
+others are resumed, so the same command continues a sweep that was killed.
 On several machines that share DIR (scripts/sweep_array.sh), `--part=shared` makes what the cells share and `--part=I/N` runs
 every N-th cell from the I-th on (0 <= I < N). The command without --part then writes the table, the law and the report.
 """
@@ -18,18 +20,19 @@ import json
 import logging
 import shlex
 import sys
-import time
-from collections.abc import Generator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from vlm_jax import benchmarks, compressors, files
+from vlm_jax import benchmarks, compressors, files, parts
 from vlm_jax.hf import named
 from vlm_jax.inference import evaluation
 from vlm_jax.inference.settings import EvalConfig
-from vlm_jax.laws import fit, law, report, table
+from vlm_jax.laws import fit, law, outliers, report, table
 from vlm_jax.miniworld import CAVEATS, generate
+from vlm_jax.parts import Clock, Part
 from vlm_jax.settings import cli, presets
 from vlm_jax.settings.checks import ConfigError, build, check_choice
 from vlm_jax.settings.model import stride_for
@@ -57,6 +60,9 @@ class Cell:
     def name(self) -> str:
         return f"{self.compressor}-{self.lm}-v{self.visual_tokens}"
 
+    def __str__(self) -> str:
+        return f"seed {self.seed}: {self.name}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Shared:
@@ -78,6 +84,16 @@ class Shared:
 
     def text(self, lm: str) -> Path:
         return self.root / "text" / lm
+
+    def log(self, part: str) -> Path:
+        return self.root / "logs" / f"{part}.txt"
+
+
+class Tried(NamedTuple):
+    """What running a cell gave: its tries, of which the last one counts."""
+
+    cell: Cell
+    tries: list[outliers.Try]
 
 
 def cells(cfg: ConfigDict) -> list[Cell]:
@@ -113,21 +129,25 @@ def sweep(cfg: ConfigDict, workdir: str, made_by: str) -> Path:
     check_stages(cfg, todo)
     root = experiment.open_workdir(workdir)
     clock = Clock(root / "timing.json", sorted(root.glob("timing.*.json")))
+    processes = parts.how_many(cfg.sweep.processes, len(todo))
+    todo_parts = []
     for seed in cfg.sweep.seeds:
         shared = Shared(root / f"seed{seed}")
-        prepare(cfg, seed, todo, shared, clock)
-        for cell in (cell for cell in todo if cell.seed == seed):
-            with clock.part(f"seed {seed}: {cell.name}"):
-                rows = run_cell(cfg, cell, shared)
-            table.append(root / "errors.csv", rows)
-            errors = "  ".join(
-                f"{row.benchmark} {row.error:.3f}{' ' + row.flag if row.flag else ''}"
-                for row in rows
-            )
-            log.info(
-                "%d/%d seed %d %s: %s", todo.index(cell) + 1, len(todo), seed, cell.name, errors
-            )
-    return conclude(cfg, root, made_by, clock)
+        todo_parts += shared_parts(cfg, seed, todo, shared)
+        todo_parts += [cell_part(cfg, cell, shared) for cell in todo if cell.seed == seed]
+    tries: dict[Cell, list[outliers.Try]] = {}
+    while todo_parts:
+        for tried in run(todo_parts, processes, root, clock):
+            tries[tried.cell] = [*tries.get(tried.cell, ()), *tried.tries]
+            write_table(root / "errors.csv", todo, tries)
+        tries = outliers.judged({cell: tries[cell] for cell in todo})
+        todo_parts = [
+            cell_part(cfg, cell, Shared(root / f"seed{cell.seed}"), first=len(own))
+            for cell, own in tries.items()
+            if own[-1].fault and len(own) <= cfg.sweep.max_reruns
+        ]
+    write_table(root / "errors.csv", todo, tries)
+    return conclude(cfg, root, made_by, outliers.stories(tries), clock)
 
 
 def sweep_part(cfg: ConfigDict, workdir: str, part: str) -> None:
@@ -140,10 +160,9 @@ def sweep_part(cfg: ConfigDict, workdir: str, part: str) -> None:
     check_stages(cfg, todo)
     root = experiment.open_workdir(workdir)
     clock = Clock(root / f"timing.{part.replace('/', '_of_')}.json")
-    if part == SHARED:
-        for seed in cfg.sweep.seeds:
-            prepare(cfg, seed, todo, Shared(root / f"seed{seed}"), clock)
-        return
+    todo_parts = []
+    for seed in cfg.sweep.seeds if part == SHARED else ():
+        todo_parts += shared_parts(cfg, seed, todo, Shared(root / f"seed{seed}"))
     for cell in mine:
         shared = Shared(root / f"seed{cell.seed}")
         for folder in (shared.encoder, shared.text(cell.lm)):
@@ -151,8 +170,20 @@ def sweep_part(cfg: ConfigDict, workdir: str, part: str) -> None:
                 raise ConfigError(
                     f"--part: {folder} is not finished; run --part={SHARED} to its end before any --part=I/N."
                 )
-        with clock.part(f"seed {cell.seed}: {cell.name}"):
-            run_cell(cfg, cell, shared)
+        todo_parts.append(cell_part(cfg, cell, shared))
+    list(run(todo_parts, parts.how_many(cfg.sweep.processes, len(todo_parts)), root, clock))
+
+
+def run(todo: Sequence[Part], processes: int, root: Path, clock: Clock) -> Iterator[Tried]:
+    """Runs the parts with a line for each, and yields what the cells among them gave."""
+    finished = parts.run(todo, processes, root / "compiled")
+    with contextlib.closing(finished):
+        for number, (part, value, seconds) in enumerate(finished, 1):
+            clock.note(part.name, seconds)
+            errors = f": {value.tries[-1].errors}" if isinstance(value, Tried) else ""
+            log.info("%d/%d %s, %.0f s%s", number, len(todo), part.name, seconds, errors)
+            if isinstance(value, Tried):
+                yield value
 
 
 def share_of(todo: Sequence[Cell], part: str) -> list[Cell]:
@@ -168,17 +199,25 @@ def share_of(todo: Sequence[Cell], part: str) -> list[Cell]:
 # --- what the cells share ---------------------------------------------------------------------------------------------
 
 
-def prepare(cfg: ConfigDict, seed: int, todo: Sequence[Cell], shared: Shared, clock: Clock) -> None:
-    """Makes everything that the cells of one seed start from. Finished parts return at once."""
-    with clock.part(f"seed {seed}: data"):
-        write_data(cfg, seed, shared)
-    with clock.part(f"seed {seed}: encoder"):
-        train(encoder_stage(cfg, seed, shared), str(shared.encoder))
-    with clock.part(f"seed {seed}: features"):
-        cache_features(cfg, shared)
+def shared_parts(cfg: ConfigDict, seed: int, todo: Sequence[Cell], shared: Shared) -> list[Part]:
+    """What makes everything that the cells of one seed start from. Finished parts return at once."""
+    data, encoder, features = (f"seed {seed}: {name}" for name in ("data", "encoder", "features"))
+    c = encoder_stage(cfg, seed, shared)
+    found = [
+        Part(data, write_data, (cfg, seed, shared), shared.log("data")),
+        Part(encoder, train, (c, str(shared.encoder)), shared.log("encoder"), (data,), work(c)),
+        Part(features, cache_features, (cfg, shared), shared.log("features"), (encoder,)),
+    ]
     for lm in dict.fromkeys(cell.lm for cell in todo):
-        with clock.part(f"seed {seed}: text {lm}"):
-            train(text_stage(cfg, seed, lm, shared), str(shared.text(lm)))
+        c, name = text_stage(cfg, seed, lm, shared), f"seed {seed}: text {lm}"
+        arguments = (c, str(shared.text(lm)))
+        found.append(Part(name, train, arguments, shared.log(f"text-{lm}"), (data,), work(c)))
+    return found
+
+
+def work(c: ConfigDict) -> int:
+    """The tokens that a stage trains on: how long it takes, in a unit that all stages of a sweep share."""
+    return c.train.num_steps * c.data.batch_size * c.data.max_tokens
 
 
 def write_data(cfg: ConfigDict, seed: int, shared: Shared) -> None:
@@ -251,9 +290,8 @@ def cache_features(cfg: ConfigDict, shared: Shared) -> None:
     """The frozen encoder's features of every image of the seed, training and test, written once."""
     if shared.features.is_dir():
         return
-    from vlm_jax.inference import (
-        features,
-    )  # here, not above: jax takes seconds, mistakes are answered before
+    # Here, not above: jax takes seconds, mistakes are answered before.
+    from vlm_jax.inference import features
 
     annotations = [
         cfg.sweep.vlm.annotations,
@@ -270,23 +308,32 @@ def cache_features(cfg: ConfigDict, shared: Shared) -> None:
 # --- one cell ---------------------------------------------------------------------------------------------------------
 
 
-def run_cell(cfg: ConfigDict, cell: Cell, shared: Shared) -> list[table.Row]:
-    """Trains and evaluates a cell, again with other seeds while an error stays at chance; in the end such rows are flagged."""
-    rows: list[table.Row] = []
-    for attempt in range(cfg.sweep.max_reruns + 1):
+def cell_part(cfg: ConfigDict, cell: Cell, shared: Shared, first: int = 0) -> Part:
+    """A cell as a part; first: the number of its first try."""
+    name = f"{cell}-rerun{first}" if first else str(cell)
+    needs = (f"seed {cell.seed}: features", f"seed {cell.seed}: text {cell.lm}")
+    cost = work(cell_stage(cfg, cell, shared, cell.seed))
+    return Part(name, run_cell, (cfg, cell, shared, first), shared.log(cell.name), needs, cost)
+
+
+def run_cell(cfg: ConfigDict, cell: Cell, shared: Shared, first: int = 0) -> Tried:
+    """Trains and evaluates a cell, again with other seeds while an error stays at chance, from the try `first` on."""
+    tries: list[outliers.Try] = []
+    for attempt in range(first, cfg.sweep.max_reruns + 1):
         seed = cell.seed + attempt * RETRY_SEED
         folder = shared.root / "cells" / (cell.name + (f"-rerun{attempt}" if attempt else ""))
+        out = folder / "eval"
         train(cell_stage(cfg, cell, shared, seed), str(folder))
-        rows = evaluate_cell(
-            cfg, folder, folder / "eval", shared.data, str(shared.features), cell.seed
-        )
+        rows = evaluate_cell(cfg, folder, out, shared.data, str(shared.features), cell.seed)
         failed = [row for row in rows if row.error >= cfg.sweep.failed_above]
         if not failed:
-            return rows
-        log.warning(
-            "%s: %s stays at chance (error %.3f)", folder, failed[0].benchmark, failed[0].error
-        )
-    return [dataclasses.replace(row, flag="chance level") for row in rows]
+            tries.append(outliers.Try(seed, rows))
+            break
+        fault = f"{failed[0].benchmark} stays at chance (error {failed[0].error:.3f})"
+        log.warning("%s: %s", folder, fault)
+        flagged = [dataclasses.replace(row, flag=outliers.CHANCE) for row in rows]
+        tries.append(outliers.Try(seed, flagged, fault))
+    return Tried(cell, tries)
 
 
 def evaluate_cell(
@@ -304,36 +351,26 @@ def evaluate_cell(
 # --- after the cells --------------------------------------------------------------------------------------------------
 
 
-def conclude(cfg: ConfigDict, root: Path, made_by: str, clock: Clock) -> Path:
-    """Fits one law per family and writes law.json, the figures and the report."""
+def write_table(path: Path, todo: Sequence[Cell], tries: Mapping[Cell, list[outliers.Try]]) -> None:
+    """Writes the rows of the cells so far in the order of the plan, then those that are there from other plans."""
+    rows = [row for cell in todo if cell in tries for row in tries[cell][-1].rows]
+    keys = {row.key for row in rows}
+    others = [row for row in table.read(path) if row.key not in keys] if path.is_file() else []
+    table.write(path, [*rows, *others])
+
+
+def conclude(cfg: ConfigDict, root: Path, made_by: str, notes: Sequence[str], clock: Clock) -> Path:
+    """Fits one law per family and writes law.json, reruns.json, the figures and the report. notes: of the reruns."""
     rows = table.read(root / "errors.csv")
     options = {"fixed_d": cfg.sweep.fixed_d}
     fits = fit.fit_table(rows, **options)
     law.save(root / "law.json", fits, law.provenance("errors.csv", made_by, options))
+    files.write_whole(root / "reruns.json", json.dumps(notes, indent=1))
     return report.write_report(
         root, rows, fits, title="The miniature: LM size against visual tokens", made_by=made_by,
         text_tokens=cfg.sweep.plan_text_tokens, budget_gflops=cfg.sweep.plan_budget_gflops, caveats=CAVEATS,
         seconds=clock.seconds,
     )  # fmt: skip
-
-
-class Clock:
-    """Wall-clock seconds of each part, kept in a file for when the sweep is resumed. others: the files of other machines."""
-
-    def __init__(self, path: Path, others: Sequence[Path] = ()):
-        self.path = path
-        self.seconds: dict[str, float] = {}
-        for known in (*others, path):
-            if known.is_file():
-                self.seconds |= files.read_json(known)
-
-    @contextlib.contextmanager
-    def part(self, name: str) -> Generator[None, None, None]:
-        log.info("%s ...", name)
-        start = time.monotonic()
-        yield
-        self.seconds.setdefault(name, round(time.monotonic() - start, 1))
-        files.write_whole(self.path, json.dumps(self.seconds, indent=1))
 
 
 def command(argv: Sequence[str]) -> None:

@@ -9,7 +9,6 @@ import argparse
 import ast
 import difflib
 import keyword
-import logging
 import os
 import re
 import sys
@@ -20,7 +19,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from vlm_jax.settings import addresses
+from vlm_jax.settings import addresses, logs
 from vlm_jax.settings.checks import ConfigError, RunEnded
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -36,12 +35,7 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | No
     The exit code is what `command` returned (None: 0); that of a RunEnded: 0 when the run was asked to end, 1 when it lost
     another process; or 2 after a ConfigError. An error is one line on stderr.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    for name in ("vlm_jax", "__main__"):  # a command's own module runs as __main__
-        logging.getLogger(name).setLevel(logging.INFO)
-    # orbax logs normal steps of a restore as warnings, and transformers warns that PyTorch is not installed.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    logs.start()
     words = sys.argv[1:] if argv is None else argv
     try:
         addresses.check_words(words)
