@@ -52,6 +52,8 @@ def sweep() -> ml_collections.ConfigDict:
     s.lms = ("mini-21k", "mini-38k", "mini-82k", "mini-131k", "mini-254k")  # keys of presets.LM
     s.visual_tokens = (1, 4, 16, 64)
     s.query_aware = (("mini-82k", 1),)  # QueCC cells (LM, visual tokens), beside the law, not in it
+    # Their compressor's settings: unlike QueCC as released it knows where a patch lies, and reads the question's words.
+    s.asking = ml_collections.ConfigDict({"positions": "sines", "query_layers": 0})
     s.benchmarks = ("mini_reasoning", "mini_ocr")
     s.train_images = 4000  # half scenes, half sheets
     s.test_images = 800

@@ -30,7 +30,7 @@ from vlm_jax import benchmarks, compressors, files, parts
 from vlm_jax.hf import named
 from vlm_jax.inference import evaluation
 from vlm_jax.inference.settings import EvalConfig
-from vlm_jax.laws import fit, law, outliers, report, table
+from vlm_jax.laws import fitting, law, outliers, report, table
 from vlm_jax.miniworld import CAVEATS, generate
 from vlm_jax.parts import Clock, Part
 from vlm_jax.settings import cli, presets
@@ -278,7 +278,8 @@ def cell_stage(cfg: ConfigDict, cell: Cell, shared: Shared, seed: int) -> Config
     c = stage(cfg, seed, "query_aware_vlm" if cell.compressor == QUERY_AWARE else "vlm", shared)
     c.model.lm.preset = cell.lm
     stride = stride_for(named.vlm(c.model.to_dict()).vit.grid, cell.visual_tokens)
-    compressors.choose(c.model.compressor, cell.compressor, stride=stride)
+    asking = cfg.sweep.asking.to_dict() if cell.compressor == QUERY_AWARE else {}
+    compressors.choose(c.model.compressor, cell.compressor, stride=stride, **asking)
     c.data.max_tokens += cell.visual_tokens
     c.data.features_dir = str(shared.features)
     c.init.vit = str(shared.encoder)
@@ -363,7 +364,7 @@ def conclude(cfg: ConfigDict, root: Path, made_by: str, notes: Sequence[str], cl
     """Fits one law per family and writes law.json, reruns.json, the figures and the report. notes: of the reruns."""
     rows = table.read(root / "errors.csv")
     options = {"fixed_d": cfg.sweep.fixed_d}
-    fits = fit.fit_table(rows, **options)
+    fits = fitting.fit_table(rows, **options)
     law.save(root / "law.json", fits, law.provenance("errors.csv", made_by, options))
     files.write_whole(root / "reruns.json", json.dumps(notes, indent=1))
     return report.write_report(
