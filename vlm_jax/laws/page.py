@@ -13,9 +13,8 @@ from typing import NamedTuple
 
 from vlm_jax import files
 
-SMALL = re.compile(
-    r"[(\[][^)\]]*[)\]]|\S+\.\.\S+"
-)  # a range or an interval, which a table prints small
+# A range or an interval, which a table prints small.
+SMALL = re.compile(r"[(\[][^)\]]*[)\]]|\S+\.\.\S+")
 PARENTHESES = re.compile(r"\([^)]*\)")
 
 
