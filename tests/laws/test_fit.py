@@ -253,7 +253,7 @@ def test_tokens_that_harm_are_not_taken_for_sizes_that_help():
     harmed = rows_of(Law(0.3, 0.0, -0.1, 0.0), cell_noise=0.002)
     found = fit.fit_family(harmed, "f", fixed_d=0, draws=200)
     assert found.statements[0] == (
-        "f: alpha > beta in 100.0% of 200 resamples (cells): but that error falls with LM size at all is not settled."
+        "f: alpha > beta in 100.0% of 200 resamples (cells): whether error falls with LM size at all is not settled."
     )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tables
 
-from vlm_jax.laws import drawing, figures, fit, planning
+from vlm_jax.laws import drawing, figures, fit, planning, table
 from vlm_jax.settings.checks import ConfigError
 
 
@@ -63,29 +63,79 @@ def test_a_picture_of_another_kind_is_refused(fits, tmp_path):
         drawing.save(figure, tmp_path / "nowhere" / "a.png")
 
 
-@pytest.mark.parametrize("ratio", [1.3, 2.2, 4, 9, 30, 90, 110, 5000, 1e7])
-@pytest.mark.parametrize("low", [8.6e8, 1.1e10, 4e12])
-def test_the_labels_of_costs_never_touch(low, ratio):
-    figure, axes = drawing.canvas()
-    axes.plot([low, low * ratio], [0.5, 0.4])
+@pytest.mark.parametrize("room", [drawing.X_ROOM, drawing.Y_ROOM])
+def test_three_round_numbers_or_more_lie_in_every_range(room):
+    for ratio in [1.05, *np.geomspace(1.1, 40, 40), 110, 1000, 1e7, 1e12]:
+        for low in np.geomspace(0.01, 0.1, 23):
+            found = drawing.round_numbers(low, low * ratio, room)
+            assert low <= found[0] and found[-1] <= low * ratio
+            assert 3 <= len(found) <= drawing.MOST_LABELS
+            assert min(np.diff(np.log(found))) >= room * np.log(ratio)
+            assert ratio < 1.5 or all(len(f"{x:g}") <= 6 for x in found)
+
+
+@pytest.mark.parametrize("ratio", [1.5, 3, 12, 1000])
+@pytest.mark.parametrize("low", [8.6e8, 4e12])
+def test_a_logarithmic_axis_has_labels_that_never_touch(low, ratio):
+    figure, axes = drawing.canvas(drawing.FOR_PHONES)
+    axes.plot([low, low * ratio], [0.6, 0.6 / ratio])
     drawing.finish(axes, "cost", "error")
-    labels = label_boxes(figure, axes)
-    assert 2 <= len(labels) <= 9
-    assert all(b.x0 - a.x1 > 4 for a, b in itertools.pairwise(labels))
+    check_labels(figure, axes)
 
 
-def label_boxes(figure, axes):
-    """Where the labels of the x axis are drawn, in pixels, from left to right."""
+def check_labels(figure, axes, least=3):
+    for axis in (axes.xaxis, axes.yaxis):
+        labels = label_boxes(figure, axis)
+        assert least <= len(labels) <= drawing.MOST_LABELS
+        gaps = [(b.x0 - a.x1, b.y0 - a.y1) for a, b in itertools.pairwise(labels)]
+        assert all(gap[axis is axes.yaxis] > 3 for gap in gaps)
+
+
+def label_boxes(figure, axis):
+    """Where the labels of an axis are drawn, in pixels, in ascending order."""
     figure.draw_without_rendering()
     renderer = figure.canvas.get_renderer()
-    low, high = axes.get_xlim()
-    ticks = [*axes.xaxis.get_major_ticks(), *axes.xaxis.get_minor_ticks()]
-    shown = [t.label1 for t in ticks if t.label1.get_text() and low <= t.get_loc() <= high]
-    return sorted((text.get_window_extent(renderer) for text in shown), key=lambda box: box.x0)
+    low, high = axis.get_view_interval()
+    ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+    shown = [t for t in ticks if t.label1.get_text() and low <= t.get_loc() <= high]
+    return [t.label1.get_window_extent(renderer) for t in sorted(shown, key=lambda t: t.get_loc())]
+
+
+@pytest.mark.parametrize("ratio", [1.5, 3, 12, 1000])
+def test_every_figure_labels_axes_of_any_range(ratio):
+    """Three LM sizes, and errors that follow a law, over `ratio`; two token counts."""
+    sizes = {"s": 1e8, "m": 1e8 * ratio**0.5, "l": 1e8 * ratio}
+    rows = [
+        table.Row(n, v, 0.9 * (1e8 / n) ** 0.9 * v**-0.1, "b", "f", lm)
+        for lm, n in sizes.items()
+        for v in (4, 6)
+    ]
+    found = fit.fit_family(rows, "f", fixed_d=0.0, draws=100)
+    plan = planning.choose(found, 1e13, 10)
+    drawn_figures = [
+        figures.errors_figure(rows, found, 10),
+        figures.plan_figure(plan, found),
+        figures.extrapolation_figure(rows, found),
+    ]
+    for figure in drawn_figures:
+        check_labels(figure, figure.axes[0])
+    for axes in (figure := figures.text_tokens_figure(found, 1e13)).axes:
+        assert len(label_boxes(figure, axes.yaxis)) == 2
+
+
+def test_the_key_of_runs_that_were_not_fitted_stands_where_there_are_some(fits):
+    for family, shown in (("ocr", True), ("reasoning", False)):
+        (legend,) = figures.errors_figure(tables.rows(), fits[family]).legends
+        texts = [text.get_text() for text in legend.get_texts()]
+        assert ("not fitted" in texts) == shown and "64" in texts
 
 
 def test_sizes_that_lie_close_together_share_a_label():
     _, axes = drawing.canvas()
     axes.plot([1.06e8, 7e9], [0.5, 0.4])
     axes.set_xscale("log")
-    assert drawing.apart([1.06e8, 1.34e8, 3.6e8, 6.9e9, 7e9], axes) == [1.34e8, 3.6e8, 7e9]
+    assert drawing.apart([1.06e8, 1.34e8, 3.6e8, 6.9e9, 7e9], axes.xaxis, 0.1) == [
+        1.34e8,
+        3.6e8,
+        7e9,
+    ]

@@ -37,7 +37,7 @@ def errors_figure(rows: Sequence[Row], fit: Fit, text_tokens: int = 0) -> Figure
     each LM, the band its Pareto frontier. Flagged cells are hollow and were not fitted. text_tokens: Q.
     """
     rows = [row for row in family_mean(cells.rows_of(rows, fit), fit.family)]
-    figure, axes = drawing.canvas()
+    figure, axes = drawing.canvas(drawing.FOR_PHONES)
     lms = sorted(fit.lms.items(), key=lambda item: item[1])
     colours, names = drawing.lm_colours(fit.lms), drawing.lm_names(fit.lms)
     _draw_law(axes, fit, lms, colours, text_tokens)
@@ -55,15 +55,16 @@ def errors_figure(rows: Sequence[Row], fit: Fit, text_tokens: int = 0) -> Figure
     floor = f" + {law.D:.3g}" if law.D > 0 else ""
     axes.set_title(
         f"{fit.family}: error = {law.A:.3g} N$^{{{-law.alpha:.3f}}}$ V$^{{{-law.beta:.3f}}}${floor}"
-        "   (N in billions)",
-        fontsize=11,
+        " (N in billions)",
+        fontsize=10,
     )
-    drawing.legends(
+    flagged = [_hollow_key("not fitted")] if any(row.flag for row in rows) else []
+    drawing.legends_below(
         figure,
         {
             drawing.LANGUAGE_MODEL: drawing.colour_keys({names[lm]: colours[lm] for lm, _ in lms}),
             drawing.VISUAL_TOKENS: drawing.shape_keys([str(v) for v in fit.visual_tokens]),
-            "": [_frontier_key()],
+            "": [_frontier_key(), *flagged],
         },
     )
     return figure
@@ -71,7 +72,7 @@ def errors_figure(rows: Sequence[Row], fit: Fit, text_tokens: int = 0) -> Figure
 
 def plan_figure(plan: Plan, fit: Fit) -> Figure:
     """The candidates' predicted error against their cost, the Pareto frontier, the budget and the choice."""
-    figure, axes = drawing.canvas()
+    figure, axes = drawing.canvas(drawing.FOR_PHONES)
     tokens = sorted({c.visual_tokens for c in plan.candidates})
     colours = drawing.lm_colours({c.lm: c.lm_params for c in plan.candidates})
     low, high = min(c.cost for c in plan.candidates), max(c.cost for c in plan.candidates)
@@ -92,14 +93,15 @@ def plan_figure(plan: Plan, fit: Fit) -> Figure:
         axes,
         f"{plan.budget.unit} ({plan.method}, Q = {plan.workload.text_tokens})",
         f"predicted {plan.family} error",
+        drawing.PLAIN,
     )
     axes.set_title(
         f"{plan.family}: {plan.budget.text} buy {spell_pair(best.lm, best.visual_tokens)}",
-        fontsize=11,
+        fontsize=10,
     )
     budget = Line2D([], [], color=drawing.MUTED, linestyle="--", linewidth=1.2, label="budget")
     choice = Line2D([], [], color="black", marker="o", markersize=11, markerfacecolor="none", linestyle="", label="choice")  # fmt: skip
-    drawing.legends(
+    drawing.legends_below(
         figure,
         {
             drawing.LANGUAGE_MODEL: drawing.colour_keys(colours),
@@ -147,13 +149,13 @@ def extrapolation_figure(rows: Sequence[Row], fit: Fit, to: Number | None = None
         misses += off
     drawing.finish(axes, "parameters of the language model, N", f"{fit.family} error (1 - score)")
     ticks = sizes if to is None else [*sizes, to]
-    axes.xaxis.set_major_locator(FixedLocator(drawing.apart(ticks, axes)))
+    axes.xaxis.set_major_locator(FixedLocator(drawing.apart(ticks, axes.xaxis, drawing.X_ROOM)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: size_name(n)))
     axes.xaxis.set_minor_locator(NullLocator())
     largest = size_name(sizes[-1])
     off_by = np.abs(misses)
     axes.set_title(
-        f"{fit.family}: the law of {size_name(sizes[0])} to {size_name(sizes[-2])} predicts {largest} "
+        f"{fit.family}: the law of {size_name(sizes[0])} to {size_name(sizes[-2])}\npredicts {largest} "
         f"within {off_by.max():.1%} (mean {off_by.mean():.1%})",
         fontsize=11,
     )
@@ -185,8 +187,7 @@ def text_tokens_figure(fit: Fit, base_flops: float | None = None) -> Figure:
     colours, names = drawing.lm_colours(fit.lms), drawing.lm_names(fit.lms)
     for i, share in enumerate(BUDGETS):
         axes = figure.add_subplot(grid[i, 1])
-        _token_axes(axes, fit.visual_tokens)
-        axes.yaxis.set_major_locator(FixedLocator(list(fit.visual_tokens[::2])))  # room for half
+        _token_axes(axes, fit.visual_tokens, len(BUDGETS) * drawing.Y_ROOM)
         plan = choose(fit, Budget("gflops", share * base_flops / 1e9), Workload(0))
         _draw_spans(axes, plan.by_text_tokens, colours)
         axes.set_title(f"measured LMs, {FLOPS(share * base_flops)}", fontsize=9, pad=3)
@@ -237,7 +238,7 @@ def equal_compute_figure(
     axes.set_ylabel("error (1 - score)")
     drawing.plain(axes, "y")
     low, high = (FLOPS(limit(pair.flops for pair in pairs)) for limit in (min, max))
-    axes.set_title(f"About equal compute: 2 N (Q + V) from {low} to {high}, Q = {text_tokens}", fontsize=11)  # fmt: skip
+    axes.set_title(f"About equal compute: 2 N (Q + V) from {low} to {high}, Q = {text_tokens}", fontsize=10)  # fmt: skip
     bars = {f"{names[p.lm]}, V = {p.visual_tokens}": colours[p.lm] for p in pairs}
     predicted_key = Line2D([], [], color="black", linewidth=2, label="predicted by the law")
     drawing.legends(figure, {"measured": drawing.colour_keys(bars), "": [predicted_key]})
@@ -290,19 +291,19 @@ def _draw_free_sizes(axes: Axes, fit: Fit) -> None:
         axes.plot(q[1:], ideal, color="black", linewidth=0.9, label="V* = Q β / (α - β)", zorder=2)
     axes.set_title("LMs of every size", fontsize=9, pad=3)
     axes.legend(loc="best", frameon=False, fontsize=9)
-    _token_axes(axes, counts)
+    _token_axes(axes, counts, drawing.Y_ROOM)
 
 
-def _token_axes(axes: Axes, counts: Sequence[int]) -> None:
-    """Q from 0 on a logarithm, V at the measured counts."""
+def _token_axes(axes: Axes, counts: Sequence[int], room: float) -> None:
+    """Q from 0 on a logarithm, V at the measured counts. room: of the axis of V that a label needs."""
     axes.set_xscale("symlog", linthresh=1)
     axes.set_xlim(0, LONGEST_TEXT)
     axes.set_yscale("log")
     axes.set_ylim(counts[0] / 1.5, counts[-1] * 1.5)
     axes.xaxis.set_major_locator(FixedLocator([0, 1, 10, 100, 1000]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda q, _: f"{q:g}"))
-    axes.yaxis.set_major_locator(FixedLocator(list(counts)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axes.xaxis.set_major_formatter(drawing.PLAIN)
+    axes.yaxis.set_major_locator(FixedLocator(drawing.apart(counts, axes.yaxis, room)))
+    axes.yaxis.set_major_formatter(drawing.PLAIN)
     axes.yaxis.set_minor_locator(NullLocator())
     drawing.plain(axes)
 
@@ -373,6 +374,10 @@ def _draw_cell(axes: Axes, x: Number, runs: Sequence[Row], colour, marker: str) 
                 markeredgecolor=colour,
                 zorder=4,
             )
+
+
+def _hollow_key(label: str) -> Line2D:
+    return Line2D([], [], color=drawing.MUTED, marker="o", markersize=7, markerfacecolor="none", linestyle="", label=label)  # fmt: skip
 
 
 def _frontier_key() -> Line2D:

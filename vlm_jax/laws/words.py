@@ -19,7 +19,13 @@ HEADS = {"gflops": "GFLOPs", "ms": "ms", "gib": "GiB", "dollars": "$ / 1M"}
 
 def of_fit(fit: Fit) -> list[str]:
     """What a fit's numbers say; one sentence each."""
-    lines = [_order(fit)]
+    lines = [_order(fit), *doubts(fit)]
+    return lines + [f"{fit.family}: not fitted: {line}." for line in fit.left_out]
+
+
+def doubts(fit: Fit) -> list[str]:
+    """What keeps the constants from being the whole story; one sentence each."""
+    lines = []
     if not fit.d_fixed:
         lines.append(_about_d(fit))
     lines += _signs(fit)
@@ -39,21 +45,32 @@ def of_fit(fit: Fit) -> list[str]:
         )
     if fit.check is not None:
         lines.append(_checked(fit, fit.check))
-    lines += [f"{fit.family}: not fitted: {line}." for line in fit.left_out]
     return lines
+
+
+def order(fit: Fit, error: str = "error") -> tuple[str, str, str] | None:
+    """The larger exponent, the smaller one and what that means; None where the resamples do not settle it.
+
+    error: what the last of them calls the error.
+    """
+    share = fit.p_alpha_greater[fit.mode]
+    if 1 - fit.level < share < fit.level:
+        return None
+    sizes, tokens = ("alpha", "LM size"), ("beta", "visual tokens")
+    (large, faster), (small, slower) = (sizes, tokens) if share > 0.5 else (tokens, sizes)
+    interval = fit.profile[large]
+    if interval is None or interval[0] <= 0:
+        return large, small, f"whether {error} falls with {faster} at all is not settled"
+    return large, small, f"{error} falls faster with {faster} than with {slower}"
 
 
 def _order(fit: Fit) -> str:
     share, which = fit.p_alpha_greater[fit.mode], f"{len(fit.resamples)} resamples ({fit.mode})"
-    if 1 - fit.level < share < fit.level:
+    found = order(fit)
+    if found is None:
         return f"{fit.family}: the order of alpha and beta is not settled: alpha > beta in {share:.1%} of {which}."
-    sizes, tokens = ("alpha", "LM size"), ("beta", "visual tokens")
-    (large, faster), (small, slower) = (sizes, tokens) if share > 0.5 else (tokens, sizes)
-    falls = f"error falls faster with {faster} than with {slower}"
-    interval = fit.profile[large]
-    if interval is None or interval[0] <= 0:
-        falls = f"but that error falls with {faster} at all is not settled"
-    return f"{fit.family}: {large} > {small} in {max(share, 1 - share):.1%} of {which}: {falls}."
+    large, small, meaning = found
+    return f"{fit.family}: {large} > {small} in {max(share, 1 - share):.1%} of {which}: {meaning}."
 
 
 def _about_d(fit: Fit) -> str:
@@ -122,8 +139,12 @@ def _between(pair: tuple[float, float]) -> str:
 
 def of_plan(plan: Plan) -> list[str]:
     """The answer, how it changes with Q, the budget and the way of counting; one line each."""
-    lines = [_answer(plan), *_closed_form(plan), _over_text_tokens(plan), *_over_budget(plan)]
-    lines += _instead(plan)
+    return [f"{plan.family}: {_answer(plan)}", *around(plan)]
+
+
+def around(plan: Plan) -> list[str]:
+    """How the answer changes with what was assumed, and how far it may be trusted; one line each."""
+    lines = [*_closed_form(plan), _over_text_tokens(plan), *_over_budget(plan), *_instead(plan)]
     if plan.best.error > LARGEST:
         lines.append(
             "the law predicts an error above 1 there, which no error can be: do not use it."
