@@ -216,8 +216,9 @@ def shared_parts(cfg: ConfigDict, seed: int, todo: Sequence[Cell], shared: Share
 
 
 def work(c: ConfigDict) -> int:
-    """The tokens that a stage trains on: how long it takes, in a unit that all stages of a sweep share."""
-    return c.train.num_steps * c.data.batch_size * c.data.max_tokens
+    """The decoder's products in a stage: how long it takes, in a unit that all stages of a sweep share."""
+    tokens = c.train.num_steps * c.data.batch_size * c.data.max_tokens
+    return tokens * named.vlm(c.model.to_dict()).lm.non_embedding_params
 
 
 def write_data(cfg: ConfigDict, seed: int, shared: Shared) -> None:
@@ -369,8 +370,8 @@ def conclude(cfg: ConfigDict, root: Path, made_by: str, notes: Sequence[str], cl
     files.write_whole(root / "reruns.json", json.dumps(notes, indent=1))
     return report.write_report(
         root, rows, fits, title="The miniature: LM size against visual tokens", made_by=made_by,
-        text_tokens=cfg.sweep.plan_text_tokens, budget_gflops=cfg.sweep.plan_budget_gflops, caveats=CAVEATS,
-        seconds=clock.seconds,
+        text_tokens=cfg.sweep.plan_text_tokens, budget_gflops=cfg.sweep.plan_budget_gflops, notes=notes,
+        caveats=CAVEATS, seconds=clock.seconds,
     )  # fmt: skip
 
 

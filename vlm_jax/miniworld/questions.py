@@ -118,8 +118,9 @@ class Asker:
         slots = rng.permutation(len(SQUARES))[:num_told]
         characters = [CHARACTERS[i] for i in rng.integers(len(CHARACTERS), size=num_told)]
         told = [(SQUARES[slot], c) for slot, c in zip(slots, characters, strict=True)]
-        asked = rng.permutation(np.arange(count) % num_told)
-        return " ".join(" ".join(pair) for pair in told), [self.slot(*told[i], rng) for i in asked]
+        asked = [told[i] for i in rng.permutation(np.arange(count) % num_told).tolist()]
+        turns = [self.slot(square, character, rng) for square, character in asked]
+        return " ".join(" ".join(pair) for pair in told), turns
 
     def slot(self, square: str, character: str, rng: np.random.Generator) -> Turn:
         """A question about one slot of a sheet: the character, or one of its relations."""

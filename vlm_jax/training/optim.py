@@ -78,7 +78,7 @@ def make_optimizer(
     return optax.chain(*steps)
 
 
-def _rates(rates: Sequence[tuple[str, float]], boxed: Tree) -> Tree:
+def _rates(rates: Sequence[Sequence[Any]], boxed: Tree) -> Tree:
     """Per parameter the factor of the first regex that matches in its path; 1 without a match."""
     flat = flatten_dict(boxed, sep="/")
     factors = dict.fromkeys(flat, 1.0)
@@ -139,33 +139,30 @@ def _muon(config: OptimConfig, num_steps: int, boxed: Tree) -> optax.GradientTra
     labels = jax.tree.map(lambda spec: "adamw" if spec is None else "muon", axes, is_leaf=_is_spec)
     return optax.partition(
         {
-            "muon": optax.chain(muon, _times(_narrowing(axes, boxed))),
+            "muon": optax.chain(muon, _times(_narrowing(boxed))),
             "adamw": _adamw(config, num_steps, boxed),
         },
         labels,
     )
 
 
-def _narrowing(axes: Tree, boxed: Tree) -> Tree:
+def _narrowing(boxed: Tree) -> Tree:
     """sqrt(outputs / inputs) of each kernel with more inputs than outputs, 1 for the others.
 
     An orthogonal update then changes the root mean square of a layer's output by at most the learning rate times that of
     its input, whatever the kernel's shape (Bernstein & Newhouse 2024, arXiv 2409.20325). optax.contrib.muon scales by
     sqrt(outputs / inputs) only where that is above 1, which makes the steps of a wide MLP's last map too large.
     """
-    shapes = flatten_dict(nn.unbox(boxed), sep="/")
 
-    def factor(path: str, spec: optax.contrib.MuonDimensionNumbers | None) -> float:
-        if spec is None:
+    def factor(path: str, leaf: Any) -> float:
+        axes = _in_and_out(path, leaf)
+        if axes is None:
             return 1.0
-        outputs, inputs = (
-            math.prod(shapes[path].shape[axis] for axis in group)
-            for group in (spec.output_axis, spec.reduction_axis)
-        )
+        inputs, outputs = (math.prod(leaf.value.shape[axis] for axis in group) for group in axes)
         return min(1.0, math.sqrt(outputs / inputs))
 
-    flat = flatten_dict(axes, sep="/", is_leaf=lambda _, node: _is_spec(node))
-    return unflatten_dict({path: factor(path, spec) for path, spec in flat.items()}, sep="/")
+    flat = flatten_dict(boxed, sep="/")
+    return unflatten_dict({path: factor(path, leaf) for path, leaf in flat.items()}, sep="/")
 
 
 def muon_axes(boxed: Tree) -> Tree:
@@ -176,19 +173,24 @@ def muon_axes(boxed: Tree) -> Tree:
     Embeddings (of tokens, patches and positions), head, filters, norms, biases and adapters are updated by AdamW.
     """
 
-    def axes(path: str, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
-        if not re.match(r"((lm|vit)/layers|compressor|projector)/.*kernel$", path):
-            return None
-        names = list(nn.get_partition_spec(leaf))
-        stacked = names[:1] == ["layers"]
-        found = list(range(int(stacked), len(names)))
-        split = (
-            2 if len(found) == 3 and names[-1] is not None else 1
-        )  # only head dims are unnamed at the end
-        return optax.contrib.MuonDimensionNumbers(tuple(found[:split]), tuple(found[split:]))
+    def numbers(path: str, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        axes = _in_and_out(path, leaf)
+        return None if axes is None else optax.contrib.MuonDimensionNumbers(*axes)
 
     flat = flatten_dict(boxed, sep="/")
-    return unflatten_dict({path: axes(path, leaf) for path, leaf in flat.items()}, sep="/")
+    return unflatten_dict({path: numbers(path, leaf) for path, leaf in flat.items()}, sep="/")
+
+
+def _in_and_out(path: str, leaf: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The input and output axes of a boxed hidden kernel; None for any other parameter."""
+    if not re.match(r"((lm|vit)/layers|compressor|projector)/.*kernel$", path):
+        return None
+    names = list(nn.get_partition_spec(leaf))
+    stacked = names[:1] == ["layers"]
+    found = tuple(range(int(stacked), len(names)))
+    heads_first = len(found) == 3 and names[-1] is not None  # only head dims are unnamed at the end
+    split = 2 if heads_first else 1
+    return found[:split], found[split:]
 
 
 def _is_masked(node: Any) -> bool:
