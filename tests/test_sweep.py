@@ -16,9 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_plan_holds_every_cell_once_and_the_query_aware_ones_beside():
-    cells = sweep.cells(mini.get_config())
-    assert len(cells) == len(set(cells)) == 3 * 4 + 1
-    assert [c.compressor for c in cells] == ["tokenpacker"] * 12 + ["quecc"]
+    cfg = mini.get_config()
+    cells, grid = sweep.cells(cfg), 4 * len(cfg.sweep.lms)
+    assert len(cells) == len(set(cells)) == grid + 1
+    assert [c.compressor for c in cells] == ["tokenpacker"] * grid + ["quecc"]
     assert {c.visual_tokens for c in cells} == {1, 4, 16, 64}
 
 
@@ -157,7 +158,8 @@ def test_texts_need_only_the_data_and_cells_the_features_and_their_own_text(tmp_
 def test_the_parts_of_a_sweep_are_all_cells_once_each():
     cells = sweep.cells(mini.get_config())
     parts = [sweep.share_of(cells, f"{i}/4") for i in range(4)]
-    assert sorted(map(len, parts)) == [3, 3, 3, 4]
+    sizes = sorted(map(len, parts))
+    assert sizes[-1] - sizes[0] <= 1
     assert sorted(c.name for part in parts for c in part) == sorted(c.name for c in cells)
     assert sweep.share_of(cells, "shared") == []
     for wrong in ("4/4", "1", "-1/2", "a/2", "1/0"):
