@@ -13,7 +13,7 @@ MAX_LINES = 400
 MAX_FUNCTION_LINES = 70
 COMMANDS = {"train", "evaluate", "sweep", "show", "features"}
 
-# The rooms from the ground up -> what each may import of the project. Nothing imports a command, but sweep train and evaluate.
+# The rooms from the ground up -> what each may import of the project. Nothing imports a command, but sweep train, evaluate and show.
 GROUND = {"settings", "files", "progress"}
 MODEL = {"settings", "layers", "compressors", "models", "sharding"}
 ROOMS: dict[str, set[str]] = {
@@ -40,7 +40,7 @@ EVERYTHING = set(ROOMS)
 ALLOWED = ROOMS | {
     "train": EVERYTHING,
     "evaluate": EVERYTHING,
-    "sweep": EVERYTHING | {"train", "evaluate"},
+    "sweep": EVERYTHING | {"train", "evaluate", "show"},
     "show": EVERYTHING,
     "features": EVERYTHING,
 }

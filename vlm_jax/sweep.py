@@ -31,18 +31,21 @@ from vlm_jax.hf import named
 from vlm_jax.inference import evaluation
 from vlm_jax.inference.settings import EvalConfig
 from vlm_jax.laws import fitting, law, outliers, report, table
+from vlm_jax.laws.page import Picture
 from vlm_jax.miniworld import CAVEATS, generate
 from vlm_jax.parts import Clock, Part
 from vlm_jax.settings import cli, presets
 from vlm_jax.settings.checks import ConfigError, build, check_choice
 from vlm_jax.settings.model import stride_for
 from vlm_jax.settings.run import MeshConfig
+from vlm_jax.show import show
 from vlm_jax.storage import run as experiment
 from vlm_jax.train import train
 
 log = logging.getLogger(__name__)
 
 QUERY_AWARE = "quecc"
+LOOKED_AT = "mini_ocr"  # the benchmark whose pictures show where a query-aware cell looks
 SHARED = "shared"  # the part that all cells start from
 RETRY_SEED = 1000  # a failed cell's k-th rerun draws its seeds from seed + k * RETRY_SEED
 
@@ -361,9 +364,32 @@ def write_table(path: Path, todo: Sequence[Cell], tries: Mapping[Cell, list[outl
     table.write(path, [*rows, *others])
 
 
+def looks(cfg: ConfigDict, cell: Cell, root: Path) -> list[Picture]:
+    """Where a query-aware cell looks on one sheet, asked for two different squares; drawn into `root`."""
+    shared = Shared(root / f"seed{cell.seed}")
+    c = copy.deepcopy(cfg)
+    c.eval.checkpoint = str(shared.root / "cells" / cell.name)
+    rows = benchmarks.get(LOOKED_AT).rows(str(shared.data))
+    # The sheet with the most different answers, and two of its squares.
+    sheets: dict[str, dict[str, str]] = {}
+    for row in rows:
+        question = row["conversations"][-1]["value"].removeprefix("<image>").strip()
+        if question.startswith("read "):
+            sheets.setdefault(row["image"], {})[row["answer"]] = question
+    image, asked = max(sheets.items(), key=lambda sheet: len(sheet[1]))
+    found = []
+    for number, question in enumerate(list(asked.values())[:2], 1):
+        name = f"looks_{cell.compressor}_{number}.png"
+        show(c, str(shared.data / image), question, str(root / name))
+        caption = f"{cell.compressor}, {cell.visual_tokens} visual token, asked to {question!r}"
+        found.append(Picture(name, caption))
+    return found
+
+
 def conclude(cfg: ConfigDict, root: Path, made_by: str, notes: Sequence[str], clock: Clock) -> Path:
     """Fits one law per family and writes law.json, reruns.json, the figures and the report. notes: of the reruns."""
     rows = table.read(root / "errors.csv")
+    aware = [cell for cell in cells(cfg) if cell.compressor == QUERY_AWARE]
     options = {"fixed_d": cfg.sweep.fixed_d}
     fits = fitting.fit_table(rows, **options)
     law.save(root / "law.json", fits, law.provenance("errors.csv", made_by, options))
@@ -371,7 +397,7 @@ def conclude(cfg: ConfigDict, root: Path, made_by: str, notes: Sequence[str], cl
     return report.write_report(
         root, rows, fits, title="The miniature: LM size against visual tokens", made_by=made_by,
         text_tokens=cfg.sweep.plan_text_tokens, budget_gflops=cfg.sweep.plan_budget_gflops, notes=notes,
-        caveats=CAVEATS, seconds=clock.seconds,
+        pictures=looks(cfg, aware[0], root) if aware else (), caveats=CAVEATS, seconds=clock.seconds,
     )  # fmt: skip
 
 

@@ -140,7 +140,7 @@ def test_both_forms_hold_the_same_words_pictures_and_command(folder):
     assert markdown.count("![") == page.count("<img") == 4
     assert "    python -m x --y='1'" in markdown and "python -m x --y=&#x27;1&#x27;" in page
     assert "A &amp; B" in page and "It shows &lt;the order&gt;" in page and CAVEATS[0] in markdown
-    assert "quecc 0.123" in markdown and "Wall time: 15 seconds" in markdown
+    assert "quecc 0.123" in markdown and "15 seconds together" in markdown
 
 
 def test_the_page_is_well_formed_and_fetches_nothing(folder):

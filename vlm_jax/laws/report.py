@@ -44,7 +44,7 @@ def write_report(
       notes: sentences below the tables of errors, such as which cells were run again and why.
       elastic: laws of another compressor of these rows, which one training per LM taught every number of visual tokens.
         All remaining compressors are taken to look at the question.
-      pictures: of where such a compressor looks. seconds: wall seconds by part of the run.
+      pictures: of where such a compressor looks. seconds: by part of the run.
     """
     elastic = elastic or {}
     plans = _plans(fits, budget_gflops, text_tokens)
@@ -70,7 +70,7 @@ def write_report(
     blocks += [page.heading(2, "How it was made"), page.command(made_by)]
     if seconds:
         parts = [[name, f"{value:.0f}"] for name, value in seconds.items()]
-        total = f"Wall time: {sum(seconds.values()):.0f} seconds in all."
+        total = f"Time of the parts, some of which ran side by side: {sum(seconds.values()):.0f} seconds together."
         blocks.append(page.folded(total, page.table(Table(["part", "seconds"], parts))))
     return page.write(folder, title, blocks)
 
