@@ -9,7 +9,6 @@ from vlm_jax.laws import outliers, table
 from vlm_jax.laws.outliers import Try
 from vlm_jax.laws.table import Row
 
-ROOT = Path(__file__).resolve().parents[2]
 LMS = {"mini-38k": 37696, "mini-52k": 51520, "mini-82k": 82240}
 
 
@@ -39,7 +38,7 @@ def test_cells_on_a_plateau_are_found_although_none_is_at_chance():
 
 
 def test_of_three_seeds_only_the_plateau_that_is_there_is_found():
-    rows = table.read(ROOT / "docs" / "miniature_errors.csv")
+    rows = table.read(Path(__file__).with_name("plateau.csv"))
     assert found(rows) == {(2, "mini-82k", 16), (2, "mini-82k", 64)}
 
 

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 CHANCE, OUT_OF_LINE = "chance level", "out of line"  # flags of rows that are not fitted
 Cell = TypeVar("Cell", bound=Hashable)
 
-# A rise is ordinary unless it is larger than all three. Between the three seeds of docs/miniature_errors.csv the same cell
+# A rise is ordinary unless it is larger than all three. Between the three seeds of tests/laws/plateau.csv the same cell
 # differs by 0.02 to 0.05, or by a quarter where its error is small. Where the reasoning error rises with visual tokens, as
 # the miniature's does, a step of four times as many costs up to 0.084 and 26 %.
 ABSOLUTE = 0.06
