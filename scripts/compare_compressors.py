@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the package and its configs, from a checkout
 
-from vlm_jax import compressors, sweep  # noqa: E402
+from vlm_jax import compressors, stages, sweep  # noqa: E402
 from vlm_jax.hf import named  # noqa: E402
 from vlm_jax.laws import table  # noqa: E402
 from vlm_jax.settings import cli  # noqa: E402
@@ -33,7 +33,7 @@ from vlm_jax.train import train  # noqa: E402
 log = logging.getLogger("vlm_jax.compare_compressors")
 
 
-def rows_of(cfg: Any, name: str, shared: sweep.Shared, seed: int) -> list[table.Row]:
+def rows_of(cfg: Any, name: str, shared: stages.Shared, seed: int) -> list[table.Row]:
     """Trains one compressor at each of its counts (once, if it is elastic) and evaluates it at each."""
     counts, rows = cfg.compare.visual_tokens[name], []
     elastic = compressors.get(name).elastic
@@ -51,10 +51,10 @@ def rows_of(cfg: Any, name: str, shared: sweep.Shared, seed: int) -> list[table.
     return rows
 
 
-def training(cfg: Any, name: str, count: int, shared: sweep.Shared, seed: int) -> Any:
+def training(cfg: Any, name: str, count: int, shared: stages.Shared, seed: int) -> Any:
     """The stage of the miniature's cells with another compressor."""
     entry = compressors.get(name)
-    c = sweep.stage(cfg, seed, "query_aware_vlm" if entry.uses_query else "vlm", shared)
+    c = stages.stage(cfg, seed, "query_aware_vlm" if entry.uses_query else "vlm", shared)
     own = {field: cfg.compare[field] for field in ("query_grid", "neighbours") if field in compressors.settings_of(name)}  # fmt: skip
     compressors.choose(c.model.compressor, name, **own)
     c.model.compressor.unlock()
@@ -114,11 +114,11 @@ def main(argv: Sequence[str]) -> None:
     cfg, rows = flags.config, []
     root = experiment.open_workdir(flags.workdir)
     for seed in cfg.sweep.seeds:
-        shared = sweep.Shared(root / f"seed{seed}")
+        shared = stages.Shared(root / f"seed{seed}")
         sweep.write_data(cfg, seed, shared)
-        train(sweep.encoder_stage(cfg, seed, shared), str(shared.encoder))
+        train(stages.encoder_stage(cfg, seed, shared), str(shared.encoder))
         sweep.cache_features(cfg, shared)
-        train(sweep.text_stage(cfg, seed, cfg.model.lm.preset, shared), str(shared.text(cfg.model.lm.preset)))  # fmt: skip
+        train(stages.text_stage(cfg, seed, cfg.model.lm.preset, shared), str(shared.text(cfg.model.lm.preset)))  # fmt: skip
         for name in cfg.compare.visual_tokens:
             rows += rows_of(cfg, name, shared, seed)
             table.append(root / "compressors.csv", rows)

@@ -35,6 +35,7 @@ ROOMS: dict[str, set[str]] = {
     "training": {*GROUND, *MODEL, "hf", "data", "storage", "costs"},
     "inference": {*GROUND, *MODEL, "hf", "data", "storage", "costs", "benchmarks", "laws"},
     "aot": {*GROUND, *MODEL, "hf", "data", "storage", "costs", "training", "inference"},
+    "stages": {"settings", "compressors", "hf"},
 }
 EVERYTHING = set(ROOMS)
 ALLOWED = ROOMS | {

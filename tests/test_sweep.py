@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from configs import mini, mini_smoke
-from vlm_jax import sweep
+from vlm_jax import stages, sweep
 from vlm_jax.settings.checks import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +64,7 @@ def test_mistakes_on_the_command_line_cost_one_line_and_exit_code_2(tmp_path):
         assert "jax" not in run.stderr and time.monotonic() - start < 60  # hung, not slow
 
 
-def row(cell: sweep.Cell, error: float) -> sweep.table.Row:
+def row(cell: stages.Cell, error: float) -> sweep.table.Row:
     params = float(cell.lm.removeprefix("mini-").removesuffix("k")) * 1000
     return sweep.table.Row(
         lm_params=params, visual_tokens=cell.visual_tokens, error=error, benchmark="mini_ocr", family="ocr", lm=cell.lm,
@@ -75,8 +75,8 @@ def row(cell: sweep.Cell, error: float) -> sweep.table.Row:
 def test_a_cell_at_chance_is_rerun_with_other_seeds_and_then_flagged(tmp_path, monkeypatch):
     cfg, shared, cell = (
         mini.get_config(),
-        sweep.Shared(tmp_path),
-        sweep.Cell(7, "tokenpacker", "mini-82k", 4),
+        stages.Shared(tmp_path),
+        stages.Cell(7, "tokenpacker", "mini-82k", 4),
     )
     errors, seeds = iter([0.95, 0.94, 0.96]), []
     monkeypatch.setattr(sweep, "train", lambda c, folder: seeds.append((c.train.seed, c.data.seed)))
@@ -133,7 +133,7 @@ def test_a_cell_out_of_line_is_rerun_and_the_first_sound_try_counts(tmp_path, to
 
 def test_rows_stand_in_the_order_of_the_plan_whichever_cell_is_finished_first(tmp_path):
     cells = sweep.cells(mini.get_config())[:4]
-    path, other = tmp_path / "errors.csv", sweep.Cell(3, "tokenpacker", "mini-38k", 1)
+    path, other = tmp_path / "errors.csv", stages.Cell(3, "tokenpacker", "mini-38k", 1)
     sweep.table.write(path, [row(cells[2], 0.9), row(other, 0.3)])
     tries = {}
     for cell in (cells[3], cells[0], cells[2], cells[1]):
@@ -143,7 +143,7 @@ def test_rows_stand_in_the_order_of_the_plan_whichever_cell_is_finished_first(tm
 
 
 def test_texts_need_only_the_data_and_cells_the_features_and_their_own_text(tmp_path):
-    cfg, shared = mini.get_config(), sweep.Shared(tmp_path)
+    cfg, shared = mini.get_config(), stages.Shared(tmp_path)
     cells = sweep.cells(cfg)
     plan = sweep.shared_parts(cfg, 0, cells, shared) + [sweep.cell_part(cfg, c, shared) for c in cells]  # fmt: skip
     needs = {part.name: part.needs for part in plan}
@@ -182,7 +182,7 @@ def test_machines_train_their_cells_and_the_last_command_finds_them_finished(tmp
     monkeypatch.setattr(
         sweep, "cache_features", lambda _, shared: shared.features.mkdir(exist_ok=True)
     )
-    cell = sweep.Cell(0, "tokenpacker", "mini-82k", 4)
+    cell = stages.Cell(0, "tokenpacker", "mini-82k", 4)
     monkeypatch.setattr(sweep, "evaluate_cell", lambda *_: [row(cell, 0.5)])
     monkeypatch.setattr(sweep, "write_table", lambda path, *_: path.write_text("rows"))
     clocks = []

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from vlm_jax import benchmarks, compressors, files, parts
+from vlm_jax import benchmarks, files, parts
 from vlm_jax.hf import named
 from vlm_jax.inference import evaluation
 from vlm_jax.inference.settings import EvalConfig
@@ -39,57 +39,15 @@ from vlm_jax.settings.checks import ConfigError, build, check_choice
 from vlm_jax.settings.model import stride_for
 from vlm_jax.settings.run import MeshConfig
 from vlm_jax.show import show
+from vlm_jax.stages import QUERY_AWARE, Cell, Shared, cell_stage, encoder_stage, text_stage, work
 from vlm_jax.storage import run as experiment
 from vlm_jax.train import train
 
 log = logging.getLogger(__name__)
 
-QUERY_AWARE = "quecc"
 LOOKED_AT = "mini_ocr"  # the benchmark whose pictures show where a query-aware cell looks
 SHARED = "shared"  # the part that all cells start from
 RETRY_SEED = 1000  # a failed cell's k-th rerun draws its seeds from seed + k * RETRY_SEED
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One point of the sweep."""
-
-    seed: int
-    compressor: str
-    lm: str
-    visual_tokens: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.compressor}-{self.lm}-v{self.visual_tokens}"
-
-    def __str__(self) -> str:
-        return f"seed {self.seed}: {self.name}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Shared:
-    """The directories below seed<k>/ that all cells of one seed share."""
-
-    root: Path
-
-    @property
-    def data(self) -> Path:
-        return self.root / "data"
-
-    @property
-    def encoder(self) -> Path:
-        return self.root / "encoder"
-
-    @property
-    def features(self) -> Path:
-        return self.root / "features"
-
-    def text(self, lm: str) -> Path:
-        return self.root / "text" / lm
-
-    def log(self, part: str) -> Path:
-        return self.root / "logs" / f"{part}.txt"
 
 
 class Tried(NamedTuple):
@@ -218,12 +176,6 @@ def shared_parts(cfg: ConfigDict, seed: int, todo: Sequence[Cell], shared: Share
     return found
 
 
-def work(c: ConfigDict) -> int:
-    """The decoder's products in a stage: how long it takes, in a unit that all stages of a sweep share."""
-    tokens = c.train.num_steps * c.data.batch_size * c.data.max_tokens
-    return tokens * named.vlm(c.model.to_dict()).lm.non_embedding_params
-
-
 def write_data(cfg: ConfigDict, seed: int, shared: Shared) -> None:
     done = shared.data / "complete"
     sizes = {
@@ -241,54 +193,6 @@ def write_data(cfg: ConfigDict, seed: int, shared: Shared) -> None:
         return
     generate.write(shared.data, seed, **sizes)
     files.write_whole(done, made)
-
-
-def stage(cfg: ConfigDict, seed: int, name: str, shared: Shared) -> ConfigDict:
-    """A copy of `cfg` with the settings of sweep.<name>, on the miniature's files and with its seeds."""
-    settings = cfg.sweep[name]
-    c = copy.deepcopy(cfg)
-    c.train.num_steps = settings.steps
-    c.train.save_every = settings.steps
-    c.train.seed = c.data.seed = seed
-    c.optim.trainable = settings.trainable
-    c.optim.learning_rate = settings.learning_rate
-    c.optim.muon_learning_rate = settings.muon_learning_rate
-    c.data.annotations = (str(shared.data / settings.annotations),)
-    c.data.image_roots = (str(shared.data),)
-    c.data.tokenizer = str(shared.data / "tokenizer")
-    c.data.batch_size = settings.batch_size
-    c.data.max_tokens = settings.text_tokens
-    return c
-
-
-def encoder_stage(cfg: ConfigDict, seed: int, shared: Shared) -> ConfigDict:
-    """Training of the encoder: inside a VLM without compression, with all parameters trainable."""
-    c = stage(cfg, seed, "encoder", shared)
-    compressors.choose(c.model.compressor, "identity")
-    c.data.max_tokens += named.vlm(c.model.to_dict()).vit.num_patches
-    return c
-
-
-def text_stage(cfg: ConfigDict, seed: int, lm: str, shared: Shared) -> ConfigDict:
-    """Training of the language model on text alone."""
-    c = stage(cfg, seed, "text", shared)
-    c.model.lm.preset = lm
-    c.data.max_images = 0
-    return c
-
-
-def cell_stage(cfg: ConfigDict, cell: Cell, shared: Shared, seed: int) -> ConfigDict:
-    """Training of compressor, projector and language model on the cached features of the frozen encoder."""
-    c = stage(cfg, seed, "query_aware_vlm" if cell.compressor == QUERY_AWARE else "vlm", shared)
-    c.model.lm.preset = cell.lm
-    stride = stride_for(named.vlm(c.model.to_dict()).vit.grid, cell.visual_tokens)
-    asking = cfg.sweep.asking.to_dict() if cell.compressor == QUERY_AWARE else {}
-    compressors.choose(c.model.compressor, cell.compressor, stride=stride, **asking)
-    c.data.max_tokens += cell.visual_tokens
-    c.data.features_dir = str(shared.features)
-    c.init.vit = str(shared.encoder)
-    c.init.lm = str(shared.text(cell.lm))
-    return c
 
 
 def cache_features(cfg: ConfigDict, shared: Shared) -> None:
