@@ -49,7 +49,7 @@ def get_config():
 def sweep() -> ml_collections.ConfigDict:
     s = ml_collections.ConfigDict()
     s.seeds = (0,)  # each seed repeats everything: world, encoder, text, cells
-    s.lms = ("mini-21k", "mini-45k", "mini-82k", "mini-131k", "mini-254k")  # keys of presets.LM
+    s.lms = ("mini-21k", "mini-38k", "mini-82k", "mini-131k", "mini-254k")  # keys of presets.LM
     s.visual_tokens = (1, 4, 16, 64)
     s.query_aware = (("mini-82k", 1),)  # QueCC cells (LM, visual tokens), beside the law, not in it
     # Their compressor's settings: unlike QueCC as released it knows where a patch lies, and reads the question's words.

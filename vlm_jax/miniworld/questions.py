@@ -39,7 +39,7 @@ Turn = tuple[str, str]  # question, answer
 
 CHAIN_SHARE = 0.45  # of the reasoning questions; the others ask for facts
 TWO_STEP_SHARE = 0.5  # of the chains
-RELATED_SHARE = 0.15  # of the questions about sheets: they ask for a relation of the character
+RELATED_SHARE = 0.25  # of the questions about sheets: they ask for a relation of the character
 LIST = "list"
 FACT_SHARES = {"shape": 0.5, "floor": 0.25, "wall": 0.25}  # of the facts
 
