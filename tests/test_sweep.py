@@ -103,7 +103,8 @@ def told_errors(monkeypatch):
     monkeypatch.setattr(sweep, "write_data", lambda *_: None)
     monkeypatch.setattr(sweep, "cache_features", lambda *_: None)
     monkeypatch.setattr(sweep, "evaluate_cell", evaluate_cell)
-    monkeypatch.setattr(sweep.fit, "fit_table", lambda rows, **_: {})
+    monkeypatch.setattr(sweep, "looks", lambda *_: [])
+    monkeypatch.setattr(sweep.fitting, "fit_table", lambda rows, **_: {})
     monkeypatch.setattr(sweep.report, "write_report", lambda root, *_, **__: root)
     return errors, trained
 
