@@ -62,7 +62,7 @@ def compiled(config: CompressorConfig, grid: int):
 
 def run(config: CompressorConfig, grid: int, inputs: tuple) -> list[dict]:
     """Per image its tokens, kept patches and the rest, without padding, and the weights of the tokens."""
-    (tokens, valid, places), sown = compiled(config, grid)({}, *inputs)
+    (tokens, valid, places, _), sown = compiled(config, grid)({}, *inputs)
     (chosen,), (weights,) = (sown["intermediates"][n] for n in ("chosen", "weights"))
     slots = compressors.num_tokens(config, grid)
     assert tokens.shape == (len(inputs[0]), slots, WIDTH) and bool(jnp.isfinite(tokens).all())

@@ -51,8 +51,8 @@ def test_a_rise_counts_where_it_is_large_relative_and_beyond_chance():
     def rise(low, high, n):
         return bool(found([row("mini-38k", 4, low, n), row("mini-82k", 4, high, n)]))
 
-    assert not rise(0.01, 0.06, 3200)  # five points of seed noise
-    assert rise(0.01, 0.08, 3200)
+    assert not rise(0.01, 0.08, 3200)  # seven points of seed noise
+    assert rise(0.01, 0.10, 3200)
     assert not rise(0.40, 0.50, 3200)  # a quarter more
     assert rise(0.40, 0.53, 3200)
     assert not rise(0.20, 0.32, 100) and rise(0.20, 0.32, 1000)

@@ -280,7 +280,7 @@ def test_what_needs_the_compressor_of_a_table_without_one_names_its_flag(tmp_pat
     flag = asking.replace("=", " ")
     assert capsys.readouterr().err == (
         f"error: plan: {flag} needs to know the compressor, which the law's table does not name; add --compressor=NAME, "
-        "one of quecc, tokenpacker, pool, m3, mqt.\n"
+        "one of quecc, tokenpacker, pool, m3, mqt, querypool.\n"
     )
     assert plan.main(words) == 0
 
