@@ -62,7 +62,7 @@ def compiled(config: CompressorConfig, grid: int):
 
 def run(config: CompressorConfig, grid: int, inputs: tuple) -> list[dict]:
     """Per image its tokens, kept patches and the rest, without padding, and the weights of the tokens."""
-    (tokens, valid, places, _), sown = compiled(config, grid)({}, *inputs)
+    (tokens, valid, places, *_), sown = compiled(config, grid)({}, *inputs)
     (chosen,), (weights,) = (sown["intermediates"][n] for n in ("chosen", "weights"))
     slots = compressors.num_tokens(config, grid)
     assert tokens.shape == (len(inputs[0]), slots, WIDTH) and bool(jnp.isfinite(tokens).all())
@@ -257,7 +257,7 @@ def test_bfloat16_survives_large_activations():
     arrays = states(7)
     config = settings("prumerge_plus", "adaptive", dtype="bfloat16")
     large = jax.tree.map(lambda v: (1e3 * v).astype(jnp.bfloat16), given(arrays))
-    (tokens, _, _), _ = compiled(config, 7)({}, *large)
+    (tokens, *_), _ = compiled(config, 7)({}, *large)
     assert tokens.dtype == jnp.bfloat16 and bool(jnp.isfinite(tokens).all())
 
 
