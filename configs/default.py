@@ -104,8 +104,8 @@ def model() -> ml_collections.ConfigDict:
 
     m.compressor = ml_collections.ConfigDict()
     # A key of compressors.COMPRESSORS and, where they are not its defaults, its settings: each compressor's own are in
-    # vlm_jax/compressors/NAME.py. What stands below is left
-    # out by one that does not have it; any other value or setting must be one of the chosen one's.
+    # vlm_jax/compressors/NAME.py. What stands below is left out by one that does not have it; any other value or setting
+    # must be one of the chosen one's.
     m.compressor.name = "quecc"
     m.compressor.stride = 4  # patches per window side; visual tokens = (grid / stride)^2
     m.compressor.num_heads = 8  # of its attention (QueCC, TokenPacker: 8; MQT: 16)

@@ -55,7 +55,7 @@ def sweep() -> ml_collections.ConfigDict:
     # Their compressor's settings: unlike QueCC as released it knows where a patch lies, and reads the question's words.
     s.asking = ml_collections.ConfigDict({"positions": "sines", "query_layers": 0})
     s.benchmarks = ("mini_reasoning", "mini_ocr")
-    s.train_images = 4000  # half scenes, half sheets
+    s.train_images = 4000  # scenes and sheets in the shares of miniworld/generate.py
     s.test_images = 800
     s.encoder_images = 2048
     s.text_records = 32000  # eight questions each

@@ -31,6 +31,7 @@ from vlm_jax.hf import named
 from vlm_jax.inference import evaluation
 from vlm_jax.inference.settings import EvalConfig
 from vlm_jax.laws import fitting, law, outliers, report, table
+from vlm_jax.laws.budget import spell_pair
 from vlm_jax.laws.page import Picture
 from vlm_jax.miniworld import CAVEATS, generate
 from vlm_jax.parts import Clock, Part
@@ -285,8 +286,8 @@ def looks(cfg: ConfigDict, cell: Cell, root: Path) -> list[Picture]:
     for number, question in enumerate(list(asked.values())[:2], 1):
         name = f"looks_{cell.compressor}_{number}.png"
         show(c, str(shared.data / image), question, str(root / name))
-        caption = f"{cell.compressor}, {cell.visual_tokens} visual token, asked to {question!r}"
-        found.append(Picture(name, caption))
+        asked_of = f"{cell.compressor}, {spell_pair(cell.lm, cell.visual_tokens)}"
+        found.append(Picture(name, f"{asked_of}, asked to {question!r}"))
     return found
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlm_jax.laws import fit, law, least_squares, table
+from vlm_jax.laws import fit, fitting, law, least_squares, table
 from vlm_jax.laws.law import Law
 from vlm_jax.laws.table import Row
 from vlm_jax.settings.checks import ConfigError
@@ -38,7 +38,7 @@ def paper():
     found = {}
     for family in ("reasoning", "ocr"):
         rows = table.read(PAPER / f"paper_{family}.csv")
-        found[family] = (rows, fit.fit_family(rows, family, draws=200))
+        found[family] = (rows, fitting.fit_family(rows, family, draws=200))
     return found
 
 
@@ -82,12 +82,12 @@ def test_the_same_table_gives_the_same_law_to_the_last_bit_in_any_row_order(tmp_
     rows = rows_of(TRUE, seeds=(0, 1), run_noise=0.02, cell_noise=0.01)
     texts = []
     for ordered in (rows, rows, rows[::-1]):
-        law.save(tmp_path / "law.json", {"f": fit.fit_family(ordered, "f", draws=100)}, {})
+        law.save(tmp_path / "law.json", {"f": fitting.fit_family(ordered, "f", draws=100)}, {})
         texts.append((tmp_path / "law.json").read_text())
     assert texts[0] == texts[1] == texts[2]
-    other = fit.fit_family(rows, "f", draws=100, seed=1)
+    other = fitting.fit_family(rows, "f", draws=100, seed=1)
     assert (
-        other.law == fit.fit_family(rows, "f", draws=100).law
+        other.law == fitting.fit_family(rows, "f", draws=100).law
     )  # the seed moves the intervals only
 
 
@@ -130,7 +130,7 @@ def test_a_damaged_law_json_is_one_line(tmp_path, written_law, change, words):
 @pytest.fixture(scope="module")
 def written_law(tmp_path_factory):
     path = tmp_path_factory.mktemp("law") / "law.json"
-    law.save(path, {"f": fit.fit_family(rows_of(TRUE), "f", draws=100)}, {})
+    law.save(path, {"f": fitting.fit_family(rows_of(TRUE), "f", draws=100)}, {})
     return path.read_text()
 
 
@@ -147,13 +147,13 @@ def test_a_law_cut_short_or_written_in_another_encoding_is_one_line(tmp_path, wr
 
 def test_a_table_with_an_error_of_zero_is_fitted_and_saved(tmp_path):
     rows = [dataclasses.replace(r, error=0.0) if i == 3 else r for i, r in enumerate(rows_of(TRUE))]
-    found = fit.fit_family(rows, "f", draws=100)
+    found = fitting.fit_family(rows, "f", draws=100)
     law.save(tmp_path / "law.json", {"f": found}, {})
     assert law.load(tmp_path / "law.json")["f"].law == found.law
 
 
 def test_law_json_gives_back_the_fit(tmp_path):
-    found = fit.fit_family(rows_of(TRUE, seeds=(0, 1), run_noise=0.01), "f", draws=100)
+    found = fitting.fit_family(rows_of(TRUE, seeds=(0, 1), run_noise=0.01), "f", draws=100)
     law.save(tmp_path / "law.json", {"f": found}, {"table": "errors.csv"})
     (back,) = law.load(tmp_path / "law.json").values()
     assert (
@@ -187,7 +187,7 @@ def test_the_law_of_0_5_to_4b_predicts_7b(paper, family, worst):
     small = [row for row in rows if row.lm_params < 5e9]
     held_out = [row for row in rows if row.lm_params > 5e9]
     assert len(small) == 21 and len(held_out) == 7
-    found = fit.fit_family(small, family, draws=100).law
+    found = fitting.fit_family(small, family, draws=100).law
     predicted = found.error([r.lm_params for r in held_out], [r.visual_tokens for r in held_out])
     measured = np.array([row.error for row in held_out])
     assert np.max(np.abs(predicted / measured - 1)) <= worst
@@ -196,8 +196,8 @@ def test_the_law_of_0_5_to_4b_predicts_7b(paper, family, worst):
 def test_a_flagged_row_is_never_fitted_but_always_named():
     rows = rows_of(TRUE, seeds=(0, 1))
     failed = dataclasses.replace(rows[5], error=0.95, flag="chance level")
-    clean = fit.fit_family([row for row in rows if row is not rows[5]], "f", draws=100)
-    found = fit.fit_family([failed if row is rows[5] else row for row in rows], "f", draws=100)
+    clean = fitting.fit_family([row for row in rows if row is not rows[5]], "f", draws=100)
+    found = fitting.fit_family([failed if row is rows[5] else row for row in rows], "f", draws=100)
     assert found.law == clean.law and found.num_cells == 12
     (line,) = found.left_out
     assert "tiny, 16 visual tokens, seed 1 (error 0.950)" in line and "chance level" in line
@@ -207,8 +207,8 @@ def test_a_flagged_row_is_never_fitted_but_always_named():
 def test_another_compressors_rows_are_beside_the_law_and_named():
     rows = rows_of(TRUE)
     extra = dataclasses.replace(rows[0], compressor="quecc", error=0.01)
-    found = fit.fit_family([*rows, extra], "f", draws=100)
-    assert found.law == fit.fit_family(rows, "f", draws=100).law
+    found = fitting.fit_family([*rows, extra], "f", draws=100)
+    assert found.law == fitting.fit_family(rows, "f", draws=100).law
     assert "1 row(s) with compressor 'quecc'" in found.left_out[0]
 
 
@@ -218,8 +218,8 @@ def width(found, mode, name="alpha"):
 
 
 def test_run_to_run_noise_widens_the_interval_over_seeds_and_not_a_noiseless_one():
-    calm = fit.fit_family(rows_of(TRUE, seeds=(0, 1, 2), cell_noise=0.004), "f", draws=300)
-    wild = fit.fit_family(
+    calm = fitting.fit_family(rows_of(TRUE, seeds=(0, 1, 2), cell_noise=0.004), "f", draws=300)
+    wild = fitting.fit_family(
         rows_of(TRUE, seeds=(0, 1, 2), cell_noise=0.004, run_noise=0.03), "f", draws=300
     )
     assert width(calm, "seeds") < 1e-6  # identical runs: nothing to learn from drawing them again
@@ -229,21 +229,21 @@ def test_run_to_run_noise_widens_the_interval_over_seeds_and_not_a_noiseless_one
 
 
 def test_one_seed_gives_only_the_interval_over_cells_and_says_so():
-    found = fit.fit_family(rows_of(TRUE, cell_noise=0.004), "f", draws=100)
+    found = fitting.fit_family(rows_of(TRUE, cell_noise=0.004), "f", draws=100)
     assert list(found.intervals) == ["cells", "residuals"] and found.mode == "cells"
     assert any("one seed per cell" in line for line in found.statements)
 
 
 def test_noise_between_cells_widens_the_interval_over_cells():
     narrow, wide = (
-        fit.fit_family(rows_of(TRUE, cell_noise=noise), "f", draws=300, fixed_d=0.05)
+        fitting.fit_family(rows_of(TRUE, cell_noise=noise), "f", draws=300, fixed_d=0.05)
         for noise in (0.001, 0.01)
     )
     assert 3 * width(narrow, "cells") < width(wide, "cells")
 
 
 def test_a_resource_that_does_nothing_is_said_not_to():
-    found = fit.fit_family(rows_of(Law(0.03, 0.3, 0.0, 0.0), cell_noise=0.01), "f", draws=200)
+    found = fitting.fit_family(rows_of(Law(0.03, 0.3, 0.0, 0.0), cell_noise=0.01), "f", draws=200)
     assert any("beta is not distinguishable from 0" in line for line in found.statements)
     assert any("alpha > beta in 100.0%" in line for line in found.statements)
 
@@ -251,27 +251,27 @@ def test_a_resource_that_does_nothing_is_said_not_to():
 def test_tokens_that_harm_are_not_taken_for_sizes_that_help():
     """error = 0.3 V^0.1 whatever N: alpha = 0 is above beta = -0.1, but error falls with nothing."""
     harmed = rows_of(Law(0.3, 0.0, -0.1, 0.0), cell_noise=0.002)
-    found = fit.fit_family(harmed, "f", fixed_d=0, draws=200)
+    found = fitting.fit_family(harmed, "f", fixed_d=0, draws=200)
     assert found.statements[0] == (
         "f: alpha > beta in 100.0% of 200 resamples (cells): whether error falls with LM size at all is not settled."
     )
 
 
 def test_a_d_that_the_data_show_is_called_identified():
-    found = fit.fit_family(rows_of(Law(3e-4, 0.7, 0.5, 0.2), cell_noise=1e-4), "f", draws=100)
+    found = fitting.fit_family(rows_of(Law(3e-4, 0.7, 0.5, 0.2), cell_noise=1e-4), "f", draws=100)
     assert found.d_identified and abs(found.law.D - 0.2) < 0.01
     assert any("is identified" in line for line in found.statements)
 
 
 def test_a_fixed_d_is_kept():
-    found = fit.fit_family(rows_of(TRUE), "f", draws=100, fixed_d=0.02)
+    found = fitting.fit_family(rows_of(TRUE), "f", draws=100, fixed_d=0.02)
     assert found.law.D == 0.02 and set(found.resamples[:, 3]) == {0.02}
 
 
 def test_cells_with_many_seeds_weigh_no_more_than_cells_with_one():
     rows = rows_of(TRUE, cell_noise=0.02)
     repeated = [dataclasses.replace(rows[0], seed=seed) for seed in range(1, 9)]
-    plain, heavy = (fit.fit_family(r, "f", draws=100) for r in (rows, [*rows, *repeated]))
+    plain, heavy = (fitting.fit_family(r, "f", draws=100) for r in (rows, [*rows, *repeated]))
     assert heavy.law.alpha == pytest.approx(plain.law.alpha, abs=1e-6)
     assert heavy.sse == pytest.approx(plain.sse, rel=1e-6)
 
@@ -322,7 +322,7 @@ def test_when_every_run_of_a_size_failed_the_message_counts_the_flagged_rows():
         dataclasses.replace(r, flag="" if r.lm == "big" else "chance level") for r in rows_of(TRUE)
     ]
     with pytest.raises(ConfigError, match=r"has 1 LM size\(s\) beside 8 flagged row\(s\)"):
-        fit.fit_family(rows, "f", draws=100)
+        fitting.fit_family(rows, "f", draws=100)
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ def test_a_preset_without_a_nominal_size_is_refused():
 
 def test_weights_loss_checked_exponents_and_other_laws_survive_law_json(tmp_path):
     rows = [dataclasses.replace(row, n=400) for row in rows_of(TRUE, cell_noise=0.004)]
-    found = fit.fit_family(
+    found = fitting.fit_family(
         rows, "f", draws=100, weights="binomial", loss="huber", text_tokens=9, check=(0.2, 0.1)
     )
     law.save(tmp_path / "law.json", {"f": found}, {})

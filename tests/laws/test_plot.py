@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import tables
 
-from vlm_jax.laws import drawing, figures, fit, planning, table
+from vlm_jax.laws import drawing, figures, fitting, planning, table
 from vlm_jax.settings.checks import ConfigError
 
 
 @pytest.fixture(scope="module")
 def fits():
-    return fit.fit_table(tables.rows(), draws=200)
+    return fitting.fit_table(tables.rows(), draws=200)
 
 
 def drawn(figure) -> list[tuple[float, float]]:
@@ -110,7 +110,7 @@ def test_every_figure_labels_axes_of_any_range(ratio):
         for lm, n in sizes.items()
         for v in (4, 6)
     ]
-    found = fit.fit_family(rows, "f", fixed_d=0.0, draws=100)
+    found = fitting.fit_family(rows, "f", fixed_d=0.0, draws=100)
     plan = planning.choose(found, 1e13, 10)
     drawn_figures = [
         figures.errors_figure(rows, found, 10),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tables
 
-from vlm_jax.laws import answer, fit
+from vlm_jax.laws import answer, fitting
 from vlm_jax.laws.page import Picture
 from vlm_jax.laws.report import constants_table, error_table, write_report
 from vlm_jax.settings.checks import ConfigError
@@ -24,7 +24,7 @@ def written(path, rows, fits, **options):
 
 @pytest.fixture(scope="module")
 def fits():
-    return fit.fit_table(tables.rows(), draws=200)
+    return fitting.fit_table(tables.rows(), draws=200)
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +53,11 @@ def test_it_opens_with_the_answer_and_its_two_figures(folder, fits):
 
 def test_one_seed_has_the_binomial_interval_of_its_questions():
     rows = tables.rows(seeds=(0,))
-    table = error_table(rows, fit.fit_family(rows, "ocr", draws=200))
+    table = error_table(rows, fitting.fit_family(rows, "ocr", draws=200))
     low, high = answer.binomial_interval(0.594, 3200)
     assert table.rows[0][1] == f"0.594 ({low:.3f}–{high:.3f})"
     without = [dataclasses.replace(row, n=None) for row in rows]
-    assert error_table(without, fit.fit_family(without, "ocr", draws=200)).rows[0][1] == "0.594"
+    assert error_table(without, fitting.fit_family(without, "ocr", draws=200)).rows[0][1] == "0.594"
 
 
 def test_constants_stand_with_their_intervals_and_r2(fits):
@@ -68,7 +68,9 @@ def test_constants_stand_with_their_intervals_and_r2(fits):
     assert lines["OCR beta"][1:3] == [f"{found.law.beta:.3g}", f"{low:.3g}..{high:.3g}"]
     assert lines["OCR R2"][1] == f"{found.r2:.3f}"
     assert table.header[-1] == "fit at D = 0" and "OCR D" in lines
-    fixed = constants_table({"ocr": fit.fit_family(tables.rows(), "ocr", fixed_d=0.0, draws=200)})
+    fixed = constants_table(
+        {"ocr": fitting.fit_family(tables.rows(), "ocr", fixed_d=0.0, draws=200)}
+    )
     assert len(fixed.header) == 4 and "OCR D" not in {line[0] for line in fixed.rows}
 
 
@@ -86,7 +88,7 @@ def test_an_elastic_law_stands_beside_the_law_of_the_cells(tmp_path, fits):
         for row in rows
         if row.compressor == "tokenpacker" and not row.flag
     ]
-    elastic = fit.fit_table([*rows, *more], compressor="mqt", fixed_d=0.0, draws=100)
+    elastic = fitting.fit_table([*rows, *more], compressor="mqt", fixed_d=0.0, draws=100)
     written(tmp_path, [*rows, *more], fits, elastic=elastic)
     text = (tmp_path / "report.md").read_text()
     section = text[text.index("## One training per LM") : text.index("## How it was made")]
@@ -124,7 +126,7 @@ def test_every_table_scrolls_in_its_own_box(folder):
 
 def test_cells_show_mean_and_range_over_seeds_and_the_flag(folder):
     rows = tables.rows()
-    table = error_table(rows, fit.fit_family(rows, "ocr", draws=200))
+    table = error_table(rows, fitting.fit_family(rows, "ocr", draws=200))
     assert table.header == ["LM", "V = 1", "V = 4", "V = 16", "V = 64"]
     assert [line[0] for line in table.rows] == ["small (40k)", "middle (80k)", "large (240k)"]
     assert table.rows[0][1] == "0.600 (0.594–0.606)"
@@ -163,5 +165,5 @@ def test_the_page_is_well_formed_and_fetches_nothing(folder):
 def test_a_flagged_run_is_not_averaged_into_the_law(folder):
     rows = tables.rows()
     clean = [r for r in rows if not r.flag]
-    a, b = (fit.fit_family(r, "ocr", draws=200).law for r in (rows, clean))
+    a, b = (fitting.fit_family(r, "ocr", draws=200).law for r in (rows, clean))
     np.testing.assert_allclose((a.A, a.alpha, a.beta, a.D), (b.A, b.alpha, b.beta, b.D))

@@ -47,10 +47,6 @@ class QueCCConfig(AttendingConfig):
             raise ConfigError(
                 f"{self.name}: positions 'sines' need an encoder width that 4 divides, got {vit.width}; use 'none'."
             )
-        if not -1 <= self.query_layers <= lm.num_layers:
-            raise ConfigError(
-                f"{self.name}: query_layers {self.query_layers} must lie in [-1, {lm.num_layers}]."
-            )
 
     def num_params(self, width: int, text_width: int) -> int:
         text = text_width * width + 3 * width

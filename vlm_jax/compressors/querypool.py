@@ -37,20 +37,16 @@ class QueryPoolConfig(M3Config):
             raise ConfigError(
                 f"{self.name}: its sine positions need an encoder width that 4 divides, got {vit.width}."
             )
-        if not -1 <= self.query_layers <= lm.num_layers:
-            raise ConfigError(
-                f"{self.name}: query_layers {self.query_layers} must lie in [-1, {lm.num_layers}]."
-            )
 
     def num_params(self, width: int, text_width: int) -> int:
-        return text_width * width + 3 * width + mlp_params(width * max(1, len(self.taps)), width)
+        return text_width * width + 3 * width + mlp_params(self.taps_width(width), width)
 
     def flops(self, grid: int, width: int, text_width: int) -> int:
         """Keys, the question's map, their products, and the weighted sum of what enters the projector's last map."""
         patches = grid**2
-        keys = mlp_flops(patches, width * max(1, len(self.taps)), width)
+        keys = mlp_flops(patches, self.taps_width(width), width)
         return 2 * text_width * width + keys + 2 * patches * width + 2 * patches * text_width
 
     def entry_flops(self, grid: int, width: int, text_width: int) -> int:
         """The question's map and the keys' first."""
-        return 2 * text_width * width + 2 * grid**2 * width**2 * max(1, len(self.taps))
+        return 2 * text_width * width + 2 * grid**2 * self.taps_width(width) * width

@@ -55,10 +55,6 @@ class AttendingConfig(WindowedConfig):
         check_heads(self.name, vit.width, self.num_heads)
         super().check(vit, lm)
 
-    def taps_width(self, width: int) -> int:
-        """Channels of the multi-level features: the tapped states side by side, or the feature alone."""
-        return width * max(1, len(self.taps))
-
     def attention_flops(self, grid: int, width: int) -> int:
         """Key and value MLPs over the taps; query, key, value and output maps, scores and mixing."""
         patches, tokens = grid**2, self.num_tokens(grid)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TypeVar
 
+from vlm_jax.laws.budget import spell_pair
 from vlm_jax.laws.table import Row
 
 log = logging.getLogger(__name__)
@@ -37,8 +38,8 @@ class Rise:
     @property
     def sentence(self) -> str:
         return (
-            f"{self.row.benchmark} error {self.row.error:.3f} is above the {self.other.error:.3f} of {self.other.lm} "
-            f"with {self.other.visual_tokens} visual token{'s' * (self.other.visual_tokens > 1)}"
+            f"{self.row.benchmark} error {self.row.error:.3f} is above the {self.other.error:.3f} of "
+            f"{spell_pair(self.other.lm, self.other.visual_tokens)}"
         )
 
 

@@ -93,7 +93,9 @@ def _tables(rows: Sequence[Row], fits: Mapping[str, Fit], notes: Sequence[str]) 
         blocks += [page.heading(3, headline(spoken(family))), page.table(table)]
         remarks.append(_about_cells(rows, fit))
         if any(FLAG in cell for line in table.rows for cell in line):
-            remarks.append(f"{FLAG}: a run that stayed at chance in every rerun is left out.")
+            remarks.append(
+                f"{FLAG}: a run that stayed at chance or out of line in every rerun is left out."
+            )
     blocks.append(page.items([*dict.fromkeys(remarks), *notes]))
     level = next(iter(fits.values())).level
     about = f"{LAW} Brackets after a constant hold its {level:.0%} profile-likelihood interval; law.json has other kinds."

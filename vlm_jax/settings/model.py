@@ -265,6 +265,10 @@ class CompressorConfig:
                     f"feature layer (0..{last}); for example --config.model.compressor.taps={spread_taps(last)!r} "
                     "(evenly spaced), or () for the feature alone."
                 )
+        if not -1 <= self.query_layers <= lm.num_layers:
+            raise ConfigError(
+                f"{self.name}: query_layers {self.query_layers} must lie in [-1, {lm.num_layers}]."
+            )
 
     @classmethod
     def module_class(cls) -> Any:
@@ -275,6 +279,10 @@ class CompressorConfig:
     def module(self, grid: int, *text_width: int) -> Any:
         """The flax module. text_width: of the decoder, for a compressor that stands instead of the projector."""
         return self.module_class()(self, grid, *text_width)
+
+    def taps_width(self, width: int) -> int:
+        """Channels of the multi-level features: the tapped states side by side, or the feature alone."""
+        return width * max(1, len(self.taps))
 
     def num_tokens(self, grid: int) -> int:
         """Slots for the visual tokens of one image."""
