@@ -227,7 +227,7 @@ def run_prumerge(case: Case) -> dict:
     VLMConfig(tiny_vit(grid, last.shape[-1]), config, presets.lm("mini-45k"))
     module = COMPRESSORS[name].module(config, grid)
     apply = jax.jit(functools.partial(module.apply, mutable="intermediates"))
-    (tokens, valid, _), sown = apply({}, last, last, None, scores)
+    (tokens, valid, *_), sown = apply({}, last, last, None, scores)
     (chosen,) = sown["intermediates"]["chosen"]
     filled = np.asarray(chosen.valid)[0]  # as many in every image
     if valid is not None:
