@@ -49,7 +49,7 @@ def get_config():
 def sweep() -> ml_collections.ConfigDict:
     s = ml_collections.ConfigDict()
     s.seeds = (0,)  # each seed repeats everything: world, encoder, text, cells
-    s.lms = ("mini-21k", "mini-38k", "mini-82k", "mini-131k", "mini-254k")  # keys of presets.LM
+    s.lms = ("mini-21k", "mini-45k", "mini-82k", "mini-131k", "mini-254k")  # keys of presets.LM
     s.visual_tokens = (1, 4, 16, 64)
     s.query_aware = (("mini-82k", 1),)  # QueCC cells (LM, visual tokens), beside the law, not in it
     # Their compressor's settings: unlike QueCC as released it knows where a patch lies, and reads the question's words.
@@ -72,12 +72,12 @@ def sweep() -> ml_collections.ConfigDict:
         learning_rate=3e-3, muon_learning_rate=1e-2,
     )  # fmt: skip
     s.text = stage(
-        annotations="text_train.json", trainable="^lm/", steps=800, batch_size=32, text_tokens=66,
+        annotations="text_train.json", trainable="^lm/", steps=1000, batch_size=32, text_tokens=66,
         learning_rate=4e-3, muon_learning_rate=2e-2,
     )  # fmt: skip
     s.vlm = stage(
         annotations="vlm_train.json", trainable=ATTENDING, steps=400, batch_size=32,
-        text_tokens=58, learning_rate=1e-2, muon_learning_rate=2e-2,
+        text_tokens=64, learning_rate=1e-2, muon_learning_rate=2e-2,
     )  # fmt: skip
     # As many questions per step, one per image: a query-aware compressor looks at one question.
     s.query_aware_vlm = stage(

@@ -5,7 +5,7 @@ from configs import mini
 
 def get_config():
     c = mini.get_config()
-    c.sweep.lms = ("mini-38k", "mini-82k")
+    c.sweep.lms = ("mini-45k", "mini-82k")
     c.sweep.visual_tokens = (1, 16)
     c.sweep.train_images = 160
     c.sweep.test_images = 80

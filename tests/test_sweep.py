@@ -113,20 +113,20 @@ def test_a_cell_out_of_line_is_rerun_and_the_first_sound_try_counts(tmp_path, to
     cfg = mini.get_config()
     cfg.sweep.processes = 1
     errors, trained = told_errors
-    saved, lost = "seed 0: tokenpacker-mini-82k-v64", "seed 0: tokenpacker-mini-38k-v16"
+    saved, lost = "seed 0: tokenpacker-mini-82k-v64", "seed 0: tokenpacker-mini-45k-v16"
     errors |= {(saved, 0): 0.5, (saved, 1): 0.05, (lost, 0): 0.3, (lost, 1): 0.95, (lost, 2): 0.4}
     sweep.sweep(cfg, str(tmp_path), "test")
     assert [name for name in trained if "rerun" in name] == [
-        "tokenpacker-mini-38k-v16-rerun1", "tokenpacker-mini-38k-v16-rerun2", "tokenpacker-mini-82k-v64-rerun1",
+        "tokenpacker-mini-45k-v16-rerun1", "tokenpacker-mini-45k-v16-rerun2", "tokenpacker-mini-82k-v64-rerun1",
     ]  # fmt: skip
     rows = {(r.lm, r.visual_tokens): r for r in sweep.table.read(tmp_path / "errors.csv")[:-1]}
     assert (rows["mini-82k", 64].error, rows["mini-82k", 64].flag) == (0.05, "")
-    assert (rows["mini-38k", 16].error, rows["mini-38k", 16].flag) == (0.4, "out of line")
-    assert [cell for cell, r in rows.items() if r.flag] == [("mini-38k", 16)]
+    assert (rows["mini-45k", 16].error, rows["mini-45k", 16].flag) == (0.4, "out of line")
+    assert [cell for cell, r in rows.items() if r.flag] == [("mini-45k", 16)]
     assert json.loads((tmp_path / "reruns.json").read_text()) == [
-        f"{lost}, trained with seed 0: mini_ocr error 0.300 is above the 0.100 of mini-38k with 4 visual tokens; "
+        f"{lost}, trained with seed 0: mini_ocr error 0.300 is above the 0.100 of mini-45k with 4 visual tokens; "
         "seed 1000: mini_ocr stays at chance (error 0.950); seed 2000: mini_ocr error 0.400 is above the 0.100 of "
-        "mini-38k with 4 visual tokens, flagged and not fitted.",
+        "mini-45k with 4 visual tokens, flagged and not fitted.",
         f"{saved}, trained with seed 0: mini_ocr error 0.500 is above the 0.100 of mini-82k with 16 visual tokens; "
         "seed 1000: mini_ocr 0.050, which counts.",
     ]
@@ -134,7 +134,7 @@ def test_a_cell_out_of_line_is_rerun_and_the_first_sound_try_counts(tmp_path, to
 
 def test_rows_stand_in_the_order_of_the_plan_whichever_cell_is_finished_first(tmp_path):
     cells = sweep.cells(mini.get_config())[:4]
-    path, other = tmp_path / "errors.csv", stages.Cell(3, "tokenpacker", "mini-38k", 1)
+    path, other = tmp_path / "errors.csv", stages.Cell(3, "tokenpacker", "mini-45k", 1)
     sweep.table.write(path, [row(cells[2], 0.9), row(other, 0.3)])
     tries = {}
     for cell in (cells[3], cells[0], cells[2], cells[1]):
@@ -148,12 +148,12 @@ def test_texts_need_only_the_data_and_cells_the_features_and_their_own_text(tmp_
     cells = sweep.cells(cfg)
     plan = sweep.shared_parts(cfg, 0, cells, shared) + [sweep.cell_part(cfg, c, shared) for c in cells]  # fmt: skip
     needs = {part.name: part.needs for part in plan}
-    assert needs["seed 0: text mini-38k"] == needs["seed 0: encoder"] == ("seed 0: data",)
+    assert needs["seed 0: text mini-45k"] == needs["seed 0: encoder"] == ("seed 0: data",)
     assert needs["seed 0: quecc-mini-82k-v1"] == ("seed 0: features", "seed 0: text mini-82k")
     assert len({part.log for part in plan}) == len(plan) == 3 + len(cfg.sweep.lms) + len(cells)
     assert not any(part.log.is_relative_to(shared.features) for part in plan)
     costs = {part.name: part.cost for part in plan}
-    assert costs["seed 0: tokenpacker-mini-38k-v64"] > costs["seed 0: tokenpacker-mini-38k-v1"] > 0
+    assert costs["seed 0: tokenpacker-mini-45k-v64"] > costs["seed 0: tokenpacker-mini-45k-v1"] > 0
 
 
 def test_the_parts_of_a_sweep_are_all_cells_once_each():
@@ -191,7 +191,7 @@ def test_machines_train_their_cells_and_the_last_command_finds_them_finished(tmp
     with pytest.raises(ConfigError, match="encoder is not finished; run --part=shared to its end"):
         sweep.sweep_part(cfg, str(tmp_path), "0/2")
     sweep.sweep_part(cfg, str(tmp_path), "shared")
-    assert trained == ["seed0/encoder", "seed0/text/mini-38k", "seed0/text/mini-82k"]
+    assert trained == ["seed0/encoder", "seed0/text/mini-45k", "seed0/text/mini-82k"]
     for part in ("1/2", "0/2"):
         sweep.sweep_part(cfg, str(tmp_path), part)
     names = [f"seed0/cells/{cell.name}" for cell in sweep.cells(cfg)]

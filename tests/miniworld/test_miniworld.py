@@ -115,6 +115,8 @@ def slot(square: str) -> int:
 def test_gold_answers_follow_from_the_saved_contents(folder, name):
     contents, world = load(folder, "contents"), load(folder, "world")
     for record in load(folder, name):
+        if "image" not in record:
+            continue
         shown = contents[record["image"]]
         for i, (question, answer) in enumerate(turns(record)):
             assert question.startswith("<image>\n") == (i == 0)
@@ -152,6 +154,17 @@ def test_text_only_questions_follow_from_what_is_told_and_the_same_tables(folder
         lengths[len(sheet) if told[-1] != "floor" else 0] += 1
     assert lengths == {0: 200, 1: 50, 2: 50, 4: 50, 8: 50}
     assert scenes_told == len(records) / 2
+
+
+def test_one_training_record_in_nine_is_a_scene_told_in_words(folder):
+    world, records = load(folder, "world"), load(folder, "vlm_train")
+    told = [r for r in records if "image" not in r]
+    assert len(told) == len(records) // 9
+    for record in told:
+        words = record["conversations"][0]["value"].split()
+        assert record["conversations"][0]["from"] == "system" and words[-1] == "floor"
+        for question, answer in turns(record):
+            assert answer == gold(question, words[0], words[2], words[4], world)
 
 
 def test_listings_name_every_slot_in_raster_order(folder):
@@ -216,7 +229,7 @@ def test_no_test_image_is_a_training_image(folder):
     assert not digests["train"] & digests["test"]
     named = {r["image"] for name in ("reasoning_test", "ocr_test") for r in load(folder, name)}
     assert named == {f"images/test-{i:05d}.png" for i in range(160)}
-    assert all("/train-" in r["image"] for r in load(folder, "vlm_train"))
+    assert all("/train-" in r["image"] for r in load(folder, "vlm_train") if "image" in r)
 
 
 def test_half_are_scenes_and_dense_sheets_are_rarer_in_the_test(folder):
@@ -231,12 +244,20 @@ def test_half_are_scenes_and_dense_sheets_are_rarer_in_the_test(folder):
 
 def test_each_record_has_its_number_of_turns_and_its_own_id(folder):
     vlm, single = load(folder, "vlm_train"), load(folder, "vlm_single_train")
-    assert len(vlm) == 3 * 400 and {len(turns(r)) for r in vlm} == {8}
-    assert len(single) == 8 * len(vlm) and {len(turns(r)) for r in single} == {1}
-    assert {len(turns(r)) for r in load(folder, "reasoning_test") + load(folder, "ocr_test")} == {8}
+    shown = [r for r in vlm if "image" in r]
+    assert len(shown) == 3 * 400 and {len(turns(r)) for r in vlm} == {8}
+    assert len(single) == 8 * len(shown) and {len(turns(r)) for r in single} == {1}
+    assert {len(turns(r)) for r in load(folder, "ocr_test")} == {8}
+    of_sheets = {r["id"] for r in load(folder, "ocr_test")}
+    for record in load(folder, "reasoning_test"):
+        asked = [q.removeprefix("<image>\n").split()[0] for q, _ in turns(record)]
+        if record["id"] in of_sheets:
+            assert len(asked) == 1 and asked[0] in RELATIONS
+        else:
+            assert len(asked) == 8
     for records in (vlm, single, load(folder, "text_train")):
         assert len({r["id"] for r in records}) == len(records)
-    packed = [(r["image"], q.removeprefix("<image>\n"), a) for r in vlm for q, a in turns(r)]
+    packed = [(r["image"], q.removeprefix("<image>\n"), a) for r in shown for q, a in turns(r)]
     assert packed == [
         (r["image"], *(x.removeprefix("<image>\n") for x in turns(r)[0])) for r in single
     ]

@@ -278,11 +278,11 @@ class Chat:
         A turn has the ids that it would have as the only turn of the record.
         """
         system = self.system if record.system is None else record.system
-        turns = [dataclasses.replace(turn, images=record.turns[0].images) for turn in record.turns]
+        images = record.turns[0].images
         chars = len(system) + max(len(t.question) + len(t.answer or "") for t in record.turns)
         encode = self._cached_alone if chars < CACHED_CHARS else self._alone
         try:
-            alone = [encode(system, turn) for turn in turns]
+            alone = [encode(system, images, turn) for turn in record.turns]
         except ValueError as error:
             raise record.bad(str(error)) from None
         first = alone[0]
@@ -298,11 +298,13 @@ class Chat:
             units.append(Unit(a.ids[shared:], loss, number))
         return units
 
-    def _alone(self, system: str, turn: Turn) -> Alone:
-        *before, text = chunks(render(self.template, system, [turn]))
+    def _alone(self, system: str, images: int, turn: Turn) -> Alone:
+        """The turn after the `images` pictures of its record's first turn."""
+        shown = dataclasses.replace(turn, images=images)
+        *before, text = chunks(render(self.template, system, [shown]))
         assert text is not None  # every template writes something after the answer
         prefix = (self._bos, *self._encoded(before))
-        if turn.images:
+        if images:
             ids, loss, _ = self._tokenised(*text)
             return Alone(prefix, ids, loss, [])
         ids, loss, stops = self._chunk(*text)

@@ -3,10 +3,11 @@
 DIRECTORY/
   images/*.png            64 x 64
   encoder_train.json      images; dense listings and ordinary questions, for the encoder's training
-  vlm_train.json          images, half scenes and half sheets; `questions` turns per record
-  vlm_single_train.json   the same questions, one per record: for compressors that use the query
-  text_train.json         no images; a system message describes the scene
-  reasoning_test.json     held-out scenes      ocr_test.json  held-out sheets
+  vlm_train.json          images and, one record in nine, a scene told in words; `questions` turns per record
+  vlm_single_train.json   the questions about images, one per record: for compressors that use the query
+  text_train.json         no images; a system message describes the scene or the sheet
+  reasoning_test.json     held-out scenes, and one relation of a character on each held-out sheet
+  ocr_test.json           held-out sheets
   contents.json           what each image shows; world.json  the tables: enough to derive every answer again
   tokenizer/              loadable by transformers.AutoTokenizer
 """
@@ -41,8 +42,11 @@ KINDS = (0, 1, 0, 4, 0, 8, 2, 8, 0, 2, 0, 8, 0, 4, 2, 4)
 # Of the test images, the denser sheets are the rarer ones: the share that V tokens cannot tell apart falls about as a power of V.
 TEST_SIDES = (1, 2, 1, 4, 1, 2, 8, 1, 2, 4, 1, 2, 1, 4, 2, 8)
 TEST_KINDS = tuple(kind for side in TEST_SIDES for kind in (0, side))
-TOLD = (1, 2, 4, 8)  # slots that a text about a sheet tells, in turn
+# Slots that a text about a sheet tells, in turn. No text teaches to look one of several up, but with one slot only a model
+# with 64 visual tokens learns it later or not at all.
+TOLD = (1, 2, 4, 8)
 ENCODER_KINDS = (0, 1, 2, 4, 0, 8, 4, 8)
+IMAGES_PER_TEXT = 8  # of vlm_train: the texts among the images keep what the decoder has learnt from text
 
 
 def write(
@@ -97,9 +101,18 @@ def write(
         for r in files["vlm_train"]
         for i, turn in enumerate(_turns(r))
     ]
-    for family, kind in (("reasoning", Scene), ("ocr", Sheet)):
-        held_out = {name: content for name, content in test.items() if isinstance(content, kind)}
-        files[f"{family}_test"] = [_record(n, ask(c, rng), image=n) for n, c in held_out.items()]
+    for i in range(len(files["vlm_train"]) // IMAGES_PER_TEXT):
+        system, turns = _told(asker, questions_per_record, rng)
+        files["vlm_train"].append(_record(f"told-{i:05d}", turns, system=system))
+    reasoning, ocr = [], []
+    for name, content in test.items():
+        if isinstance(content, Scene):
+            reasoning.append(_record(name, ask(content, rng), image=name))
+            continue
+        asked = asker.read(content, questions_per_record, rng, questions.TEST_RELATED_SHARE)
+        ocr.append(_record(name, asked, image=name))
+        reasoning.append(_record(name, [asker.character(content, rng)], image=name))
+    files |= {"reasoning_test": reasoning, "ocr_test": ocr}
     shown = (train | test | dense).items()
     files["contents"] = {name: dataclasses.asdict(content) for name, content in shown}
     files["world"] = {name: t.tolist() for name, t in dataclasses.asdict(world).items()}
@@ -136,10 +149,17 @@ def _text_records(
             told = TOLD[i // 2 % len(TOLD)]
             system, turns = asker.note(questions_per_record, told, rng)
         else:
-            scene = scenes.sample_scene(rng)
-            system, turns = questions.caption(scene), asker.ask(scene, questions_per_record, rng)
+            system, turns = _told(asker, questions_per_record, rng)
         records.append(_record(f"text-{i:06d}", turns, system=system))
     return records
+
+
+def _told(
+    asker: questions.Asker, count: int, rng: np.random.Generator
+) -> tuple[str, list[questions.Turn]]:
+    """A scene in words, and `count` questions about it."""
+    scene = scenes.sample_scene(rng)
+    return questions.caption(scene), asker.ask(scene, count, rng)
 
 
 def _write_images(

@@ -116,9 +116,12 @@ LM: dict[str, dict[str, Any]] = {
     "mini-21k": _decoder(256, 48, 2, 2, 2, 8, **_MINI),
     "mini-38k": _decoder(256, 64, 2, 2, 2, 12, **_MINI),
     "mini-45k": _decoder(256, 64, 2, 2, 2, 32, **_MINI),
+    "mini-62k": _decoder(256, 64, 2, 2, 2, 76, **_MINI),
     "mini-82k": _decoder(256, 64, 2, 2, 2, 128, **_MINI),
     "mini-131k": _decoder(256, 64, 2, 2, 2, 256, **_MINI),
+    "mini-181k": _decoder(256, 64, 2, 2, 2, 384, **_MINI),
     "mini-254k": _decoder(256, 64, 2, 2, 2, 576, **_MINI),
+    "mini-500k": _decoder(256, 64, 2, 2, 2, 1216, **_MINI),
 }
 
 
