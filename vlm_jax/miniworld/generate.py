@@ -46,7 +46,9 @@ TEST_KINDS = tuple(kind for side in TEST_SIDES for kind in (0, side))
 # with 64 visual tokens learns it later or not at all.
 TOLD = (1, 2, 4, 8)
 ENCODER_KINDS = (0, 1, 2, 4, 0, 8, 4, 8)
-IMAGES_PER_TEXT = 8  # of vlm_train: the texts among the images keep what the decoder has learnt from text
+IMAGES_PER_TEXT = (
+    8  # of vlm_train: the texts among the images keep what the decoder has learnt from text
+)
 
 
 def write(
