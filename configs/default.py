@@ -191,7 +191,8 @@ def optim() -> ml_collections.ConfigDict:
     o.learning_rate = 2e-5  # peak
     o.muon_learning_rate = 1e-2  # peak, of Muon's matrices
     o.rates = ()  # (regex, factor): parameters that learn at another rate, such as (("^vit/", 0.1),)
-    o.warmup_ratio = 0.03  # of the steps, then cosine to 0
+    o.warmup_ratio = 0.03  # of the steps
+    o.decay_ratio = 0.0  # of the steps, at the end, linearly to 0 and constant before; 0 = half a cosine after the warm-up
     o.weight_decay = 0.0
     o.beta1 = 0.9
     o.beta2 = 0.999

@@ -10,11 +10,11 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
-from configs import mini
+from configs import default, mini
 from vlm_jax import compressors
 from vlm_jax.hf import named
 from vlm_jax.models.vlm import init_params
-from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.checks import ConfigError, build
 from vlm_jax.settings.run import OptimConfig
 from vlm_jax.training.optim import make_optimizer, merge, muon_axes, partition, schedule
 
@@ -91,6 +91,18 @@ def test_the_schedule_is_warm_up_then_half_a_cosine_to_zero():
         4 / 3, abs=1e-6
     )  # 2.5 steps round up to 3
     assert float(schedule(2.0, 100, 0.0)(0)) == 2
+
+
+def test_a_decay_ratio_keeps_the_rate_at_its_peak_and_ends_linearly():
+    rate = schedule(2.0, 100, 0.1, 0.4)
+    steps = {0: 0, 5: 1, 10: 2, 59: 2, 60: 2, 80: 1, 100: 0}
+    assert [float(rate(i)) for i in steps] == pytest.approx(list(steps.values()), abs=1e-6)
+    assert [float(schedule(2.0, 4, 0.0, 1.0)(i)) for i in range(5)] == [2, 1.5, 1, 0.5, 0]
+
+
+def test_a_decay_that_begins_within_the_warm_up_is_refused():
+    with pytest.raises(ConfigError, match=r"decay_ratio must lie between 0 and .* = 0.9, got 0.95"):
+        build(OptimConfig, default.optim().to_dict() | {"warmup_ratio": 0.1, "decay_ratio": 0.95})
 
 
 def test_frozen_parameters_have_no_optimiser_state():

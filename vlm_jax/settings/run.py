@@ -103,6 +103,8 @@ class OptimConfig:
     momentum_dtype: str = "float32"  # of the first moment: bfloat16 saves 2 bytes per parameter
     # (regex, factor): parameters whose learning rate is that much of the peak; the first match counts
     rates: tuple[Sequence[Any], ...] = ()
+    # Of the steps, at the end: the rate falls linearly to 0 and is constant before. 0: a half cosine after the warm-up.
+    decay_ratio: float = 0.0
 
     def __post_init__(self):
         try:  # lists, as JSON has them, become tuples
@@ -119,6 +121,10 @@ class OptimConfig:
         check_positive("optim", learning_rate=self.learning_rate, clip_norm=self.clip_norm)
         if not 0 <= self.warmup_ratio < 1:
             raise ConfigError(f"optim: warmup_ratio must lie in [0, 1), got {self.warmup_ratio}.")
+        if not 0 <= self.decay_ratio <= 1 - self.warmup_ratio:
+            raise ConfigError(
+                f"optim: decay_ratio must lie between 0 and 1 - warmup_ratio = {1 - self.warmup_ratio:g}, got {self.decay_ratio}."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -116,9 +116,10 @@ def _checksum(leaf: Array) -> UInt32[Array, "4"]:
         lambda at, x: at * x[0] + x[1], zip(sizes, indices, strict=True), 0
     )
 
-    def mixed(odd: int) -> Array:
-        x = (bits ^ (flat_index * jnp.uint32(odd))) * jnp.uint32(0x85EBCA6B)
+    def mixed(odd: Array) -> Array:
+        x = (bits ^ (flat_index * odd)) * jnp.uint32(0x85EBCA6B)
         x = (x ^ (x >> 15)) * jnp.uint32(0xC2B2AE35)
         return (x ^ (x >> 13)).sum(dtype=jnp.uint32)
 
-    return jnp.stack([mixed(odd) for odd in (0x9E3779B1, 0x7FEB352D, 0x846CA68B, 0x2545F491)])
+    odds = jnp.array([0x9E3779B1, 0x7FEB352D, 0x846CA68B, 0x2545F491], jnp.uint32)
+    return jax.vmap(mixed)(odds)  # not four times in turn: that takes four times as long to compile

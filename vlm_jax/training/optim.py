@@ -48,19 +48,22 @@ def merge(trainable: Tree, frozen: Tree) -> Tree:
     return unflatten_dict(flat, sep="/")
 
 
-def schedule(peak: float, num_steps: int, warmup_ratio: float) -> optax.Schedule:
-    """Linear from 0 to `peak` over ceil(warmup_ratio * num_steps) steps, then a half cosine to 0 at `num_steps`.
+def schedule(
+    peak: float, num_steps: int, warmup_ratio: float, decay_ratio: float = 0.0
+) -> optax.Schedule:
+    """Linear from 0 to `peak` over ceil(warmup_ratio * num_steps) steps, then down to 0 at `num_steps`.
 
-    Equal to transformers' `get_cosine_schedule_with_warmup`, which LLaVA uses; the first step of a warm-up has rate 0.
+    decay_ratio 0: a half cosine, equal to transformers' `get_cosine_schedule_with_warmup`, which LLaVA uses. Above 0: constant,
+    then linear to 0 over that last share of the steps. The first step of a warm-up has rate 0.
     """
     warmup = -int(-warmup_ratio * num_steps // 1)
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, peak, max(warmup, 1)),
-            optax.cosine_decay_schedule(peak, max(num_steps - warmup, 1)),
-        ],
-        [warmup],
-    )
+    left = max(num_steps - warmup, 1)
+    if decay_ratio:
+        decay = min(max(round(decay_ratio * num_steps), 1), left)
+        down = optax.linear_schedule(peak, 0.0, decay, transition_begin=left - decay)
+    else:
+        down = optax.cosine_decay_schedule(peak, left)
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), down], [warmup])
 
 
 def make_optimizer(
@@ -100,6 +103,11 @@ def _times(factors: Tree) -> optax.GradientTransformation:
     return optax.stateless(scaled)
 
 
+def rate(config: OptimConfig, peak: float, num_steps: int) -> optax.Schedule:
+    """The schedule of `config` that reaches `peak`."""
+    return schedule(peak, num_steps, config.warmup_ratio, config.decay_ratio)
+
+
 def _decayed(boxed: Tree) -> Tree:
     """True for kernels and adapters, to which weight decay applies, as with PEFT under transformers' Trainer."""
     flat = flatten_dict(boxed, sep="/")
@@ -109,7 +117,7 @@ def _decayed(boxed: Tree) -> Tree:
 def _adamw(config: OptimConfig, num_steps: int, boxed: Tree) -> optax.GradientTransformation:
     decayed = _decayed(boxed)
     return optax.adamw(
-        schedule(config.learning_rate, num_steps, config.warmup_ratio), config.beta1, config.beta2, config.eps,
+        rate(config, config.learning_rate, num_steps), config.beta1, config.beta2, config.eps,
         weight_decay=config.weight_decay, mask=lambda params: _restrict(decayed, params),
         mu_dtype=config.momentum_dtype,
     )  # fmt: skip
@@ -121,9 +129,7 @@ def _adafactor(config: OptimConfig, num_steps: int, boxed: Tree) -> optax.Gradie
         optax.scale_by_factored_rms(),
         optax.clip_by_block_rms(1.0),
         optax.add_decayed_weights(config.weight_decay, _decayed(boxed)),
-        optax.scale_by_learning_rate(
-            schedule(config.learning_rate, num_steps, config.warmup_ratio)
-        ),
+        optax.scale_by_learning_rate(rate(config, config.learning_rate, num_steps)),
     )
 
 
@@ -131,7 +137,7 @@ def _muon(config: OptimConfig, num_steps: int, boxed: Tree) -> optax.GradientTra
     """Muon for the hidden kernels, AdamW for everything else; weight decay applies to kernels."""
     axes = muon_axes(boxed)
     muon = optax.contrib.muon(
-        schedule(config.muon_learning_rate, num_steps, config.warmup_ratio),
+        rate(config, config.muon_learning_rate, num_steps),
         weight_decay=config.weight_decay,
         mu_dtype=config.momentum_dtype,
         muon_weight_dimension_numbers=lambda params: _restrict(axes, params),

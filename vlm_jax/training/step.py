@@ -223,9 +223,8 @@ def make_step(p: TrainPlan) -> Any:
     no backward pass (a frozen encoder, for example).
     """
     gradients = make_gradients(p)
-    rate = optim.schedule(
-        p.experiment.optim.learning_rate, p.num_steps, p.experiment.optim.warmup_ratio
-    )
+    config = p.experiment.optim
+    rate = optim.rate(config, config.learning_rate, p.num_steps)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         (loss, scalars), grads = gradients(state.trainable, batch, state.step, state.frozen)
