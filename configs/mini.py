@@ -39,6 +39,7 @@ def get_config():
 
     c.optim.optimizer = "muon"
     c.optim.warmup_ratio = 0.075
+    c.optim.decay_ratio = 0.4  # to look at a place is learnt late, and only while the rate is high
     c.optim.beta2 = 0.99
 
     c.eval.batch_size = 256

@@ -38,7 +38,7 @@ Ask = Callable[[Scene | Sheet, np.random.Generator], list[questions.Turn]]
 
 # The contents of the images of a split, in turn: 0 is a scene, k a sheet of k x k different blocks. Most training images are
 # dense sheets: a scene's answers are mostly known from text, one block is read at once, and many teach to look at a place.
-KINDS = (0, 1, 0, 4, 0, 8, 2, 8, 0, 2, 0, 8, 0, 4, 2, 4)
+KINDS = (0, 1, 2, 4, 0, 8, 2, 8, 0, 4, 8, 2, 0, 8, 4, 4)
 # Of the test images, the denser sheets are the rarer ones: the share that V tokens cannot tell apart falls about as a power of V.
 TEST_SIDES = (1, 2, 1, 4, 1, 2, 8, 1, 2, 4, 1, 2, 1, 4, 2, 8)
 TEST_KINDS = tuple(kind for side in TEST_SIDES for kind in (0, side))
