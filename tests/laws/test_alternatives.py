@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from vlm_jax.laws import alternatives, fitting, table
-from vlm_jax.laws.cells import Points, select
+from vlm_jax.laws.fitting import select
+from vlm_jax.laws.least_squares import Points
 
 DATA = Path(table.__file__).parent / "data"
 POWER, ZERO, LOG, CROSSED = (

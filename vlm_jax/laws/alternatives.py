@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float
 from scipy.special import stdtr
 
-from vlm_jax.laws.cells import Points
-from vlm_jax.laws.law import BILLION, Alternative
+from vlm_jax.laws.law import Alternative
+from vlm_jax.laws.least_squares import BILLION, Points
 
 Predict = Callable[[Float[np.ndarray, " c"], Float[np.ndarray, " c"]], Float[np.ndarray, " c"]]
 Fitter = Callable[[Points], tuple[Predict, dict[str, float]] | None]

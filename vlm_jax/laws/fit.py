@@ -14,9 +14,9 @@ from rich.console import Console
 
 from vlm_jax.laws import law as law_file
 from vlm_jax.laws import table, words
-from vlm_jax.laws.cells import LOSSES, WEIGHTS
-from vlm_jax.laws.fitting import fit_family, fit_table
-from vlm_jax.laws.law import EXPONENT_BOX, Fit
+from vlm_jax.laws.fitting import LOSSES, WEIGHTS, fit_family, fit_table
+from vlm_jax.laws.law import Fit
+from vlm_jax.laws.least_squares import EXPONENT_BOX
 from vlm_jax.laws.table import GIVEN, SIZES, counted
 from vlm_jax.settings import cli
 from vlm_jax.settings.checks import ConfigError
@@ -68,8 +68,8 @@ def show(fit: Fit, console: Console) -> None:
         f"R2 {fit.r2:.3f}, largest relative error {fit.max_relative_error:.1%}",
         style="bold", highlight=False, soft_wrap=True,
     )  # fmt: skip
-    console.print(words.constants_table(fit))
-    console.print(words.alternatives_table(fit))
+    console.print(words.constants_table(fit).on_terminal())
+    console.print(words.alternatives_table(fit).on_terminal(caption=words.ABOUT_ALTERNATIVES))
     for line in fit.statements:
         console.print("- " + line, highlight=False, markup=False, soft_wrap=True)
 

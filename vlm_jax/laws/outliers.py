@@ -12,8 +12,7 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TypeVar
 
-from vlm_jax.laws.budget import spell_pair
-from vlm_jax.laws.table import Row
+from vlm_jax.laws.table import Row, spell_pair
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,19 @@ from typing import Any
 from rich.console import Console
 
 from vlm_jax.costs.chips import CHIPS
-from vlm_jax.costs.price import Number, Workload, allowed_tokens, choosable, exact_price
-from vlm_jax.laws import fitting, table, words
+from vlm_jax.costs.price import (
+    UNITS,
+    Budget,
+    Number,
+    Workload,
+    allowed_tokens,
+    choosable,
+    exact_price,
+    find_chip,
+)
+from vlm_jax.laws import choice, fitting, table
 from vlm_jax.laws import law as law_file
-from vlm_jax.laws.budget import UNITS, Budget, Plan, find_chip
+from vlm_jax.laws.choice import Plan
 from vlm_jax.laws.law import Fit
 from vlm_jax.laws.planning import PAPER, Method, choose
 from vlm_jax.settings import cli, presets
@@ -173,9 +182,9 @@ def show(plan: Plan, console: Console) -> None:
     for line in plan.statements:
         console.print(line, highlight=False, markup=False)
     if plan.budget.chip or len(plan.phases) > 1:
-        console.print(words.phases_table(plan))
-    console.print(words.candidates_table(plan, wide=console.width >= WIDE))
-    if any(c.extrapolated for group in words.shown(plan).values() for c in group):
+        console.print(choice.phases_table(plan).on_terminal())
+    console.print(choice.candidates_table(plan, console.width >= WIDE).on_terminal(left=2))
+    if any(c.extrapolated for group in choice.shown(plan).values() for c in group):
         console.print("* outside the measured sizes or token counts", highlight=False)
 
 

@@ -9,6 +9,7 @@ see `costs/price.py`. `plan.py` is the command.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import itertools
@@ -17,29 +18,31 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from vlm_jax.costs.chips import GIB
-from vlm_jax.costs.price import Number, Price, Pricer, Workload, paper_price
-from vlm_jax.laws import words
-from vlm_jax.laws.budget import (
-    LARGEST,
-    LONGEST,
+from vlm_jax.costs.price import (
     Budget,
-    Candidate,
-    Instead,
-    Plan,
-    Span,
-    spell_pair,
+    Number,
+    Price,
+    Pricer,
+    Workload,
+    paper_flops,
+    paper_price,
     spelt,
 )
-from vlm_jax.laws.law import BILLION, Fit, Law
+from vlm_jax.laws import choice
+from vlm_jax.laws.choice import LARGEST, LONGEST, Candidate, Instead, Plan, Span
+from vlm_jax.laws.law import Fit, benchmarks_of, rows_of
+from vlm_jax.laws.least_squares import Law
+from vlm_jax.laws.table import Row
 from vlm_jax.settings.checks import ConfigError, check_positive
 from vlm_jax.settings.presets import size_name
 
 Point = tuple[str, Number, int]  # LM name, its parameters, visual tokens
 SIZES = 25  # of a free choice that stand for the whole range on the frontier
 PRECISION = 1e-6  # relative, of the largest size a budget buys
+ABOUT = 1.2  # costs within this factor of a budget are about equal to it
 STOPS = 20  # numbers of text tokens at which the choice is looked up where sizes are free
 
 
@@ -101,23 +104,14 @@ class Offer:
 
 def _largest(fits: Callable[[float], bool], low: float, high: float) -> float:
     """The largest size in [low, high] that fits, to PRECISION; low if none does."""
-    if not fits(low):
-        return low
-    if fits(high):
-        return high
-    while high / low > 1 + PRECISION:
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    steps = math.ceil(math.log(high / low) / PRECISION)
+    i = last_that(lambda i: fits(low * (high / low) ** (i / steps)), steps)
+    return high if i == steps else low * (high / low) ** (max(i, 0) / steps)
 
 
 def last_that(fits: Callable[[int], bool], high: int) -> int:
     """The last number from 0 to `high` that fits, of which all smaller ones do too; -1 if none does."""
-    low = -1
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+    return bisect.bisect_left(range(high + 1), True, key=lambda i: not fits(i)) - 1
 
 
 def optimal_visual_tokens(alpha: float, beta: float, text_tokens: Number) -> float:
@@ -189,7 +183,7 @@ def choose(
         instead=tuple(_instead(fit, offer, budget, workload, method, other)),
         continuous_optimum=optimal_visual_tokens(fit.law.alpha, fit.law.beta, workload.paid_tokens),
     )
-    return dataclasses.replace(plan, statements=tuple(words.of_plan(plan)))
+    return dataclasses.replace(plan, statements=tuple(choice.of_plan(plan)))
 
 
 def _candidates(
@@ -198,7 +192,7 @@ def _candidates(
     """All points, cheapest first, with the law's errors and how often each is the best."""
     sizes = fit.lms.values()
     params, tokens = (np.array([point[i] for point in points], float) for i in (1, 2))
-    errors, drawn = fit.law.error(params, tokens), _errors_of_resamples(fit, params, tokens)
+    errors, drawn = fit.law.error(params, tokens), fit.drawn_errors(params, tokens)
     affordable = np.array([budget.allows(price) for price in prices])
     wins = np.zeros(len(points))
     if affordable.any():
@@ -218,13 +212,6 @@ def _candidates(
     return sorted(found, key=lambda c: (c.cost, c.lm_params, c.visual_tokens))
 
 
-def _errors_of_resamples(
-    fit: Fit, params: Float[np.ndarray, "c"], tokens: Float[np.ndarray, "c"]
-) -> Float[np.ndarray, "R c"]:
-    a, alpha, beta, d = (column[:, None] for column in fit.resamples.T)
-    return a * (params / BILLION) ** -alpha * tokens**-beta + d
-
-
 def _check_affordable(budget: Budget, found: Sequence[Candidate]) -> None:
     """Raises ConfigError when no candidate fits in the memory, or none in the budget. found: cheapest first."""
     if any(c.affordable for c in found):
@@ -234,11 +221,11 @@ def _check_affordable(budget: Budget, found: Sequence[Candidate]) -> None:
         c = min(found, key=lambda c: c.amounts["gib"])
         raise ConfigError(
             f"plan: nothing fits in {budget.memory_bytes / GIB:.4g} GiB; the smallest candidate, "
-            f"{spell_pair(c.lm, c.visual_tokens)}, takes {c.amounts['gib']:.4g}: add a smaller LM, or more memory."
+            f"{c.named}, takes {c.amounts['gib']:.4g}: add a smaller LM, or more memory."
         )
     c = fitting[0]
     raise ConfigError(
-        f"plan: {budget.text} buy nothing; the cheapest candidate, {spell_pair(c.lm, c.visual_tokens)}, costs "
+        f"plan: {budget.text} buy nothing; the cheapest candidate, {c.named}, costs "
         f"{spelt(budget.kind, c.cost)}: raise the budget or add a smaller LM."
     )
 
@@ -338,4 +325,56 @@ def _instead(
         found.append(ask(words, turned, method.price))
     if other is not None:
         found.append(ask(f"cost were {other.name}", workload, other.price))
+    return found
+
+
+class Pair(NamedTuple):
+    """An (LM, visual tokens) with its cost."""
+
+    lm: str
+    lm_params: Number
+    visual_tokens: int
+    flops: float  # 2 N (Q + V)
+
+
+def measured_pairs(rows: Sequence[Row], fits: Mapping[str, Fit], text_tokens: int) -> list[Pair]:
+    """The (LM, visual tokens) that every benchmark of every law was measured at, smallest LM first."""
+    cells = [
+        {row.cell for row in rows_of(rows, fit) if row.benchmark == name and not row.flag}
+        for fit in fits.values()
+        for name in benchmarks_of(rows, fit)
+    ]
+    sizes = {lm: params for fit in fits.values() for lm, params in fit.lms.items()}
+    shared = sorted(set.intersection(*cells), key=lambda cell: (sizes[cell[0]], cell))
+    return [
+        Pair(lm, sizes[lm], v, float(paper_flops(sizes[lm], text_tokens, v))) for lm, v in shared
+    ]
+
+
+def equal_pairs(pairs: Sequence[Pair], flops: float | None = None) -> list[Pair]:
+    """Of each LM the pair whose cost is nearest to `flops`, if it is within ABOUT of it; smallest LM first.
+
+    flops: None takes the pair's cost that keeps the most LMs, of these the one whose costs differ the least.
+    """
+
+    def near(cost: float) -> list[Pair]:
+        def distance(pair: Pair) -> float:
+            return abs(math.log(pair.flops / cost))
+
+        by_lm = [[p for p in pairs if p.lm == lm] for lm in dict.fromkeys(p.lm for p in pairs)]
+        nearest = [min(own, key=distance) for own in by_lm]
+        return [pair for pair in nearest if distance(pair) <= math.log(ABOUT)]
+
+    def even(found: list[Pair]) -> float:
+        costs = [pair.flops for pair in found]
+        return min(costs, default=0) / max(costs, default=1)
+
+    choices = [near(pair.flops) for pair in pairs] if flops is None else [near(flops)]
+    found = max(choices, key=lambda found: (len(found), even(found)), default=[])
+    if len(found) < 2:
+        where = "of any one cost" if flops is None else f"of {flops / 1e9:g} GFLOPs"
+        raise ConfigError(
+            f"plot: fewer than 2 LMs have a cell within {ABOUT - 1:.0%} {where}; "
+            "measure more token counts, or give another --budget-gflops."
+        )
     return found

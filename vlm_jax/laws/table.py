@@ -75,6 +75,11 @@ class Row:
         return (self.lm, self.visual_tokens)
 
 
+def spell_pair(lm: str, visual_tokens: int) -> str:
+    """ "qwen1.5-7b with 16 visual tokens" """
+    return f"{lm} with {visual_tokens} visual token{'' if visual_tokens == 1 else 's'}"
+
+
 COLUMNS = (
     "benchmark", "family", "lm", "lm_params", "visual_tokens", "compressor", "error", "n", "seed", "flops",
     "seconds", "flag",
