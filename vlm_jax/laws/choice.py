@@ -76,6 +76,7 @@ class Plan:
     budget: Budget
     workload: Workload
     method: str  # how cost was counted
+    law: str  # the formula of the law that errors are predicted by
     sizes_free: bool
     best: Candidate
     runners_up: tuple[Candidate, ...]  # the next affordable ones by predicted error
@@ -84,7 +85,8 @@ class Plan:
     phases: tuple[Phase, ...]  # of the best one, for the whole batch
     by_text_tokens: tuple[Span, ...]  # the choice for other Q at the same budget
     instead: tuple[Instead, ...]
-    continuous_optimum: float  # V* were LM size and V free: Q beta / (alpha - beta); inf: all
+    # V* were LM size and V free: Q beta / (alpha - beta); inf: all; NaN for a law of another form.
+    continuous_optimum: float
     statements: tuple[str, ...] = ()  # the answer in words, one sentence each
 
 
@@ -122,6 +124,8 @@ def _answer(plan: Plan) -> str:
 
 def _closed_form(plan: Plan) -> list[str]:
     """Only where cost is N times tokens."""
+    if math.isnan(plan.continuous_optimum):
+        return [f"errors are predicted by {plan.law}, not by the power law of the fit."]
     if plan.budget.kind != "gflops":
         return []
     optimum = plan.continuous_optimum

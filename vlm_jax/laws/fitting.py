@@ -25,10 +25,11 @@ import numpy as np
 from jaxtyping import Float
 
 from vlm_jax.costs.price import Number
-from vlm_jax.laws import table, uncertainty, words
+from vlm_jax.laws import questions, table, uncertainty, words
 from vlm_jax.laws.alternatives import compare
-from vlm_jax.laws.law import CONSTANTS, Fit, Interval
+from vlm_jax.laws.law import CONSTANTS, QUESTIONS, Fit, Interval
 from vlm_jax.laws.least_squares import BILLION, Cells, Law, Solutions, solve
+from vlm_jax.laws.questions import Without
 from vlm_jax.laws.table import Row
 from vlm_jax.laws.uncertainty import MODES, RESIDUALS, Profiles, profile
 from vlm_jax.settings.checks import ConfigError
@@ -55,17 +56,19 @@ def fit_family(
     loss: str = "squares",
     text_tokens: int | None = None,
     check: tuple[float, float] | None = None,
+    without: Without | None = None,
 ) -> Fit:
     """Fits one family's law; flagged rows and other compressors' rows are left out and named in `left_out`.
 
     Args:
-      benchmark: fits this benchmark alone; None the mean over the family's benchmarks.
+      benchmark: fits this benchmark alone, or the mean over several with commas between; None over all of the family's.
       compressor: None takes the one with the most cells.
       fixed_d: None fits D >= 0.
       draws, seed: of the bootstrap; the same numbers give the same intervals.
       weights: of the cells, even or binomial (from n). loss: squares or huber; see `binomial` and `huber`.
       text_tokens: Q; compares the law in Q + V too.
       check: (alpha, beta) to test against the joint region.
+      without: of `questions.read`; adds intervals over the questions that were asked.
     """
     _check_options(level, draws, fixed_d, text_tokens, weights, loss)
     constants = 4 if fixed_d is None else 3
@@ -79,6 +82,8 @@ def fit_family(
     tails = {m: uncertainty.expanded_tail(cells, m, constants, level) for m in solved}
     mode = next(m for m in reversed(MODES) if m in solved)  # both, where both can be drawn
     lms = {row.lm: row.lm_params for row in cells.rows}
+    asked = _of_benchmark(rows, family, benchmark)
+    over = None if without is None else questions.jackknife(cells, asked, without, fixed_d, level)
     found = Fit(
         family=family,
         benchmark=cells.rows[0].benchmark,
@@ -94,12 +99,15 @@ def fit_family(
         num_cells=len(points.errors),
         num_seeds=len({row.seed for row in cells.rows}),
         level=level,
-        intervals={m: _intervals(s, tails[m], level) for m, s in solved.items()},
+        intervals={m: _intervals(s, tails[m], level) for m, s in solved.items()}
+        | ({QUESTIONS: over.intervals} if over else {}),
         tails=tails,
         p_alpha_greater={m: float(np.mean(s.alpha > s.beta)) for m, s in solved.items()},
         d_profile=_profile_d(profiles, level),
         profile={name: profiles.interval(name, level) for name in CONSTANTS},
-        alternatives=compare(points, {lm: n / BILLION for lm, n in lms.items()}, text_tokens),
+        alternatives=compare(
+            points, {lm: n / BILLION for lm, n in lms.items()}, text_tokens, cells.samples
+        ),
         weights=weights,
         loss=loss,
         down_weighted=() if loss == "squares" else _down_weighted(cells),
@@ -109,6 +117,10 @@ def fit_family(
         lms=lms,
         visual_tokens=tuple(sorted({row.visual_tokens for row in cells.rows})),
         left_out=cells.left_out,
+        cells=tuple(zip(*(a.tolist() for a in (*points, cells.samples)), strict=True)),
+        benchmarks=tuple(sorted({row.benchmark for row in asked})),
+        question_error=over.largest if over else None,
+        question_shares=over.shares if over else {},
     )
     return dataclasses.replace(found, statements=tuple(words.of_fit(found)))
 
@@ -127,7 +139,7 @@ def select(
     """The family's rows of one compressor, flagged ones left out.
 
     Args:
-      benchmark: None takes the mean over the family's benchmarks. compressor: None takes the one with the most cells.
+      benchmark: see `fit_family`. compressor: None takes the one with the most cells.
       constants: how many the law has; raises ConfigError when the cells cannot determine them.
     """
     rows = _of_benchmark(rows, family, benchmark)
@@ -140,23 +152,24 @@ def select(
     ]
     used = [row for row in rows if not row.flag]
     _check(used, family, constants, flagged=len(rows) - len(used))
-    index = {cell: i for i, cell in enumerate(dict.fromkeys(row.cell for row in used))}
-    cell_of = np.array([index[row.cell] for row in used])
+    keys = [(*row.cell, row.train_samples) for row in used]
+    index = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    cell_of = np.array([index[key] for key in keys])
     return Cells(tuple(used), tuple(left_out), cell_of, np.ones(len(index)))
 
 
 def _of_benchmark(rows: Sequence[Row], family: str, benchmark: str | None) -> list[Row]:
+    """benchmark: one, or several with commas between; None: all."""
     own = [row for row in rows if row.family == family]
     if not own:
         has = sorted({row.family for row in rows})
         raise ConfigError(f"fit: family {family!r} is not in the table; it has {has}.")
-    found = [row for row in own if benchmark in (None, row.benchmark)]
-    if not found:
-        has = sorted({row.benchmark for row in own})
-        raise ConfigError(
-            f"fit: benchmark {benchmark!r} is not in family {family!r}; it has {has}."
-        )
-    return found
+    has = sorted({row.benchmark for row in own})
+    wanted = has if benchmark is None else benchmark.split(",")
+    for name in wanted:
+        if name not in has:
+            raise ConfigError(f"fit: benchmark {name!r} is not in family {family!r}; it has {has}.")
+    return [row for row in own if row.benchmark in wanted]
 
 
 def _choose_compressor(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -19,6 +19,7 @@ from vlm_jax.settings.checks import ConfigError
 
 LAW_FORMAT = 2
 Interval = tuple[float, float]
+QUESTIONS = "questions"  # the name of intervals over questions, beside those of resampling modes
 CONSTANTS = ("A", "alpha", "beta", "D", "alpha/beta")
 _LAWS = ("law", "law_d_zero", "law_nonnegative")
 _LISTS = ("visual_tokens", "left_out", "down_weighted", "statements")
@@ -87,6 +88,16 @@ class Fit:
     lms: dict[str, int | float]  # name -> parameters, as measured
     visual_tokens: tuple[int, ...]
     left_out: tuple[str, ...]  # rows that were not fitted, and why
+    cells: tuple[
+        tuple[float, ...], ...
+    ] = ()  # N in billions, V, error, weight, training samples or 0
+    benchmarks: tuple[str, ...] = ()  # the ones that the error is the mean of
+    question_error: float | None = (
+        None  # largest standard error of a cell over questions, if asked for
+    )
+    question_shares: dict[str, float] = dataclasses.field(
+        default_factory=dict
+    )  # benchmark -> of that variance
     statements: tuple[str, ...] = ()  # what the numbers say, one sentence each; see `words.py`
 
     def drawn_errors(self, lm_params: Any, visual_tokens: Any) -> np.ndarray:
@@ -98,11 +109,19 @@ class Fit:
         return not self.d_fixed and self.d_profile["D"] is not None and self.d_profile["D"][0] > 0
 
 
+class Forecast(NamedTuple):
+    """A law as a plan asks it. Both functions take parameters of LMs and visual tokens, [c]."""
+
+    formula: str
+    error: Callable[[Any, Any], np.ndarray]
+    drawn_errors: Callable[[Any, Any], np.ndarray]  # of each resample, [R c]
+    tail: float  # percent of resamples to cut off at either end of an interval
+
+
 def rows_of(rows: Sequence[Row], fit: Fit) -> list[Row]:
     """The measurements behind a fit, flagged ones included."""
     own = [row for row in rows if row.family == fit.family and row.compressor == fit.compressor]
-    single = [row for row in own if row.benchmark == fit.benchmark]
-    return single or own
+    return [row for row in own if row.benchmark in (fit.benchmarks or (fit.benchmark,))] or own
 
 
 def benchmarks_of(rows: Sequence[Row], fit: Fit) -> list[str]:
@@ -178,6 +197,8 @@ def _from_dict(fields: dict[str, Any]) -> Fit:
     values["intervals"] = {mode: _pairs(group) for mode, group in fields["intervals"].items()}
     values |= {name: _pairs(fields[name]) for name in ("d_profile", "profile")}
     values |= {name: tuple(fields[name]) for name in _LISTS}
+    values["cells"] = tuple(map(tuple, fields.get("cells", ())))
+    values["benchmarks"] = tuple(fields.get("benchmarks", ()))
     values["resamples"] = np.asarray(fields["resamples"], float)
     return Fit(**values)
 

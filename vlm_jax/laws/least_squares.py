@@ -82,7 +82,7 @@ class Points(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Cells:
-    """The measurements behind one law. A cell is one (LM, visual tokens); its seeds share its weight."""
+    """The measurements behind one law. A cell is one (LM, visual tokens, training samples); its seeds share its weight."""
 
     rows: tuple[Row, ...]  # one per (cell, seed), smallest LM and fewest tokens first
     left_out: tuple[str, ...]  # a line per group of rows that is not fitted, and why
@@ -110,6 +110,12 @@ class Cells:
     def means(self) -> Float[np.ndarray, " c"]:
         """Each cell's error: the mean over its seeds."""
         return np.bincount(self.cell_of, self.errors) / np.bincount(self.cell_of)
+
+    @property
+    def samples(self) -> Float[np.ndarray, " c"]:
+        """Training samples of each cell; 0 where they are not known."""
+        first = np.unique(self.cell_of, return_index=True)[1]
+        return np.array([self.rows[i].train_samples or 0 for i in first], float)
 
     @property
     def points(self) -> Points:

@@ -25,6 +25,7 @@ from vlm_jax.costs.price import (
 )
 from vlm_jax.laws import choice, fitting, table
 from vlm_jax.laws import law as law_file
+from vlm_jax.laws.alternatives import LAW_FORMS, POWER
 from vlm_jax.laws.choice import Plan
 from vlm_jax.laws.law import Fit
 from vlm_jax.laws.planning import PAPER, Method, choose
@@ -50,6 +51,7 @@ def _parser() -> cli.OneLineParser:
     add("--text-tokens", type=int, required=True, help="Q: prompt tokens beside the visual ones")
     add("--cached", action="store_true", help="the text's keys and values are cached")
     add("--output-tokens", type=int, default=0, help="answer tokens; the paper counts them with Q")
+    add("--law-form", choices=LAW_FORMS, default=POWER, help="predict errors by another law of the same cells; supported: that of the least AICc")  # fmt: skip
     add("--lms", help="candidates: presets or NAME=PARAMS, comma-separated (default: measured)")
     add("--free-sizes", nargs="?", const="", metavar="LOW,HIGH", help="any size (default: between the measured)")  # fmt: skip
     add("--visual-tokens", help='candidates, comma-separated, or "all" the compressor can give')
@@ -174,6 +176,7 @@ def _plan(args: Namespace, fit: Fit, budget: Budget) -> Plan:
         free_sizes=free,
         method=exact if args.exact and exact else PAPER,
         other=PAPER if args.exact else exact,
+        law_form=args.law_form,
     )
 
 
@@ -193,7 +196,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     fields: dict[str, Any] = dataclasses.asdict(plan)
     for name, kind in (("by_text_tokens", plan.by_text_tokens), ("instead", plan.instead)):
         fields[name] = [item._asdict() for item in kind]
-    if math.isinf(plan.continuous_optimum):
+    if not math.isfinite(plan.continuous_optimum):
         fields["continuous_optimum"] = None  # JSON has no infinity
     return fields
 

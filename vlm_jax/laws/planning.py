@@ -32,8 +32,9 @@ from vlm_jax.costs.price import (
     spelt,
 )
 from vlm_jax.laws import choice
+from vlm_jax.laws.alternatives import POWER, forecast
 from vlm_jax.laws.choice import LARGEST, LONGEST, Candidate, Instead, Plan, Span
-from vlm_jax.laws.law import Fit, benchmarks_of, rows_of
+from vlm_jax.laws.law import Fit, Forecast, benchmarks_of, rows_of
 from vlm_jax.laws.least_squares import Law
 from vlm_jax.laws.table import Row
 from vlm_jax.settings.checks import ConfigError, check_positive
@@ -143,6 +144,7 @@ def choose(
     free_sizes: tuple[Number, Number] | None = None,
     method: Method = PAPER,
     other: Method | None = None,
+    law_form: str = POWER,
     runners_up: int = 4,
 ) -> Plan:
     """The candidate of least predicted error that the budget and the memory allow; of equals the cheapest.
@@ -151,7 +153,7 @@ def choose(
       budget: a number is FLOPs of one question. workload: a number is its text tokens Q.
       lms, visual_tokens: candidates; None takes those the law was measured on.
       free_sizes: instead of `lms`, every size between two numbers of parameters.
-      other: a second way to count, for what it would choose.
+      other: a second way to count, for what it would choose. law_form: see `alternatives.forecast`.
     """
     if not isinstance(budget, Budget):
         budget = Budget("gflops", budget / 1e9)
@@ -162,9 +164,9 @@ def choose(
         tuple(sorted(set(fit.visual_tokens if visual_tokens is None else visual_tokens))),
         free_sizes,
     )
-    points = offer.points(budget, workload, method.price)
+    points, law = offer.points(budget, workload, method.price), forecast(fit, law_form)
     prices = [method.price(*point, workload) for point in points]
-    found = _candidates(fit, budget, points, prices)
+    found = _candidates(fit, law, budget, points, prices)
     _check_affordable(budget, found)
     ranked = sorted((c for c in found if c.affordable), key=lambda c: (c.error, c.cost))
     best = ranked[0]
@@ -173,33 +175,35 @@ def choose(
         budget=budget,
         workload=workload,
         method=method.name,
+        law=law.formula,
         sizes_free=free_sizes is not None,
         best=best,
         runners_up=tuple(ranked[1 : 1 + runners_up]),
         frontier=tuple(_frontier(found, budget)),
         candidates=tuple(found),
         phases=method.price(best.lm, best.lm_params, best.visual_tokens, workload).phases,
-        by_text_tokens=tuple(_spans(fit, offer, budget, workload, method.price)),
-        instead=tuple(_instead(fit, offer, budget, workload, method, other)),
-        continuous_optimum=optimal_visual_tokens(fit.law.alpha, fit.law.beta, workload.paid_tokens),
+        by_text_tokens=tuple(_spans(law, offer, budget, workload, method.price)),
+        instead=tuple(_instead(law, offer, budget, workload, method, other)),
+        continuous_optimum=math.nan
+        if law_form != POWER
+        else optimal_visual_tokens(fit.law.alpha, fit.law.beta, workload.paid_tokens),
     )
     return dataclasses.replace(plan, statements=tuple(choice.of_plan(plan)))
 
 
 def _candidates(
-    fit: Fit, budget: Budget, points: Sequence[Point], prices: Sequence[Price]
+    fit: Fit, law: Forecast, budget: Budget, points: Sequence[Point], prices: Sequence[Price]
 ) -> list[Candidate]:
     """All points, cheapest first, with the law's errors and how often each is the best."""
     sizes = fit.lms.values()
     params, tokens = (np.array([point[i] for point in points], float) for i in (1, 2))
-    errors, drawn = fit.law.error(params, tokens), fit.drawn_errors(params, tokens)
+    errors, drawn = law.error(params, tokens), law.drawn_errors(params, tokens)
     affordable = np.array([budget.allows(price) for price in prices])
     wins = np.zeros(len(points))
     if affordable.any():
         winners = np.flatnonzero(affordable)[drawn[:, affordable].argmin(1)]
         wins = np.bincount(winners, minlength=len(points)) / len(drawn)
-    tail = fit.tails[fit.mode]
-    low, high = np.percentile(drawn, [tail, 100 - tail], axis=0)
+    low, high = np.percentile(drawn, [law.tail, 100 - law.tail], axis=0)
     high = np.where(errors > LARGEST, high, np.minimum(high, LARGEST))
     found = [
         Candidate(
@@ -241,19 +245,21 @@ def _frontier(candidates: Sequence[Candidate], budget: Budget) -> list[Candidate
 
 
 def _best(
-    fit: Fit, points: Sequence[Point], budget: Budget, workload: Workload, price: Pricer
+    law: Forecast, points: Sequence[Point], budget: Budget, workload: Workload, price: Pricer
 ) -> Point | None:
     """The choice alone; None if nothing is affordable."""
     priced = [(point, price(*point, workload)) for point in points]
     allowed = [
-        (float(fit.law.error(point[1], point[2])), budget.amount(cost), point)
+        (float(law.error(point[1], point[2])), budget.amount(cost), point)
         for point, cost in priced
         if budget.allows(cost)
     ]
     return min(allowed)[2] if allowed else None
 
 
-def _spans(fit: Fit, offer: Offer, budget: Budget, workload: Workload, price: Pricer) -> list[Span]:
+def _spans(
+    law: Forecast, offer: Offer, budget: Budget, workload: Workload, price: Pricer
+) -> list[Span]:
     """The choice for every Q from 0.
 
     A cost grows with Q and an error does not depend on it, so each given candidate has a last Q at which it is affordable,
@@ -261,11 +267,11 @@ def _spans(fit: Fit, offer: Offer, budget: Budget, workload: Workload, price: Pr
     `_spans_of_free_sizes`.
     """
     if offer.free_sizes is not None:
-        return _spans_of_free_sizes(fit, offer, budget, workload, price)
+        return _spans_of_free_sizes(law, offer, budget, workload, price)
     spans: list[Span] = []
     points = offer.points(budget, workload, price)
     longest = max(LONGEST, workload.text_tokens)
-    for lm, size, count in sorted(points, key=lambda p: (float(fit.law.error(p[1], p[2])), p[1])):
+    for lm, size, count in sorted(points, key=lambda p: (float(law.error(p[1], p[2])), p[1])):
 
         def affordable(q: int, point: Point = (lm, size, count)) -> bool:
             return budget.allows(price(*point, dataclasses.replace(workload, text_tokens=q)))
@@ -277,7 +283,7 @@ def _spans(fit: Fit, offer: Offer, budget: Budget, workload: Workload, price: Pr
 
 
 def _spans_of_free_sizes(
-    fit: Fit, offer: Offer, budget: Budget, workload: Workload, price: Pricer
+    law: Forecast, offer: Offer, budget: Budget, workload: Workload, price: Pricer
 ) -> list[Span]:
     """As far as 4 Q: the choice at STOPS values of Q and beside the given one, and by bisection where it flips between two.
 
@@ -287,7 +293,7 @@ def _spans_of_free_sizes(
     @functools.cache
     def count(q: int) -> int:
         now = dataclasses.replace(workload, text_tokens=q)
-        best = _best(fit, offer.ends(budget, now, price), budget, now, price)
+        best = _best(law, offer.ends(budget, now, price), budget, now, price)
         return 0 if best is None else best[2]
 
     here, far = workload.text_tokens, max(4 * workload.text_tokens, 256)
@@ -304,14 +310,19 @@ def _spans_of_free_sizes(
 
 
 def _instead(
-    fit: Fit, offer: Offer, budget: Budget, workload: Workload, method: Method, other: Method | None
+    law: Forecast,
+    offer: Offer,
+    budget: Budget,
+    workload: Workload,
+    method: Method,
+    other: Method | None,
 ) -> list[Instead]:
     """With the text cached if it is not (and the reverse), and with cost counted the other way."""
 
     def ask(assumption: str, workload: Workload, price: Pricer) -> Instead:
         try:
             points = offer.points(budget, workload, price)
-            best = _best(fit, points, budget, workload, price)
+            best = _best(law, points, budget, workload, price)
         except ConfigError as error:  # a size without shapes, a count the compressor cannot give
             return Instead(assumption, "", 0, str(error))
         if best is None:

@@ -13,7 +13,7 @@ import rich.table
 from rich.box import SIMPLE
 from scipy import stats
 
-from vlm_jax.laws.law import CONSTANTS, Check, Fit, Interval, rows_of
+from vlm_jax.laws.law import CONSTANTS, QUESTIONS, Check, Fit, Interval, rows_of
 from vlm_jax.laws.least_squares import EXPONENT_BOX, Law
 from vlm_jax.laws.table import Row, family_mean, spell_pair
 
@@ -42,7 +42,9 @@ def doubts(fit: Fit) -> list[str]:
         lines.append(
             f"{fit.family}: one seed per cell: the intervals know nothing of run-to-run differences."
         )
+    lines += _over_questions(fit)
     lines += _which_law(fit)
+    lines += _best_beyond(fit)
     if fit.down_weighted:
         lines.append(
             f"{fit.family}: the robust loss counts these cells less: {'; '.join(fit.down_weighted)}."
@@ -112,6 +114,18 @@ def _signs(fit: Fit) -> list[str]:
     return lines
 
 
+def _over_questions(fit: Fit) -> list[str]:
+    if fit.question_error is None:
+        return []
+    found = fit.intervals[QUESTIONS]
+    spans = ", ".join(f"{name} in {between(span)}" for name, span in found.items() if span)
+    shares = ", ".join(f"{share:.0%} {name}" for name, share in fit.question_shares.items())
+    return [
+        f"{fit.family}: other questions of the same kind would leave {spans} (pictures drawn whole, the same for every cell; "
+        f"{shares} of that variance); the standard error of a cell is {fit.question_error:.2g} at most."
+    ]
+
+
 def _which_law(fit: Fit) -> list[str]:
     known = [(law.aicc, law.formula) for law in fit.alternatives if law.aicc is not None]
     if len(known) < 2:
@@ -125,6 +139,22 @@ def _which_law(fit: Fit) -> list[str]:
         ]
     return [
         f"{fit.family}: not settled which law holds: AICc differs by less than {SETTLED:g} between {' and '.join(close)}."
+    ]
+
+
+def _best_beyond(fit: Fit) -> list[str]:
+    """Which law predicts an LM size from the others, where every law can be asked."""
+    off = {
+        law.formula: statistics.fmean(mean for mean, _ in law.held_out.values())
+        for law in fit.alternatives
+        if law.held_out
+    }
+    if len(off) < max(2, len(fit.alternatives)):
+        return []
+    best, fitted = min(off, key=lambda formula: off[formula]), fit.alternatives[0].formula
+    return [
+        f"{fit.family}: LM sizes left out are predicted best by {best}: {off[best]:.2%} off on average, against "
+        f"{off[fitted]:.2%} by {fitted}."
     ]
 
 
@@ -178,9 +208,10 @@ def constants_table(fit: Fit) -> Table:
         first, last = (_number(_constant(law, name)) for law in (fit.law, fit.law_d_zero))
         drawn = fit.intervals[fit.mode][name] if name != "D" or fit.d_identified else None
         body.append([name, first, span(fit.profile[name]), span(drawn), last])
-    return Table(
-        ["constant", "value", f"{fit.level:.0%} profile", f"over {fit.mode}", "at D = 0"], body
-    )
+        if QUESTIONS in fit.intervals:
+            body[-1].append(span(fit.intervals[QUESTIONS][name]))
+    header = ["constant", "value", f"{fit.level:.0%} profile", f"over {fit.mode}", "at D = 0", "over questions"]  # fmt: skip
+    return Table(header[: len(body[0])], body)
 
 
 def alternatives_table(fit: Fit) -> Table:
