@@ -72,18 +72,14 @@ def fit_family(
     """
     _check_options(level, draws, fixed_d, text_tokens, weights, loss)
     constants = 4 if fixed_d is None else 3
-    chosen = select(rows, family, benchmark, compressor, constants)
-    cells = weighed(chosen, weights, loss, fixed_d)
+    cells = weighed(select(rows, family, benchmark, compressor, constants), weights, loss, fixed_d)
     points, profiles = cells.points, profile(cells, fixed_d)
     law, sse = profiles.law, profiles.sse
     predicted = law.error(points.size * BILLION, points.tokens)
     nonnegative, sse_nonnegative = profiles.nonnegative()
-    solved = _resampled(cells, predicted, constants, draws, seed, fixed_d)
-    tails = {m: uncertainty.expanded_tail(cells, m, constants, level) for m in solved}
-    mode = next(m for m in reversed(MODES) if m in solved)  # both, where both can be drawn
     lms = {row.lm: row.lm_params for row in cells.rows}
+    billions = {lm: n / BILLION for lm, n in lms.items()}
     asked = _of_benchmark(rows, family, benchmark)
-    over = None if without is None else questions.jackknife(cells, asked, without, fixed_d, level)
     found = Fit(
         family=family,
         benchmark=cells.rows[0].benchmark,
@@ -99,30 +95,30 @@ def fit_family(
         num_cells=len(points.errors),
         num_seeds=len({row.seed for row in cells.rows}),
         level=level,
-        intervals={m: _intervals(s, tails[m], level) for m, s in solved.items()}
-        | ({QUESTIONS: over.intervals} if over else {}),
-        tails=tails,
-        p_alpha_greater={m: float(np.mean(s.alpha > s.beta)) for m, s in solved.items()},
+        **_bootstraps(cells, predicted, constants, draws, seed, fixed_d, level),
         d_profile=_profile_d(profiles, level),
         profile={name: profiles.interval(name, level) for name in CONSTANTS},
-        alternatives=compare(
-            points, {lm: n / BILLION for lm, n in lms.items()}, text_tokens, cells.samples
-        ),
+        alternatives=compare(points, billions, text_tokens, cells.samples),
         weights=weights,
         loss=loss,
         down_weighted=() if loss == "squares" else _down_weighted(cells),
         check=None if check is None else profiles.check(*check, level),
-        resamples=np.stack(solved[mode][:4], axis=1),
-        mode=mode,
         lms=lms,
         visual_tokens=tuple(sorted({row.visual_tokens for row in cells.rows})),
         left_out=cells.left_out,
         cells=tuple(zip(*(a.tolist() for a in (*points, cells.samples)), strict=True)),
         benchmarks=tuple(sorted({row.benchmark for row in asked})),
-        question_error=over.largest if over else None,
-        question_shares=over.shares if over else {},
     )
+    if without is not None:
+        found = _with_questions(found, questions.jackknife(cells, asked, without, fixed_d, level))
     return dataclasses.replace(found, statements=tuple(words.of_fit(found)))
+
+
+def _with_questions(fit: Fit, over: questions.OverQuestions) -> Fit:
+    intervals = fit.intervals | {QUESTIONS: over.intervals}
+    return dataclasses.replace(
+        fit, intervals=intervals, question_error=over.largest, question_shares=over.shares
+    )
 
 
 def fit_table(rows: Sequence[Row], **options: Any) -> dict[str, Fit]:
@@ -302,6 +298,28 @@ def _resampled(
     errors = uncertainty.resample_residuals(points, predicted, constants, draws, seed)
     even = np.tile(points.weights, (draws, 1))
     return solved | {RESIDUALS: solve(points.size, points.tokens, errors, even, fixed)}
+
+
+def _bootstraps(
+    cells: Cells,
+    predicted: np.ndarray,
+    constants: int,
+    draws: int,
+    seed: int,
+    fixed_d: Number | None,
+    level: float,
+) -> dict[str, Any]:
+    """What a fit says of its resamples, by the names of its fields."""
+    solved = _resampled(cells, predicted, constants, draws, seed, fixed_d)
+    tails = {m: uncertainty.expanded_tail(cells, m, constants, level) for m in solved}
+    mode = next(m for m in reversed(MODES) if m in solved)  # both, where both can be drawn
+    return {
+        "intervals": {m: _intervals(s, tails[m], level) for m, s in solved.items()},
+        "tails": tails,
+        "p_alpha_greater": {m: float(np.mean(s.alpha > s.beta)) for m, s in solved.items()},
+        "resamples": np.stack(solved[mode][:4], axis=1),
+        "mode": mode,
+    }
 
 
 def _down_weighted(cells: Cells) -> tuple[str, ...]:
