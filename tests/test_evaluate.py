@@ -20,7 +20,7 @@ from vlm_jax import benchmarks, compressors, evaluate, train
 from vlm_jax.benchmarks import vqa
 from vlm_jax.inference import answer, evaluation, features
 from vlm_jax.inference.settings import EvalConfig
-from vlm_jax.laws import table
+from vlm_jax.laws import questions, table
 from vlm_jax.settings import presets
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import InitConfig, MeshConfig
@@ -96,6 +96,16 @@ def test_the_errors_row_says_what_was_measured(world, first):
     assert row.lm == presets.size_name(lm.total_params)
     assert 0 < row.seconds < 60
     assert 2 * lm.non_embedding_params * 5 < row.flops < 2 * lm.non_embedding_params * 100
+
+
+def test_the_errors_without_groups_of_pictures_stand_beside_the_row(world, first):
+    workdir, scores = first
+    (row,) = table.read(workdir / "errors.csv")
+    found = questions.read([workdir / "questions.jsonl"])
+    texts = list(answers(workdir).items())
+    assert found == {row.key: benchmarks.errors_without_groups("llava", rows(world), texts)}
+    known = [error for error in found[row.key] if error is not None]
+    assert len(set(known)) > 1 and min(known) <= scores[0]["error"] <= max(known)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])

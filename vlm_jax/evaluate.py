@@ -6,6 +6,7 @@
     DIR/<benchmark>/<upload>            the file for the official server or judge, where there is one
     DIR/scores.json                     [{"benchmark", "score", "error", "n", "details"}, ...]
     DIR/errors.csv                      one row per benchmark (laws/table.py)
+    DIR/questions.jsonl                 the same errors without each group of pictures (laws/questions.py), for laws.fit --questions
 
 A workdir with answers by other weights, with other settings or to other questions is refused. If only gold answers changed,
 the saved answers are scored again. A benchmark with hidden gold answers gets predictions and an upload, but no score and no row.

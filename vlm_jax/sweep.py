@@ -31,8 +31,8 @@ from vlm_jax.hf import named
 from vlm_jax.inference import evaluation
 from vlm_jax.inference.settings import EvalConfig
 from vlm_jax.laws import fitting, law, outliers, report, table
-from vlm_jax.laws.budget import spell_pair
-from vlm_jax.laws.page import Picture
+from vlm_jax.laws.report import Picture
+from vlm_jax.laws.table import spell_pair
 from vlm_jax.miniworld import CAVEATS, generate
 from vlm_jax.parts import Clock, Part
 from vlm_jax.settings import cli, presets

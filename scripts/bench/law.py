@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from vlm_jax.laws import fitting, table
-from vlm_jax.laws.cells import select
+from vlm_jax.laws.fitting import select
 from vlm_jax.laws.law import CONSTANTS, Law
 from vlm_jax.laws.table import Row
 from vlm_jax.laws.uncertainty import profile

@@ -7,8 +7,7 @@ from compressor import compressor_config
 from vlm_jax.compressors import with_tokens
 from vlm_jax.costs import chips, flops, memory
 from vlm_jax.costs import price as cost
-from vlm_jax.costs.price import Phase, Price, Workload
-from vlm_jax.laws.budget import Budget, find_chip
+from vlm_jax.costs.price import Budget, Phase, Price, Workload, find_chip
 from vlm_jax.models.lm import empty_cache
 from vlm_jax.settings import presets
 from vlm_jax.settings.checks import ConfigError

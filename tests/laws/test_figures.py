@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlm_jax.laws import cells, drawing, figures, fitting, law, planning, plot, table
+from vlm_jax.laws import drawing, figures, fitting, law, planning, plot, table
 from vlm_jax.laws.law import BILLION
 from vlm_jax.settings.checks import ConfigError
 
@@ -86,14 +86,14 @@ def test_bars_of_equal_cost_are_the_measured_errors_beside_the_laws(rows, fits):
 
 
 def test_pairs_are_the_nearest_of_each_lm_within_a_fifth(rows, fits):
-    pairs = cells.measured_pairs(rows, fits, 50)
-    near = cells.equal_pairs(pairs, 7e11)
+    pairs = planning.measured_pairs(rows, fits, 50)
+    near = planning.equal_pairs(pairs, 7e11)
     assert [(p.lm, p.visual_tokens) for p in near] == [
         ("qwen1.5-0.5b", 576), ("qwen1.5-1.8b", 144), ("qwen1.5-4b", 36), (LARGEST, 1)
     ]  # fmt: skip
     assert all(7e11 / 1.2 <= p.flops <= 7e11 * 1.2 for p in near)
     with pytest.raises(ConfigError, match="fewer than 2 LMs have a cell within 20% of 1 GFLOPs"):
-        cells.equal_pairs(pairs, 1e9)
+        planning.equal_pairs(pairs, 1e9)
 
 
 def test_two_sizes_cannot_be_extrapolated(rows):

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import tables
 
-from vlm_jax.costs.price import Workload, exact_price
+from vlm_jax.costs.price import Budget, Workload, exact_price, find_chip
 from vlm_jax.laws import fitting, law, plan, planning, table
-from vlm_jax.laws.budget import Budget, find_chip
 from vlm_jax.settings import presets
 from vlm_jax.settings.checks import ConfigError
 

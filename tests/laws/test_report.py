@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import tables
 
-from vlm_jax.laws import answer, fitting
-from vlm_jax.laws.page import Picture
-from vlm_jax.laws.report import constants_table, error_table, write_report
+from vlm_jax.laws import fitting, words
+from vlm_jax.laws.report import Picture, constants_table, error_table, write_report
 from vlm_jax.settings.checks import ConfigError
 
 CAVEATS = ("It shows <the order>, not the ratio.",)
@@ -37,7 +36,7 @@ def folder(tmp_path_factory, fits):
 
 def test_it_opens_with_the_answer_and_its_two_figures(folder, fits):
     markdown, page = (folder / "report.md").read_text(), (folder / "report.html").read_text()
-    said = answer.of_exponents(fits)
+    said = words.of_exponents(fits)
     assert markdown.startswith(f"# A & B\n\n- {said}\n- Within 0.005 GFLOPs ")
     first = [markdown.index(word) for word in ("- Looking at", "![Reasoning", "![OCR", "## Errors")]
     assert first == sorted(first)
@@ -54,7 +53,7 @@ def test_it_opens_with_the_answer_and_its_two_figures(folder, fits):
 def test_one_seed_has_the_binomial_interval_of_its_questions():
     rows = tables.rows(seeds=(0,))
     table = error_table(rows, fitting.fit_family(rows, "ocr", draws=200))
-    low, high = answer.binomial_interval(0.594, 3200)
+    low, high = words.binomial_interval(0.594, 3200)
     assert table.rows[0][1] == f"0.594 ({low:.3f}–{high:.3f})"
     without = [dataclasses.replace(row, n=None) for row in rows]
     assert error_table(without, fitting.fit_family(without, "ocr", draws=200)).rows[0][1] == "0.594"
@@ -95,7 +94,7 @@ def test_an_elastic_law_stands_beside_the_law_of_the_cells(tmp_path, fits):
     assert "10 trainings instead of 37; " in section  # 12 cells or 3 LMs of 3 seeds, and one more
     assert "the order of the exponents is the same for reasoning and the same for OCR." in section
     for name in ("alpha", "beta"):
-        own, other = (answer.value(f["ocr"], name) for f in (fits, elastic))
+        own, other = (words.value(f["ocr"], name) for f in (fits, elastic))
         assert f"| OCR {name} | {own} | {other} |" in section
     assert "| small (40k) | 0.660 (0.653–0.667) |" in section
     assert "mqt" not in text[: text.index("## One training per LM")]

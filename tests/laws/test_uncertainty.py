@@ -9,7 +9,7 @@ from scipy.stats import f as f_distribution
 from scipy.stats import t as t_distribution
 
 from vlm_jax.laws import fitting, table
-from vlm_jax.laws.cells import select
+from vlm_jax.laws.fitting import select
 from vlm_jax.laws.law import Law
 from vlm_jax.laws.least_squares import solve
 from vlm_jax.laws.table import Row

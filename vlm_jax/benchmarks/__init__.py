@@ -15,10 +15,12 @@ server can score; `submission` writes the files to upload.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ from vlm_jax.benchmarks import (
 from vlm_jax.settings.checks import ConfigError
 
 log = logging.getLogger(__name__)
+GROUPS = 100  # of pictures, each of which an error is computed without
 
 
 Submission = Callable[[Sequence[dict[str, Any]], Sequence[str]], dict[str, str | bytes]]
@@ -136,6 +139,58 @@ def score_answers(
     n and the score are those of the rows with a gold answer; a warning counts the others. Raises ConfigError when all are
     hidden, naming the files to upload instead.
     """
+    scores, known = _scored(name, rows, answers, allow_missing)
+    return {"benchmark": name, **get(name).reduce(scores, known)}
+
+
+def errors_without_groups(
+    name: str, rows: Sequence[dict[str, Any]], answers: Sequence[predictions.Answer]
+) -> list[float | None]:
+    """For each of GROUPS groups of pictures the error without the questions about them; None for a group without any.
+
+    A picture is in the same group whatever the model, so that errors of different models can be compared group by group. A
+    question without a picture is in a group by its id.
+    """
+    scores, known = _scored(name, rows, answers, allow_missing=True)
+    groups = [zlib.crc32(_picture(row)) % GROUPS for row in known]
+    found: list[float | None] = []
+    with _quiet():
+        for group in range(GROUPS):
+            kept = [i for i, of in enumerate(groups) if of != group]
+            if len(kept) in (0, len(known)):
+                found.append(None)
+                continue
+            reduced = get(name).reduce([scores[i] for i in kept], [known[i] for i in kept])
+            found.append(float(reduced["error"]))
+    return found
+
+
+def _picture(row: dict[str, Any]) -> bytes:
+    """What is the same for all questions about a picture, in every process."""
+    image = row.get("image")
+    if not isinstance(image, (str, bytes)):  # none, or read from inside a file
+        image = str(row.get("picture", row["id"]))
+    return image.encode() if isinstance(image, str) else image
+
+
+@contextlib.contextmanager
+def _quiet() -> Generator[None, None, None]:
+    """What a reduction warns of, it has said of all questions."""
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _scored(
+    name: str,
+    rows: Sequence[dict[str, Any]],
+    answers: Sequence[predictions.Answer],
+    allow_missing: bool,
+) -> tuple[list[float], list[dict[str, Any]]]:
+    """The scores of the answered rows that have a gold answer, and these rows; raises as `score_answers` does."""
     benchmark = get(name)
     paired = predictions.pair(rows, answers, allow_missing)
     if not has_gold(rows):
@@ -156,7 +211,7 @@ def score_answers(
             f"{name}: none of the {len(paired)} answered questions has a gold answer; answer others."
         )
     scores = [benchmark.score(text, row) for row, text in known]
-    return {"benchmark": name, **benchmark.reduce(scores, [row for row, _ in known])}
+    return scores, [row for row, _ in known]
 
 
 def check_scorable(name: str, rows: Sequence[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""What a question costs: FLOPs, bytes moved, memory, and from a chip's data sheet seconds and dollars. Loads no jax.
+"""What a question costs: FLOPs, bytes moved, memory, and from a chip's data sheet seconds and dollars; and what it may cost.
 
 Two ways to count. `paper_price` knows the size N alone: 2 N FLOPs per token and one read of N weights per pass of the
 language model. `exact_price` counts every part, from the encoder to the last answer token, from the models' shapes.
@@ -6,12 +6,13 @@ language model. `exact_price` counts every part, from the encoder to the last an
 Bytes moved: each pass reads its weights once for the whole batch, reads the keys and values it looks at and writes the
 new ones. Activations are not counted: they follow the FLOPs, which bound the passes that have many of them. Weights, cache
 and activations take 2 bytes a value (bfloat16, whose peak the chips' table holds).
-A time is therefore a roofline, the sum over phases of max(FLOPs / peak, bytes / bandwidth): a lower bound.
+A time is therefore a roofline, the sum over phases of max(FLOPs / peak, bytes / bandwidth): a lower bound. Loads no jax.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -19,12 +20,14 @@ import numpy as np
 from vlm_jax import compressors
 from vlm_jax.compressors import with_tokens
 from vlm_jax.costs import flops, memory
-from vlm_jax.costs.chips import VALUE_BYTES, Chip
+from vlm_jax.costs.chips import CHIPS, GIB, VALUE_BYTES, Chip
 from vlm_jax.settings import presets
-from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.checks import ConfigError, check_choice, check_positive
 from vlm_jax.settings.model import CompressorConfig, LMConfig, VLMConfig
 
 Number = int | float
+UNITS = {"gflops": "GFLOPs", "ms": "ms", "gib": "GiB", "dollars": "$ per 1M questions"}
+ON_A_CHIP = ("ms", "dollars")
 
 
 def paper_flops(
@@ -207,3 +210,75 @@ def allowed_tokens(vit: str, compressor: str) -> tuple[int, ...]:
     if not counts:
         with_tokens(config, grid, 1)  # says why
     return counts
+
+
+def spelt(kind: str, amount: Number) -> str:
+    """ "50 ms", "$3.5 per 1M questions" """
+    return f"${amount:.4g} per 1M questions" if kind == "dollars" else f"{amount:.4g} {UNITS[kind]}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """A limit in the unit of its kind, and the memory beside it: the chip's, or less if `memory_gib` says so."""
+
+    kind: str  # a key of UNITS
+    limit: Number
+    chip: Chip | None = None
+    chip_hour_dollars: Number | None = None
+    memory_gib: Number | None = None
+
+    def __post_init__(self):
+        check_choice("plan", "budget", self.kind, UNITS)
+        check_positive("plan", **{f"the budget in {self.unit}": self.limit})
+        if self.memory_gib is not None:
+            check_positive("plan", **{"the budget in GiB": self.memory_gib})
+        if self.chip_hour_dollars is not None:
+            check_positive("plan", chip_hour_dollars=self.chip_hour_dollars)
+        if self.kind in ON_A_CHIP and self.chip is None:
+            raise ConfigError(
+                f"plan: a budget in {self.unit} needs a chip; use one of {', '.join(c.name for c in CHIPS)}."
+            )
+        if self.kind == "dollars" and self.chip_hour_dollars is None:
+            raise ConfigError(
+                "plan: a budget in dollars needs chip_hour_dollars, what an hour of one chip costs."
+            )
+
+    @property
+    def unit(self) -> str:
+        return UNITS[self.kind]
+
+    @property
+    def memory_bytes(self) -> float:
+        """What a model may take; inf where nothing limits it."""
+        own = math.inf if self.memory_gib is None else self.memory_gib * GIB
+        return min(own, math.inf if self.chip is None else self.chip.hbm_bytes)
+
+    @property
+    def text(self) -> str:
+        """ "50 ms on a H100" """
+        where = f" on a {self.chip.name}" if self.chip else ""
+        beside = "" if self.memory_gib is None else f" with {self.memory_gib:.4g} GiB"
+        return f"{spelt(self.kind, self.limit)}{where}{beside}"
+
+    def allows(self, price: Price) -> bool:
+        return self.amount(price) <= self.limit and price.memory_bytes <= self.memory_bytes
+
+    def amount(self, price: Price) -> float:
+        """What a price comes to, in the budget's unit."""
+        return self.amounts(price)[self.kind]
+
+    def amounts(self, price: Price) -> dict[str, float]:
+        """In every unit for which chip and price are known."""
+        found = {"gflops": price.flops / 1e9, "gib": price.memory_bytes / GIB}
+        if self.chip:
+            found["ms"] = price.seconds(self.chip) * 1e3
+            if self.chip_hour_dollars is not None:
+                found["dollars"] = price.dollars(self.chip, self.chip_hour_dollars)
+        return found
+
+
+def find_chip(name: str) -> Chip:
+    """By the name in `chips.CHIPS`; ConfigError for another."""
+    table = {chip.name: chip for chip in CHIPS}
+    check_choice("plan", "chip", name, table)
+    return table[name]

@@ -16,7 +16,7 @@ from vlm_jax.compressors import with_tokens
 from vlm_jax.data import feature_cache, tokenizer
 from vlm_jax.inference.settings import MODES, EvalConfig
 from vlm_jax.inference.tasks import Task, open_tasks
-from vlm_jax.laws import table
+from vlm_jax.laws import questions, table
 from vlm_jax.progress import Bar, Say, silent
 from vlm_jax.settings import presets
 from vlm_jax.settings.checks import ConfigError
@@ -49,7 +49,7 @@ def evaluate(
     answerer = Answerer(settings, mesh)
     errors = folder / "errors.csv"
     known = {row.key: row for row in table.read(errors)} if errors.is_file() else {}
-    scores, measured = [], []
+    scores, measured, moved = [], [], {}
     for task in tasks:
         seconds = _ask(task, answerer)
         answerer.wait()
@@ -66,11 +66,13 @@ def evaluate(
         if seconds is None and row.key in known:  # nothing was asked: the time measured before
             row = dataclasses.replace(row, seconds=known[row.key].seconds)
         measured.append(row)
+        moved[row.key] = benchmarks.errors_without_groups(task.name, task.rows, answers)
         log.info("%s: error %.4f (%d questions)", task.label, scores[-1]["error"], scores[-1]["n"])
     if answerer.writes:
         files.write_whole(folder / "scores.json", json.dumps(scores, indent=1) + "\n")
         if measured:
             table.append(errors, measured)
+            questions.append(folder / "questions.jsonl", moved)
         for line in _written(folder, len(measured)):
             say(line)
     return scores

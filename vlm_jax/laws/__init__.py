@@ -1,1 +1,1 @@
-"""From measured errors to a decision: table (errors.csv) -> fit -> plan, with flops, plot and report beside them."""
+"""From measured errors to a decision: table (errors.csv) -> fitting -> planning; figures and report beside them."""

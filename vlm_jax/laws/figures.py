@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,11 +16,19 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, NullLocator
 
-from vlm_jax.costs.price import Number, Workload, paper_flops
-from vlm_jax.laws import cells, drawing
-from vlm_jax.laws.budget import Budget, Plan, Span, spell_pair
-from vlm_jax.laws.law import Fit, Law
-from vlm_jax.laws.planning import best_measured_tokens, choose, optimal_visual_tokens
+from vlm_jax.costs.price import Budget, Number, Workload, paper_flops
+from vlm_jax.laws import drawing
+from vlm_jax.laws.choice import Plan, Span
+from vlm_jax.laws.fitting import select, weighed
+from vlm_jax.laws.law import Fit, benchmarks_of, rows_of
+from vlm_jax.laws.least_squares import Law
+from vlm_jax.laws.planning import (
+    best_measured_tokens,
+    choose,
+    equal_pairs,
+    measured_pairs,
+    optimal_visual_tokens,
+)
 from vlm_jax.laws.table import Row, family_mean
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.presets import size_name
@@ -27,6 +36,7 @@ from vlm_jax.settings.presets import size_name
 BUDGETS = (0.25, 1.0, 4.0)  # of the base budget, where choices are followed along Q
 LONGEST_TEXT = 2048  # Q up to which they are drawn
 FLOPS = EngFormatter(unit="FLOPs", places=0)
+FRONTIER_LINE: dict[str, Any] = {"color": drawing.FRONTIER, "alpha": 0.35, "zorder": 1, "solid_joinstyle": "round"}  # fmt: skip
 LABELLED_BARS = 12  # up to which each bar has room for its number
 
 
@@ -36,7 +46,7 @@ def errors_figure(rows: Sequence[Row], fit: Fit, text_tokens: int = 0) -> Figure
     Points are measured cells (mean over seeds, bars from the lowest to the highest seed), thin lines the fitted law for
     each LM, the band its Pareto frontier. Flagged cells are hollow and were not fitted. text_tokens: Q.
     """
-    rows = [row for row in family_mean(cells.rows_of(rows, fit), fit.family)]
+    rows = family_mean(rows_of(rows, fit), fit.family)
     figure, axes = drawing.canvas(drawing.FOR_PHONES)
     lms = sorted(fit.lms.items(), key=lambda item: item[1])
     colours, names = drawing.lm_colours(fit.lms), drawing.lm_names(fit.lms)
@@ -46,11 +56,8 @@ def errors_figure(rows: Sequence[Row], fit: Fit, text_tokens: int = 0) -> Figure
             x = float(paper_flops(params, text_tokens, tokens))
             runs = [row for row in rows if row.cell == (lm, tokens)]
             _draw_cell(axes, x, runs, colours[lm], drawing.MARKERS[i % len(drawing.MARKERS)])
-    drawing.finish(
-        axes,
-        f"FLOPs of one answer, 2 N (Q + V), Q = {text_tokens}",
-        f"{fit.family} error (1 - score)",
-    )
+    cost = f"FLOPs of one answer, 2 N (Q + V), Q = {text_tokens}"
+    drawing.finish(axes, cost, f"{fit.family} error (1 - score)")
     law = fit.law
     floor = f" + {law.D:.3g}" if law.D > 0 else ""
     axes.set_title(
@@ -58,7 +65,8 @@ def errors_figure(rows: Sequence[Row], fit: Fit, text_tokens: int = 0) -> Figure
         " (N in billions)",
         fontsize=10,
     )
-    flagged = [_hollow_key("not fitted")] if any(row.flag for row in rows) else []
+    hollow = Line2D([], [], color=drawing.MUTED, marker="o", markersize=7, markerfacecolor="none", linestyle="", label="not fitted")  # fmt: skip
+    flagged = [hollow] if any(row.flag for row in rows) else []
     drawing.legends_below(
         figure,
         {
@@ -79,8 +87,12 @@ def plan_figure(plan: Plan, fit: Fit) -> Figure:
     right = max(high, plan.budget.limit) * 1.3
     axes.axvspan(plan.budget.limit, right, color="#eeeeee", zorder=0, linewidth=0)
     axes.axvline(plan.budget.limit, color=drawing.MUTED, linewidth=1.2, linestyle="--", zorder=1)
-    steps = [*plan.frontier]
-    axes.plot([c.cost for c in steps], [c.error for c in steps], color=drawing.FRONTIER, linewidth=5, alpha=0.35, zorder=1, solid_joinstyle="round")  # fmt: skip
+    axes.plot(
+        [c.cost for c in plan.frontier],
+        [c.error for c in plan.frontier],
+        linewidth=5,
+        **FRONTIER_LINE,
+    )
     for c in plan.candidates:
         marker = drawing.MARKERS[tokens.index(c.visual_tokens) % len(drawing.MARKERS)]
         axes.plot(c.cost, c.error, marker, color=colours[c.lm], markersize=7, markeredgecolor="white", markeredgewidth=0.6, zorder=3)  # fmt: skip
@@ -89,14 +101,10 @@ def plan_figure(plan: Plan, fit: Fit) -> Figure:
     axes.errorbar(best.cost, best.error, yerr=[[max(below, 0)], [max(above, 0)]], fmt="none", ecolor="black", elinewidth=1.2, capsize=3, zorder=4)  # fmt: skip
     axes.plot(best.cost, best.error, "o", markersize=16, markerfacecolor="none", markeredgecolor="black", markeredgewidth=1.6, zorder=5)  # fmt: skip
     axes.set_xlim(low / 1.3, right)
-    drawing.finish(
-        axes,
-        f"{plan.budget.unit} ({plan.method}, Q = {plan.workload.text_tokens})",
-        f"predicted {plan.family} error",
-        drawing.PLAIN,
-    )
+    cost = f"{plan.budget.unit} ({plan.method}, Q = {plan.workload.text_tokens})"
+    drawing.finish(axes, cost, f"predicted {plan.family} error", drawing.PLAIN)
     axes.set_title(
-        f"{plan.family}: {plan.budget.text} buy {spell_pair(best.lm, best.visual_tokens)}",
+        f"{plan.family}: {plan.budget.text} buy {best.named}",
         fontsize=10,
     )
     budget = Line2D([], [], color=drawing.MUTED, linestyle="--", linewidth=1.2, label="budget")
@@ -128,7 +136,7 @@ def extrapolation_figure(rows: Sequence[Row], fit: Fit, to: Number | None = None
         raise ConfigError(
             f"plot: {size_name(to)} is no extrapolation; give more parameters than the largest LM, {size_name(sizes[-1])}."
         )
-    own = cells.rows_of(rows, fit)
+    own = rows_of(rows, fit)
     law = _law([row for row in own if fit.lms[row.lm] < sizes[-1]], fit)
     means = _cell_means(own, fit)
     figure, axes = drawing.canvas()
@@ -211,14 +219,14 @@ def equal_compute_figure(
     benchmark's own law. flops: the cost; None takes the one about which most LMs have a cell.
     Raises ConfigError when fewer than two have one.
     """
-    groups = [(fit, name) for fit in fits.values() for name in cells.benchmarks_of(rows, fit)]
-    pairs = cells.equal_pairs(cells.measured_pairs(rows, fits, text_tokens), flops)
+    groups = [(fit, name) for fit in fits.values() for name in benchmarks_of(rows, fit)]
+    pairs = equal_pairs(measured_pairs(rows, fits, text_tokens), flops)
     figure, axes = drawing.canvas()
     lms = {pair.lm: pair.lm_params for pair in pairs}
     colours, names = drawing.lm_colours(lms), drawing.lm_names(lms)
     width = 0.8 / len(pairs)
     for g, (fit, benchmark) in enumerate(groups):
-        own = [row for row in cells.rows_of(rows, fit) if row.benchmark == benchmark]
+        own = [row for row in rows_of(rows, fit) if row.benchmark == benchmark]
         law = _law(own, fit)
         for i, pair in enumerate(pairs):
             x = g + (i - (len(pairs) - 1) / 2) * width
@@ -248,8 +256,8 @@ def equal_compute_figure(
 def _law(rows: Sequence[Row], fit: Fit) -> Law:
     """The law of these rows, fitted as `fit` was."""
     fixed = fit.law.D if fit.d_fixed else None
-    own = cells.select(rows, fit.family, None, fit.compressor, 4 if fixed is None else 3)
-    return cells.weighed(own, fit.weights, fit.loss, fixed).points.law(fixed)
+    own = select(rows, fit.family, None, fit.compressor, 4 if fixed is None else 3)
+    return weighed(own, fit.weights, fit.loss, fixed).points.law(fixed)
 
 
 def _cell_means(rows: Sequence[Row], fit: Fit) -> dict[tuple[str, int], float]:
@@ -331,19 +339,9 @@ def _draw_law(axes: Axes, fit: Fit, lms, colours, text_tokens: int) -> None:
     curves = []
     for lm, params in lms:
         cost = np.asarray(paper_flops(params, text_tokens, tokens))
-        error = fit.law.error(params, tokens)
-        curves.append((cost, error))
-        axes.plot(cost, error, color=colours[lm], linewidth=1.6, zorder=2)
-    cost, error = _envelope(curves)
-    axes.plot(
-        cost,
-        error,
-        color=drawing.FRONTIER,
-        linewidth=7,
-        alpha=0.35,
-        zorder=1,
-        solid_joinstyle="round",
-    )
+        curves.append((cost, fit.law.error(params, tokens)))
+        axes.plot(*curves[-1], color=colours[lm], linewidth=1.6, zorder=2)
+    axes.plot(*_envelope(curves), linewidth=7, **FRONTIER_LINE)
 
 
 def _envelope(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
@@ -358,26 +356,13 @@ def _envelope(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarr
 
 def _draw_cell(axes: Axes, x: Number, runs: Sequence[Row], colour, marker: str) -> None:
     good = [row.error for row in runs if not row.flag]
+    if len(good) > 1:
+        axes.vlines(x, min(good), max(good), color=colour, linewidth=1.4, zorder=3)
     if good:
-        mean = float(np.mean(good))
-        if len(good) > 1:
-            axes.vlines(x, min(good), max(good), color=colour, linewidth=1.4, zorder=3)
-        axes.plot(x, mean, marker, color=colour, markersize=8, markeredgecolor="white", markeredgewidth=0.7, zorder=4)  # fmt: skip
+        axes.plot(x, np.mean(good), marker, color=colour, markersize=8, markeredgecolor="white", markeredgewidth=0.7, zorder=4)  # fmt: skip
     for row in runs:
         if row.flag:
-            axes.plot(
-                x,
-                row.error,
-                marker,
-                markersize=8,
-                markerfacecolor="none",
-                markeredgecolor=colour,
-                zorder=4,
-            )
-
-
-def _hollow_key(label: str) -> Line2D:
-    return Line2D([], [], color=drawing.MUTED, marker="o", markersize=7, markerfacecolor="none", linestyle="", label=label)  # fmt: skip
+            axes.plot(x, row.error, marker, markersize=8, markerfacecolor="none", markeredgecolor=colour, zorder=4)  # fmt: skip
 
 
 def _frontier_key() -> Line2D:

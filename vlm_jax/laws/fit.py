@@ -9,14 +9,15 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from vlm_jax.laws import law as law_file
-from vlm_jax.laws import table, words
-from vlm_jax.laws.cells import LOSSES, WEIGHTS
-from vlm_jax.laws.fitting import fit_family, fit_table
-from vlm_jax.laws.law import EXPONENT_BOX, Fit
+from vlm_jax.laws import questions, table, words
+from vlm_jax.laws.fitting import LOSSES, WEIGHTS, fit_family, fit_table
+from vlm_jax.laws.law import Fit
+from vlm_jax.laws.least_squares import EXPONENT_BOX
 from vlm_jax.laws.table import GIVEN, SIZES, counted
 from vlm_jax.settings import cli
 from vlm_jax.settings.checks import ConfigError
@@ -29,13 +30,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("table", help="errors.csv; lm_params, visual_tokens and error are enough")
     add("--out", help="where law.json goes (default: nowhere)")
     add("--family", help="fit this family only (default: every family)")
-    add("--benchmark", help="fit this benchmark (default: the mean over the family's)")
+    add("--benchmark", help="fit this benchmark, or the mean over several, comma-separated (default: the mean over the family's)")
     add("--compressor", help="fit this compressor's rows (default: the one with the most)")
     add("--fix-d", type=float, help="fix D, for example at 0 (default: fitted, D >= 0)")
     add("--size", choices=SIZES, default=GIVEN, help="what N counts; all but given need lm to be a preset (default: %(default)s, column lm_params)")
     add("--weights", choices=WEIGHTS, default="even", help="of cells; binomial: by column n (default: %(default)s)")
     add("--loss", choices=LOSSES, default="squares", help="huber: outliers count less (default: %(default)s)")
     add("--text-tokens", type=int, metavar="Q", help="compare the law in Q + V too (default: not compared)")
+    add("--questions", nargs="+", metavar="questions.jsonl", help="of evaluations: intervals over the questions that were asked (default: none)")
     add("--check", metavar="alpha=X,beta=Y", help="are these exponents inside the joint region? (default: not asked)")
     add("--level", type=float, default=0.95, help="of the intervals (default: %(default)s)")
     add("--draws", type=int, default=1000, help="bootstrap resamples (default: %(default)s)")
@@ -68,8 +70,8 @@ def show(fit: Fit, console: Console) -> None:
         f"R2 {fit.r2:.3f}, largest relative error {fit.max_relative_error:.1%}",
         style="bold", highlight=False, soft_wrap=True,
     )  # fmt: skip
-    console.print(words.constants_table(fit))
-    console.print(words.alternatives_table(fit))
+    console.print(words.constants_table(fit).on_terminal())
+    console.print(words.alternatives_table(fit).on_terminal(caption=words.ABOUT_ALTERNATIVES))
     for line in fit.statements:
         console.print("- " + line, highlight=False, markup=False, soft_wrap=True)
 
@@ -77,18 +79,19 @@ def show(fit: Fit, console: Console) -> None:
 def run(argv: Sequence[str]) -> None:
     args = _parse(argv)
     rows = counted(table.read(args.table), args.size)
-    options = {
+    options: dict[str, Any] = {
         "benchmark": args.benchmark, "compressor": args.compressor, "fixed_d": args.fix_d,
         "level": args.level, "draws": args.draws, "seed": args.seed, "weights": args.weights, "loss": args.loss,
         "text_tokens": args.text_tokens, "check": None if args.check is None else _exponents(args.check),
     }  # fmt: skip
-    one = args.family
-    fits = {one: fit_family(rows, one, **options)} if one else fit_table(rows, **options)
     made_by = law_file.provenance(
         args.table,
         shlex.join(["python", "-m", "vlm_jax.laws.fit", *argv]),
-        {**options, "size": args.size},
+        {**options, "size": args.size, "questions": args.questions},
     )
+    options["without"] = None if args.questions is None else questions.read(args.questions)
+    one = args.family
+    fits = {one: fit_family(rows, one, **options)} if one else fit_table(rows, **options)
     if args.out:
         if not Path(args.out).resolve().parent.is_dir():
             raise ConfigError(f"{args.out}: its folder does not exist; make it first.")

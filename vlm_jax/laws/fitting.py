@@ -1,35 +1,45 @@
-"""The law error = A / (N^alpha V^beta) + D of each family in errors.csv, with honest intervals.
+"""From the rows of errors.csv to the law error = A / (N^alpha V^beta) + D of each family, with honest intervals.
 
 N is lm_params in billions, V the visual tokens (arXiv 2411.03312, equation 2; its fit uses V alone, the text tokens enter
-only the cost). Least squares with every (LM, visual tokens) cell weighted equally; see `least_squares.py`. A and D are >= 0.
+only the cost). Least squares, see `least_squares.py`, with every (LM, visual tokens) cell weighted equally, by how many
+questions it was asked, or less where it lies far from the law. Every row left out is named. A and D are >= 0.
 The exponents are free in sign: a table in which more tokens hurt says so with beta < 0, and the law under alpha, beta >= 0
 stands beside it (`law_nonnegative`), as do laws of other forms (`alternatives.py`).
 
 The headline intervals are profile likelihoods; repeated seeds widen them by what a training run's luck adds. Beside them
 stand bootstraps. *Cells*: which (LM, V) pairs were measured. *Seeds*: which training runs; drawn per LM size, whole, because
-one seed's language model is shared by all its token counts. *Residuals*: takes the law and independent noise for granted. Intervals are widened for small numbers, see `uncertainty.py`.
+one seed's language model is shared by all its token counts. *Residuals*: takes the law and independent noise
+for granted. Intervals are widened for small numbers, see `uncertainty.py`.
 docs/law_coverage.csv says how often each kind of interval covers the truth.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from vlm_jax.costs.price import Number
-from vlm_jax.laws import uncertainty, words
+from vlm_jax.laws import questions, table, uncertainty, words
 from vlm_jax.laws.alternatives import compare
-from vlm_jax.laws.cells import LOSSES, WEIGHTS, Cells, select, weighed
-from vlm_jax.laws.law import BILLION, CONSTANTS, Fit, Interval
-from vlm_jax.laws.least_squares import Solutions, solve
+from vlm_jax.laws.law import CONSTANTS, QUESTIONS, Fit, Interval
+from vlm_jax.laws.least_squares import BILLION, Cells, Law, Solutions, solve
+from vlm_jax.laws.questions import Without
 from vlm_jax.laws.table import Row
 from vlm_jax.laws.uncertainty import MODES, RESIDUALS, Profiles, profile
 from vlm_jax.settings.checks import ConfigError
 
+WEIGHTS, LOSSES = ("even", "binomial"), ("squares", "huber")
 PROFILE_POINTS = 21  # values of D looked at along the flat direction
+HUBER = 1.345  # standard deviations; 95 % efficient on normal noise (Huber and Ronchetti 2009)
+TO_SIGMA = 1.4826  # median absolute deviation -> standard deviation of normal noise
+MAX_ROUNDS = 500
+SETTLED = 1e-7  # the largest change of a constant in a round that ends the search
 
 
 def fit_family(
@@ -46,30 +56,30 @@ def fit_family(
     loss: str = "squares",
     text_tokens: int | None = None,
     check: tuple[float, float] | None = None,
+    without: Without | None = None,
 ) -> Fit:
     """Fits one family's law; flagged rows and other compressors' rows are left out and named in `left_out`.
 
     Args:
-      benchmark: fits this benchmark alone; None the mean over the family's benchmarks.
+      benchmark: fits this benchmark alone, or the mean over several with commas between; None over all of the family's.
       compressor: None takes the one with the most cells.
       fixed_d: None fits D >= 0.
       draws, seed: of the bootstrap; the same numbers give the same intervals.
-      weights: of the cells, even or binomial (from n). loss: squares or huber; see `cells.py`.
+      weights: of the cells, even or binomial (from n). loss: squares or huber; see `binomial` and `huber`.
       text_tokens: Q; compares the law in Q + V too.
       check: (alpha, beta) to test against the joint region.
+      without: of `questions.read`; adds intervals over the questions that were asked.
     """
     _check_options(level, draws, fixed_d, text_tokens, weights, loss)
     constants = 4 if fixed_d is None else 3
-    chosen = select(rows, family, benchmark, compressor, constants)
-    cells = weighed(chosen, weights, loss, fixed_d)
+    cells = weighed(select(rows, family, benchmark, compressor, constants), weights, loss, fixed_d)
     points, profiles = cells.points, profile(cells, fixed_d)
     law, sse = profiles.law, profiles.sse
     predicted = law.error(points.size * BILLION, points.tokens)
     nonnegative, sse_nonnegative = profiles.nonnegative()
-    solved = _resampled(cells, predicted, constants, draws, seed, fixed_d)
-    tails = {m: uncertainty.expanded_tail(cells, m, constants, level) for m in solved}
-    mode = next(m for m in reversed(MODES) if m in solved)  # both, where both can be drawn
     lms = {row.lm: row.lm_params for row in cells.rows}
+    billions = {lm: n / BILLION for lm, n in lms.items()}
+    asked = _of_benchmark(rows, family, benchmark)
     found = Fit(
         family=family,
         benchmark=cells.rows[0].benchmark,
@@ -85,23 +95,30 @@ def fit_family(
         num_cells=len(points.errors),
         num_seeds=len({row.seed for row in cells.rows}),
         level=level,
-        intervals={m: _intervals(s, tails[m], level) for m, s in solved.items()},
-        tails=tails,
-        p_alpha_greater={m: float(np.mean(s.alpha > s.beta)) for m, s in solved.items()},
+        **_bootstraps(cells, predicted, constants, draws, seed, fixed_d, level),
         d_profile=_profile_d(profiles, level),
         profile={name: profiles.interval(name, level) for name in CONSTANTS},
-        alternatives=compare(points, {lm: n / BILLION for lm, n in lms.items()}, text_tokens),
+        alternatives=compare(points, billions, text_tokens, cells.samples),
         weights=weights,
         loss=loss,
         down_weighted=() if loss == "squares" else _down_weighted(cells),
         check=None if check is None else profiles.check(*check, level),
-        resamples=np.stack(solved[mode][:4], axis=1),
-        mode=mode,
         lms=lms,
         visual_tokens=tuple(sorted({row.visual_tokens for row in cells.rows})),
         left_out=cells.left_out,
+        cells=tuple(zip(*(a.tolist() for a in (*points, cells.samples)), strict=True)),
+        benchmarks=tuple(sorted({row.benchmark for row in asked})),
     )
+    if without is not None:
+        found = _with_questions(found, questions.jackknife(cells, asked, without, fixed_d, level))
     return dataclasses.replace(found, statements=tuple(words.of_fit(found)))
+
+
+def _with_questions(fit: Fit, over: questions.OverQuestions) -> Fit:
+    intervals = fit.intervals | {QUESTIONS: over.intervals}
+    return dataclasses.replace(
+        fit, intervals=intervals, question_error=over.largest, question_shares=over.shares
+    )
 
 
 def fit_table(rows: Sequence[Row], **options: Any) -> dict[str, Fit]:
@@ -110,6 +127,142 @@ def fit_table(rows: Sequence[Row], **options: Any) -> dict[str, Fit]:
         family: fit_family(rows, family, **options)
         for family in dict.fromkeys(r.family for r in rows)
     }
+
+
+def select(
+    rows: Sequence[Row], family: str, benchmark: str | None, compressor: str | None, constants: int
+) -> Cells:
+    """The family's rows of one compressor, flagged ones left out.
+
+    Args:
+      benchmark: see `fit_family`. compressor: None takes the one with the most cells.
+      constants: how many the law has; raises ConfigError when the cells cannot determine them.
+    """
+    rows = _of_benchmark(rows, family, benchmark)
+    compressor, left_out = _choose_compressor(rows, family, compressor)
+    rows = table.family_mean([row for row in rows if row.compressor == compressor], family)
+    left_out += [
+        f"{row.lm}, {row.visual_tokens} visual tokens, seed {row.seed} (error {row.error:.3f}): flagged {row.flag!r}"
+        for row in rows
+        if row.flag
+    ]
+    used = [row for row in rows if not row.flag]
+    _check(used, family, constants, flagged=len(rows) - len(used))
+    keys = [(*row.cell, row.train_samples) for row in used]
+    index = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    cell_of = np.array([index[key] for key in keys])
+    return Cells(tuple(used), tuple(left_out), cell_of, np.ones(len(index)))
+
+
+def _of_benchmark(rows: Sequence[Row], family: str, benchmark: str | None) -> list[Row]:
+    """benchmark: one, or several with commas between; None: all."""
+    own = [row for row in rows if row.family == family]
+    if not own:
+        has = sorted({row.family for row in rows})
+        raise ConfigError(f"fit: family {family!r} is not in the table; it has {has}.")
+    has = sorted({row.benchmark for row in own})
+    wanted = has if benchmark is None else benchmark.split(",")
+    for name in wanted:
+        if name not in has:
+            raise ConfigError(f"fit: benchmark {name!r} is not in family {family!r}; it has {has}.")
+    return [row for row in own if row.benchmark in wanted]
+
+
+def _choose_compressor(
+    rows: Sequence[Row], family: str, compressor: str | None
+) -> tuple[str, list[str]]:
+    counts = Counter(row.compressor for row in rows)
+    if compressor is None:
+        compressor, most = counts.most_common(1)[0]
+        if list(counts.values()).count(most) > 1:
+            raise ConfigError(
+                f"fit: family {family!r} holds {sorted(counts)} equally often; choose one with --compressor."
+            )
+    elif compressor not in counts:
+        raise ConfigError(
+            f"fit: compressor {compressor!r} is not in family {family!r}; it has {sorted(counts)}."
+        )
+    return compressor, [
+        f"{count} row(s) with compressor {name!r}: the law is fitted to {compressor!r} only"
+        for name, count in counts.items()
+        if name != compressor
+    ]
+
+
+def _check(rows: Sequence[Row], family: str, constants: int, flagged: int) -> None:
+    beside = f" beside {flagged} flagged row(s)" if flagged else ""
+    for what, values in (
+        ("LM size", {row.lm_params for row in rows}),
+        ("visual token count", {row.visual_tokens for row in rows}),
+    ):
+        if len(values) < 2:
+            raise ConfigError(
+                f"fit: family {family!r} has {len(values)} {what}(s){beside}; its exponent needs at least 2."
+            )
+    cells = len({row.cell for row in rows})
+    if cells <= constants:
+        fix = " or fix D with --fix-d 0" if constants == 4 and cells == 4 else ""
+        raise ConfigError(
+            f"fit: family {family!r} has {cells} cells{beside} for {constants} constants; "
+            f"measure at least {constants + 1}{fix}."
+        )
+
+
+def binomial(cells: Cells) -> Cells:
+    """Weights 1 / variance of a share p of n questions, p (1 - p) / n.
+
+    p is (error n + 1/2) / (n + 1), so that an error of 0 or 1 has a variance too. A family's mean over benchmarks counts
+    as one draw of all their questions, which is exact when their n and p agree. Raises ConfigError for a row without n.
+    """
+    for row in cells.rows:
+        if row.n is None or row.n < 1:
+            raise ConfigError(
+                f"fit: binomial weights need the column n (questions scored); {row.lm}, {row.visual_tokens} visual tokens, "
+                f"seed {row.seed} has {'none' if row.n is None else row.n}: fill it in or use --weights=even."
+            )
+    n = np.array([row.n for row in cells.rows], float)
+    p = (cells.errors * n + 0.5) / (n + 1)
+    seeds = np.bincount(cells.cell_of)
+    return cells.weighted(seeds**2 / np.bincount(cells.cell_of, p * (1 - p) / n))
+
+
+def huber(cells: Cells, fixed_d: float | None) -> Cells:
+    """The cells with the weights at which least squares gives Huber's law, by repeated weighted fits.
+
+    Residuals beyond 1.345 standard deviations count linearly instead of squared. The standard deviation is the residuals'
+    median size about the plain fit x 1.4826 x sqrt(n / (n - p)), for a fit of p constants leaves n residuals smaller than the
+    noise. It is taken once: it does not move with the weights, so each round lowers the loss.
+    """
+    points = cells.points
+    root = np.sqrt(points.weights)
+
+    def sizes(weighted: Cells) -> tuple[Law, Float[np.ndarray, " c"]]:
+        law = weighted.points.law(fixed_d)
+        off = points.errors - law.error(points.size * BILLION, points.tokens)
+        return law, np.abs(off) * root
+
+    before, size = sizes(cells)
+    freedom = len(size) - (4 if fixed_d is None else 3)  # 1 at least: `select` saw to it
+    edge = HUBER * TO_SIGMA * float(np.median(size)) * math.sqrt(len(size) / freedom)
+    if edge == 0:
+        return cells
+    found = cells
+    for _ in range(MAX_ROUNDS):
+        found = cells.weighted(points.weights * np.minimum(1, edge / np.maximum(size, edge)))
+        law, size = sizes(found)
+        changes = np.subtract(dataclasses.astuple(law), dataclasses.astuple(before))
+        if np.abs(changes).max() < SETTLED:
+            return found
+        before = law
+    raise ConfigError(
+        f"fit: the robust loss did not settle in {MAX_ROUNDS} rounds; use --loss=squares."
+    )
+
+
+def weighed(cells: Cells, weights: str, loss: str, fixed_d: float | None) -> Cells:
+    """The cells with the weights of a fit with these options."""
+    cells = binomial(cells) if weights == "binomial" else cells
+    return huber(cells, fixed_d) if loss == "huber" else cells
 
 
 def _check_options(level, draws, fixed_d, text_tokens, weights: str, loss: str) -> None:
@@ -145,6 +298,28 @@ def _resampled(
     errors = uncertainty.resample_residuals(points, predicted, constants, draws, seed)
     even = np.tile(points.weights, (draws, 1))
     return solved | {RESIDUALS: solve(points.size, points.tokens, errors, even, fixed)}
+
+
+def _bootstraps(
+    cells: Cells,
+    predicted: np.ndarray,
+    constants: int,
+    draws: int,
+    seed: int,
+    fixed_d: Number | None,
+    level: float,
+) -> dict[str, Any]:
+    """What a fit says of its resamples, by the names of its fields."""
+    solved = _resampled(cells, predicted, constants, draws, seed, fixed_d)
+    tails = {m: uncertainty.expanded_tail(cells, m, constants, level) for m in solved}
+    mode = next(m for m in reversed(MODES) if m in solved)  # both, where both can be drawn
+    return {
+        "intervals": {m: _intervals(s, tails[m], level) for m, s in solved.items()},
+        "tails": tails,
+        "p_alpha_greater": {m: float(np.mean(s.alpha > s.beta)) for m, s in solved.items()},
+        "resamples": np.stack(solved[mode][:4], axis=1),
+        "mode": mode,
+    }
 
 
 def _down_weighted(cells: Cells) -> tuple[str, ...]:

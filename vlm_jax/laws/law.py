@@ -1,47 +1,28 @@
-"""A fitted law, how sure it is, and its file law.json: numbers, statements, resamples, provenance."""
+"""What is known of a fitted law, and its file law.json: numbers, statements, resamples, provenance."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from vlm_jax import files
+from vlm_jax.laws.least_squares import BILLION, Law, power_law
+from vlm_jax.laws.table import Row
 from vlm_jax.settings.checks import ConfigError
 
-BILLION = 1e9
 LAW_FORMAT = 2
 Interval = tuple[float, float]
+QUESTIONS = "questions"  # the name of intervals over questions, beside those of resampling modes
 CONSTANTS = ("A", "alpha", "beta", "D", "alpha/beta")
 _LAWS = ("law", "law_d_zero", "law_nonnegative")
-EXPONENT_BOX = 5.0  # |alpha|, |beta| <= 5 in the fit; a solution on the edge is a jump between two sizes or counts
-
-
-@dataclasses.dataclass(frozen=True)
-class Law:
-    """error = A N^-alpha V^-beta + D, N in billions of parameters."""
-
-    A: float
-    alpha: float
-    beta: float
-    D: float
-
-    def error(self, lm_params: Any, visual_tokens: Any) -> np.ndarray:
-        """Predicted error; lm_params in parameters; arguments broadcast."""
-        n = np.asarray(lm_params, float) / BILLION
-        power = n**-self.alpha * np.asarray(visual_tokens, float) ** -self.beta
-        return np.asarray(self.A * power + self.D)
-
-    @property
-    def ratio(self) -> float | None:
-        """alpha / beta: how many times faster error falls with N than with V; None when either is <= 0."""
-        return self.alpha / self.beta if self.alpha > 0 and self.beta > 0 else None
+_LISTS = ("visual_tokens", "left_out", "down_weighted", "statements")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +88,44 @@ class Fit:
     lms: dict[str, int | float]  # name -> parameters, as measured
     visual_tokens: tuple[int, ...]
     left_out: tuple[str, ...]  # rows that were not fitted, and why
+    cells: tuple[
+        tuple[float, ...], ...
+    ] = ()  # N in billions, V, error, weight, training samples or 0
+    benchmarks: tuple[str, ...] = ()  # the ones that the error is the mean of
+    question_error: float | None = (
+        None  # largest standard error of a cell over questions, if asked for
+    )
+    question_shares: dict[str, float] = dataclasses.field(
+        default_factory=dict
+    )  # benchmark -> of that variance
     statements: tuple[str, ...] = ()  # what the numbers say, one sentence each; see `words.py`
+
+    def drawn_errors(self, lm_params: Any, visual_tokens: Any) -> np.ndarray:
+        """By the law of each resample: [R c] for c sizes and token counts."""
+        return power_law(self.resamples.T[..., None], lm_params, visual_tokens)
 
     @property
     def d_identified(self) -> bool:
         return not self.d_fixed and self.d_profile["D"] is not None and self.d_profile["D"][0] > 0
+
+
+class Forecast(NamedTuple):
+    """A law as a plan asks it. Both functions take parameters of LMs and visual tokens, [c]."""
+
+    formula: str
+    error: Callable[[Any, Any], np.ndarray]
+    drawn_errors: Callable[[Any, Any], np.ndarray]  # of each resample, [R c]
+    tail: float  # percent of resamples to cut off at either end of an interval
+
+
+def rows_of(rows: Sequence[Row], fit: Fit) -> list[Row]:
+    """The measurements behind a fit, flagged ones included."""
+    own = [row for row in rows if row.family == fit.family and row.compressor == fit.compressor]
+    return [row for row in own if row.benchmark in (fit.benchmarks or (fit.benchmark,))] or own
+
+
+def benchmarks_of(rows: Sequence[Row], fit: Fit) -> list[str]:
+    return list(dict.fromkeys(row.benchmark for row in rows_of(rows, fit)))
 
 
 def provenance(source: str, command: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,15 +141,10 @@ def save(path: str | os.PathLike[str], fits: Mapping[str, Fit], made_by: Mapping
 def as_dict(fits: Mapping[str, Fit], made_by: Mapping[str, Any]) -> dict[str, Any]:
     laws = {}
     for family, fit in fits.items():
-        fields = {
-            f.name: getattr(fit, f.name) for f in dataclasses.fields(fit) if f.name != "resamples"
-        }
-        fields |= {name: dataclasses.asdict(getattr(fit, name)) for name in _LAWS}
-        fields["alternatives"] = [dataclasses.asdict(law) for law in fit.alternatives]
-        fields["check"] = None if fit.check is None else dataclasses.asdict(fit.check)
-        fields |= {"ratio": fit.law.ratio, "d_identified": fit.d_identified}
-        fields["resamples"] = [[float(f"{x:.6g}") for x in row] for row in fit.resamples]
-        laws[family] = fields
+        fields = dataclasses.asdict(fit)
+        drawn = [[float(f"{x:.6g}") for x in row] for row in fields.pop("resamples")]
+        derived = {"ratio": fit.law.ratio, "d_identified": fit.d_identified}
+        laws[family] = fields | derived | {"resamples": drawn}
     return {
         "format": LAW_FORMAT,
         "formula": "error = A (N/1e9)^-alpha V^-beta + D",
@@ -178,24 +187,21 @@ def _is_whole(fit: Fit) -> bool:
 
 
 def _from_dict(fields: dict[str, Any]) -> Fit:
-    def pairs(group: dict[str, Any]) -> dict[str, Any]:
-        return {name: None if pair is None else tuple(pair) for name, pair in group.items()}
-
-    names = {f.name for f in dataclasses.fields(Fit)}
-    values = {name: value for name, value in fields.items() if name in names}
+    values = {f.name: fields[f.name] for f in dataclasses.fields(Fit) if f.name in fields}
     values |= {name: Law(**fields[name]) for name in _LAWS}
-    values["alternatives"] = tuple(_alternative(law, pairs) for law in fields["alternatives"])
+    values["alternatives"] = tuple(
+        Alternative(**law | {"held_out": _pairs(law["held_out"])}) for law in fields["alternatives"]
+    )
     if fields["check"] is not None:
-        check: dict[str, Any] = fields["check"] | {"law": Law(**fields["check"]["law"])}
-        values["check"] = Check(**check)
-    values["intervals"] = {mode: pairs(group) for mode, group in fields["intervals"].items()}
-    values["d_profile"], values["profile"] = pairs(fields["d_profile"]), pairs(fields["profile"])
+        values["check"] = Check(**fields["check"] | {"law": Law(**fields["check"]["law"])})
+    values["intervals"] = {mode: _pairs(group) for mode, group in fields["intervals"].items()}
+    values |= {name: _pairs(fields[name]) for name in ("d_profile", "profile")}
+    values |= {name: tuple(fields[name]) for name in _LISTS}
+    values["cells"] = tuple(map(tuple, fields.get("cells", ())))
+    values["benchmarks"] = tuple(fields.get("benchmarks", ()))
     values["resamples"] = np.asarray(fields["resamples"], float)
-    for name in ("visual_tokens", "left_out", "down_weighted", "statements"):
-        values[name] = tuple(fields[name])
     return Fit(**values)
 
 
-def _alternative(fields: dict[str, Any], pairs: Callable[[dict], dict]) -> Alternative:
-    given: dict[str, Any] = fields | {"held_out": pairs(fields["held_out"])}
-    return Alternative(**given)
+def _pairs(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: None if pair is None else tuple(pair) for name, pair in group.items()}

@@ -1,25 +1,130 @@
-"""error = A N^-alpha V^-beta + D by variable projection: many weighted problems at once, deterministic.
+"""error = A N^-alpha V^-beta + D, the cells that it is fitted to, and their least squares.
 
-For given exponents the best A >= 0 and D >= 0 are a closed form, so the search is over (alpha, beta) alone: a grid over
-the whole box finds every basin, damped Gauss-Newton (Kaufman's form of variable projection) finishes from the deepest ones.
+Least squares by variable projection: many weighted problems at once, deterministic. For given exponents the best A >= 0 and
+D >= 0 are a closed form, so the search is over (alpha, beta) alone: a grid over the whole box finds every basin, damped
+Gauss-Newton (Kaufman's form of variable projection) finishes from the deepest ones.
 The exponents are free in sign within the box: a slightly negative one says that the resource did not help.
 `solve_along` holds one constant and fits the others; profile likelihoods are made of it.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
-from vlm_jax.laws.law import EXPONENT_BOX
+from vlm_jax.laws.table import Row
 
+BILLION = 1e9
+EXPONENT_BOX = 5.0  # |alpha|, |beta| <= 5 in the fit; a solution on the edge is a jump between two sizes or counts
 GRID_SIDE = 41
 STARTS = 4  # basins refined per problem
 CHUNK = 256  # problems per batch: bounds the grid's memory to about 50 MB
 
 Problems = Float[np.ndarray, "R n"]
+
+
+def power_law(constants: Any, lm_params: Any, visual_tokens: Any) -> np.ndarray:
+    """A N^-alpha V^-beta + D. constants: A, alpha, beta, D; all arguments broadcast; lm_params in parameters."""
+    a, alpha, beta, d = constants
+    n, v = (np.asarray(x, float) for x in (lm_params, visual_tokens))
+    return np.asarray(a * ((n / BILLION) ** -alpha * v**-beta) + d)
+
+
+@dataclasses.dataclass(frozen=True)
+class Law:
+    """error = A N^-alpha V^-beta + D, N in billions of parameters."""
+
+    A: float
+    alpha: float
+    beta: float
+    D: float
+
+    def error(self, lm_params: Any, visual_tokens: Any) -> np.ndarray:
+        """Predicted error; lm_params in parameters; arguments broadcast."""
+        return power_law(dataclasses.astuple(self), lm_params, visual_tokens)
+
+    @property
+    def ratio(self) -> float | None:
+        """alpha / beta: how many times faster error falls with N than with V; None when either is <= 0."""
+        return self.alpha / self.beta if self.alpha > 0 and self.beta > 0 else None
+
+
+class Points(NamedTuple):
+    """A table as a law sees it: one entry per cell."""
+
+    size: Float[np.ndarray, " c"]  # parameters of the LM, in billions
+    tokens: Float[np.ndarray, " c"]
+    errors: Float[np.ndarray, " c"]  # mean over the cell's seeds
+    weights: Float[np.ndarray, " c"]  # mean 1
+
+    @property
+    def scatter(self) -> float:
+        """The weighted sum of squares about the mean."""
+        centre = np.average(self.errors, weights=self.weights)
+        return float(np.sum(self.weights * (self.errors - centre) ** 2))
+
+    def max_relative_error(self, predicted: Float[np.ndarray, " c"]) -> float:
+        return float(np.max(np.abs(predicted - self.errors) / np.maximum(self.errors, 1e-12)))
+
+    def law(self, fixed_d: float | None = None) -> Law:
+        """The least-squares law; fixed_d: None fits D >= 0."""
+        given = None if fixed_d is None else np.array([float(fixed_d)])
+        solved = solve(self.size, self.tokens, self.errors[None], self.weights[None], given)
+        return Law(*(float(column[0]) for column in solved[:4]))
+
+    def sum_of_squares(self, law: Law) -> float:
+        residual = self.errors - law.error(self.size * BILLION, self.tokens)
+        return float(np.sum(self.weights * residual**2))
+
+
+@dataclasses.dataclass(frozen=True)
+class Cells:
+    """The measurements behind one law. A cell is one (LM, visual tokens, training samples); its seeds share its weight."""
+
+    rows: tuple[Row, ...]  # one per (cell, seed), smallest LM and fewest tokens first
+    left_out: tuple[str, ...]  # a line per group of rows that is not fitted, and why
+    cell_of: Int[np.ndarray, " n"]  # row -> its cell
+    cell_weights: Float[np.ndarray, " c"]  # mean 1; all 1: every cell counts the same
+
+    @property
+    def size(self) -> Float[np.ndarray, " n"]:
+        """Parameters of each row's LM, in billions."""
+        return np.array([row.lm_params for row in self.rows], float) / BILLION
+
+    @property
+    def tokens(self) -> Float[np.ndarray, " n"]:
+        return np.array([row.visual_tokens for row in self.rows], float)
+
+    @property
+    def errors(self) -> Float[np.ndarray, " n"]:
+        return np.array([row.error for row in self.rows], float)
+
+    @property
+    def weights(self) -> Float[np.ndarray, " n"]:
+        return (self.cell_weights / np.bincount(self.cell_of))[self.cell_of]
+
+    @property
+    def means(self) -> Float[np.ndarray, " c"]:
+        """Each cell's error: the mean over its seeds."""
+        return np.bincount(self.cell_of, self.errors) / np.bincount(self.cell_of)
+
+    @property
+    def samples(self) -> Float[np.ndarray, " c"]:
+        """Training samples of each cell; 0 where they are not known."""
+        first = np.unique(self.cell_of, return_index=True)[1]
+        return np.array([self.rows[i].train_samples or 0 for i in first], float)
+
+    @property
+    def points(self) -> Points:
+        first = np.unique(self.cell_of, return_index=True)[1]
+        return Points(self.size[first], self.tokens[first], self.means, self.cell_weights)
+
+    def weighted(self, weights: Float[np.ndarray, " c"]) -> Cells:
+        """The same cells with these weights, brought to mean 1."""
+        return dataclasses.replace(self, cell_weights=weights / weights.mean())
 
 
 class Solutions(NamedTuple):

@@ -12,8 +12,7 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TypeVar
 
-from vlm_jax.laws.budget import spell_pair
-from vlm_jax.laws.table import Row
+from vlm_jax.laws.table import Row, spell_pair
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +55,8 @@ def rises(rows: Sequence[Row]) -> list[Rise]:
     found = []
     unflagged = [row for row in rows if not row.flag]
     for row in sorted(unflagged, key=lambda row: (row.lm_params, row.visual_tokens)):
-        group = sound.setdefault((row.benchmark, row.family, row.compressor, row.seed), [])
+        run = (row.benchmark, row.family, row.compressor, row.seed, row.train_samples)
+        group = sound.setdefault(run, [])
         above = [Rise(row, other) for other in _neighbours(row, group) if _exceeds(row, other)]
         if above:
             found.append(min(above, key=lambda rise: rise.other.error))

@@ -13,10 +13,20 @@ from typing import Any
 from rich.console import Console
 
 from vlm_jax.costs.chips import CHIPS
-from vlm_jax.costs.price import Number, Workload, allowed_tokens, choosable, exact_price
-from vlm_jax.laws import fitting, table, words
+from vlm_jax.costs.price import (
+    UNITS,
+    Budget,
+    Number,
+    Workload,
+    allowed_tokens,
+    choosable,
+    exact_price,
+    find_chip,
+)
+from vlm_jax.laws import choice, fitting, table
 from vlm_jax.laws import law as law_file
-from vlm_jax.laws.budget import UNITS, Budget, Plan, find_chip
+from vlm_jax.laws.alternatives import LAW_FORMS, POWER
+from vlm_jax.laws.choice import Plan
 from vlm_jax.laws.law import Fit
 from vlm_jax.laws.planning import PAPER, Method, choose
 from vlm_jax.settings import cli, presets
@@ -41,6 +51,7 @@ def _parser() -> cli.OneLineParser:
     add("--text-tokens", type=int, required=True, help="Q: prompt tokens beside the visual ones")
     add("--cached", action="store_true", help="the text's keys and values are cached")
     add("--output-tokens", type=int, default=0, help="answer tokens; the paper counts them with Q")
+    add("--law-form", choices=LAW_FORMS, default=POWER, help="predict errors by another law of the same cells; supported: that of the least AICc")  # fmt: skip
     add("--lms", help="candidates: presets or NAME=PARAMS, comma-separated (default: measured)")
     add("--free-sizes", nargs="?", const="", metavar="LOW,HIGH", help="any size (default: between the measured)")  # fmt: skip
     add("--visual-tokens", help='candidates, comma-separated, or "all" the compressor can give')
@@ -165,6 +176,7 @@ def _plan(args: Namespace, fit: Fit, budget: Budget) -> Plan:
         free_sizes=free,
         method=exact if args.exact and exact else PAPER,
         other=PAPER if args.exact else exact,
+        law_form=args.law_form,
     )
 
 
@@ -173,9 +185,9 @@ def show(plan: Plan, console: Console) -> None:
     for line in plan.statements:
         console.print(line, highlight=False, markup=False)
     if plan.budget.chip or len(plan.phases) > 1:
-        console.print(words.phases_table(plan))
-    console.print(words.candidates_table(plan, wide=console.width >= WIDE))
-    if any(c.extrapolated for group in words.shown(plan).values() for c in group):
+        console.print(choice.phases_table(plan).on_terminal())
+    console.print(choice.candidates_table(plan, console.width >= WIDE).on_terminal(left=2))
+    if any(c.extrapolated for group in choice.shown(plan).values() for c in group):
         console.print("* outside the measured sizes or token counts", highlight=False)
 
 
@@ -184,7 +196,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     fields: dict[str, Any] = dataclasses.asdict(plan)
     for name, kind in (("by_text_tokens", plan.by_text_tokens), ("instead", plan.instead)):
         fields[name] = [item._asdict() for item in kind]
-    if math.isinf(plan.continuous_optimum):
+    if not math.isfinite(plan.continuous_optimum):
         fields["continuous_optimum"] = None  # JSON has no infinity
     return fields
 

@@ -9,6 +9,7 @@ see `costs/price.py`. `plan.py` is the command.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import itertools
@@ -17,29 +18,32 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from vlm_jax.costs.chips import GIB
-from vlm_jax.costs.price import Number, Price, Pricer, Workload, paper_price
-from vlm_jax.laws import words
-from vlm_jax.laws.budget import (
-    LARGEST,
-    LONGEST,
+from vlm_jax.costs.price import (
     Budget,
-    Candidate,
-    Instead,
-    Plan,
-    Span,
-    spell_pair,
+    Number,
+    Price,
+    Pricer,
+    Workload,
+    paper_flops,
+    paper_price,
     spelt,
 )
-from vlm_jax.laws.law import BILLION, Fit, Law
+from vlm_jax.laws import choice
+from vlm_jax.laws.alternatives import POWER, forecast
+from vlm_jax.laws.choice import LARGEST, LONGEST, Candidate, Instead, Plan, Span
+from vlm_jax.laws.law import Fit, Forecast, benchmarks_of, rows_of
+from vlm_jax.laws.least_squares import Law
+from vlm_jax.laws.table import Row
 from vlm_jax.settings.checks import ConfigError, check_positive
 from vlm_jax.settings.presets import size_name
 
 Point = tuple[str, Number, int]  # LM name, its parameters, visual tokens
 SIZES = 25  # of a free choice that stand for the whole range on the frontier
 PRECISION = 1e-6  # relative, of the largest size a budget buys
+ABOUT = 1.2  # costs within this factor of a budget are about equal to it
 STOPS = 20  # numbers of text tokens at which the choice is looked up where sizes are free
 
 
@@ -101,23 +105,14 @@ class Offer:
 
 def _largest(fits: Callable[[float], bool], low: float, high: float) -> float:
     """The largest size in [low, high] that fits, to PRECISION; low if none does."""
-    if not fits(low):
-        return low
-    if fits(high):
-        return high
-    while high / low > 1 + PRECISION:
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    steps = math.ceil(math.log(high / low) / PRECISION)
+    i = last_that(lambda i: fits(low * (high / low) ** (i / steps)), steps)
+    return high if i == steps else low * (high / low) ** (max(i, 0) / steps)
 
 
 def last_that(fits: Callable[[int], bool], high: int) -> int:
     """The last number from 0 to `high` that fits, of which all smaller ones do too; -1 if none does."""
-    low = -1
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+    return bisect.bisect_left(range(high + 1), True, key=lambda i: not fits(i)) - 1
 
 
 def optimal_visual_tokens(alpha: float, beta: float, text_tokens: Number) -> float:
@@ -149,6 +144,7 @@ def choose(
     free_sizes: tuple[Number, Number] | None = None,
     method: Method = PAPER,
     other: Method | None = None,
+    law_form: str = POWER,
     runners_up: int = 4,
 ) -> Plan:
     """The candidate of least predicted error that the budget and the memory allow; of equals the cheapest.
@@ -157,7 +153,7 @@ def choose(
       budget: a number is FLOPs of one question. workload: a number is its text tokens Q.
       lms, visual_tokens: candidates; None takes those the law was measured on.
       free_sizes: instead of `lms`, every size between two numbers of parameters.
-      other: a second way to count, for what it would choose.
+      other: a second way to count, for what it would choose. law_form: see `alternatives.forecast`.
     """
     if not isinstance(budget, Budget):
         budget = Budget("gflops", budget / 1e9)
@@ -168,9 +164,9 @@ def choose(
         tuple(sorted(set(fit.visual_tokens if visual_tokens is None else visual_tokens))),
         free_sizes,
     )
-    points = offer.points(budget, workload, method.price)
+    points, law = offer.points(budget, workload, method.price), forecast(fit, law_form)
     prices = [method.price(*point, workload) for point in points]
-    found = _candidates(fit, budget, points, prices)
+    found = _candidates(fit, law, budget, points, prices)
     _check_affordable(budget, found)
     ranked = sorted((c for c in found if c.affordable), key=lambda c: (c.error, c.cost))
     best = ranked[0]
@@ -179,33 +175,35 @@ def choose(
         budget=budget,
         workload=workload,
         method=method.name,
+        law=law.formula,
         sizes_free=free_sizes is not None,
         best=best,
         runners_up=tuple(ranked[1 : 1 + runners_up]),
         frontier=tuple(_frontier(found, budget)),
         candidates=tuple(found),
         phases=method.price(best.lm, best.lm_params, best.visual_tokens, workload).phases,
-        by_text_tokens=tuple(_spans(fit, offer, budget, workload, method.price)),
-        instead=tuple(_instead(fit, offer, budget, workload, method, other)),
-        continuous_optimum=optimal_visual_tokens(fit.law.alpha, fit.law.beta, workload.paid_tokens),
+        by_text_tokens=tuple(_spans(law, offer, budget, workload, method.price)),
+        instead=tuple(_instead(law, offer, budget, workload, method, other)),
+        continuous_optimum=math.nan
+        if law_form != POWER
+        else optimal_visual_tokens(fit.law.alpha, fit.law.beta, workload.paid_tokens),
     )
-    return dataclasses.replace(plan, statements=tuple(words.of_plan(plan)))
+    return dataclasses.replace(plan, statements=tuple(choice.of_plan(plan)))
 
 
 def _candidates(
-    fit: Fit, budget: Budget, points: Sequence[Point], prices: Sequence[Price]
+    fit: Fit, law: Forecast, budget: Budget, points: Sequence[Point], prices: Sequence[Price]
 ) -> list[Candidate]:
     """All points, cheapest first, with the law's errors and how often each is the best."""
     sizes = fit.lms.values()
     params, tokens = (np.array([point[i] for point in points], float) for i in (1, 2))
-    errors, drawn = fit.law.error(params, tokens), _errors_of_resamples(fit, params, tokens)
+    errors, drawn = law.error(params, tokens), law.drawn_errors(params, tokens)
     affordable = np.array([budget.allows(price) for price in prices])
     wins = np.zeros(len(points))
     if affordable.any():
         winners = np.flatnonzero(affordable)[drawn[:, affordable].argmin(1)]
         wins = np.bincount(winners, minlength=len(points)) / len(drawn)
-    tail = fit.tails[fit.mode]
-    low, high = np.percentile(drawn, [tail, 100 - tail], axis=0)
+    low, high = np.percentile(drawn, [law.tail, 100 - law.tail], axis=0)
     high = np.where(errors > LARGEST, high, np.minimum(high, LARGEST))
     found = [
         Candidate(
@@ -218,13 +216,6 @@ def _candidates(
     return sorted(found, key=lambda c: (c.cost, c.lm_params, c.visual_tokens))
 
 
-def _errors_of_resamples(
-    fit: Fit, params: Float[np.ndarray, "c"], tokens: Float[np.ndarray, "c"]
-) -> Float[np.ndarray, "R c"]:
-    a, alpha, beta, d = (column[:, None] for column in fit.resamples.T)
-    return a * (params / BILLION) ** -alpha * tokens**-beta + d
-
-
 def _check_affordable(budget: Budget, found: Sequence[Candidate]) -> None:
     """Raises ConfigError when no candidate fits in the memory, or none in the budget. found: cheapest first."""
     if any(c.affordable for c in found):
@@ -234,11 +225,11 @@ def _check_affordable(budget: Budget, found: Sequence[Candidate]) -> None:
         c = min(found, key=lambda c: c.amounts["gib"])
         raise ConfigError(
             f"plan: nothing fits in {budget.memory_bytes / GIB:.4g} GiB; the smallest candidate, "
-            f"{spell_pair(c.lm, c.visual_tokens)}, takes {c.amounts['gib']:.4g}: add a smaller LM, or more memory."
+            f"{c.named}, takes {c.amounts['gib']:.4g}: add a smaller LM, or more memory."
         )
     c = fitting[0]
     raise ConfigError(
-        f"plan: {budget.text} buy nothing; the cheapest candidate, {spell_pair(c.lm, c.visual_tokens)}, costs "
+        f"plan: {budget.text} buy nothing; the cheapest candidate, {c.named}, costs "
         f"{spelt(budget.kind, c.cost)}: raise the budget or add a smaller LM."
     )
 
@@ -254,19 +245,21 @@ def _frontier(candidates: Sequence[Candidate], budget: Budget) -> list[Candidate
 
 
 def _best(
-    fit: Fit, points: Sequence[Point], budget: Budget, workload: Workload, price: Pricer
+    law: Forecast, points: Sequence[Point], budget: Budget, workload: Workload, price: Pricer
 ) -> Point | None:
     """The choice alone; None if nothing is affordable."""
     priced = [(point, price(*point, workload)) for point in points]
     allowed = [
-        (float(fit.law.error(point[1], point[2])), budget.amount(cost), point)
+        (float(law.error(point[1], point[2])), budget.amount(cost), point)
         for point, cost in priced
         if budget.allows(cost)
     ]
     return min(allowed)[2] if allowed else None
 
 
-def _spans(fit: Fit, offer: Offer, budget: Budget, workload: Workload, price: Pricer) -> list[Span]:
+def _spans(
+    law: Forecast, offer: Offer, budget: Budget, workload: Workload, price: Pricer
+) -> list[Span]:
     """The choice for every Q from 0.
 
     A cost grows with Q and an error does not depend on it, so each given candidate has a last Q at which it is affordable,
@@ -274,11 +267,11 @@ def _spans(fit: Fit, offer: Offer, budget: Budget, workload: Workload, price: Pr
     `_spans_of_free_sizes`.
     """
     if offer.free_sizes is not None:
-        return _spans_of_free_sizes(fit, offer, budget, workload, price)
+        return _spans_of_free_sizes(law, offer, budget, workload, price)
     spans: list[Span] = []
     points = offer.points(budget, workload, price)
     longest = max(LONGEST, workload.text_tokens)
-    for lm, size, count in sorted(points, key=lambda p: (float(fit.law.error(p[1], p[2])), p[1])):
+    for lm, size, count in sorted(points, key=lambda p: (float(law.error(p[1], p[2])), p[1])):
 
         def affordable(q: int, point: Point = (lm, size, count)) -> bool:
             return budget.allows(price(*point, dataclasses.replace(workload, text_tokens=q)))
@@ -290,7 +283,7 @@ def _spans(fit: Fit, offer: Offer, budget: Budget, workload: Workload, price: Pr
 
 
 def _spans_of_free_sizes(
-    fit: Fit, offer: Offer, budget: Budget, workload: Workload, price: Pricer
+    law: Forecast, offer: Offer, budget: Budget, workload: Workload, price: Pricer
 ) -> list[Span]:
     """As far as 4 Q: the choice at STOPS values of Q and beside the given one, and by bisection where it flips between two.
 
@@ -300,7 +293,7 @@ def _spans_of_free_sizes(
     @functools.cache
     def count(q: int) -> int:
         now = dataclasses.replace(workload, text_tokens=q)
-        best = _best(fit, offer.ends(budget, now, price), budget, now, price)
+        best = _best(law, offer.ends(budget, now, price), budget, now, price)
         return 0 if best is None else best[2]
 
     here, far = workload.text_tokens, max(4 * workload.text_tokens, 256)
@@ -317,14 +310,19 @@ def _spans_of_free_sizes(
 
 
 def _instead(
-    fit: Fit, offer: Offer, budget: Budget, workload: Workload, method: Method, other: Method | None
+    law: Forecast,
+    offer: Offer,
+    budget: Budget,
+    workload: Workload,
+    method: Method,
+    other: Method | None,
 ) -> list[Instead]:
     """With the text cached if it is not (and the reverse), and with cost counted the other way."""
 
     def ask(assumption: str, workload: Workload, price: Pricer) -> Instead:
         try:
             points = offer.points(budget, workload, price)
-            best = _best(fit, points, budget, workload, price)
+            best = _best(law, points, budget, workload, price)
         except ConfigError as error:  # a size without shapes, a count the compressor cannot give
             return Instead(assumption, "", 0, str(error))
         if best is None:
@@ -338,4 +336,56 @@ def _instead(
         found.append(ask(words, turned, method.price))
     if other is not None:
         found.append(ask(f"cost were {other.name}", workload, other.price))
+    return found
+
+
+class Pair(NamedTuple):
+    """An (LM, visual tokens) with its cost."""
+
+    lm: str
+    lm_params: Number
+    visual_tokens: int
+    flops: float  # 2 N (Q + V)
+
+
+def measured_pairs(rows: Sequence[Row], fits: Mapping[str, Fit], text_tokens: int) -> list[Pair]:
+    """The (LM, visual tokens) that every benchmark of every law was measured at, smallest LM first."""
+    cells = [
+        {row.cell for row in rows_of(rows, fit) if row.benchmark == name and not row.flag}
+        for fit in fits.values()
+        for name in benchmarks_of(rows, fit)
+    ]
+    sizes = {lm: params for fit in fits.values() for lm, params in fit.lms.items()}
+    shared = sorted(set.intersection(*cells), key=lambda cell: (sizes[cell[0]], cell))
+    return [
+        Pair(lm, sizes[lm], v, float(paper_flops(sizes[lm], text_tokens, v))) for lm, v in shared
+    ]
+
+
+def equal_pairs(pairs: Sequence[Pair], flops: float | None = None) -> list[Pair]:
+    """Of each LM the pair whose cost is nearest to `flops`, if it is within ABOUT of it; smallest LM first.
+
+    flops: None takes the pair's cost that keeps the most LMs, of these the one whose costs differ the least.
+    """
+
+    def near(cost: float) -> list[Pair]:
+        def distance(pair: Pair) -> float:
+            return abs(math.log(pair.flops / cost))
+
+        by_lm = [[p for p in pairs if p.lm == lm] for lm in dict.fromkeys(p.lm for p in pairs)]
+        nearest = [min(own, key=distance) for own in by_lm]
+        return [pair for pair in nearest if distance(pair) <= math.log(ABOUT)]
+
+    def even(found: list[Pair]) -> float:
+        costs = [pair.flops for pair in found]
+        return min(costs, default=0) / max(costs, default=1)
+
+    choices = [near(pair.flops) for pair in pairs] if flops is None else [near(flops)]
+    found = max(choices, key=lambda found: (len(found), even(found)), default=[])
+    if len(found) < 2:
+        where = "of any one cost" if flops is None else f"of {flops / 1e9:g} GFLOPs"
+        raise ConfigError(
+            f"plot: fewer than 2 LMs have a cell within {ABOUT - 1:.0%} {where}; "
+            "measure more token counts, or give another --budget-gflops."
+        )
     return found

@@ -14,8 +14,7 @@ from matplotlib.figure import Figure
 
 from vlm_jax.laws import drawing, figures, fitting, table
 from vlm_jax.laws import law as law_file
-from vlm_jax.laws.cells import rows_of
-from vlm_jax.laws.law import Fit
+from vlm_jax.laws.law import Fit, rows_of
 from vlm_jax.laws.table import Row
 from vlm_jax.settings import cli
 from vlm_jax.settings.checks import ConfigError

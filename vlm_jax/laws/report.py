@@ -1,24 +1,41 @@
 """report.md and report.html of a sweep: the answer and its two figures first, then what it rests on.
 
-Both are written from one list of blocks, beside their pictures; nothing is fetched from anywhere.
+Both are written from one list of blocks, beside their pictures; nothing is fetched from anywhere. The page is one file. It
+fits a phone (a wide table scrolls inside its own box) and follows the dark mode.
 """
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from vlm_jax.laws import answer, drawing, figures, page, planning, words
-from vlm_jax.laws.answer import Change, headline, runs_of, spell, spoken
-from vlm_jax.laws.budget import Plan
+from vlm_jax import files
+from vlm_jax.laws import choice, drawing, figures, planning, words
+from vlm_jax.laws.choice import Plan
 from vlm_jax.laws.law import Fit
-from vlm_jax.laws.page import Block, Picture, Table
 from vlm_jax.laws.table import Row
+from vlm_jax.laws.words import Change, Table, estimate, headline, runs_of, spoken
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.presets import size_name
 
+# A range or an interval, which a table prints small.
+SMALL = re.compile(r"[(\[][^)\]]*[)\]]|\S+\.\.\S+")
+PARENTHESES = re.compile(r"\([^)]*\)")
 FLAG = "†"
 LAW = "The law is error = A / (N^alpha V^beta) + D, with N the LM's parameters in billions and V the number of visual tokens."
+
+
+class Block(NamedTuple):
+    markdown: str
+    html: str
+
+
+class Picture(NamedTuple):
+    file: str  # in the report's folder
+    caption: str
 
 
 def write_report(
@@ -50,15 +67,11 @@ def write_report(
     plans = _plans(fits, budget_gflops, text_tokens)
     made = {family: plan for family, plan in plans.items() if isinstance(plan, Plan)}
     looking = {
-        family: answer.beside(rows, fit, [e.compressor for e in elastic.values()])
+        family: words.beside(rows, fit, [e.compressor for e in elastic.values()])
         for family, fit in fits.items()
     }
-    said = [
-        answer.of_exponents(fits),
-        answer.of_plans(made, text_tokens),
-        answer.of_looking(looking),
-    ]
-    blocks = [page.heading(1, title), page.answer([line for line in said if line])]
+    said = [words.of_exponents(fits), choice.of_plans(made, text_tokens), words.of_looking(looking)]
+    blocks = [heading(1, title), box([line for line in said if line])]
     blocks.append(_law_figures(folder, rows, fits, text_tokens))
     blocks += _tables(rows, fits, notes)
     blocks += _plan_blocks(folder, fits, plans)
@@ -66,13 +79,13 @@ def write_report(
     if elastic:
         blocks += _elastic_blocks(rows, fits, elastic)
     if caveats:
-        blocks += [page.heading(2, "What this does not show"), page.items(caveats)]
-    blocks += [page.heading(2, "How it was made"), page.command(made_by)]
+        blocks += [heading(2, "What this does not show"), items(caveats)]
+    blocks += [heading(2, "How it was made"), command(made_by)]
     if seconds:
         parts = [[name, f"{value:.0f}"] for name, value in seconds.items()]
         total = f"Time of the parts, some of which ran side by side: {sum(seconds.values()):.0f} seconds together."
-        blocks.append(page.folded(total, page.table(Table(["part", "seconds"], parts))))
-    return page.write(folder, title, blocks)
+        blocks.append(folded(total, scrolling(Table(["part", "seconds"], parts))))
+    return _write(folder, title, blocks)
 
 
 def _law_figures(
@@ -83,25 +96,25 @@ def _law_figures(
         drawing.save_both(figures.errors_figure(rows, fit, text_tokens), folder, f"errors_{family}")
         caption = f"{headline(spoken(family))} error against FLOPs, with the fitted law"
         shown.append(Picture(f"errors_{family}.png", caption))
-    return page.pictures(shown)
+    return side_by_side(shown)
 
 
 def _tables(rows: Sequence[Row], fits: Mapping[str, Fit], notes: Sequence[str]) -> list[Block]:
-    blocks, remarks = [page.heading(2, "Errors")], []
+    blocks, remarks = [heading(2, "Errors")], []
     for family, fit in fits.items():
         table = error_table(rows, fit)
-        blocks += [page.heading(3, headline(spoken(family))), page.table(table)]
+        blocks += [heading(3, headline(spoken(family))), scrolling(table)]
         remarks.append(_about_cells(rows, fit))
         if any(FLAG in cell for line in table.rows for cell in line):
             remarks.append(
                 f"{FLAG}: a run that stayed at chance or out of line in every rerun is left out."
             )
-    blocks.append(page.items([*dict.fromkeys(remarks), *notes]))
+    blocks.append(items([*dict.fromkeys(remarks), *notes]))
     level = next(iter(fits.values())).level
     about = f"{LAW} Brackets after a constant hold its {level:.0%} profile-likelihood interval; law.json has other kinds."
-    blocks += [page.heading(2, "Constants of the law"), page.paragraph(about)]
-    blocks.append(page.table(constants_table(fits)))
-    return [*blocks, page.items([line for fit in fits.values() for line in words.doubts(fit)])]
+    blocks += [heading(2, "Constants of the law"), paragraph(about)]
+    blocks.append(scrolling(constants_table(fits)))
+    return [*blocks, items([line for fit in fits.values() for line in words.doubts(fit)])]
 
 
 def _about_cells(rows: Sequence[Row], fit: Fit) -> str:
@@ -110,7 +123,7 @@ def _about_cells(rows: Sequence[Row], fit: Fit) -> str:
     asked = f", {' or '.join(map(str, counts))} questions per cell and seed" if counts else ""
     if fit.num_seeds > 1:
         return f"Mean of {fit.num_seeds} seeds (lowest to highest){asked}; compressor {fit.compressor}."
-    by = f" ({answer.LEVEL:.0%} binomial interval)" if counts else ""
+    by = f" ({words.LEVEL:.0%} binomial interval)" if counts else ""
     return f"One seed{by}{asked}; compressor {fit.compressor}."
 
 
@@ -129,30 +142,28 @@ def error_table(rows: Sequence[Row], fit: Fit) -> Table:
 def _cell(runs: Sequence[Row]) -> str:
     if not runs:
         return ""
-    good = answer.good(runs)
+    good = words.good(runs)
     errors = [float(row.error) for row in good]
-    text, n = f"{answer.mean_error(runs):.3f}", good[0].n
+    text, n = f"{words.mean_error(runs):.3f}", good[0].n
     if len(good) > 1:
         text += f" ({min(errors):.3f}–{max(errors):.3f})"
     elif n:
-        text += " ({:.3f}–{:.3f})".format(*answer.binomial_interval(errors[0], n))
+        text += " ({:.3f}–{:.3f})".format(*words.binomial_interval(errors[0], n))
     return text + (FLAG if any(row.flag for row in runs) else "")
 
 
 def constants_table(fits: Mapping[str, Fit]) -> Table:
     """The constants of every family with the headline intervals, and R2; what they are at D = 0 where D was fitted."""
-    free = not all(fit.d_fixed for fit in fits.values())
+    columns = 4 if all(fit.d_fixed for fit in fits.values()) else 5
     body = []
     for family, fit in fits.items():
-        drawn = 2 + list(fit.intervals).index(fit.mode)
-        shown = [0, 1, drawn, *([-1] if free else [])]
-        for name, texts in words.constant_rows(fit).items():
+        for name, *texts in words.constants_table(fit).rows:
             if texts[0] != "-" and not (name == "D" and fit.d_fixed):
-                body.append([f"{spoken(family)} {name}", *(texts[i] for i in shown)])
-        body.append([f"{spoken(family)} R2", f"{fit.r2:.3f}", *[""] * (len(shown) - 1)])
+                body.append([f"{spoken(family)} {name}", *texts[: columns - 1]])
+        body.append([f"{spoken(family)} R2", f"{fit.r2:.3f}", *[""] * (columns - 2)])
     first = next(iter(fits.values()))
-    header = ["constant", "fit", f"{first.level:.0%} profile", f"{first.level:.0%} over {first.mode}"]  # fmt: skip
-    return Table([*header, *(["fit at D = 0"] if free else [])], body)
+    header = ["constant", "fit", f"{first.level:.0%} profile", f"{first.level:.0%} over {first.mode}", "fit at D = 0"]  # fmt: skip
+    return Table(header[:columns], body)
 
 
 def _plans(
@@ -177,19 +188,19 @@ def _plan_blocks(
         if isinstance(plan, ConfigError):
             lines.append(f"{name}: {str(plan).removeprefix('plan: ')}")
             continue
-        lines += words.around(plan)
+        lines += choice.around(plan)
         body += [
-            [name, f"{c.lm}, V = {c.visual_tokens}", f"{c.cost:.3g}", f"{c.error:.3f}{spell(c.interval, '.3f')}", f"{c.share:.0%}"]
+            [name, f"{c.lm}, V = {c.visual_tokens}", f"{c.cost:.3g}", estimate(c.error, c.interval, ".3f"), f"{c.share:.0%}"]
             for c in (plan.best, *plan.runners_up[:2])
         ]  # fmt: skip
         drawing.save_both(figures.plan_figure(plan, fits[family]), folder, f"plan_{family}")
         shown.append(Picture(f"plan_{family}.png", f"{name}: candidates, frontier, budget and choice"))  # fmt: skip
-    blocks = [page.heading(2, "The plan")]
+    blocks = [heading(2, "The plan")]
     if body:
         header = ["family", "choice and runners-up", "GFLOPs", "predicted error", "best in"]
-        blocks.append(page.table(Table(header, body)))
-    blocks.append(page.items(lines))
-    return [*blocks, page.pictures(shown)] if shown else blocks
+        blocks.append(scrolling(Table(header, body)))
+    blocks.append(items(lines))
+    return [*blocks, side_by_side(shown)] if shown else blocks
 
 
 def _looking_blocks(
@@ -200,22 +211,21 @@ def _looking_blocks(
     for family, changes in looking.items():
         for change in changes:
             own, other = change.own[0], change.other[0]
-            span = spell(change.interval, "+.3f") if change.interval else ""
             body.append([
                 headline(spoken(family)), f"{other.lm}, V = {other.visual_tokens}", f"{own.compressor} {_cell(change.own)}",
-                f"{other.compressor} {_cell(change.other)}", f"{change.mean:+.3f}{span}",
+                f"{other.compressor} {_cell(change.other)}", estimate(change.mean, change.interval, "+.3f"),
             ])  # fmt: skip
     if not (body or pictures):
         return []
-    blocks = [page.heading(2, "What looking at the question buys")]
+    blocks = [heading(2, "What looking at the question buys")]
     if body:
         header = ["family", "cell", "blind to the question", "sees the question", "change"]
         note = "These cells stand beside the law, not in it; the change has a 95% interval."
-        blocks += [page.table(Table(header, body)), page.paragraph(note)]
+        blocks += [scrolling(Table(header, body)), paragraph(note)]
     for picture in pictures:
         if not (folder / picture.file).is_file():
             raise ConfigError(f"report: the picture {picture.file} is not in {folder}.")
-    return [*blocks, page.pictures(pictures)] if pictures else blocks
+    return [*blocks, side_by_side(pictures)] if pictures else blocks
 
 
 def _elastic_blocks(
@@ -226,17 +236,110 @@ def _elastic_blocks(
     for family, other in elastic.items():
         pair, name = (fits[family], other), spoken(family)
         for constant in ("alpha", "beta"):
-            values = (answer.value(fit, constant) for fit in pair)
+            values = (words.value(fit, constant) for fit in pair)
             body.append([f"{name} {constant}", *values])
         body.append([f"{name} R2", *(f"{fit.r2:.3f}" for fit in pair)])
-        means = (answer.mean_error(runs_of(rows, fit)) for fit in pair)
+        means = (words.mean_error(runs_of(rows, fit)) for fit in pair)
         body.append([f"{name} error, mean", *(f"{mean:.3f}" for mean in means)])
-        tables += [page.heading(3, headline(name)), page.table(error_table(rows, other))]
+        tables += [heading(3, headline(name)), scrolling(error_table(rows, other))]
     own, one = (next(iter(laws.values())).compressor for laws in (fits, elastic))
     header = ["constant", f"a training per cell ({own})", f"a training per LM ({one})"]
     return [
-        page.heading(2, "One training per LM, every number of visual tokens"),
-        page.paragraph(answer.of_elastic(rows, fits, elastic)),
-        page.table(Table(header, body)),
-        page.folded(f"The errors of {one}", *tables),
+        heading(2, "One training per LM, every number of visual tokens"),
+        paragraph(words.of_elastic(rows, fits, elastic)),
+        scrolling(Table(header, body)),
+        folded(f"The errors of {one}", *tables),
     ]
+
+
+def heading(level: int, text: str) -> Block:
+    return Block(f"{'#' * level} {text}", f"<h{level}>{html.escape(text)}</h{level}>")
+
+
+def paragraph(text: str) -> Block:
+    return Block(text, f"<p>{html.escape(text)}</p>")
+
+
+def box(lines: Sequence[str]) -> Block:
+    """The sentences in a box, what stands in parentheses muted."""
+    texts = (PARENTHESES.sub(r"<span>\g<0></span>", html.escape(line)) for line in lines)
+    shown = "".join(f"<p>{text}</p>" for text in texts)
+    return Block(items(lines).markdown, f"<section>{shown}</section>")
+
+
+def items(lines: Sequence[str]) -> Block:
+    shown = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+    return Block("\n".join(f"- {line}" for line in lines), f"<ul>{shown}</ul>")
+
+
+def command(text: str) -> Block:
+    return Block(f"    {text}", f"<pre>{html.escape(text)}</pre>")
+
+
+def scrolling(table: Table) -> Block:
+    """It scrolls inside its own box where the page is narrow."""
+    lines = [table.header, ["---"] * len(table.header), *table.rows]
+    markdown = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    shown = _line("th", table.header) + "".join(_line("td", row) for row in table.rows)
+    return Block(markdown, f"<div class=wide><table>{shown}</table></div>")
+
+
+def _line(tag: str, cells: Sequence[str]) -> str:
+    texts = [SMALL.sub(r"<small>\g<0></small>", html.escape(cell)) for cell in cells]
+    return "<tr>" + "".join(f"<{tag}>{text}</{tag}>" for text in texts) + "</tr>"
+
+
+def side_by_side(shown: Sequence[Picture]) -> Block:
+    """Where the page is wide enough."""
+    figures = (
+        f'<figure><img src="{html.escape(file)}" alt="{html.escape(caption)}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        for file, caption in shown
+    )
+    markdown = "\n".join(f"![{caption}]({file})" for file, caption in shown)
+    return Block(markdown, f"<div class=pictures>{''.join(figures)}</div>")
+
+
+def folded(summary: str, *blocks: Block) -> Block:
+    """Blocks that the page opens on a click."""
+    inner = "".join(block.html for block in blocks)
+    shown = f"<details><summary>{html.escape(summary)}</summary>{inner}</details>"
+    return Block("\n\n".join([summary, *(block.markdown for block in blocks)]), shown)
+
+
+def _write(folder: Path, title: str, blocks: Sequence[Block]) -> Path:
+    """report.md and report.html; returns the path of the latter."""
+    markdown = "\n\n".join(block.markdown for block in blocks) + "\n"
+    files.write_whole(folder / "report.md", markdown)
+    body = "\n".join(block.html for block in blocks)
+    files.write_whole(folder / "report.html", PAGE.format(title=html.escape(title), body=body))
+    return folder / "report.html"
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; --ink: #222; --paper: #fff; --box: #f3f5f7; --line: #d8dce0; --muted: #5b636b; --mark: #d55e00; }}
+@media (prefers-color-scheme: dark) {{
+  :root {{ --ink: #e4e6e8; --paper: #16181a; --box: #22262a; --line: #3a4046; --muted: #a3abb3; --mark: #f08a3c; }}
+}}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 1.5rem auto; padding: 0 1rem; color: var(--ink); background: var(--paper); overflow-wrap: anywhere; }}
+h1 {{ font-size: 1.5rem; line-height: 1.25; }} h2 {{ font-size: 1.2rem; margin-top: 2.2rem; }} h3 {{ font-size: 1rem; margin-bottom: 0; }}
+section {{ margin: 1rem 0; padding: .2rem 1rem; background: var(--box); border-left: 4px solid var(--mark); }}
+section p {{ margin: .7rem 0; font-weight: 600; }} section span {{ font-weight: 400; color: var(--muted); }}
+ul {{ padding-left: 1.2rem; font-size: .9rem; color: var(--muted); }}
+pre {{ background: var(--box); padding: .6rem; white-space: pre-wrap; font-size: .85rem; }}
+.wide {{ width: fit-content; max-width: 100%; overflow-x: auto; margin: .6rem 0; background: linear-gradient(to left, var(--paper) 1.2rem, transparent 2.5rem) local, linear-gradient(to left, var(--line), transparent 1.2rem); }}
+table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }}
+th, td {{ border-bottom: 1px solid var(--line); padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top; }}
+th {{ min-width: 3.2rem; }} td:first-child, td:not(:has(small)), small {{ white-space: nowrap; }} small {{ color: var(--muted); }}
+@media (max-width: 40rem) {{ td:first-child small {{ display: block; }} }}
+.pictures {{ display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }}
+figure {{ margin: 0; }} figcaption {{ font-size: .85rem; color: var(--muted); }}
+img {{ width: 100%; height: auto; background: #fff; border-radius: 4px; }}
+summary {{ cursor: pointer; margin: .6rem 0; }}
+</style></head><body>
+{body}
+</body></html>
+"""

@@ -57,6 +57,7 @@ class Row:
     flops: Number | None = None  # forward FLOPs of one question, encoder to last answer token
     seconds: Number | None = None  # wall clock per question
     flag: str = ""  # why this cell failed ("chance level"); a flagged row is shown, never fitted
+    train_samples: int | None = None  # that the model was trained on, where cells differ in it
 
     @property
     def key(self) -> tuple:
@@ -68,6 +69,7 @@ class Row:
             self.visual_tokens,
             self.compressor,
             self.seed,
+            self.train_samples,
         )
 
     @property
@@ -75,12 +77,17 @@ class Row:
         return (self.lm, self.visual_tokens)
 
 
+def spell_pair(lm: str, visual_tokens: int) -> str:
+    """ "qwen1.5-7b with 16 visual tokens" """
+    return f"{lm} with {visual_tokens} visual token{'' if visual_tokens == 1 else 's'}"
+
+
 COLUMNS = (
     "benchmark", "family", "lm", "lm_params", "visual_tokens", "compressor", "error", "n", "seed", "flops",
-    "seconds", "flag",
+    "seconds", "flag", "train_samples",
 )  # fmt: skip
 _TEXT = ("benchmark", "family", "lm", "compressor", "flag")
-_WHOLE = ("visual_tokens", "n", "seed")
+_WHOLE = ("visual_tokens", "n", "seed", "train_samples")
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(Row)}
 
 
@@ -190,7 +197,7 @@ def _check(fields: dict, where: str) -> None:
     if not 1 <= tokens <= MOST_TOKENS:
         bound = "at least 1" if tokens < 1 else f"at most {MOST_TOKENS:g}"
         raise ConfigError(f"{where}: visual_tokens {tokens:g} must be {bound}.")
-    for name in ("n", "flops", "seconds"):
+    for name in ("n", "flops", "seconds", "train_samples"):
         if (fields.get(name) or 0) < 0:
             raise ConfigError(f"{where}: {name} {fields[name]:g} is negative; leave it empty.")
 
@@ -270,9 +277,9 @@ def family_mean(rows: Sequence[Row], family: str) -> list[Row]:
     benchmarks = sorted({row.benchmark for row in rows})
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.lm, row.visual_tokens, row.compressor, row.seed), []).append(row)
+        groups.setdefault(dataclasses.replace(row, benchmark="").key, []).append(row)
     means = []
-    for (lm, tokens, _, seed), group in groups.items():
+    for (_, _, lm, tokens, _, seed, _), group in groups.items():
         missing = sorted(set(benchmarks) - {row.benchmark for row in group})
         if missing:
             raise ConfigError(

@@ -22,9 +22,17 @@ import numpy as np
 from jaxtyping import Float
 from scipy.special import fdtrc, fdtri, ndtr, stdtrit
 
-from vlm_jax.laws.cells import Cells, Points
-from vlm_jax.laws.law import CONSTANTS, EXPONENT_BOX, Check, Interval, Law
-from vlm_jax.laws.least_squares import Solutions, exponent_axis, solve, solve_along
+from vlm_jax.laws.law import CONSTANTS, Check, Interval
+from vlm_jax.laws.least_squares import (
+    EXPONENT_BOX,
+    Cells,
+    Law,
+    Points,
+    Solutions,
+    exponent_axis,
+    solve,
+    solve_along,
+)
 
 OUTWARD = 2.0 ** np.arange(-8, 18)  # steps from the optimum, in units of `scale`
 BETWEEN = 9  # points tried between the last value inside and the first outside

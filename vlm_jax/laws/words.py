@@ -1,20 +1,24 @@
-"""A fit and a plan in sentences, and in tables for a terminal."""
+"""A fit in sentences and in tables, and what the fits of a sweep answer."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
+import rich.table
 from rich.box import SIMPLE
-from rich.table import Table
+from scipy import stats
 
-from vlm_jax.costs.chips import GIB
-from vlm_jax.laws.budget import LARGEST, LONGEST, Candidate, Plan, spell_pair, spelt
-from vlm_jax.laws.law import CONSTANTS, EXPONENT_BOX, Check, Fit, Law
+from vlm_jax.laws.law import CONSTANTS, QUESTIONS, Check, Fit, Interval, rows_of
+from vlm_jax.laws.least_squares import EXPONENT_BOX, Law
+from vlm_jax.laws.table import Row, family_mean, spell_pair
 
+LEVEL = 0.95  # of the intervals of errors
 SETTLED = 2.0  # AICc: laws closer than this are as good as each other (Burnham and Anderson 2002, section 2.6)
-HEADS = {"gflops": "GFLOPs", "ms": "ms", "gib": "GiB", "dollars": "$ / 1M"}
 
 
 def of_fit(fit: Fit) -> list[str]:
@@ -38,7 +42,9 @@ def doubts(fit: Fit) -> list[str]:
         lines.append(
             f"{fit.family}: one seed per cell: the intervals know nothing of run-to-run differences."
         )
+    lines += _over_questions(fit)
     lines += _which_law(fit)
+    lines += _best_beyond(fit)
     if fit.down_weighted:
         lines.append(
             f"{fit.family}: the robust loss counts these cells less: {'; '.join(fit.down_weighted)}."
@@ -79,11 +85,11 @@ def _about_d(fit: Fit) -> str:
     d, alpha, ratio = fit.profile["D"], fit.profile["alpha"], fit.profile["alpha/beta"]
     along, steady = fit.d_profile["alpha"], fit.d_profile["alpha/beta"]
     assert d is not None and alpha is not None and along is not None  # None only where D is fixed
-    ratios = "" if ratio is None else f" and the ratio alpha/beta in {_between(ratio)}"
-    stable = "" if steady is None else f", the best ratio in {_between(steady)}"
+    ratios = "" if ratio is None else f" and the ratio alpha/beta in {between(ratio)}"
+    stable = "" if steady is None else f", the best ratio in {between(steady)}"
     return (
-        f"{fit.family}: D is not identified: any D in {_between(d)} fits as well at {fit.level:.0%}, which leaves alpha in "
-        f"{_between(alpha)}{ratios}; the best alpha for each such D lies in {_between(along)}{stable}; compare the "
+        f"{fit.family}: D is not identified: any D in {between(d)} fits as well at {fit.level:.0%}, which leaves alpha in "
+        f"{between(alpha)}{ratios}; the best alpha for each such D lies in {between(along)}{stable}; compare the "
         "exponents at D = 0."
     )
 
@@ -95,7 +101,7 @@ def _signs(fit: Fit) -> list[str]:
         assert interval is not None  # only D and the ratio may have none
         if interval[0] <= 0 <= interval[1]:
             lines.append(
-                f"{fit.family}: {name} is not distinguishable from 0 ({fit.level:.0%} interval {_between(interval)})."
+                f"{fit.family}: {name} is not distinguishable from 0 ({fit.level:.0%} interval {between(interval)})."
             )
         elif value < 0:
             lines.append(f"{fit.family}: {name} = {value:.3g} < 0: error rises with {what} here.")
@@ -106,6 +112,18 @@ def _signs(fit: Fit) -> list[str]:
             f"D = {law.D:.3g}; SSE x {fit.sse_nonnegative / max(fit.sse, 1e-300):.3g}."
         )
     return lines
+
+
+def _over_questions(fit: Fit) -> list[str]:
+    if fit.question_error is None:
+        return []
+    found = fit.intervals[QUESTIONS]
+    spans = ", ".join(f"{name} in {between(span)}" for name, span in found.items() if span)
+    shares = ", ".join(f"{share:.0%} {name}" for name, share in fit.question_shares.items())
+    return [
+        f"{fit.family}: other questions of the same kind would leave {spans} (pictures drawn whole, the same for every cell; "
+        f"{shares} of that variance); the standard error of a cell is {fit.question_error:.2g} at most."
+    ]
 
 
 def _which_law(fit: Fit) -> list[str]:
@@ -124,6 +142,22 @@ def _which_law(fit: Fit) -> list[str]:
     ]
 
 
+def _best_beyond(fit: Fit) -> list[str]:
+    """Which law predicts an LM size from the others, where every law can be asked."""
+    off = {
+        law.formula: statistics.fmean(mean for mean, _ in law.held_out.values())
+        for law in fit.alternatives
+        if law.held_out
+    }
+    if len(off) < max(2, len(fit.alternatives)):
+        return []
+    best, fitted = min(off, key=lambda formula: off[formula]), fit.alternatives[0].formula
+    return [
+        f"{fit.family}: LM sizes left out are predicted best by {best}: {off[best]:.2%} off on average, against "
+        f"{off[fitted]:.2%} by {fitted}."
+    ]
+
+
 def _checked(fit: Fit, check: Check) -> str:
     side = "inside" if check.inside else "outside"
     return (
@@ -133,166 +167,73 @@ def _checked(fit: Fit, check: Check) -> str:
     )
 
 
-def _between(pair: tuple[float, float]) -> str:
-    return f"[{pair[0]:.3g}, {pair[1]:.3g}]"
+def between(pair: Interval, form: str = ".3g") -> str:
+    """ "[0.548, 0.845]" """
+    return f"[{pair[0]:{form}}, {pair[1]:{form}}]"
 
 
-def of_plan(plan: Plan) -> list[str]:
-    """The answer, how it changes with Q, the budget and the way of counting; one line each."""
-    return [f"{plan.family}: {_answer(plan)}", *around(plan)]
+def estimate(number: float, interval: Interval | None, form: str = ".3g") -> str:
+    """ "0.693 [0.548, 0.845]" """
+    return f"{number:{form}}" + (f" {between(interval, form)}" if interval else "")
 
 
-def around(plan: Plan) -> list[str]:
-    """How the answer changes with what was assumed, and how far it may be trusted; one line each."""
-    lines = [*_closed_form(plan), _over_text_tokens(plan), *_over_budget(plan), *_instead(plan)]
-    if plan.best.error > LARGEST:
-        lines.append(
-            "the law predicts an error above 1 there, which no error can be: do not use it."
-        )
-    elif plan.best.interval[1] >= LARGEST:
-        lines.append(
-            "the interval is cut off at 1, the largest error there is: the measured cells do not bound the error there."
-        )
-    if plan.best.extrapolated:
-        lines.append(
-            "the choice lies outside the measured sizes or token counts: an extrapolation."
-        )
-    return [f"{plan.family}: {line}" for line in lines]
+def span(pair: Interval | None, form: str = ".3g") -> str:
+    """ "0.548..0.845" """
+    return "-" if pair is None else f"{pair[0]:{form}}..{pair[1]:{form}}"
 
 
-def _answer(plan: Plan) -> str:
-    best = plan.best
-    costs = ", ".join(spelt(kind, amount) for kind, amount in best.amounts.items())
-    return (
-        f"within {plan.budget.text} use {spell_pair(best.lm, best.visual_tokens)}: predicted error {best.error:.3f} "
-        f"[{best.interval[0]:.3f}, {best.interval[1]:.3f}]; {costs}; "
-        f"chosen in {best.share:.0%} of the law's resamples."
-    )
+class Table(NamedTuple):
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    groups: Sequence[int] = ()  # how many rows stand together, from the top
 
-
-def _closed_form(plan: Plan) -> list[str]:
-    """Only where cost is N times tokens."""
-    if plan.budget.kind != "gflops":
-        return []
-    optimum = plan.continuous_optimum
-    if math.isinf(optimum):
-        return ["alpha <= beta, so at a fixed cost more visual tokens always beat a larger LM."]
-    return [
-        f"with sizes free, V* = Q beta / (alpha - beta) = {optimum:.3g} at Q = {plan.workload.paid_tokens} "
-        "(cost 2 N (Q + V), any budget)."
-    ]
-
-
-def _over_text_tokens(plan: Plan) -> str:
-    """Where the choice flips as the prompt grows or shrinks."""
-    q, spans = plan.workload.text_tokens, plan.by_text_tokens
-    kind = "cached text tokens" if plan.workload.cached else "text tokens"
-
-    def named(lm: str, count: int) -> str:
-        return spell_pair(lm, count) if lm else f"V = {count}"
-
-    i = next(i for i, span in enumerate(spans) if span.first <= q <= span.last)
-    here, parts = spans[i], []
-    if i > 0:
-        parts.append(f"it flips to {named(*spans[i - 1][2:])} below Q = {here.first}")
-    if i + 1 < len(spans):
-        parts.append(f"it flips to {named(*spans[i + 1][2:])} above Q = {here.last}")
-    elif not plan.sizes_free and here.last < LONGEST:
-        parts.append(f"nothing is affordable above Q = {here.last}")
-    if parts:
-        return f"at {q} {kind} the choice is {named(*here[2:])}; {'; '.join(parts)}."
-    return f"the choice is the same for any number of {kind}" + (
-        f" up to {here.last}." if plan.sizes_free else "."
-    )
-
-
-def _over_budget(plan: Plan) -> list[str]:
-    """The budgets between which the choice is the same: the frontier's steps."""
-    if plan.sizes_free:
-        return []
-    steps, kind = list(plan.frontier), plan.budget.kind
-    cost = spelt(kind, plan.best.cost)
-    i = steps.index(plan.best)
-    below = f"; below it is {_named(steps[i - 1])}" if i else ""
-    if i + 1 == len(steps):
-        return [f"the choice holds from {cost} on{below}."]
-    above = steps[i + 1]
-    return [
-        f"the choice holds from {cost} to {spelt(kind, above.cost)}{below}; from there it is {_named(above)}."
-    ]
-
-
-def _named(candidate: Candidate) -> str:
-    return spell_pair(candidate.lm, candidate.visual_tokens)
-
-
-def _instead(plan: Plan) -> list[str]:
-    own = (plan.best.lm, plan.best.visual_tokens)
-    lines = []
-    for other in plan.instead:
-        if not other.lm:
-            outcome = f"there would be no choice: {other.reason}"
-        elif (other.lm, other.visual_tokens) == own:
-            outcome = "the choice would be the same"
-        else:
-            outcome = f"the choice would be {spell_pair(other.lm, other.visual_tokens)}"
-        lines.append(f"if {other.assumption}, {outcome.rstrip('.')}.")
-    return lines
+    def on_terminal(self, left: int = 1, caption: str = "") -> rich.table.Table:
+        """left: columns of words, before those of numbers."""
+        grid = rich.table.Table(box=SIMPLE, pad_edge=False, caption=caption, caption_justify="left")
+        for i, name in enumerate(self.header):
+            grid.add_column(name, justify="left" if i < left else "right", no_wrap=i > 0)
+        ends = set(np.cumsum(self.groups) - 1)
+        for i, line in enumerate(self.rows):
+            grid.add_row(*line, end_section=i in ends)
+        return grid
 
 
 def constants_table(fit: Fit) -> Table:
-    """The constants with the headline intervals; law.json has all of them."""
-    modes = list(fit.intervals)
-    header = ["value", f"{fit.level:.0%} profile", *(f"over {mode}" for mode in modes), "at D = 0"]
-    shown = [0, 1, 2 + modes.index(fit.mode), len(header) - 1]
-    grid = Table(box=SIMPLE, pad_edge=False)
-    grid.add_column("constant")
-    for i in shown:
-        grid.add_column(header[i], justify="right")
-    for name, texts in constant_rows(fit).items():
-        grid.add_row(name, *(texts[i] for i in shown))
-    return grid
-
-
-def constant_rows(fit: Fit) -> dict[str, list[str]]:
-    """Per constant, as text: value, profile interval, interval per resampling mode, value at D = 0.
+    """The constants with the headline intervals; law.json has all of them.
 
     An unidentified D has no interval from resamples: they all sit at 0 where the table does.
     """
-    rows = {}
+    body = []
     for name in CONSTANTS:
         first, last = (_number(_constant(law, name)) for law in (fit.law, fit.law_d_zero))
-        spans = [group[name] for group in fit.intervals.values()]
-        if name == "D" and not fit.d_identified:
-            spans = [None] * len(spans)
-        rows[name] = [first, *(_span(s) for s in (fit.profile[name], *spans)), last]
-    return rows
+        drawn = fit.intervals[fit.mode][name] if name != "D" or fit.d_identified else None
+        body.append([name, first, span(fit.profile[name]), span(drawn), last])
+        if QUESTIONS in fit.intervals:
+            body[-1].append(span(fit.intervals[QUESTIONS][name]))
+    header = ["constant", "value", f"{fit.level:.0%} profile", f"over {fit.mode}", "at D = 0", "over questions"]  # fmt: skip
+    return Table(header[: len(body[0])], body)
 
 
 def alternatives_table(fit: Fit) -> Table:
     """The laws of other forms beside it, and how well each does."""
-    grid = Table(box=SIMPLE, pad_edge=False)
-    grid.add_column("law")
-    for name in ("k", "RMSE", "+AICc", "+BIC", "one size out", "largest out"):
-        grid.add_column(name, justify="right", no_wrap=True)
     least_aicc = min((a.aicc for a in fit.alternatives if a.aicc is not None), default=0.0)
     least_bic = min(a.bic for a in fit.alternatives)
     largest = max(fit.lms, key=lambda lm: fit.lms[lm])
+    body = []
     for law in fit.alternatives:
         out = list(law.held_out.values())
         each = (sum(m for m, _ in out) / len(out), max(w for _, w in out)) if out else None
-        grid.add_row(
-            law.formula,
-            str(law.num_constants),
-            f"{law.rmse:.3g}",
-            "-" if law.aicc is None else f"{law.aicc - least_aicc:.1f}",
-            f"{law.bic - least_bic:.1f}",
-            _mean_and_most(each),
-            _mean_and_most(law.held_out.get(largest)),
-        )
-    grid.caption = "+: above the lowest; out: mean / largest relative error of an LM size by the law of the others"
-    grid.caption_justify = "left"
-    return grid
+        body.append([
+            law.formula, str(law.num_constants), f"{law.rmse:.3g}",
+            "-" if law.aicc is None else f"{law.aicc - least_aicc:.1f}", f"{law.bic - least_bic:.1f}",
+            _mean_and_most(each), _mean_and_most(law.held_out.get(largest)),
+        ])  # fmt: skip
+    return Table(["law", "k", "RMSE", "+AICc", "+BIC", "one size out", "largest out"], body)
+
+
+ABOUT_ALTERNATIVES = (
+    "+: above the lowest; out: mean / largest relative error of an LM size by the law of the others"
+)
 
 
 def _constant(law: Law, name: str) -> float | None:
@@ -303,61 +244,149 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def _span(pair: tuple[float, float] | None) -> str:
-    return "-" if pair is None else f"{pair[0]:.3g}..{pair[1]:.3g}"
-
-
 def _mean_and_most(pair: tuple[float, float] | None) -> str:
     return "-" if pair is None else " / ".join(f"{100 * share:.3g}%" for share in pair)
 
 
-def shown(plan: Plan) -> dict[str, Sequence[Candidate]]:
-    """The candidates that a terminal has room for: the best, the runners-up and the frontier near the budget."""
-    return {"best": [plan.best], "next": plan.runners_up, "frontier": _around(plan)}
+class Change(NamedTuple):
+    """A cell of a compressor that the law was not fitted to, and the same cell of the law's compressor."""
+
+    own: Sequence[Row]  # one per seed, flagged ones included
+    other: Sequence[Row]
+
+    @property
+    def mean(self) -> float:
+        """How far the other compressor's mean error lies above the law's."""
+        return mean_error(self.other) - mean_error(self.own)
+
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom of the spread over seeds."""
+        return len(good(self.own)) + len(good(self.other)) - 2
+
+    @property
+    def interval(self) -> Interval | None:
+        """Of `mean`: Student's, from the spread over seeds, which both compressors are taken to share.
+
+        With one run each, by the number of questions alone; None where that is not known.
+        """
+        groups = [[float(row.error) for row in good(runs)] for runs in (self.own, self.other)]
+        if self.freedom:
+            squares = sum(statistics.pvariance(group) * len(group) for group in groups)
+            variance = squares / self.freedom * sum(1 / len(group) for group in groups)
+            width = float(stats.t.ppf((1 + LEVEL) / 2, self.freedom))
+        else:
+            runs = [*good(self.own), *good(self.other)]
+            if not all(row.n for row in runs):
+                return None
+            variance = sum(row.error * (1 - row.error) / row.n for row in runs if row.n)
+            width = statistics.NormalDist().inv_cdf((1 + LEVEL) / 2)
+        half = width * math.sqrt(variance)
+        return self.mean - half, self.mean + half
 
 
-def candidates_table(plan: Plan, wide: bool) -> Table:
-    """Those `shown`, a line each. wide: with every known amount, not the budget's alone."""
-    kinds = [plan.budget.kind]
-    if wide:
-        kinds += [kind for kind in plan.best.amounts if kind not in kinds]
-    grid = Table(box=SIMPLE, pad_edge=False)
-    left = ("", "LM")
-    for name in (*left, "tokens", *(HEADS[k] for k in kinds), "error", "interval", "chosen"):
-        grid.add_column(name, justify="left" if name in left else "right", no_wrap=True)
-    for mark, group in shown(plan).items():
-        for i, c in enumerate(group):
-            grid.add_row(
-                *_cells(c, mark if i == 0 else "", kinds, plan), end_section=i == len(group) - 1
-            )
-    return grid
+def runs_of(rows: Sequence[Row], fit: Fit) -> list[Row]:
+    """The rows behind a fit, flagged ones included: one per cell and seed, the mean over benchmarks."""
+    return family_mean(rows_of(rows, fit), fit.family)
 
 
-def phases_table(plan: Plan) -> Table:
-    """What the best candidate's batch does, part by part."""
-    chip = plan.budget.chip
-    grid = Table(box=SIMPLE, pad_edge=False)
-    grid.add_column("phase", no_wrap=True)
-    for name in ("GFLOPs", "GiB moved", *(("ms at least", "bounded by") if chip else ())):
-        grid.add_column(name, justify="right", no_wrap=True)
-    for phase in plan.phases:
-        cells = [phase.name, f"{phase.flops / 1e9:.4g}", f"{phase.bytes / GIB:.3g}"]
-        if chip:
-            cells += [f"{phase.seconds(chip) * 1e3:.3g}", phase.bounded_by(chip)]
-        grid.add_row(*cells)
-    return grid
+def good(runs: Sequence[Row]) -> list[Row]:
+    """Those that are not flagged; all of them where every one is."""
+    return [row for row in runs if not row.flag] or list(runs)
 
 
-def _around(plan: Plan, below: int = 4, above: int = 3) -> list[Candidate]:
-    """The part of the frontier near the budget; --json and --plot show all of it."""
-    split = sum(c.affordable for c in plan.frontier)
-    return list(plan.frontier[max(0, split - below) : split + above])
+def mean_error(runs: Sequence[Row]) -> float:
+    return statistics.fmean(float(row.error) for row in good(runs))
 
 
-def _cells(c: Candidate, mark: str, kinds: Sequence[str], plan: Plan) -> list[str]:
-    refused = "too dear" if c.cost > plan.budget.limit else "too big"
-    return [
-        mark, c.lm, str(c.visual_tokens), *(f"{c.amounts[kind]:.4g}" for kind in kinds),
-        f"{c.error:.3f}" + ("*" if c.extrapolated else ""), f"{c.interval[0]:.3f}..{c.interval[1]:.3f}",
-        f"{c.share:.0%}" if c.affordable else refused,
+def binomial_interval(error: float, n: int) -> Interval:
+    """Of a share of n questions: Wilson's, which stays within 0 and 1."""
+    z = statistics.NormalDist().inv_cdf((1 + LEVEL) / 2)
+    centre = (error + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(error * (1 - error) / n + (z / (2 * n)) ** 2)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def beside(rows: Sequence[Row], fit: Fit, leave_out: Sequence[str] = ()) -> list[Change]:
+    """Cells of other compressors that the law's compressor has too, fewest tokens and then largest LM first.
+
+    leave_out: compressors that are none of them.
+    """
+    own = runs_of(rows, fit)
+    names = {row.compressor for row in rows} - {fit.compressor, *leave_out}
+    others = [
+        row for name in names for row in runs_of(rows, dataclasses.replace(fit, compressor=name))
+    ]
+    keys = {(row.visual_tokens, -row.lm_params, row.lm, row.compressor) for row in others}
+    found = []
+    for tokens, _, lm, name in sorted(keys):
+        same = [row for row in own if row.cell == (lm, tokens)]
+        runs = [row for row in others if (row.cell, row.compressor) == ((lm, tokens), name)]
+        if same:
+            found.append(Change(same, runs))
+    return found
+
+
+def spoken(family: str) -> str:
+    """A family's name inside a sentence."""
+    return "OCR" if family == "ocr" else family
+
+
+def headline(text: str) -> str:
+    """With a capital first letter."""
+    return text[:1].upper() + text[1:]
+
+
+def value(fit: Fit, name: str) -> str:
+    return estimate(getattr(fit.law, name), fit.profile[name])
+
+
+def of_exponents(fits: Mapping[str, Fit]) -> str:
+    """Which resource error falls faster with, by family."""
+    clauses = []
+    for family, fit in fits.items():
+        found, share = order(fit, f"{spoken(family)} error"), fit.p_alpha_greater[fit.mode]
+        if found is None:
+            unsettled = f"it is not settled what {spoken(family)} error falls faster with"
+            found = ("alpha", "beta", unsettled)
+        else:
+            share = max(share, 1 - share)
+        large, small, meaning = found
+        clauses.append(
+            f"{meaning} ({large} = {value(fit, large)}, {small} = {value(fit, small)}, {large} > {small} in {share:.1%} of resamples)"
+        )
+    return headline("; ".join(clauses)) + "."
+
+
+def of_looking(found: Mapping[str, Sequence[Change]]) -> str:
+    """What a compressor that sees the question changes, with the fewest tokens and the largest LM; "" where none was run."""
+    first = {family: pairs[0] for family, pairs in found.items() if pairs}
+    if not first:
+        return ""
+    row = next(iter(first.values())).other[0]
+    cell = spell_pair(row.lm, row.visual_tokens)
+    clauses = []
+    for family, pair in first.items():
+        interval = pair.interval
+        sure = interval is not None and not interval[0] <= 0 <= interval[1]
+        verb = ("lowers" if pair.mean < 0 else "raises") if sure else "does not measurably change"
+        change = estimate(pair.mean, interval, "+.3f") + ("" if pair.freedom else ", one run each")
+        clauses.append(
+            f"{verb} the {spoken(family)} error ({mean_error(pair.own):.3f} to {mean_error(pair.other):.3f}: "
+            f"{change})"
+        )
+    return f"Looking at the question ({row.compressor}, {cell}) {' and '.join(clauses)}."
+
+
+def of_elastic(rows: Sequence[Row], fits: Mapping[str, Fit], elastic: Mapping[str, Fit]) -> str:
+    """How many trainings each law took, and whether both say the same of the exponents."""
+    counts = [
+        len({(row.lm, row.seed, row.visual_tokens * per_cell) for f in laws.values() for row in runs_of(rows, f)})
+        for laws, per_cell in ((fits, True), (elastic, False))
     ]  # fmt: skip
+    clauses = []
+    for family, fit in elastic.items():
+        found, own = order(fit), order(fits[family])
+        same = "not settled by both" if found is None or own is None else "the same" if found == own else "another"  # fmt: skip
+        clauses.append(f"{same} for {spoken(family)}")
+    return f"{counts[1]} trainings instead of {counts[0]}; the order of the exponents is {' and '.join(clauses)}."

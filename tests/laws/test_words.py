@@ -6,9 +6,9 @@ import pytest
 import tables
 from scipy import stats
 
-from vlm_jax.laws import answer, fit, planning
-from vlm_jax.laws.answer import Change, binomial_interval
+from vlm_jax.laws import choice, fit, planning, words
 from vlm_jax.laws.table import Row
+from vlm_jax.laws.words import Change, binomial_interval
 
 OWN, OTHER = (0.30, 0.34, 0.31), (0.25, 0.28)
 
@@ -43,7 +43,7 @@ def test_with_one_run_each_the_questions_alone_give_the_interval():
     half = stats.norm.ppf(0.975) * (0.3 * 0.7 / 3200 + 0.25 * 0.75 / 800) ** 0.5
     assert change.interval == pytest.approx((-0.05 - half, -0.05 + half))
     assert Change(runs([0.3]), runs([0.25], n=None)).interval is None
-    said = answer.of_looking({"ocr": [change]})
+    said = words.of_looking({"ocr": [change]})
     assert "lowers the OCR error (0.300 to 0.250: -0.050" in said and "one run each" in said
 
 
@@ -54,9 +54,9 @@ def test_a_flagged_run_is_not_in_the_change():
 
 
 def test_the_exponents_sentence_names_the_larger_one_of_each_family(fits):
-    said = answer.of_exponents(fits)
+    said = words.of_exponents(fits)
     for family, large, small in (("reasoning", "alpha", "beta"), ("ocr", "beta", "alpha")):
-        values = [answer.value(fits[family], name) for name in (large, small)]
+        values = [words.value(fits[family], name) for name in (large, small)]
         assert f"({large} = {values[0]}, {small} = {values[1]}, {large} > {small} in 100.0%" in said
         low, high = fits[family].profile[large]
         assert f"[{low:.3g}, {high:.3g}]" in values[0]
@@ -67,14 +67,14 @@ def test_the_exponents_sentence_names_the_larger_one_of_each_family(fits):
 def test_an_order_that_resamples_do_not_settle_is_said_to_be_open(fits):
     found = fits["ocr"]
     unsure = dataclasses.replace(found, p_alpha_greater={found.mode: 0.3})
-    said = answer.of_exponents({"ocr": unsure})
+    said = words.of_exponents({"ocr": unsure})
     assert said.startswith("It is not settled what OCR error falls faster with (alpha = ")
     assert "alpha > beta in 30.0% of resamples" in said
 
 
 def test_the_plans_sentence_has_the_choice_its_error_and_its_share(fits):
     plans = {family: planning.choose(fit, 5e6, 10) for family, fit in fits.items()}
-    said = answer.of_plans(plans, 10)
+    said = choice.of_plans(plans, 10)
     for plan in plans.values():
         low, high = plan.best.interval
         assert f"{plan.best.error:.3f} [{low:.3f}, {high:.3f}], the best in {plan.best.share:.0%}" in said  # fmt: skip
@@ -90,7 +90,7 @@ def test_cells_beside_the_law_begin_with_the_fewest_tokens_and_the_largest_lm(fi
         dataclasses.replace(quecc, visual_tokens=9),  # the law has no such cell
         dataclasses.replace(quecc, compressor="mqt"),
     ]
-    found = answer.beside([*rows, *more], fits["ocr"], ["mqt"])
+    found = words.beside([*rows, *more], fits["ocr"], ["mqt"])
     assert [change.other[0].cell for change in found] == [("large", 1), ("middle", 1), ("large", 4)]
     own = [row.error for row in rows if row.family == "ocr" and row.cell == ("middle", 1)][:3]
     assert found[1].mean == pytest.approx(0.123 - sum(own) / 3)

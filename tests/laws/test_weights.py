@@ -7,7 +7,7 @@ import pytest
 from scipy.optimize import least_squares
 
 from vlm_jax.laws import fitting
-from vlm_jax.laws.cells import binomial, huber, select
+from vlm_jax.laws.fitting import binomial, huber, select
 from vlm_jax.laws.law import Law
 from vlm_jax.laws.table import Row
 from vlm_jax.settings.checks import ConfigError
