@@ -39,7 +39,6 @@ def get_config():
 
     c.optim.optimizer = "muon"
     c.optim.warmup_ratio = 0.075
-    c.optim.decay_ratio = 0.4  # to look at a place is learnt late, and only while the rate is high
     c.optim.beta2 = 0.99
 
     c.eval.batch_size = 256
@@ -67,23 +66,24 @@ def sweep() -> ml_collections.ConfigDict:
     s.plan_budget_gflops = 0.003  # per question
     s.fixed_d = 0.0  # the law's D: over so short a range a free one is not identified
 
-    # Stages: steps, samples per step, tokens of a conversation without visual ones, peak rates.
+    # Stages: steps, samples per step, tokens of a conversation without visual ones, peak rates and their end. To look at a
+    # place is learnt late and only while the rate is high: it stays at its peak for half of the steps.
     s.encoder = stage(
         annotations="encoder_train.json", trainable=".", steps=350, batch_size=32, text_tokens=125,
-        learning_rate=3e-3, muon_learning_rate=1e-2,
+        learning_rate=3e-3, muon_learning_rate=1e-2, decay_ratio=0.0,
     )  # fmt: skip
     s.text = stage(
-        annotations="text_train.json", trainable="^lm/", steps=1000, batch_size=32, text_tokens=66,
-        learning_rate=4e-3, muon_learning_rate=2e-2,
+        annotations="text_train.json", trainable="^lm/", steps=800, batch_size=32, text_tokens=66,
+        learning_rate=4e-3, muon_learning_rate=2e-2, decay_ratio=0.0,
     )  # fmt: skip
     s.vlm = stage(
         annotations="vlm_train.json", trainable=ATTENDING, steps=400, batch_size=32,
-        text_tokens=64, learning_rate=1e-2, muon_learning_rate=2e-2,
+        text_tokens=64, learning_rate=1e-2, muon_learning_rate=2e-2, decay_ratio=0.4,
     )  # fmt: skip
     # As many questions per step, one per image: a query-aware compressor looks at one question.
     s.query_aware_vlm = stage(
         annotations="vlm_single_train.json", trainable=ATTENDING, steps=400, batch_size=256,
-        text_tokens=9, learning_rate=1e-2, muon_learning_rate=2e-2,
+        text_tokens=9, learning_rate=1e-2, muon_learning_rate=2e-2, decay_ratio=0.4,
     )  # fmt: skip
     return s
 

@@ -67,6 +67,7 @@ def stage(cfg: ConfigDict, seed: int, name: str, shared: Shared) -> ConfigDict:
     c.optim.trainable = settings.trainable
     c.optim.learning_rate = settings.learning_rate
     c.optim.muon_learning_rate = settings.muon_learning_rate
+    c.optim.decay_ratio = settings.decay_ratio
     c.data.annotations = (str(shared.data / settings.annotations),)
     c.data.image_roots = (str(shared.data),)
     c.data.tokenizer = str(shared.data / "tokenizer")

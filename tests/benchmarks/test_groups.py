@@ -27,7 +27,7 @@ def test_a_group_leaves_out_whole_pictures_and_the_same_for_every_model():
     assert [e is None for e in found] == [e is None for e in good]
     kept = [e for e in found if e is not None]
     assert len(kept) > 80  # pictures are spread over nearly all groups
-    assert kept.count(0.0) == 1 and max(kept) < 2 / 580  # both questions about it go together
+    assert kept.count(0.0) == 1 and max(kept) < 2 / 560  # both questions about it go together
     again = [(r["id"], "no" if r["image"] == "3.jpg" else "yes") for r in rows[::-1]]
     assert found == benchmarks.errors_without_groups("llava", rows[::-1], again)
 

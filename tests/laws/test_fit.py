@@ -351,7 +351,7 @@ def test_weights_loss_checked_exponents_and_other_laws_survive_law_json(tmp_path
     )
     law.save(tmp_path / "law.json", {"f": found}, {})
     back = law.load(tmp_path / "law.json")["f"]
-    assert back.alternatives == found.alternatives and len(back.alternatives) == 5
+    assert back.alternatives == found.alternatives and len(back.alternatives) == 6
     assert back.check == found.check and back.profile == found.profile
     assert (back.weights, back.loss) == ("binomial", "huber")
     assert back.down_weighted == found.down_weighted
