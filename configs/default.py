@@ -200,3 +200,72 @@ def optim() -> ml_collections.ConfigDict:
     o.clip_norm = 1.0  # of the global gradient norm
     o.momentum_dtype = "float32"  # of the first moment (adamw, muon); bfloat16 saves memory
     return o
+
+
+def sweep() -> ml_collections.ConfigDict:
+    """The block `sweep` of a config over many cells, which configs/default.py itself has not; see vlm_jax/sweeps/__init__.py."""
+    s = ml_collections.ConfigDict()
+    s.title = "LM size against visual tokens"  # of the report
+    s.seeds = (0,)  # each seed repeats everything
+    s.compressors = ("tokenpacker",)  # keys of compressors.COMPRESSORS, or "resized"
+    s.lms = ()  # keys of presets.LM or model directories
+    s.visual_tokens = ()
+    s.beside = ()  # (compressor, LM, visual tokens): cells shown beside the law, not in it
+    # Where it is not `visual_tokens`: compressor -> its own counts. And compressor -> other fields of model.compressor.
+    s.visual_tokens_of = ml_collections.ConfigDict()
+    s.compressor_settings = ml_collections.ConfigDict()
+    # (LM, {field of the config: value}), such as ("vicuna-7b", {"mesh.fsdp": 8, "init.lm": "vicuna"}); a field below the name of
+    # a stage, "tune.optim.learning_rate", is for that stage alone.
+    s.lm_settings = ()
+    s.elastic = True  # M3, MQT and querypool are trained once per LM, for all their counts
+    s.inputs = "."  # folder from which relative paths begin, unless there is a prepare step
+    s.prepare = ""  # dotted path of a function (folder, seed, **prepare_settings) that writes data
+    s.prepare_settings = ml_collections.ConfigDict()
+    s.stages = ml_collections.ConfigDict()  # name -> stage(..), in their order
+    s.cache = ()  # annotation files; features of their images are computed once
+    s.cache_image_roots = ()  # one folder per file; () = where relative paths begin
+    s.cached_eval = False  # True: the cache holds the benchmarks' images too
+    s.benchmarks = ()  # keys of benchmarks.BENCHMARKS
+    s.annotations = ()  # one folder per benchmark; () = where relative paths begin
+    s.image_roots = ()  # as eval.image_roots
+    s.families = ()  # one per benchmark: the law that its errors are fitted by; "" = its own
+    s.processes = 0  # parts side by side, each on one core; 0: one per core, on a GPU or TPU 1
+    s.max_reruns = 0  # of a training that stays at chance or is out of line, before it is flagged
+    s.failed_above = 1.01  # error of a benchmark at or above which a cell stays at chance
+    s.plan_text_tokens = 50  # of the figures and the plan (the paper's Q)
+    s.plan_budget_gflops = 1000.0  # per question
+    s.fixed_d = placeholder(float)  # the law's D; None = fitted
+    s.looks = ()  # (benchmark, beginning of a question): where a cell of `beside` looks is drawn
+    s.caveats = ()  # sentences of the report
+    return s
+
+
+def stage(**given) -> ml_collections.ConfigDict:
+    """One stage of a sweep, with the fields that are given."""
+    g = ml_collections.ConfigDict()
+    g.per = "cell"  # cell | lm | seed: what it is trained once for
+    g.cells = "all"  # all | blind | query_aware: cells whose compressors do not, or do, look at the question
+    g.compressor = ""  # "" = the cell's
+    g.annotations = ()  # as data.annotations
+    g.image_roots = ()  # one folder per file; () = where relative paths begin
+    g.trainable = "."  # as optim.trainable
+    g.steps = 0  # optimiser steps; 0 = from epochs
+    g.epochs = 0.0
+    g.batch_size = 32
+    g.text_tokens = 64  # tokens of a row beside the visual ones
+    # (text tokens, share of the steps): rows alike in length, cut to these widths; the shares are for --dry-run alone.
+    g.buckets = ()
+    g.records = 0  # of the annotations, for --dry-run where steps are counted in epochs
+    g.learning_rate = 1e-3  # peak
+    g.muon_learning_rate = 1e-2  # peak, of Muon's matrices
+    g.decay_ratio = 0.0  # as optim.decay_ratio
+    # Part -> an earlier stage; "" = as the block `init` says, or a preset that is a model directory.
+    g.init = ml_collections.ConfigDict({"vit": "", "compressor": "", "projector": "", "lm": ""})
+    g.cached = False  # True: reads the cached features instead of the images
+    g.settings = ()  # (field of the config, value): further ones
+    with g.unlocked():
+        for name, value in given.items():
+            if name not in g:
+                raise ValueError(f"a stage has no field {name!r}")
+            g[name] = {**g[name], **value} if name == "init" else value
+    return g

@@ -13,7 +13,7 @@ MAX_LINES = 400
 MAX_FUNCTION_LINES = 70
 COMMANDS = {"train", "evaluate", "sweep", "show", "features"}
 
-# The rooms from the ground up -> what each may import of the project. Nothing imports a command, but sweep train, evaluate and show.
+# The rooms from the ground up -> what each may import of the project. Nothing imports a command, but sweeps train and show.
 GROUND = {"settings", "files", "progress"}
 MODEL = {"settings", "layers", "compressors", "models", "sharding"}
 ROOMS: dict[str, set[str]] = {
@@ -35,13 +35,14 @@ ROOMS: dict[str, set[str]] = {
     "training": {*GROUND, *MODEL, "hf", "data", "storage", "costs"},
     "inference": {*GROUND, *MODEL, "hf", "data", "storage", "costs", "benchmarks", "laws"},
     "aot": {*GROUND, *MODEL, "hf", "data", "storage", "costs", "training", "inference"},
-    "stages": {"settings", "compressors", "hf"},
 }
 EVERYTHING = set(ROOMS)
+# The room of the command sweep, which alone runs other commands.
+ROOMS["sweeps"] = EVERYTHING - {"miniworld"} | {"train", "show"}
 ALLOWED = ROOMS | {
     "train": EVERYTHING,
     "evaluate": EVERYTHING,
-    "sweep": EVERYTHING | {"train", "evaluate", "show"},
+    "sweep": {"settings", "sweeps"},
     "show": EVERYTHING,
     "features": EVERYTHING,
 }

@@ -14,6 +14,7 @@ inference/    tasks, answer, generate, evaluation, features, lmms_eval
 benchmarks/   rows, score, reduce          miniworld/ the embedded benchmark
 laws/         table, fitting, law, planning, figures, report; commands fit, plan, plot
 aot/          a step compiled for machines that one does not have
+sweeps/       an experiment over many cells: plan, stages, checks, dry run, running, conclusion
 
 Array axes, one letter and one meaning everywhere (signatures, einsums, docs):
 

@@ -79,7 +79,7 @@ def encoder_flops(vit: ViTConfig) -> int:
     return _patch_flops(vit) + vit.feature_state * (linear + _encoder_attention(vit))
 
 
-def _decoder_maps(lm: LMConfig) -> dict[str, tuple[int, int]]:
+def decoder_maps(lm: LMConfig) -> dict[str, tuple[int, int]]:
     """(in, out) of each linear map of one layer, by its path below "lm/"."""
     q, kv = lm.num_heads * lm.head_dim, lm.num_kv_heads * lm.head_dim
     inner = {"q": (lm.width, q), "k": (lm.width, kv), "v": (lm.width, kv), "o": (q, lm.width)}
@@ -91,7 +91,7 @@ def _decoder_maps(lm: LMConfig) -> dict[str, tuple[int, int]]:
 def _adapter_weights(lm: LMConfig, path: str) -> int:
     """Of the two thin maps beside a linear map; 0 without an adapter."""
     adapter = lm.adapter(path)
-    return 0 if adapter is None else adapter.rank * sum(_decoder_maps(lm)[path])
+    return 0 if adapter is None else adapter.rank * sum(decoder_maps(lm)[path])
 
 
 def _decoder_attention(lm: LMConfig, tokens: int, keys: int) -> int:
@@ -103,7 +103,7 @@ def decoder_flops(lm: LMConfig, tokens: int, keys: int, logits: int) -> int:
     """The decoder over the last `tokens` positions of `keys` key slots; the head runs on `logits` of them."""
     weights = sum(
         fan_in * fan_out + _adapter_weights(lm, path)
-        for path, (fan_in, fan_out) in _decoder_maps(lm).items()
+        for path, (fan_in, fan_out) in decoder_maps(lm).items()
     )
     layer = 2 * tokens * weights + _decoder_attention(lm, tokens, keys)
     return lm.num_layers * layer + 2 * logits * lm.width * lm.vocab_size
@@ -293,7 +293,7 @@ def _decoder_step(lm: LMConfig, tokens: int, learns: _Learning, visual: bool) ->
     flows = visual or learns.any("lm/embed", "lm/layers")
     head = "lm/embed" if lm.tied_embeddings else "lm/head"
     weights = 0
-    for path, (fan_in, fan_out) in _decoder_maps(lm).items():
+    for path, (fan_in, fan_out) in decoder_maps(lm).items():
         own, adapter = fan_in * fan_out, _adapter_weights(lm, path)
         weights += own * (1 + flows + learns.any(f"lm/{path}/kernel"))
         weights += adapter * (1 + flows + learns.any(f"lm/{path}/lora_a", f"lm/{path}/lora_b"))

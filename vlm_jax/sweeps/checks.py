@@ -1,0 +1,128 @@
+"""All mistakes of a sweep's config and inputs, found before the first training and told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vlm_jax import benchmarks
+from vlm_jax.data import sources, tokenizer
+from vlm_jax.hf.directory import is_model
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.run import Experiment
+from vlm_jax.storage import run as experiment
+from vlm_jax.storage.inherit import same_tokenizer
+from vlm_jax.sweeps import plan, stages
+from vlm_jax.sweeps.plan import Folders, Training
+
+RECORDS = "give the path of a .json or .jsonl file or a tfds directory"
+MOST = 20  # mistakes told; more are counted
+
+
+def check(cfg: ConfigDict, root: Path, with_inputs: bool = True) -> list[Training]:
+    """The trainings of a sweep in `root`. with_inputs: whether data, weights and benchmarks must be there already.
+
+    Raises ConfigError with every mistake in one line, each once.
+    """
+    found: dict[str, None] = {}
+
+    def attempt(call: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except ConfigError as error:
+            found.setdefault(str(error).removeprefix("sweep: "))
+
+    todo = attempt(plan.trainings, cfg) or []
+    attempt(plan.stages, cfg)
+    asked = attempt(plan.asked, cfg) or []
+    if not found:
+        for training in todo:
+            where = plan.folders(cfg, root, training.seed)
+            for stage in attempt(_stages_of, cfg, training) or ():
+                exp = attempt(_resolved, cfg, stage, training, where)
+                for call in _inputs(exp, where) if exp and with_inputs else ():
+                    attempt(call)
+    if with_inputs and not cfg.sweep.prepare:
+        for one in asked:
+            attempt(_check_benchmark, one, plan.folders(cfg, root, cfg.sweep.seeds[0]))
+    _tell(list(found))
+    return todo
+
+
+def _stages_of(cfg: ConfigDict, training: Training) -> list[plan.Stage]:
+    return [*plan.shared_stages(cfg), *plan.cell_stages(cfg, training)]
+
+
+def _resolved(cfg: ConfigDict, stage: plan.Stage, training: Training, where: Folders) -> Experiment:
+    try:
+        return experiment.resolve(stages.config_of(cfg, stage, training, where))
+    except ConfigError as error:
+        who = training.lm if stage.per == "lm" else training.name
+        name = stage.name if stage.per == "seed" else f"{who}, stage {stage.name}"
+        raise ConfigError(f"{name}: {error}") from error
+
+
+def _inputs(exp: Experiment, where: Folders) -> Iterator[Callable[[], None]]:
+    """A check for each input that must be there before the sweep begins; what it makes itself is left out."""
+    data = exp.data
+
+    def is_made(path: str) -> bool:
+        return Path(path).is_relative_to(where.root)
+
+    for path in filter(lambda path: not is_made(path), data.annotations):
+        yield lambda path=path: sources.check_exists("annotations", path, RECORDS)
+    if data.max_images and not data.features_dir:
+        roots = [root for root in data.image_roots if not is_made(root)]
+        yield lambda: sources.check_image_roots("data", roots)
+    if not is_made(data.tokenizer):
+        yield lambda: _check_tokenizer(exp)
+    for part, source in exp.init.sources.items():
+        if source and not is_made(source) and not is_model(source):
+            yield lambda part=part, source=source: experiment.check_has_checkpoint(part, source)
+
+
+def _check_tokenizer(exp: Experiment) -> None:
+    """Raises ConfigError when the tokenizer is missing or another one than the decoder's."""
+    data, lm = exp.data, exp.model.lm
+    if not data.tokenizer:
+        raise ConfigError(
+            "data.tokenizer is not set; name a tokenizer's directory, or an LM by its model directory, which holds one."
+        )
+    tokenizer.check_directory(data.tokenizer)
+    known = tokenizer.load(data.tokenizer).vocab_size
+    if known > lm.vocab_size:
+        raise ConfigError(
+            f"the LM of {exp.init.lm or 'random weights'} has a vocabulary of {lm.vocab_size}, its tokenizer "
+            f"{data.tokenizer!r} one of {known}; give the tokenizer that it was trained with."
+        )
+    own = exp.init.lm
+    if own and tokenizer.is_there(own) and not same_tokenizer(own, data.tokenizer):
+        raise ConfigError(
+            f"the LM {own!r} has a tokenizer of its own with another vocabulary than {data.tokenizer!r}; set "
+            f"data.tokenizer to it in lm_settings, or leave data.tokenizer empty."
+        )
+
+
+def _check_benchmark(one: plan.Asked, where: Folders) -> None:
+    folder = where.path(one.annotations)
+    sources.check_exists(
+        f"{one.name}: annotations", folder, "give the folder of the benchmark's native files"
+    )
+    if one.image_root:
+        sources.check_image_roots(one.name, [where.path(one.image_root)])
+    rows = benchmarks.get(one.name).rows(folder)
+    benchmarks.check_scorable(one.name, rows)
+
+
+def _tell(mistakes: list[str]) -> None:
+    if not mistakes:
+        return
+    if len(mistakes) == 1:
+        raise ConfigError(f"sweep: {mistakes[0]}")
+    told = [f"({i}) {mistake}" for i, mistake in enumerate(mistakes[:MOST], 1)]
+    if len(mistakes) > MOST:
+        told.append(f"and {len(mistakes) - MOST} more")
+    raise ConfigError(f"sweep: {len(mistakes)} mistakes: {' '.join(told)}")
