@@ -217,6 +217,7 @@ def sweep() -> ml_collections.ConfigDict:
     # (LM, {field of the config: value}), such as ("vicuna-7b", {"mesh.fsdp": 8, "init.lm": "vicuna"}); a field below the name of
     # a stage, "tune.optim.learning_rate", is for that stage alone.
     s.lm_settings = ()
+    s.held_out = ()  # LMs that are measured and predicted, not fitted
     s.elastic = True  # M3, MQT and querypool are trained once per LM, for all their counts
     s.inputs = "."  # folder from which relative paths begin, unless there is a prepare step
     s.prepare = ""  # dotted path of a function (folder, seed, **prepare_settings) that writes data
@@ -237,6 +238,10 @@ def sweep() -> ml_collections.ConfigDict:
     s.fixed_d = placeholder(float)  # the law's D; None = fitted
     s.looks = ()  # (benchmark, beginning of a question): where a cell of `beside` looks is drawn
     s.caveats = ()  # sentences of the report
+    # Numbers to print beside the measured ones: (compressor, visual tokens, {benchmark: as Table 1 prints it}), and by family
+    # the alpha and beta of a published law.
+    s.published = ()
+    s.published_law = ml_collections.ConfigDict()
     return s
 
 

@@ -11,6 +11,10 @@ others are resumed, so the same command continues a sweep that was killed.
 On several machines that share DIR (scripts/sweep_array.sh), `--part=shared` makes what the cells share and `--part=I/N` runs
 every N-th training from the I-th on (0 <= I < N). The command without --part then writes the table, the law and the report.
 
+--dry-run prints what every training takes and the total, without data or weights: steps, tokens, FLOPs and, with
+--topology=v5e:16x16 or H100:8, memory per chip, hours and chip-hours; with --chip-hour-dollars=1.2 their price. A step's time
+is its lower bound, or that at a share of the peak, --mfu=0.4.
+
 vlm_jax/sweeps/__init__.py says what a config's block `sweep` holds.
 """
 
@@ -32,7 +36,22 @@ def command(argv: Sequence[str]) -> None:
         "workdir": "directory of the sweep",
         "part": "shared, or I/N: every N-th training from the I-th; not given: everything that is missing, and the report",
     }
-    flags = cli.parse(argv, texts, about=__doc__ or "")
+    texts |= {
+        "topology": "with --dry-run: chips, such as v5e:16x16 or H100:8",
+        "chip-hour-dollars": "with --dry-run: the price of a chip for an hour",
+        "mfu": "with --dry-run: the share of the peak that trainings reach; not given: a lower bound on the time",
+    }
+    switches = {"dry-run": "print what every training takes, and begin nothing"}
+    dry = any(word in ("--dry-run", "-dry-run", "--dry-run=true") for word in argv)
+    required = ("config",) if dry else ("config", "workdir")
+    flags = cli.parse(argv, texts, switches, required, about=__doc__ or "")
+    if flags["dry-run"].value:
+        from vlm_jax.sweeps import dry_run  # here, not above: it loads jax
+
+        on = dry_run.machine(flags.topology, flags.mfu)
+        price = dry_run.number("--chip-hour-dollars", flags["chip-hour-dollars"].value)
+        sys.stdout.write(dry_run.report(flags.config, flags.workdir, on, price))
+        return
     if flags.part:
         running.sweep_part(flags.config, flags.workdir, flags.part)
         return

@@ -81,6 +81,18 @@ class PruMergeConfig(CompressorConfig):
             )
         return min(self.max_kept or patches, max(needed))
 
+    def with_tokens(self, grid: int, visual_tokens: int) -> PruMergeConfig:
+        """Keeps a fixed share of the patches. Raises ConfigError where no share gives so many."""
+        patches = grid**2
+        for kept in range(1, patches):
+            sized = dataclasses.replace(self, prune_ratio="fixed", fixed_ratio=kept / patches)
+            top = math.floor(patches * sized.fixed_ratio)
+            if 0 < top + len(sized.fixed_samples(patches)) == visual_tokens - 1 and top:
+                return sized
+        raise ConfigError(
+            f"{self.name}: no share of a {grid}x{grid} grid gives {visual_tokens} visual tokens; use another number."
+        )
+
     def num_tokens(self, grid: int) -> int:
         """The kept patches and the extra token."""
         return self.num_kept(grid) + 1

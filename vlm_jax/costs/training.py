@@ -101,7 +101,8 @@ def step(exp: Experiment, ways: Ways, tokens: int, has_images: bool = True) -> S
         tokens=exp.data.batch_size * tokens,
         flops=spent.total,
         hardware_flops=spent.total + again,
-        peak_bytes=_state_bytes(exp, ways, learning) + _temporary_bytes(exp, ways, learning, tokens),
+        peak_bytes=_state_bytes(exp, ways, learning)
+        + _temporary_bytes(exp, ways, learning, tokens),
         sent_bytes=_sent_bytes(exp, ways, learning),
         chips=ways.chips,
     )

@@ -257,7 +257,7 @@ def evaluate(
         "annotations": tuple(where.path(one.annotations) for one in asked),
         "image_roots": tuple(where.path(one.image_root) for one in asked),
         "checkpoint": str(folder),
-        "features_dir": str(where.features) if cfg.sweep.cached_eval else "",
+        "features_dir": cfg.data.features_dir if cfg.sweep.cached_eval else "",
         "visual_tokens": visual_tokens if several else 0,
     }
     settings = EvalConfig.from_block(block)

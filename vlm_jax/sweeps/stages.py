@@ -48,9 +48,10 @@ def config_of(
     own = _presets(c, where)
     _compress(c, cfg, stage, training)
     _start(c, cfg, stage, training, where, rerun, own)
-    if stage.cached:
+    model = model_of(c)
+    if stage.cached and not model.compressor.uses_scores:  # queries and keys are in no cache
         c.data.features_dir = str(where.features)
-    visual = c.data.max_images * _slots(model_of(c))
+    visual = c.data.max_images * _slots(model)
     c.data.max_tokens = stage.text_tokens + visual
     if stage.buckets:
         c.data.sampling = "modality_length"
@@ -162,7 +163,9 @@ def _start(
             c.init[part] = str(where.stage(earlier[source], training, rerun))
         else:
             c.init[part] = where.path(c.init[part]) or own.get(part, "")
-    c.data.tokenizer = where.path(c.data.tokenizer) or own.get("lm", "")
+    # A tokenizer that is not named is the LM's own.
+    given = "" if stage.init.get("lm") else c.init.lm
+    c.data.tokenizer = where.path(c.data.tokenizer) or own.get("lm", "") or given
 
 
 def work(c: ConfigDict) -> int:
