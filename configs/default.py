@@ -45,6 +45,10 @@ def get_config() -> ml_collections.ConfigDict:
     c.train.on_nonfinite = "stop"  # stop | skip: a step whose loss or gradient is NaN or infinite
     c.train.max_skipped = 10  # with skip: stop after this many
     c.train.peer_timeout = 100  # seconds without a sign of another process, then the run ends
+    c.train.validation = ()  # annotation files of held-out records, whose loss is measured; () = none
+    c.train.validation_roots = ()  # one folder per file; () = the first of data.image_roots
+    c.train.validate_every = 500  # steps between held-out losses
+    c.train.keep_best = False  # True: WORKDIR/best is a run with the parameters of the lowest one
     c.train.random_frozen = False  # True: a part that does not learn may keep random parameters
 
     c.eval = ml_collections.ConfigDict()

@@ -185,10 +185,23 @@ class TrainConfig:
     random_frozen: bool = False  # whether a frozen part may keep its random initial parameters
     micro_batches: int = 1  # parts of a batch whose gradients are computed in turn and added
     loss_chunk: int = 0  # positions per row whose logits are in memory at once; 0 = all
+    validation: tuple[str, ...] = ()  # annotation files of held-out records
+    validation_roots: tuple[
+        str, ...
+    ] = ()  # one folder per file; () = the first of data.image_roots
+    validate_every: int = 500  # steps
+    keep_best: bool = False  # whether the parameters of the lowest held-out loss are kept as well
 
     def __post_init__(self):
+        if self.keep_best and not self.validation:
+            raise ConfigError("train: keep_best needs a held-out loss; set train.validation.")
+        if self.validation_roots and len(self.validation_roots) != len(self.validation):
+            raise ConfigError(
+                f"train: {len(self.validation)} files of validation but {len(self.validation_roots)} validation_roots; give "
+                "one root per file, or none."
+            )
         check_positive(
-            "train", log_every=self.log_every, save_every=self.save_every, keep=self.keep,
+            "train", validate_every=self.validate_every, log_every=self.log_every, save_every=self.save_every, keep=self.keep,
             micro_batches=self.micro_batches, peer_timeout=self.peer_timeout,
         )  # fmt: skip
         check_choice("train", "on_nonfinite", self.on_nonfinite, ("stop", "skip"))

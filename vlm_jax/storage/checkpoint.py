@@ -150,15 +150,15 @@ def _unraisable(hook: Callable[[Any], Any], what: Any) -> None:
         hook(what)
 
 
-def save_params(workdir: str | Path, params: Tree) -> None:
-    """Saves parameters that come from no run as step 0 of `workdir`. `load_params` reads them; no run can resume from them."""
+def save_params(workdir: str | Path, params: Tree, step: int = 0) -> None:
+    """Saves parameters alone, in place of those that `workdir` held; no run can resume from them. step: 0 where they are of no run."""
     options = ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True)
     folder = Path(workdir).absolute() / "checkpoints"
     with ocp.CheckpointManager(
         folder, item_names=("state", "iterator"), options=options
     ) as manager:
         state = ocp.args.StandardSave({"params": params})
-        manager.save(0, args=ocp.args.Composite(state=state))
+        manager.save(step, args=ocp.args.Composite(state=state))
 
 
 def load_params(workdir: str | Path, abstract: Tree) -> Tree:

@@ -45,6 +45,7 @@ def resolve(cfg: ConfigDict, given: Sequence[str] = ()) -> Experiment:
         check_has_checkpoint("from", source)
         config = inherit(config, source, read(source), set_by_user)
     check_texts("data", config["data"], ("annotations", "image_roots", "ignored_fields"))
+    check_texts("train", config["train"], ("validation", "validation_roots"))
     return Experiment(
         model=named.vlm(
             config["model"], given if "model.compressor.name" in given else set_by_user

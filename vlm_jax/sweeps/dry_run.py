@@ -136,7 +136,7 @@ def _steps_of_epochs(stage: Stage, exp: Experiment) -> int:
                 "set records."
             )
         records = len(sources.open_source(exp.data))
-    return math.ceil(stage.epochs * records / stage.batch_size)
+    return max(int(stage.epochs * math.ceil(records / stage.batch_size)), 1)
 
 
 def _widths(stage: Stage, exp: Experiment) -> list[tuple[int, float]]:

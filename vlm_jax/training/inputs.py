@@ -20,7 +20,7 @@ from vlm_jax.storage.inherit import check_part
 MUTABLE = (
     "mesh.", "train.log_every", "train.save_every", "train.keep", "train.micro_batches", "train.loss_chunk",
     "train.on_nonfinite", "train.max_skipped", "train.peer_timeout", "train.random_frozen", "data.num_workers", "model.vit.remat",
-    "model.vit.sharded", "model.lm.remat", "model.lm.attention",
+    "model.vit.sharded", "model.lm.remat", "model.lm.attention", "train.validat", "train.keep_best",
 )  # fmt: skip
 
 # Paths of the data may change as well, if `data.fingerprint` can verify that the content is the same.
@@ -31,6 +31,9 @@ def check_inputs(experiment: Experiment) -> None:
     """Raises ConfigError for the first file or directory that the run needs and that does not exist."""
     data = experiment.data
     check_sources(data)
+    for path in experiment.train.validation:
+        sources.check_exists("train: validation", path, "give the path of held-out records")
+    sources.check_image_roots("train: validation", experiment.train.validation_roots)
     if not data.tokenizer:
         raise ConfigError(
             "data: tokenizer is not set; give --config.data.tokenizer=DIR with a Hugging Face tokenizer."

@@ -25,7 +25,7 @@ from vlm_jax.settings.run import Experiment
 from vlm_jax.storage import run as experiment
 from vlm_jax.storage import weights
 from vlm_jax.storage.checkpoint import Checkpoints
-from vlm_jax.training import guard, optim, outline, telemetry
+from vlm_jax.training import guard, optim, outline, telemetry, validation
 from vlm_jax.training.interrupt import Interrupt
 from vlm_jax.training.step import (
     TrainPlan,
@@ -85,8 +85,9 @@ def run(exp: Experiment, workdir: Path, say: Say = silent) -> dict[str, float]:
         watch = guard.Guard(exp.train, workdir).notice
         metrics = stack.enter_context(_closing(telemetry.Metrics(workdir, done, first, watch)))
         display = stack.enter_context(_closing(telemetry.Display(num_steps, done, shows=first)))
+        held = validation.Validation(p, visual_tokens, workdir) if exp.train.validation else None
         try:
-            step = _loop(p, state, done, iterator, checkpoints, metrics, display)
+            step = _loop(p, state, done, iterator, checkpoints, metrics, display, held)
         except jax.errors.JaxRuntimeError as error:
             raise _lost(error, workdir) from error
     if step < num_steps:
@@ -189,6 +190,7 @@ def _loop(
     checkpoints: Checkpoints,
     metrics: telemetry.Metrics,
     display: telemetry.Display,
+    held: validation.Validation | None = None,
 ) -> int:
     """Runs the remaining steps and returns the last one taken: the final step, or an earlier one after a request to stop.
 
@@ -207,6 +209,9 @@ def _loop(
             # One step, dispatched without waiting for its result.
             state, scalars = step_function(state, batch)
             counts = {"bad_records": iterator.bad_records, "fill": iterator.fill}
+            if held and held.is_due(step):
+                counts[validation.LOSS] = display.held_out = held.loss(state)
+                held.keep(step, state, counts[validation.LOSS])
             metrics.append(step, scalars | counts, host["ids"])
             display.add(
                 step, *work(host["tokens"].shape[1], bool({"images", "feature_last"} & host.keys()))

@@ -148,6 +148,7 @@ class Display:
             tuple[int, int, float]
         ] = []  # step, tokens, FLOPs of the steps not yet counted
         self._bar = Bar("train", total, done, "compiling", shows)
+        self.held_out: float | None = None  # the newest held-out loss
         self._shows = shows
 
     def add(self, step: int, tokens: int, flops: float) -> None:
@@ -183,6 +184,8 @@ class Display:
         """Shows one step. scalars: its line of metrics.jsonl. speed: what `speed` returned."""
         step = int(scalars["step"])
         text = f"loss {scalars['loss']:.4f}  {speed['tokens_per_second']:,.0f} tokens/s"
+        if self.held_out is not None:
+            text += f"  held out {self.held_out:.4f}"
         if "mfu" in speed:
             text += f"  MFU {speed['mfu']:.1%}"
         if scalars["bad_records"]:
