@@ -96,18 +96,18 @@ def told_errors(monkeypatch):
     """A sweep without trainings: (cell, try) -> error, of every cell that is not named 0.1. Returns the folders trained."""
     errors, trained = {}, []
 
-    def evaluate(cfg, training, visual_tokens, folder, where):
-        _, _, rerun = folder.parent.name.partition("-rerun")
+    def evaluate(cfg, training, visual_tokens, folder, out, where):
+        name, _, rerun = folder.name.partition("-rerun")
+        assert name == training.name and out == folder / "eval"
         return [row(training, errors.get((str(training), int(rerun or 0)), 0.1))]
 
-    monkeypatch.setattr(
-        running, "train", lambda c, folder: trained.append(Path(folder).parent.name)
-    )
+    monkeypatch.setattr(running, "train", lambda c, folder: trained.append(Path(folder).name))
     monkeypatch.setattr(running, "prepare", lambda *_: None)
     monkeypatch.setattr(running, "cache_features", lambda *_: None)
     monkeypatch.setattr(running, "evaluate", evaluate)
     monkeypatch.setattr(running.conclusion, "looks", lambda *_: [])
-    monkeypatch.setattr(running.conclusion.fitting, "fit_table", lambda rows, **_: {})
+    monkeypatch.setattr(running.conclusion, "_laws", lambda *_: ({"tokenpacker": {}}, []))
+    monkeypatch.setattr(running.conclusion.appendix, "blocks", lambda *_: [])
     monkeypatch.setattr(running.conclusion.report, "write_report", lambda root, *_, **__: root)
     return errors, trained
 
@@ -201,9 +201,7 @@ def test_machines_train_their_cells_and_the_last_command_finds_them_finished(tmp
     assert trained == ["seed0/encoder", "seed0/text/mini-45k", "seed0/text/mini-82k"]
     for part in ("1/2", "0/2"):
         running.sweep_part(cfg, str(tmp_path), part)
-    names = [
-        f"seed0/cells/{t.name}/{plan.cell_stages(cfg, t)[-1].name}" for t in plan.trainings(cfg)
-    ]
+    names = [f"seed0/cells/{training.name}" for training in plan.trainings(cfg)]
     assert trained[3:] == names[1::2] + names[::2]
     assert not (tmp_path / "errors.csv").exists()  # one process writes it, the last one
     parts = sorted(tmp_path.glob("timing.*.json"))

@@ -2,7 +2,7 @@
 
     DIR/seed0/{data,features}                            what the prepare step wrote, and cached features
     DIR/seed0/<stage>[/<lm>]                             stages that cells share
-    DIR/seed0/cells/<compressor>-<lm>-v<tokens>          the stages of a cell and its evaluation
+    DIR/seed0/cells/<compressor>-<lm>-v<tokens>          a cell's last stage; below it <stage>, those before, and eval
     DIR/seed0/logs/<part>.txt                            what a part logged, if it ran beside others
     DIR/errors.csv  reruns.json  law.json  *.png  *.svg  report.md  report.html
 

@@ -52,6 +52,7 @@ def write_report(
     pictures: Sequence[Picture] = (),
     caveats: Sequence[str] = (),
     seconds: Mapping[str, float] | None = None,
+    appendix: Sequence[Block] = (),
 ) -> Path:
     """Draws the figures and writes report.md and report.html into `folder`; returns the path of the latter.
 
@@ -61,7 +62,7 @@ def write_report(
       notes: sentences below the tables of errors, such as which cells were run again and why.
       elastic: laws of another compressor of these rows, which one training per LM taught every number of visual tokens.
         All remaining compressors are taken to look at the question.
-      pictures: of where such a compressor looks. seconds: by part of the run.
+      pictures: of where such a compressor looks. seconds: by part of the run. appendix: blocks before the caveats.
     """
     elastic = elastic or {}
     plans = _plans(fits, budget_gflops, text_tokens)
@@ -78,6 +79,7 @@ def write_report(
     blocks += _looking_blocks(folder, looking, pictures)
     if elastic:
         blocks += _elastic_blocks(rows, fits, elastic)
+    blocks += appendix
     if caveats:
         blocks += [heading(2, "What this does not show"), items(caveats)]
     blocks += [heading(2, "How it was made"), command(made_by)]

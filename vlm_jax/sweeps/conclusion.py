@@ -4,34 +4,97 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from vlm_jax import benchmarks, files
-from vlm_jax.laws import fitting, law, report, table
+from vlm_jax.laws import fitting, law, page, report, table
 from vlm_jax.laws.budget import spell_pair
 from vlm_jax.laws.page import Picture
 from vlm_jax.parts import Clock
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.show import show
-from vlm_jax.sweeps import plan
+from vlm_jax.sweeps import appendix, plan
 from vlm_jax.sweeps.plan import Training
 
 
 def conclude(cfg: ConfigDict, root: Path, made_by: str, notes: Sequence[str], clock: Clock) -> Path:
-    """Fits one law per family and writes law.json, reruns.json, the figures and the report. notes: of the reruns."""
+    """Fits one law per family and writes law.json, reruns.json, the figures and the report. notes: of the reruns.
+
+    The law is that of the first compressor whose cells determine one, trained per cell if there is one; beside it stands that
+    of an elastic one. Where no compressor's do, the report holds the benchmarks alone.
+    """
     rows = table.read(root / "errors.csv")
+    held_out = {plan.label(lm) for lm in cfg.sweep.held_out}
     options = {"fixed_d": cfg.sweep.fixed_d}
-    fits = fitting.fit_table(rows, **options)
-    law.save(root / "law.json", fits, law.provenance("errors.csv", made_by, options))
+    laws, why = _laws(cfg, [row for row in rows if row.lm not in held_out], options)
     files.write_whole(root / "reruns.json", json.dumps(notes, indent=1))
+    ordered = sorted(
+        laws, key=lambda name: plan.is_elastic(cfg, name)
+    )  # stable: trained per cell first
+    for name, file in zip(ordered, ("law.json", "law_elastic.json"), strict=False):
+        made = law.provenance("errors.csv", made_by, options)
+        law.save(root / file, laws[name], made)
+    fits = laws[ordered[0]] if ordered else {}
+    shown = _with_held_out(rows, fits, held_out, options)
+    more = appendix.blocks(cfg, root, rows, shown, why)
+    if not fits:
+        caveats = [page.heading(2, "What this does not show"), page.items(cfg.sweep.caveats)]
+        made = [page.heading(2, "How it was made"), page.command(made_by)]
+        own = [
+            page.heading(1, cfg.sweep.title),
+            *more,
+            *(caveats if cfg.sweep.caveats else []),
+            *made,
+        ]
+        return page.write(root, cfg.sweep.title, own)
+    elastic = [name for name in ordered[1:] if plan.is_elastic(cfg, name)]
     return report.write_report(
         root, rows, fits, title=cfg.sweep.title, made_by=made_by,
         text_tokens=cfg.sweep.plan_text_tokens, budget_gflops=cfg.sweep.plan_budget_gflops, notes=notes,
-        pictures=looks(cfg, root), caveats=cfg.sweep.caveats, seconds=clock.seconds,
+        elastic=laws[elastic[0]] if elastic else None,
+        pictures=looks(cfg, root), caveats=cfg.sweep.caveats, seconds=clock.seconds, appendix=more,
     )  # fmt: skip
+
+
+def _laws(
+    cfg: ConfigDict, rows: Sequence[table.Row], options: Mapping[str, Any]
+) -> tuple[dict[str, dict[str, law.Fit]], list[str]]:
+    """Compressor -> family -> its law, for those whose cells determine one, and why the others have none."""
+    beside = {(compressor, plan.label(lm), v) for compressor, lm, v in plan.beside(cfg)}
+    found: dict[str, dict[str, law.Fit]] = {}
+    why = []
+    for name in cfg.sweep.compressors:
+        # Cells beside the law are left out; those of other compressors are named by the fit.
+        own = [
+            r for r in rows if r.compressor != name or (name, r.lm, r.visual_tokens) not in beside
+        ]
+        for family in dict.fromkeys(row.family for row in own if row.compressor == name):
+            try:
+                fit = fitting.fit_family(own, family, compressor=name, **options)
+            except ConfigError as error:
+                why.append(f"{name} has no law of family {family}: {error}")
+                continue
+            found.setdefault(name, {})[family] = fit
+    return found, why
+
+
+def _with_held_out(
+    rows: Sequence[table.Row],
+    fits: Mapping[str, law.Fit],
+    held_out: Collection[str],
+    options: Mapping[str, Any],
+) -> Mapping[str, law.Fit]:
+    """The laws of all LMs, held-out ones too, for the figure that predicts the largest one; `fits` where none is held out."""
+    if not any(row.lm in held_out for row in rows):
+        return fits
+    return {
+        family: fitting.fit_family(rows, family, compressor=fit.compressor, **options)
+        for family, fit in fits.items()
+    }
 
 
 def looks(cfg: ConfigDict, root: Path) -> list[Picture]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ class Stage:
     init: Mapping[str, str]
     cached: bool
     settings: tuple[tuple[str, Any], ...]
+    is_last: bool = False  # whether it is the end of a cell, which is evaluated
 
     def __post_init__(self):
         owner = f"sweep.stages.{self.name}"
@@ -133,10 +135,23 @@ class Folders:
             return self.root / stage.name
         if stage.per == "lm":
             return self.root / stage.name / label(training.lm)
-        return self.cell(training, rerun) / stage.name
+        own = self.cell(training, rerun)
+        return own if stage.is_last else own / stage.name
 
     def cell(self, training: Training, rerun: int = 0) -> Path:
         return self.root / "cells" / (training.name + (f"-rerun{rerun}" if rerun else ""))
+
+    def answers(self, training: Training, visual_tokens: int, rerun: int = 0) -> Path:
+        """The workdir of the evaluation of a cell."""
+        several = len(training.visual_tokens) > 1
+        return self.cell(training, rerun) / ("eval" + (f"-v{visual_tokens}" if several else ""))
+
+    def newest_answers(self, training: Training, visual_tokens: int) -> Path:
+        """That of the last try."""
+        for rerun in itertools.count(1):
+            if not self.cell(training, rerun).is_dir():
+                return self.answers(training, visual_tokens, rerun - 1)
+        raise AssertionError
 
     def log(self, part: str) -> Path:
         return self.root / "logs" / f"{part}.txt"
@@ -171,6 +186,9 @@ def stages(cfg: ConfigDict) -> list[Stage]:
                     f"sweep.stages.{stage.name}: is trained once per {stage.per} and cannot start from {source!r}, which is "
                     f"trained per {left[source].per}."
                 )
+    begun = {source for stage in left.values() for source in stage.sources if stage.per == "cell"}
+    for name, stage in left.items():
+        left[name] = dataclasses.replace(stage, is_last=stage.per == "cell" and name not in begun)
     found: list[Stage] = []
     while left:
         ready = [s for s in left.values() if not s.sources & left.keys()]
@@ -191,12 +209,11 @@ def cell_stages(cfg: ConfigDict, training: Training) -> list[Stage]:
         raise ConfigError(
             f"sweep: no stage is for the cells of compressor {training.compressor!r}; add one to sweep.stages."
         )
-    begun = {name for stage in found for name in stage.sources}
-    ends = [stage.name for stage in found if stage.name not in begun]
-    if len(ends) > 1:
+    ends = [stage.name for stage in found if stage.is_last]
+    if len(ends) != 1:
         raise ConfigError(
-            f"sweep: cells of {training.compressor!r} end with stages {' and '.join(ends)}, none of which starts from the "
-            "other; which one is evaluated? Give one of them another `cells`, or an `init` from the other."
+            f"sweep: cells of {training.compressor!r} end with stages {' and '.join(ends) or 'of other cells'}; exactly one "
+            "stage, from which no other starts, is evaluated. Give one another `cells`, or an `init` from the other."
         )
     return found
 

@@ -233,7 +233,8 @@ def run_training(cfg: ConfigDict, training: Training, where: Folders, first: int
             c = stages.config_of(cfg, stage, training, where, rerun, more)
             folder = where.stage(stage, training, rerun)
             train(c, str(folder))
-        rows = [row for v in training.visual_tokens for row in evaluate(c, training, v, folder, where)]  # fmt: skip
+        out = {v: where.answers(training, v, rerun) for v in training.visual_tokens}
+        rows = [row for v in out for row in evaluate(c, training, v, folder, out[v], where)]
         failed = [row for row in rows if row.error >= cfg.sweep.failed_above]
         if not failed:
             tries.append(outliers.Try(training.seed + more, rows))
@@ -246,17 +247,15 @@ def run_training(cfg: ConfigDict, training: Training, where: Folders, first: int
 
 
 def evaluate(
-    cfg: ConfigDict, training: Training, visual_tokens: int, folder: Path, where: Folders
+    cfg: ConfigDict, training: Training, visual_tokens: int, run: Path, out: Path, where: Folders
 ) -> list[table.Row]:
-    """The rows of one cell. cfg: of the training's last stage, in `folder`, beside which the answers are kept."""
-    asked = plan.asked(cfg)
-    several = len(training.visual_tokens) > 1
-    out = folder.parent / ("eval" + (f"-v{visual_tokens}" if several else ""))
+    """The rows of one cell. cfg: of the training's last stage, whose workdir is `run`; `out`: of the evaluation."""
+    asked, several = plan.asked(cfg), len(training.visual_tokens) > 1
     block = cfg.eval.to_dict() | {
         "benchmarks": tuple(one.name for one in asked),
         "annotations": tuple(where.path(one.annotations) for one in asked),
         "image_roots": tuple(where.path(one.image_root) for one in asked),
-        "checkpoint": str(folder),
+        "checkpoint": str(run),
         "features_dir": cfg.data.features_dir if cfg.sweep.cached_eval else "",
         "visual_tokens": visual_tokens if several else 0,
     }
