@@ -1,22 +1,33 @@
-"""The miniature's middle size with every compressor, for scripts/compare_compressors.py."""
+"""The miniature's middle size with every compressor at equal steps: compressor x visual tokens x family error.
 
-import ml_collections
+    python -m vlm_jax.sweep --config=configs/mini_compressors.py --workdir=runs/compressors
+
+A finished miniature's workdir lends its world, encoder and text-trained decoder. M3, MQT and querypool train once for all their
+counts.
+"""
 
 from configs import mini
+
+# Per compressor its numbers of visual tokens.
+VISUAL_TOKENS = {
+    "identity": (64,), "pool": (1, 4, 16), "tokenpacker": (1, 4, 16), "quecc": (1, 4, 16), "m3": (1, 4, 16, 64),
+    "mqt": (1, 4, 16, 64), "querypool": (1, 4, 16, 64), "prumerge": (4, 16), "prumerge_plus": (5, 17),
+}  # fmt: skip
 
 
 def get_config():
     c = mini.get_config()
-    with c.unlocked():
-        c.compare = ml_collections.ConfigDict()
-        c.compare.query_grid = 8  # as many MQT queries as patches
-        c.compare.neighbours = 8  # of 64 patches; PruMerge takes 32 of 576
-        # Per compressor its numbers of visual tokens; M3, MQT and querypool train once for all of theirs.
-        c.compare.visual_tokens = ml_collections.ConfigDict(
-            {
-                "identity": (64,), "pool": (1, 4, 16), "tokenpacker": (1, 4, 16), "quecc": (1, 4, 16),
-                "m3": (1, 4, 16, 64), "mqt": (1, 4, 16, 64), "querypool": (1, 4, 16, 64), "prumerge": (4, 16), "prumerge_plus": (5, 17),
-            }
-        )  # fmt: skip
+    s = c.sweep
+    s.title = "The miniature with every compressor"
+    s.lms = ("mini-82k",)
+    s.compressors = tuple(VISUAL_TOKENS)
+    with s.unlocked():
+        s.visual_tokens_of.update(VISUAL_TOKENS)
+        s.compressor_settings.quecc = {}  # as released
+        s.compressor_settings.mqt = {"query_grid": 8}  # as many queries as patches
+        # 8 of 64 patches are merged into each kept one; the release takes 32 of 576.
+        s.compressor_settings.prumerge = s.compressor_settings.prumerge_plus = {"neighbours": 8}
+    s.beside, s.looks = (), ()
+    s.max_reruns = 0
     c.model.compressor.unlock()  # as in default.py
     return c

@@ -173,16 +173,15 @@ def needed(cfg: ConfigDict, stage: Stage, training: Training) -> tuple[str, ...]
 def prepare(cfg: ConfigDict, seed: int, where: Folders) -> None:
     """Lets the prepare step fill the folder of the seed's data, once."""
     done, settings = where.data / "complete", cfg.sweep.prepare_settings.to_dict()
-    made = json.dumps(settings)
     if done.is_file():
-        if done.read_text() != made:
+        if files.read_json(done) != settings:
             raise ConfigError(
-                f"sweep: {where.data} was made with {done.read_text()}, now {made}; use another workdir."
+                f"sweep: {where.data} was made with {done.read_text()}, now {json.dumps(settings)}; use another workdir."
             )
         return
     module, _, name = cfg.sweep.prepare.rpartition(".")
     getattr(importlib.import_module(module), name)(where.data, seed, **settings)
-    files.write_whole(done, made)
+    files.write_whole(done, json.dumps(settings))
 
 
 def _cached_stage(cfg: ConfigDict, training: Training) -> Stage:
