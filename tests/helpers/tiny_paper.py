@@ -18,7 +18,7 @@ SIDE, PATCH = 56, 14  # of the images: 4 x 4 patches
 def get_config():
     c = default.get_config()
     with c.unlocked():
-        c.sweep = default.sweep()
+        c.sweep = sweep()
     c.model.compressor.unlock()
     c.model.vit.preset = "models/clip"
     c.model.vit.dtype = "float32"
@@ -27,8 +27,11 @@ def get_config():
     c.data.system = ""
     c.train.save_every = 1
     c.eval.batch_size, c.eval.max_new_tokens = 12, 3
+    return c
 
-    s = c.sweep
+
+def sweep():
+    s = default.sweep()
     s.title = "A tiny paper"
     s.lms = tuple(f"models/{name}" for name in LMS)
     s.visual_tokens = (1, 4, 16)
@@ -43,7 +46,7 @@ def get_config():
         annotations=("train.json",), trainable="^(compressor|projector|lm)/", epochs=0.4, batch_size=8,
         text_tokens=112, learning_rate=1e-3, init={"compressor": "align", "projector": "align"},
     )  # fmt: skip
-    return c
+    return s
 
 
 def write(folder: Path) -> None:
