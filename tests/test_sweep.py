@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from configs import mini, mini_smoke
+from vlm_jax import files
 from vlm_jax.laws import outliers, table
-from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.checks import ConfigError, RunEnded
 from vlm_jax.storage import run as experiment
 from vlm_jax.sweeps import plan, running
 from vlm_jax.sweeps.plan import Training
@@ -133,6 +134,25 @@ def test_a_cell_out_of_line_is_rerun_and_the_first_sound_try_counts(tmp_path, to
         f"{saved}, trained with seed 0: mini_ocr error 0.500 is above the 0.100 of mini-82k with 16 visual tokens; "
         "seed 1000: mini_ocr 0.050, which counts.",
     ]
+
+
+def test_a_cell_that_another_machine_holds_is_left_alone(tmp_path, told_errors, monkeypatch):
+    cfg = mini_smoke.get_config()
+    cfg.sweep.processes = 1
+    held = "tokenpacker-mini-82k-v1"
+
+    def train(c, folder):
+        if Path(folder).name == held:
+            with files.lock(tmp_path):
+                pass
+        told_errors[1].append(Path(folder).name)
+
+    monkeypatch.setattr(running, "train", train)
+    with files.lock(tmp_path), pytest.raises(RunEnded, match=f"{held}: run by another") as end:
+        running.sweep(cfg, str(tmp_path), "test")
+    assert end.value.exit_code == 0 and held not in told_errors[1]
+    assert len(table.read(tmp_path / "errors.csv")) == 4
+    assert running.sweep(cfg, str(tmp_path), "test") == tmp_path
 
 
 def test_rows_stand_in_the_order_of_the_plan_whichever_cell_is_finished_first(tmp_path):

@@ -132,11 +132,15 @@ def whole_folder(out: Path) -> Generator[Path, None, None]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+class Locked(ConfigError):
+    """Another process holds a workdir."""
+
+
 @contextlib.contextmanager
 def lock(workdir: Path) -> Generator[None, None, None]:
     """Locks `workdir` for this process. The system releases the lock when the process ends, even by kill -9.
 
-    Raises ConfigError when another process holds it. On a file system without locks a warning is logged instead.
+    Raises Locked when another process holds it. On a file system without locks a warning is logged instead.
     """
     with writing(workdir):
         file = (workdir / "lock").open("a+", encoding="utf-8")
@@ -145,7 +149,7 @@ def lock(workdir: Path) -> Generator[None, None, None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            raise ConfigError(
+            raise Locked(
                 f"--workdir: {file.read().strip() or 'another process'} is training in {str(workdir)!r}; wait for it, stop "
                 "it, or give another workdir."
             ) from error

@@ -102,6 +102,8 @@ def parse(
             raw = {name: value for name, value in raw.items() if name not in ignored}
         inside: list[ImageSource] = []
         messages = _messages(_conversation(raw), ignored, inside)
+        if "image" in ignored:  # its placeholders are gone with it
+            messages = [m._replace(text=m.text.replace(IMAGE, "").strip()) for m in messages]
         images = _images(raw, inside)
         if not raw.keys() <= fields.RECORD:
             fields.check_record(raw, ignored, bool(images))

@@ -75,6 +75,7 @@ def evaluate(
             questions.append(folder / "questions.jsonl", moved)
         for line in _written(folder, len(measured)):
             say(line)
+    answerer.wait()  # who reads the files next, in another process, finds them whole
     return scores
 
 

@@ -15,7 +15,7 @@ A config is an ordinary one (`configs/default.py`), whose blocks hold for every 
     benchmarks, annotations, image_roots, families   as in the block `eval`; a family "" is the benchmark's own.
 
 An elastic compressor (M3, MQT) is trained once per LM and evaluated at each of its counts. Two names stand for baselines:
-"resized" shrinks the image before the encoder and compresses nothing.
+"resized" shrinks the image before the encoder and compresses nothing; "text_only" leaves the image out.
 
 Modules: plan (cells and stages, as the config says), stages (the config of each training), checks (all mistakes at once),
 dry_run (what it costs), running (what is missing, on one machine or many), conclusion (table, law, report).

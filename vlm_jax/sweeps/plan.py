@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,12 @@ from vlm_jax.settings.checks import ConfigError, build, check_choice, check_posi
 
 PER = ("seed", "lm", "cell")  # what a stage is trained once for
 CELLS = ("all", "blind", "query_aware")  # which cells' compressors a stage is for
+# Baselines that stand where a compressor's name does.
 RESIZED = "resized"  # not compressed: the image is shrunk before the encoder
-BASELINES = (RESIZED,)
+TEXT_ONLY = (
+    "text_only"  # without the image: the error of guessing from the question; of 0 visual tokens
+)
+BASELINES = (RESIZED, TEXT_ONLY)
 PARTS = ("vit", "compressor", "projector", "lm")
 
 
@@ -97,8 +102,14 @@ class Stage:
         """The stages that parts come from."""
         return set(filter(None, self.init.values()))
 
+    @property
+    def trains_lm(self) -> bool:
+        return re.search(self.trainable, "lm/layers/mlp/up/kernel") is not None
+
     def serves(self, training: Training) -> bool:
         """Whether the stage is one of those that a training goes through."""
+        if training.compressor == TEXT_ONLY and not self.trains_lm:
+            return False
         aware = training.compressor not in BASELINES and compressors.get(training.compressor).uses_query  # fmt: skip
         return self.cells == "all" or aware == (self.cells == "query_aware")
 
@@ -229,7 +240,7 @@ def cells(cfg: ConfigDict) -> list[Cell]:
         (compressor, lm, v)
         for compressor in cfg.sweep.compressors
         for lm in cfg.sweep.lms
-        for v in own.get(compressor, cfg.sweep.visual_tokens)
+        for v in own.get(compressor, (0,) if compressor == TEXT_ONLY else cfg.sweep.visual_tokens)
     ]
     points += beside(cfg)
     if len(set(points)) < len(points) or not (points and cfg.sweep.seeds):

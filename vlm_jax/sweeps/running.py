@@ -18,7 +18,7 @@ from vlm_jax.inference import evaluation
 from vlm_jax.inference.settings import EvalConfig
 from vlm_jax.laws import outliers, table
 from vlm_jax.parts import Clock, Part
-from vlm_jax.settings.checks import ConfigError, build
+from vlm_jax.settings.checks import ConfigError, RunEnded, build
 from vlm_jax.settings.run import MeshConfig
 from vlm_jax.storage import run as experiment
 from vlm_jax.sweeps import checks, conclusion, plan, stages
@@ -32,7 +32,7 @@ RETRY_SEED = 1000  # a failed training's k-th rerun draws its seeds from seed + 
 
 
 class Tried(NamedTuple):
-    """What running a training gave: its tries, of which the last one counts."""
+    """What running a training gave: its tries, of which the last one counts; none where another machine holds it."""
 
     training: Training
     tries: list[outliers.Try]
@@ -56,8 +56,15 @@ def sweep(cfg: ConfigDict, workdir: str, made_by: str) -> Path:
     tries: dict[Training, list[outliers.Try]] = {}
     while todo_parts:
         for tried in run(todo_parts, processes, root, clock):
+            if not tried.tries:
+                continue
             tries[tried.training] = [*tries.get(tried.training, ()), *tried.tries]
             write_table(root / "errors.csv", todo, tries)
+        if held := [str(training) for training in todo if training not in tries]:
+            raise RunEnded(
+                f"{', '.join(held)}: run by another process; when it has finished, the same command concludes.",
+                exit_code=0,
+            )
         tries = outliers.judged({training: tries[training] for training in todo})
         todo_parts = [
             training_part(cfg, training, plan.folders(cfg, root, training.seed), first=len(own))
@@ -105,7 +112,8 @@ def run(todo: Sequence[Part], processes: int, root: Path, clock: Clock) -> Itera
     with contextlib.closing(finished):
         for number, (part, value, seconds) in enumerate(finished, 1):
             clock.note(part.name, seconds)
-            errors = f": {value.tries[-1].errors}" if isinstance(value, Tried) else ""
+            tried = value.tries if isinstance(value, Tried) else []
+            errors = f": {tried[-1].errors}" if tried else ""
             log.info("%d/%d %s, %.0f s%s", number, len(todo), part.name, seconds, errors)
             if isinstance(value, Tried):
                 yield value
@@ -231,7 +239,11 @@ def run_training(cfg: ConfigDict, training: Training, where: Folders, first: int
         for stage in plan.cell_stages(cfg, training):
             c = stages.config_of(cfg, stage, training, where, rerun, more)
             folder = where.stage(stage, training, rerun)
-            train(c, str(folder))
+            try:
+                train(c, str(folder))
+            except files.Locked as error:
+                log.info("%s is left alone: %s", training, error)
+                return Tried(training, [])
         out = {v: where.answers(training, v, rerun) for v in training.visual_tokens}
         rows = [row for v in out for row in evaluate(c, training, v, folder, out[v], where)]
         failed = [row for row in rows if row.error >= cfg.sweep.failed_above]
@@ -260,6 +272,8 @@ def evaluate(
     }
     settings = EvalConfig.from_block(block)
     evaluation.evaluate(settings, build(MeshConfig, cfg.mesh.to_dict()), str(out))
+    if training.compressor == plan.TEXT_ONLY:
+        return []  # a table's rows have visual tokens; the report has its scores
     families = {one.name: one.family for one in asked}
     return [
         dataclasses.replace(
@@ -275,6 +289,8 @@ def write_table(
 ) -> None:
     """Writes the rows of the cells so far in the order of the plan, then those that are there from other plans."""
     rows = [row for one in todo if one in tries for row in tries[one][-1].rows]
+    if not rows:
+        return
     keys = {row.key for row in rows}
     others = [row for row in table.read(path) if row.key not in keys] if path.is_file() else []
     table.write(path, [*rows, *others])

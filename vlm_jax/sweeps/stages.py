@@ -98,6 +98,10 @@ def _compress(c: ConfigDict, cfg: ConfigDict, stage: Stage, training: Training) 
         compressors.choose(c.model.compressor, stage.compressor)
         return
     counts = training.visual_tokens
+    if training.compressor == plan.TEXT_ONLY:
+        compressors.choose(c.model.compressor, "identity")
+        c.data.max_images, c.data.ignored_fields = 0, (*c.data.ignored_fields, "image", "images")
+        return
     if training.compressor == plan.RESIZED:
         _resize(c, counts[0])
         return
@@ -154,9 +158,10 @@ def _start(
         "compressor": not model.compressor.num_params(*sizes),
         "projector": model.compressor.place == "instead",
     }
-    earlier = {s.name: s for s in plan.stages(cfg)}
+    # The stages that the training goes through; text alone needs no alignment.
+    earlier = {s.name: s for s in plan.stages(cfg) if s.per != "cell" or s.serves(training)}
     for part in plan.PARTS:
-        source = stage.init.get(part, "")
+        source = stage.init.get(part, "") if stage.init.get(part) in earlier else ""
         if absent.get(part):
             c.init[part] = ""
         elif source:
