@@ -49,7 +49,7 @@ def command(argv: Sequence[str]) -> None:
         from vlm_jax.sweeps import dry_run  # here, not above: it loads jax
 
         on = dry_run.machine(flags.topology, flags.mfu)
-        price = dry_run.number("--chip-hour-dollars", flags["chip-hour-dollars"].value)
+        price = dry_run.number("--chip-hour-dollars", str(flags["chip-hour-dollars"].value or ""))
         sys.stdout.write(dry_run.report(flags.config, flags.workdir, on, price))
         return
     if flags.part:

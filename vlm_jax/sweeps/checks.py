@@ -27,13 +27,13 @@ def check(cfg: ConfigDict, root: Path, with_inputs: bool = True) -> list[Trainin
 
     Raises ConfigError with every mistake in one line, each once.
     """
-    found: dict[str, None] = {}
+    found: dict[str, list[str]] = {}  # mistake -> what has it
 
-    def attempt(call: Callable[..., Any], *arguments: Any) -> Any:
+    def attempt(call: Callable[..., Any], *arguments: Any, who: str = "") -> Any:
         try:
             return call(*arguments)
         except ConfigError as error:
-            found.setdefault(str(error).removeprefix("sweep: "))
+            found.setdefault(str(error).removeprefix("sweep: "), []).append(who)
 
     todo = attempt(plan.trainings, cfg) or []
     attempt(plan.stages, cfg)
@@ -42,13 +42,15 @@ def check(cfg: ConfigDict, root: Path, with_inputs: bool = True) -> list[Trainin
         for training in todo:
             where = plan.folders(cfg, root, training.seed)
             for stage in attempt(_stages_of, cfg, training) or ():
-                exp = attempt(_resolved, cfg, stage, training, where)
+                who = training.lm if stage.per == "lm" else training.name
+                who = stage.name if stage.per == "seed" else f"{who}, stage {stage.name}"
+                exp = attempt(_resolved, cfg, stage, training, where, who=who)
                 for call in _inputs(exp, where) if exp and with_inputs else ():
                     attempt(call)
     if with_inputs and not cfg.sweep.prepare:
         for one in asked:
             attempt(_check_benchmark, one, plan.folders(cfg, root, cfg.sweep.seeds[0]))
-    _tell(list(found))
+    _tell([mistake + _of(who) for mistake, who in found.items()])
     return todo
 
 
@@ -57,12 +59,15 @@ def _stages_of(cfg: ConfigDict, training: Training) -> list[plan.Stage]:
 
 
 def _resolved(cfg: ConfigDict, stage: plan.Stage, training: Training, where: Folders) -> Experiment:
-    try:
-        return experiment.resolve(stages.config_of(cfg, stage, training, where))
-    except ConfigError as error:
-        who = training.lm if stage.per == "lm" else training.name
-        name = stage.name if stage.per == "seed" else f"{who}, stage {stage.name}"
-        raise ConfigError(f"{name}: {error}") from error
+    return experiment.resolve(stages.config_of(cfg, stage, training, where))
+
+
+def _of(who: list[str]) -> str:
+    """The end of a mistake: what has it."""
+    names = list(dict.fromkeys(filter(None, who)))
+    if not names:
+        return ""
+    return f" ({names[0]}{f', and {len(names) - 1} more' if len(names) > 1 else ''})"
 
 
 def _inputs(exp: Experiment, where: Folders) -> Iterator[Callable[[], None]]:

@@ -276,12 +276,15 @@ def is_elastic(cfg: ConfigDict, compressor: str) -> bool:
 
 def trainings(cfg: ConfigDict) -> list[Training]:
     """What is trained, in the order of `cells`."""
-    groups: dict[tuple, list[int]] = {}
+    groups: dict[tuple, list[Cell]] = {}
     for cell in cells(cfg):
-        key = (cell.seed, cell.compressor, cell.lm)
-        apart = () if is_elastic(cfg, cell.compressor) else (cell.visual_tokens,)
-        groups.setdefault((*key, *apart), []).append(cell.visual_tokens)
-    return [Training(*key[:3], tuple(counts)) for key, counts in groups.items()]
+        alone = cell.visual_tokens if not is_elastic(cfg, cell.compressor) else 0
+        groups.setdefault((cell.seed, cell.compressor, cell.lm, alone), []).append(cell)
+    return [
+        Training(one.seed, one.compressor, one.lm, tuple(cell.visual_tokens for cell in group))
+        for group in groups.values()
+        for one in group[:1]
+    ]
 
 
 def asked(cfg: ConfigDict) -> list[Asked]:

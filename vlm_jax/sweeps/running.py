@@ -235,17 +235,14 @@ def run_training(cfg: ConfigDict, training: Training, where: Folders, first: int
     tries: list[outliers.Try] = []
     for rerun in range(first, cfg.sweep.max_reruns + 1):
         more = rerun * RETRY_SEED
+        try:
+            last = _train(cfg, training, where, rerun)
+        except files.Locked as error:
+            log.info("%s is left alone: %s", training, error)
+            return Tried(training, [])
         folder = where.cell(training, rerun)
-        for stage in plan.cell_stages(cfg, training):
-            c = stages.config_of(cfg, stage, training, where, rerun, more)
-            folder = where.stage(stage, training, rerun)
-            try:
-                train(c, str(folder))
-            except files.Locked as error:
-                log.info("%s is left alone: %s", training, error)
-                return Tried(training, [])
         out = {v: where.answers(training, v, rerun) for v in training.visual_tokens}
-        rows = [row for v in out for row in evaluate(c, training, v, folder, out[v], where)]
+        rows = [row for v in out for row in evaluate(last, training, v, folder, out[v], where)]
         failed = [row for row in rows if row.error >= cfg.sweep.failed_above]
         if not failed:
             tries.append(outliers.Try(training.seed + more, rows))
@@ -255,6 +252,17 @@ def run_training(cfg: ConfigDict, training: Training, where: Folders, first: int
         flagged = [dataclasses.replace(row, flag=outliers.CHANCE) for row in rows]
         tries.append(outliers.Try(training.seed + more, flagged, fault))
     return Tried(training, tries)
+
+
+def _train(cfg: ConfigDict, training: Training, where: Folders, rerun: int) -> ConfigDict:
+    """Goes through the stages of a training; returns the config of the last one."""
+    own = [
+        (stages.config_of(cfg, stage, training, where, rerun, rerun * RETRY_SEED), stage)
+        for stage in plan.cell_stages(cfg, training)
+    ]
+    for c, stage in own:
+        train(c, str(where.stage(stage, training, rerun)))
+    return own[-1][0]
 
 
 def evaluate(

@@ -113,14 +113,14 @@ def _compress(c: ConfigDict, cfg: ConfigDict, stage: Stage, training: Training) 
         return
     model = model_of(c)
     sized = model.compressor.with_tokens(model.vit.grid, counts[0])
-    if sized.elastic:
-        sized = dataclasses.replace(sized, train_tokens=counts)
     if (given := sized.num_tokens(model.vit.grid)) != counts[0]:
         raise ConfigError(
             f"{name}: gives {given} visual tokens with these settings, not {counts[0]}."
         )
     with c.model.compressor.unlocked():
         c.model.compressor.update(dataclasses.asdict(sized))
+        if sized.elastic:
+            c.model.compressor.train_tokens = counts
 
 
 def _resize(c: ConfigDict, visual_tokens: int) -> None:
