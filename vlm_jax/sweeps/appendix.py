@@ -19,14 +19,19 @@ from vlm_jax.sweeps import plan
 
 
 def blocks(
-    cfg: ConfigDict, root: Path, rows: Sequence[Row], fits: Mapping[str, Fit], why: Sequence[str]
+    cfg: ConfigDict,
+    root: Path,
+    rows: Sequence[Row],
+    fits: Mapping[str, Fit],
+    of_all: Mapping[str, Fit],
+    why: Sequence[str],
 ) -> list[Block]:
-    """Draws into `root`. fits: by family; rows: those of its LMs, held-out ones included. why: families that have no law."""
+    """Draws into `root`. fits: by family; of_all: those of the held-out LMs' cells as well. why: families that have no law."""
     found = [page.heading(2, "Every benchmark"), page.table(benchmark_table(cfg, root))]
     notes = [*missing(cfg, rows), *why]
     if notes:
         found.append(page.items(notes))
-    pictures, left_out = _figures(root, rows, fits)
+    pictures, left_out = _figures(root, rows, of_all)
     if pictures:
         found += [page.heading(2, "Beyond the cells"), page.pictures(pictures)]
     if left_out:

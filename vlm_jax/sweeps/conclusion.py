@@ -39,8 +39,8 @@ def conclude(cfg: ConfigDict, root: Path, made_by: str, notes: Sequence[str], cl
         made = law.provenance("errors.csv", made_by, options)
         law.save(root / file, laws[name], made)
     fits = laws[ordered[0]] if ordered else {}
-    shown = _with_held_out(rows, fits, held_out, options)
-    more = appendix.blocks(cfg, root, rows, shown, why)
+    of_all = _with_held_out(rows, fits, held_out, options)
+    more = appendix.blocks(cfg, root, rows, fits, of_all, why)
     if not fits:
         caveats = [page.heading(2, "What this does not show"), page.items(cfg.sweep.caveats)]
         made = [page.heading(2, "How it was made"), page.command(made_by)]
