@@ -87,7 +87,7 @@ def write_report(
         parts = [[name, f"{value:.0f}"] for name, value in seconds.items()]
         total = f"Time of the parts, some of which ran side by side: {sum(seconds.values()):.0f} seconds together."
         blocks.append(folded(total, scrolling(Table(["part", "seconds"], parts))))
-    return _write(folder, title, blocks)
+    return write(folder, title, blocks)
 
 
 def _law_figures(
@@ -309,7 +309,7 @@ def folded(summary: str, *blocks: Block) -> Block:
     return Block("\n\n".join([summary, *(block.markdown for block in blocks)]), shown)
 
 
-def _write(folder: Path, title: str, blocks: Sequence[Block]) -> Path:
+def write(folder: Path, title: str, blocks: Sequence[Block]) -> Path:
     """report.md and report.html; returns the path of the latter."""
     markdown = "\n\n".join(block.markdown for block in blocks) + "\n"
     files.write_whole(folder / "report.md", markdown)

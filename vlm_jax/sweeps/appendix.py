@@ -10,10 +10,11 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from vlm_jax.benchmarks import tables
-from vlm_jax.laws import answer, drawing, figures, page
+from vlm_jax.laws import drawing, figures, report, words
 from vlm_jax.laws.law import Fit
-from vlm_jax.laws.page import Block, Picture, Table
+from vlm_jax.laws.report import Block, Picture
 from vlm_jax.laws.table import Row
+from vlm_jax.laws.words import Table
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.sweeps import plan
 
@@ -27,17 +28,17 @@ def blocks(
     why: Sequence[str],
 ) -> list[Block]:
     """Draws into `root`. fits: by family; of_all: those of the held-out LMs' cells as well. why: families that have no law."""
-    found = [page.heading(2, "Every benchmark"), page.table(benchmark_table(cfg, root))]
+    found = [report.heading(2, "Every benchmark"), report.scrolling(benchmark_table(cfg, root))]
     notes = [*missing(cfg, rows), *why]
     if notes:
-        found.append(page.items(notes))
+        found.append(report.items(notes))
     pictures, left_out = _figures(root, rows, of_all)
     if pictures:
-        found += [page.heading(2, "Beyond the cells"), page.pictures(pictures)]
+        found += [report.heading(2, "Beyond the cells"), report.side_by_side(pictures)]
     if left_out:
-        found.append(page.items(left_out))
+        found.append(report.items(left_out))
     if published := _published_law(cfg, fits):
-        found += [page.heading(2, "Beside the published law"), page.table(published)]
+        found += [report.heading(2, "Beside the published law"), report.scrolling(published)]
     return found
 
 
@@ -121,8 +122,8 @@ def _published_law(cfg: ConfigDict, fits: Mapping[str, Fit]) -> Table | None:
         alpha, beta = known[family]
         ratio = "-" if fit.law.ratio is None else f"{fit.law.ratio:.3g}"
         body += [
-            [f"{family} alpha", answer.value(fit, "alpha"), f"{alpha:.3g}"],
-            [f"{family} beta", answer.value(fit, "beta"), f"{beta:.3g}"],
+            [f"{family} alpha", words.value(fit, "alpha"), f"{alpha:.3g}"],
+            [f"{family} beta", words.value(fit, "beta"), f"{beta:.3g}"],
             [f"{family} alpha / beta", ratio, f"{alpha / beta:.3g}"],
         ]
     return Table(["constant", "these cells", "published"], body) if body else None

@@ -11,9 +11,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vlm_jax import benchmarks, files
-from vlm_jax.laws import fitting, law, page, report, table
-from vlm_jax.laws.budget import spell_pair
-from vlm_jax.laws.page import Picture
+from vlm_jax.laws import fitting, law, report, table
+from vlm_jax.laws.report import Picture
+from vlm_jax.laws.table import spell_pair
 from vlm_jax.parts import Clock
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.show import show
@@ -42,15 +42,15 @@ def conclude(cfg: ConfigDict, root: Path, made_by: str, notes: Sequence[str], cl
     of_all = _with_held_out(rows, fits, held_out, options)
     more = appendix.blocks(cfg, root, rows, fits, of_all, why)
     if not fits:
-        caveats = [page.heading(2, "What this does not show"), page.items(cfg.sweep.caveats)]
-        made = [page.heading(2, "How it was made"), page.command(made_by)]
+        caveats = [report.heading(2, "What this does not show"), report.items(cfg.sweep.caveats)]
+        made = [report.heading(2, "How it was made"), report.command(made_by)]
         own = [
-            page.heading(1, cfg.sweep.title),
+            report.heading(1, cfg.sweep.title),
             *more,
             *(caveats if cfg.sweep.caveats else []),
             *made,
         ]
-        return page.write(root, cfg.sweep.title, own)
+        return report.write(root, cfg.sweep.title, own)
     elastic = [name for name in ordered[1:] if plan.is_elastic(cfg, name)]
     return report.write_report(
         root, rows, fits, title=cfg.sweep.title, made_by=made_by,
