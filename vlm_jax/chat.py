@@ -13,11 +13,12 @@ a pipe gets plain answers: echo "What is this?" | python -m vlm_jax.chat --model
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -35,7 +36,9 @@ HISTORY = "chat_history"  # in $XDG_STATE_HOME/vlm_jax
 class Talk:
     """The state of one session: a model, the conversation, and what its commands need."""
 
-    def __init__(self, model: Model, pictures: Sequence[str], options: dict[str, Any], out: TextIO):
+    def __init__(
+        self, model: Model, pictures: Sequence[str], options: dict[str, Any], out: io.TextIOBase
+    ):
         self.model, self.pictures, self.options, self.out = model, list(pictures), options, out
         self.console = Console(stderr=True, highlight=False)
         self.question = ""
@@ -98,7 +101,8 @@ class Talk:
             raise ConfigError("/map: needs a picture and a question that was asked about it.")
         out = drawing.check_path(path or "map.png")
         said = self.conversation.turns[-1][1] if self.conversation.turns else ""
-        figure = self.model.token_map(self.pictures[-1], self.question, answer=said)
+        count = self.conversation.visual_tokens
+        figure = self.model.token_map(self.pictures[-1], self.question, visual_tokens=count, answer=said)  # fmt: skip
         self.console.print(str(drawing.save(figure, out)))
 
     def why(self, _: str) -> None:
@@ -165,7 +169,12 @@ def command(argv: Sequence[str]) -> None:
     for picture in args.pictures:
         if not Path(picture).is_file():
             raise ConfigError(f"chat: {picture!r} is no file; give the paths of pictures.")
-    talk = Talk(ask.load(args.model, args), args.pictures, ask.options(args), sys.stdout)
+    talk = Talk(
+        ask.load(args.model, args),
+        args.pictures,
+        ask.options(args),
+        cast(io.TextIOBase, sys.stdout),
+    )
     if sys.stdin.isatty():
         talk.console.print("Ask, or type /image /tokens /map /why /new /quit.", style="dim")
     for line in lines():

@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ BYTES = Backend(
 )
 BYTES.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
 BYTES.decoder = decoders.ByteLevel()
+ROOT = Path(__file__).resolve().parents[2]
 QUESTION = "What colour is this ?"
 QUESTIONS = [
     ("red", QUESTION),
@@ -219,6 +221,22 @@ def test_a_token_map_is_drawn(model, world, tmp_path):
     assert QUESTION in figure.get_suptitle() and "1 visual token" in figure.get_suptitle()
     with Image.open(tmp_path / "map.png") as image:
         assert min(image.size) > 300
+
+
+@pytest.mark.slow
+def test_a_llava_directory_and_its_parts_are_loaded_as_the_run_they_were_made_of(world, tmp_path):
+    run = write_run(tmp_path / "run", world, "identity")
+    for what in ("llava", "lm", "vit", "reference"):
+        command = [sys.executable, "scripts/convert_hf.py", str(run), str(tmp_path / what), f"--what={what}", "--encoder-name=clip"]  # fmt: skip
+        subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    pair, options = (picture(world, "red"), QUESTION), {"max_new_tokens": 12, "system": ""}
+    expected = vlm_jax.load(run).ask(*pair, **options)
+    assert vlm_jax.load(tmp_path / "llava").ask(*pair, **options) == expected
+    parts = {name: tmp_path / name for name in ("lm", "vit")}
+    whole = vlm_jax.load(compressor=tmp_path / "reference", **parts)
+    assert whole.ask(*pair, **options) == expected
+    with pytest.raises(ConfigError, match="holds no projector"):
+        vlm_jax.load(tmp_path / "lm")
 
 
 def test_parts_of_runs_make_a_model(model, run, world):

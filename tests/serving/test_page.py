@@ -99,6 +99,7 @@ def test_a_picture_is_asked_about_by_keyboard(browser, address, model, world):
     page.click("#draw")
     page.wait_for_selector("#map:visible")
     page.wait_for_function("document.getElementById('map').naturalWidth > 300")
+    assert page.is_hidden("#error")
     photograph(page, "desktop")
 
 

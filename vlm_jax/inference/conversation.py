@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ class Conversation:
         """The answer to the next question. Raises ConfigError as `Model.ask` does; the conversation is then as before."""
         return "".join(self.stream(question))
 
-    def stream(self, question: str) -> Iterator[str]:
+    def stream(self, question: str) -> Generator[str, None, None]:
         """The answer of `ask` in pieces. Where the iteration is stopped, what was said so far is the turn's answer."""
         turns = [*self.turns, (question, None)]
         seen = [*self._seen, len(self.images)]

@@ -171,25 +171,32 @@ class Model:
             (ids,) = self.chat_format.replies(record, [answer])
         return float(-likelihood / len(ids))
 
-    def token_map(self, image: Picture, question: str, *, answer: str | None = None) -> Figure:
+    def token_map(
+        self,
+        image: Picture,
+        question: str,
+        *,
+        visual_tokens: int = 0,
+        answer: str | None = None,
+    ) -> Figure:
         """Where the visual tokens of a picture look when the question is asked: the figure of `vlm_jax.show`.
 
-        answer: written above it; None = the model's own. Save it with `.savefig("map.png")`; a notebook shows it.
+        visual_tokens: as in `ask`. answer: written above it; None = the model's own. Save it with `.savefig("map.png")`; a notebook shows it.
         """
         (source,) = listed([image])
         row = {"id": "0", "image": [source], "conversations": _said(question, 1)}
         with plain_errors():
-            shown = views.look(self._answerer(1), row, "/")
+            shown = views.look(self._answerer(1, self.checked_tokens(visual_tokens)), row, "/")
         vit, data = self.config.vit, self.opened.data
         side = vit.image_px * math.ceil(PICTURE_PX / vit.image_px)
         pixels = dataclasses.replace(make_pixels(data, vit), image_px=side)
         record = self.prompter.record([source], [(question, None)], None)
         with plain_errors():
             picture = pixels.load(record, source)
-        cut = (
-            side * vit.grid * vit.patch_px // vit.image_px
-        )  # a border narrower than a patch is not seen
-        said = self.ask(image, question) if answer is None else answer
+        cut = side * vit.grid * vit.patch_px // vit.image_px  # a narrower border is not seen
+        said = answer
+        if said is None:
+            said = self.ask(image, question, visual_tokens=visual_tokens)
         return views.draw(self.config.compressor.name, picture[:cut, :cut], vit.grid, shown, question, said)  # fmt: skip
 
     # --- what the server and the chat build on -----------------------------------------------------------------------
@@ -250,12 +257,13 @@ class Model:
             batcher.submit(ticket)
         batcher.run()
 
-    def _answerer(self, images: int) -> Answerer:
+    def _answerer(self, images: int, visual_tokens: int = 0) -> Answerer:
         """The evaluation's way to ask, with the parameters that are loaded already."""
         data = dataclasses.replace(self.opened.data, features_dir="", turns="dialogue")
         data = dataclasses.replace(data, max_images=max(images, data.max_images))
         run = dataclasses.replace(self.opened, data=data, load=lambda wanted: self.params)
-        return Answerer(EvalConfig(self.opened.where, 1, 1), self.mesh, run)
+        count = 0 if visual_tokens == self.visual_tokens else visual_tokens
+        return Answerer(EvalConfig(self.opened.where, 1, 1, visual_tokens=count), self.mesh, run)
 
 
 def words(ticket: Ticket, batcher: Batcher, tokenizer: Any) -> Iterator[str]:

@@ -134,7 +134,8 @@ async def _ticket(engine: Engine, name: str, request: Request) -> tuple[Asked, T
 def _drawn(engine: Engine, asked: Asked) -> bytes:
     (image,) = asked.record.images
     assert isinstance(image, bytes)
-    figure = engine.model.token_map(image, asked.record.turns[-1].question, answer=" ")
+    count = engine.count(asked)
+    figure = engine.model.token_map(image, asked.record.turns[-1].question, visual_tokens=count, answer=asked.answer)  # fmt: skip
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=110)
     return data.getvalue()

@@ -85,9 +85,7 @@ class Engine:
 
     def ticket(self, asked: Asked) -> Ticket:
         """What a request waits on. Pictures are decoded and words tokenised here, in the caller's thread. Raises Refused."""
-        count = asked.visual_tokens or self.default
-        if count not in self.choices:
-            raise Refused(400, f"visual_tokens {count} is not served; use one of {', '.join(map(str, self.choices))}.")  # fmt: skip
+        count = self.count(asked)
         if asked.record.images and not self.prompter.data.max_images:
             raise Refused(400, "this model takes no pictures.")
         try:
@@ -96,6 +94,13 @@ class Engine:
             long = "more than max_tokens" in str(error)
             raise Refused(400, str(error), "context_length_exceeded" if long else "invalid_image") from None  # fmt: skip
         return Ticket(prompt, count, asked.max_new_tokens, asked.sampling)
+
+    def count(self, asked: Asked) -> int:
+        """The number of visual tokens that a request asks for. Raises Refused for one that is not served."""
+        count = asked.visual_tokens or self.default
+        if count not in self.choices:
+            raise Refused(400, f"visual_tokens {count} is not served; use one of {', '.join(map(str, self.choices))}.")  # fmt: skip
+        return count
 
     def submit(self, ticket: Ticket, changed: Callable[[], object]) -> None:
         """Queues a request; `changed` is called from the engine's thread after each token. Raises Refused when it is full."""

@@ -39,6 +39,7 @@ class Asked:
     stream: bool
     with_usage: bool  # a stream ends with a chunk that counts tokens
     stops: tuple[str, ...]  # the answer ends before the first of them
+    answer: str  # of a token map: what is written above it
 
 
 def read(body: bytes, model: str, limits: Limits) -> Asked:
@@ -70,7 +71,16 @@ def read(body: bytes, model: str, limits: Limits) -> Asked:
         raise Refused(400, str(error)) from None
     usage = bool((raw.get("stream_options") or {}).get("include_usage"))
     count = int(_number(raw, "visual_tokens", 0))
-    return Asked(record, sampling, int(wanted), count, bool(raw.get("stream")), usage, tuple(stops))
+    return Asked(
+        record,
+        sampling,
+        int(wanted),
+        count,
+        bool(raw.get("stream")),
+        usage,
+        tuple(stops),
+        str(raw.get("answer", "")),
+    )
 
 
 def _number(raw: Mapping[str, Any], name: str, default: float) -> float:
