@@ -78,7 +78,7 @@ def test_the_table_adds_up():
     ("line", "message"),
     [
         ("/tokens", "/tokens: give a number, such as one of 1; got ''."),
-        ("/tokens 4", "tokenpacker gives the 1 it was trained for"),
+        ("/tokens 4", "visual_tokens 4: tokenpacker gives the 1 it was trained for"),
         ("/image nowhere.jpg", "/image: 'nowhere.jpg' is no file"),
         ("/map", "/map: needs a picture and a question that was asked about it."),
         ("/help", "/help is no command; use one of /image, /tokens, /map, /why, /new, /quit."),
