@@ -16,10 +16,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_jax.costs.price import Workload
+from vlm_jax.costs.price import Budget, Workload, find_chip
 from vlm_jax.hf.directory import is_model
 from vlm_jax.laws import fitting, planning, table
-from vlm_jax.laws.budget import Budget, Plan, find_chip
+from vlm_jax.laws.choice import Plan
 from vlm_jax.laws.law import Fit
 from vlm_jax.settings import addresses, cli, logs
 from vlm_jax.settings.checks import ConfigError
