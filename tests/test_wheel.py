@@ -55,7 +55,7 @@ def call(program: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProce
 
 def test_every_command_has_a_console_script():
     assert set(COMMANDS) == {
-        "train", "evaluate", "sweep", "show", "features", "aot", "fit", "plan", "plot", "tables",
+        "train", "evaluate", "sweep", "show", "features", "ask", "chat", "serve", "aot", "fit", "plan", "plot", "tables",
     }  # fmt: skip
 
 

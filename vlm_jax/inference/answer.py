@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from vlm_jax import compressors, sharding
@@ -24,8 +25,8 @@ from vlm_jax.models.attention import for_inference
 from vlm_jax.models.lm import Cache
 from vlm_jax.models.vlm import Inputs
 from vlm_jax.settings.run import MeshConfig
-from vlm_jax.storage import run as experiment
-from vlm_jax.storage import weights
+from vlm_jax.storage import opened, weights
+from vlm_jax.storage.opened import Opened
 
 Rows = Sequence[dict[str, Any]]
 Batch = Mapping[str, jax.Array]
@@ -36,14 +37,18 @@ FILE = "evaluation records"  # stands for the file in error messages about rows 
 class Answerer:
     """The newest checkpoint of a training run, ready to answer. Answerers of equal models share their compiled code."""
 
-    def __init__(self, settings: EvalConfig, mesh: MeshConfig):
-        """Raises ConfigError when the checkpoint does not fit the mesh, or the model cannot give settings.visual_tokens."""
+    def __init__(self, settings: EvalConfig, mesh: MeshConfig | Mesh, run: Opened | None = None):
+        """run: the model, in place of the run settings.checkpoint.
+
+        Raises ConfigError when the checkpoint does not fit the mesh, or the model cannot give settings.visual_tokens.
+        """
         sharding.start_processes()
-        run = experiment.read(settings.checkpoint)
+        run = run or opened.from_run(settings.checkpoint)
         compressor, grid = run.model.compressor, run.model.vit.grid
         if settings.visual_tokens:
             compressor = with_tokens(compressor, grid, settings.visual_tokens)
-        self.mesh, self.settings = sharding.make_mesh(mesh), settings
+        self.mesh = mesh if isinstance(mesh, Mesh) else sharding.make_mesh(mesh)
+        self.settings = settings
         model = dataclasses.replace(run.model, compressor=compressor)
         self.model = for_inference(model, self.mesh.devices.flat[0])
         query = settings.query or run.data.query
@@ -51,7 +56,7 @@ class Answerer:
         self.visual_tokens = compressors.num_tokens(compressor, grid)
         self.chat = make_chat(self.data, self.visual_tokens)
         shapes = weights.abstract(self.model, self.mesh)
-        self.params = weights.load(settings.checkpoint, self.model, shapes)
+        self.params = run.load(shapes)
         if settings.features_dir:
             weights.check_cached(settings.features_dir, self.model, self.params["vit"])
         self.decoding = Decoding(

@@ -157,14 +157,42 @@ def choose(
     logits = logits / decoding.temperature
     if decoding.top_p < 1:
         logits = jnp.where(logits >= nucleus_floor(logits, decoding.top_p), logits, -jnp.inf)
+    return _draw(logits, seeds, jnp.broadcast_to(step, seeds.shape))
 
-    def draw(seed: Int[Array, ""], row: Float[Array, "V"]) -> Int[Array, ""]:
+
+def sample(
+    logits: Float[Array, "B V"],
+    seeds: Int[Array, "B"],
+    steps: Int[Array, "B"],
+    temperature: Float[Array, "B"],
+    top_p: Float[Array, "B"],
+) -> Int[Array, "B"]:
+    """The tokens that `choose` gives to rows with settings, and steps, of their own; nothing is drawn if all are greedy."""
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def drawn() -> Int[Array, "B"]:
+        scaled = logits / jnp.where(temperature > 0, temperature, 1)[:, None]
+        inside = scaled >= nucleus_floor(scaled, top_p[:, None])
+        scaled = jnp.where(inside | (top_p >= 1)[:, None], scaled, -jnp.inf)
+        return jnp.where(temperature > 0, _draw(scaled, seeds, steps), greedy)
+
+    return jax.lax.cond((temperature > 0).any(), drawn, lambda: greedy)
+
+
+def _draw(
+    logits: Float[Array, "B V"], seeds: Int[Array, "B"], steps: Int[Array, "B"]
+) -> Int[Array, "B"]:
+    """A sample per row, which depends on its logits, its seed and its step."""
+
+    def draw(seed: Int[Array, ""], step: Int[Array, ""], row: Float[Array, "V"]) -> Int[Array, ""]:
         return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), step), row)
 
-    return jax.vmap(draw)(seeds, logits).astype(jnp.int32)
+    return jax.vmap(draw)(seeds, steps, logits).astype(jnp.int32)
 
 
-def nucleus_floor(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B 1"]:
+def nucleus_floor(
+    logits: Float[Array, "B V"], top_p: float | Float[Array, "B 1"]
+) -> Float[Array, "B 1"]:
     """The smallest logit in the nucleus: the fewest most likely tokens whose probabilities sum to at least top_p."""
     descending = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
     probabilities = jax.nn.softmax(descending, axis=-1)

@@ -5,6 +5,7 @@ VIEWS has one entry per way of drawing; a compressor names its own by its trait 
 
 from __future__ import annotations
 
+import functools
 import math
 import textwrap
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from vlm_jax import compressors
+from vlm_jax.settings.model import VLMConfig
 
 if TYPE_CHECKING:
     from vlm_jax.inference.answer import Answerer
@@ -60,26 +62,35 @@ def look(answerer: Answerer, row: Mapping[str, Any], image_root: str) -> Shown:
 
     from vlm_jax import sharding
     from vlm_jax.data import eval_batches as prompts
-    from vlm_jax.models.vlm import VLM, Inputs
+    from vlm_jax.models.vlm import Inputs
 
     vit = answerer.model.vit
     asked = prompts.prepare(
         [dict(row)], image_root, answerer.data, answerer.visual_tokens, vit, answerer.mesh.size
     )  # fmt: skip
     batch = next(asked.batches)
-
-    def see(params: Any, inputs: Inputs) -> Any:
-        model = VLM(answerer.model)
-        _, kept = model.apply(
-            {"params": params}, inputs, method="encode_images", mutable="intermediates"
-        )
-        return jax.tree.map(lambda x: x[0], kept)  # the first image's
-
+    blank = batch["tokens"][:, :1] * 0  # the prompt is not read: any length is the same program
+    batch |= dict.fromkeys(("tokens", "visual_index", "positions", "segments"), blank)
     with sharding.use(answerer.mesh):
         inputs = Inputs.from_batch(sharding.put(batch, answerer.mesh))
-        kept = jax.device_get(jax.jit(see)(answerer.params, inputs))
+        kept = jax.device_get(_sower(answerer.model)(answerer.params, inputs))
     sown = kept["intermediates"]["compressor"] if kept else {}
     return VIEWS[answerer.model.compressor.drawn].read(sown, vit.grid, answerer.visual_tokens)
+
+
+@functools.lru_cache(16)
+def _sower(config: VLMConfig) -> Callable[[Any, Any], Any]:
+    """What the compressor of a model sows for the first image of a batch, as a jitted function of (params, inputs)."""
+    import jax
+
+    from vlm_jax.models.vlm import VLM
+
+    def sow(params: Any, inputs: Any) -> Any:
+        variables = {"params": params}
+        _, kept = VLM(config).apply(variables, inputs, method="encode_images", mutable="intermediates")  # fmt: skip
+        return jax.tree.map(lambda x: x[0], kept)
+
+    return jax.jit(sow)
 
 
 # --- what each compressor sows, for one image -------------------------------------------------------------------------

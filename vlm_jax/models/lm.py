@@ -25,6 +25,9 @@ from vlm_jax.layers import (
 from vlm_jax.models.attention import AttentionMask, attend
 from vlm_jax.settings.model import LMConfig
 
+# The first slot of a cache that a call writes to: one for all rows, or one per row.
+Slot = Int[Array, ""] | Int[Array, "B"] | int
+
 
 class Cache(NamedTuple):
     """Keys and values of every layer, in S slots per row.
@@ -47,23 +50,29 @@ class Cache(NamedTuple):
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
         layer: Int[Array, ""],
-        slot: Int[Array, ""] | int,
+        slot: Slot,
     ) -> Cache:
-        """The cache with T tokens of one layer written at slots [slot, slot + T)."""
+        """The cache with T tokens of one layer written at slots [slot, slot + T) of its first rows."""
 
         def put(old: Array, new: Array) -> Array:
             new = jnp.swapaxes(new, 1, 2)[None].astype(old.dtype)
-            return jax.lax.dynamic_update_slice(old, new, (layer, 0, 0, slot, 0))
+            if jnp.ndim(slot) == 0:
+                return jax.lax.dynamic_update_slice(old, new, (layer, 0, 0, slot, 0))
+            for row in range(new.shape[1]):  # one update in place per row; a scatter copies
+                at = (layer, row, 0, jnp.asarray(slot)[row], 0)
+                old = jax.lax.dynamic_update_slice(old, new[:, row : row + 1], at)
+            return old
 
         return Cache(put(self.k, k), put(self.v, v))
 
     def of_layer(
-        self, layer: Int[Array, ""]
-    ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-        """Keys and values of one layer."""
+        self, layer: Int[Array, ""], rows: int, slots: int
+    ) -> tuple[Float[Array, "{rows} {slots} K H"], Float[Array, "{rows} {slots} K H"]]:
+        """Keys and values of one layer, in the first `slots` slots of the first `rows` rows."""
 
         def get(x: Array) -> Array:
-            return jnp.swapaxes(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), 1, 2)
+            sizes = (1, rows, x.shape[2], slots, x.shape[4])
+            return jnp.swapaxes(jax.lax.dynamic_slice(x, (layer, 0, 0, 0, 0), sizes)[0], 1, 2)
 
         return get(self.k), get(self.v)
 
@@ -91,7 +100,7 @@ def _split(x: Float[Array, "L B K S H"]) -> Float[Array, "L B K S H"]:
 def causal_mask(
     query_segments: Int[Array, "B T"],
     key_segments: Int[Array, "B S"],
-    first_slot: Int[Array, ""] | int = 0,
+    first_slot: Slot = 0,
 ) -> Bool[Array, "B T S"]:
     """True where a query attends to a key: no later than itself, and in the prefix or in its own segment.
 
@@ -105,8 +114,8 @@ def causal_mask(
         turn 2  1 1 . . 1 .
                 1 1 . . 1 1
     """
-    query_slots = first_slot + jnp.arange(query_segments.shape[1])
-    causal = jnp.arange(key_segments.shape[1])[None, :] <= query_slots[:, None]
+    query_slots = jnp.asarray(first_slot)[..., None] + jnp.arange(query_segments.shape[1])
+    causal = jnp.arange(key_segments.shape[1]) <= query_slots[..., None]
     keys, queries = key_segments[:, None, :], query_segments[:, :, None]
     return causal & (keys >= 0) & ((keys == 0) | (keys == queries))
 
@@ -130,7 +139,7 @@ class Attention(nn.Module):
         positions: Int[Array, "B T"],
         mask: AttentionMask,
         cache: Cache | None,
-        slot: Int[Array, ""] | int,
+        slot: Slot,
         layer: Int[Array, ""],
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         cfg = self.config
@@ -153,7 +162,8 @@ class Attention(nn.Module):
         q, k = apply_rope(q, positions, freqs), apply_rope(k, positions, freqs)
         if cache is not None:
             cache = cache.write(k, v, layer, slot)
-            k, v = cache.of_layer(layer)
+            assert mask.allowed is not None, "a cache needs a dense mask"
+            k, v = cache.of_layer(layer, *mask.allowed.shape[::2])
         out = Linear(
             (cfg.width,), ("heads", None, "embed"), in_axes=2, use_bias=cfg.o_bias, kernel_init=init,
             bias_init=nn.initializers.zeros, dtype=cfg.dtype, adapter=cfg.adapter("layers/attn/o"), name="o",
@@ -172,7 +182,7 @@ class Block(nn.Module):
         carry: tuple[Float[Array, "B T D"], Cache | None],
         positions: Int[Array, "B T"],
         mask: AttentionMask,
-        slot: Int[Array, ""] | int,
+        slot: Slot,
         layer: Int[Array, ""],
     ) -> tuple[tuple[Float[Array, "B T D"], Cache | None], None]:
         (x, cache), cfg = carry, self.config
@@ -235,7 +245,7 @@ class LM(nn.Module):
         positions: Int[Array, "B T"],
         mask: AttentionMask,
         cache: Cache,
-        slot: Int[Array, ""] | int,
+        slot: Slot,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """As `hidden`, attending to the cache, after writing the keys and values of x to slots [slot, slot + T)."""
         x = constrain(x, "batch", "length", "embed_activation")

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 from vlm_jax.compressors.modules.visual import VisualTokens
 from vlm_jax.layers import constrain
 from vlm_jax.models.attention import AttentionMask
-from vlm_jax.models.lm import LM, Cache, causal_mask, empty_cache, window_mask
+from vlm_jax.models.lm import LM, Cache, Slot, causal_mask, empty_cache, window_mask
 from vlm_jax.models.projector import Projector
 from vlm_jax.models.vit import Features, ViT
 from vlm_jax.settings.model import LORA, VLMConfig
@@ -163,6 +163,24 @@ class VLM(nn.Module):
         )
         return self.lm.logits(hidden)[:, 0], cache
 
+    def extend(
+        self, inputs: Inputs, slots: Int[Array, "B"], keys: Layout, cache: Cache
+    ) -> tuple[Float[Array, "B V"], Cache, Layout]:
+        """Logits of the last position of tokens that follow what the first B rows of a cache hold.
+
+        inputs: left-padded; row b is written to slots [slots[b], slots[b] + T), T = 1 for a step of decoding. keys: the
+        layout of the first S slots, which alone are read; it is returned with the new tokens in it.
+        """
+        x, here = self.insert_visual_tokens(inputs, self.encode_images(inputs))
+
+        def put(old: Int[Array, "B S"], new: Int[Array, "B T"]) -> Int[Array, "B S"]:
+            return jax.vmap(jax.lax.dynamic_update_slice)(old, new, slots[:, None])
+
+        keys = Layout(put(keys.positions, here.positions), put(keys.segments, here.segments))
+        mask = AttentionMask(self._mask(here, keys, slots))
+        hidden, cache = self.lm.cached_hidden(x, here.positions, mask, cache, slots)
+        return self.lm.logits(hidden[:, -1:])[:, 0], cache, keys
+
     def attention_mask(self, rows: Layout) -> AttentionMask:
         """The mask of whole rows (queries are keys), in the form that the configured attention kernel takes."""
         if self.config.lm.attention in ("auto", "xla"):
@@ -170,9 +188,7 @@ class VLM(nn.Module):
         samples = 0 if rows.samples is None else rows.samples
         return AttentionMask(segments=jnp.where(rows.segments < 0, -1, samples))
 
-    def _mask(
-        self, queries: Layout, keys: Layout, first_slot: Int[Array, ""] | int = 0
-    ) -> Bool[Array, "B T S"]:
+    def _mask(self, queries: Layout, keys: Layout, first_slot: Slot = 0) -> Bool[Array, "B T S"]:
         """Causal mask over segments, restricted to the sliding window and to the query's own sample of a packed row."""
         mask = causal_mask(queries.segments, keys.segments, first_slot)
         window = self.config.lm.sliding_window

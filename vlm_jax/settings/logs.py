@@ -24,6 +24,11 @@ def start() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_Stderr()])
     for name in ("vlm_jax", "__main__"):  # a command's own module runs as __main__
         logging.getLogger(name).setLevel(logging.INFO)
+    quieten()
+
+
+def quieten() -> None:
+    """Silences what other libraries log about normal work."""
     # orbax logs normal steps of a restore as warnings, and transformers warns that PyTorch is not installed.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

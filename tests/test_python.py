@@ -1,0 +1,59 @@
+"""The Python that the documents print: the five lines of README and guide are taken out and run as they stand."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from PIL import Image
+from test_model import write_run
+
+import vlm_jax
+from vlm_jax.settings import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(document: str) -> list[str]:
+    return BLOCK.findall((ROOT / document).read_text(encoding="utf-8"))
+
+
+def test_readme_and_guide_open_with_the_same_five_lines():
+    lines = blocks("README.md")[0].strip().splitlines()
+    assert len(lines) == 5 and lines[0] == "import vlm_jax"
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    assert blocks("docs/guide.md")[0] == blocks("README.md")[0]
+    assert guide.index("```python") < 100
+
+
+def test_the_five_lines_run_as_printed(tmp_path):
+    world = tiny.write(tmp_path / "data")
+    (tmp_path / "runs").mkdir()
+    write_run(tmp_path / "runs" / "instruct", world)
+    Image.open(world / "images" / "red.png").convert("RGB").save(tmp_path / "photo.jpg")
+    run = subprocess.run(
+        [sys.executable, "-c", blocks("README.md")[0]], cwd=tmp_path, capture_output=True, text=True,
+        env={"PYTHONPATH": str(ROOT), **os.environ},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    answer, many = run.stdout.splitlines()
+    assert answer and many.startswith("[") and many.count("'") + many.count('"') == 4
+    with Image.open(tmp_path / "map.png") as image:
+        assert min(image.size) > 300
+
+
+def test_the_guide_s_calls_name_functions_configs_and_fields_that_exist():
+    _, calls = blocks("docs/guide.md")
+    assert set(re.findall(r"vlm_jax\.(\w+)", calls)) <= set(vlm_jax.__all__)
+    name, fields = re.search(r'start\("(\w+)", "[^"]+", (\w+)=', calls).groups()
+    cli.check_overrides([f"--config={name}", f"--config.{fields.replace('__', '.')}=x"])
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2", "mini"])
+def test_a_config_is_found_by_its_name_alone(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "train" in cli.load_config(name)
