@@ -6,7 +6,7 @@ DIRECTORY/
   vlm_train.json          images and, one record in nine, a scene told in words; `questions` turns per record
   vlm_single_train.json   the questions about images, one per record: for compressors that use the query
   text_train.json         no images; a system message describes the scene or the sheet
-  reasoning_test.json     held-out scenes, and one relation of a character on each held-out sheet
+  reasoning_test.json     held-out scenes, and relations of characters on the held-out sheets
   ocr_test.json           held-out sheets
   contents.json           what each image shows; world.json  the tables: enough to derive every answer again
   tokenizer/              loadable by transformers.AutoTokenizer
@@ -46,9 +46,9 @@ TEST_KINDS = tuple(kind for side in TEST_SIDES for kind in (0, side))
 # with 64 visual tokens learns it later or not at all.
 TOLD = (1, 2, 4, 8)
 ENCODER_KINDS = (0, 1, 2, 4, 0, 8, 4, 8)
-IMAGES_PER_TEXT = (
-    8  # of vlm_train: the texts among the images keep what the decoder has learnt from text
-)
+# Of vlm_train: the texts among the images keep what the decoder has learnt from text.
+IMAGES_PER_TEXT = 8
+SCENE_QUESTIONS = 4  # of reasoning_test for each about a sheet
 
 
 def write(
@@ -113,7 +113,8 @@ def write(
             continue
         asked = asker.read(content, questions_per_record, rng, questions.TEST_RELATED_SHARE)
         ocr.append(_record(name, asked, image=name))
-        reasoning.append(_record(name, [asker.character(content, rng)], image=name))
+        asked = asker.relations(content, questions_per_record // SCENE_QUESTIONS, rng)
+        reasoning.append(_record(name, asked, image=name))
     files |= {"reasoning_test": reasoning, "ocr_test": ocr}
     shown = (train | test | dense).items()
     files["contents"] = {name: dataclasses.asdict(content) for name, content in shown}

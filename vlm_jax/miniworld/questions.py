@@ -138,10 +138,10 @@ class Asker:
             return f"read {square}", character
         return self._relation(square, character, rng)
 
-    def character(self, sheet: Sheet, rng: np.random.Generator) -> Turn:
-        """A question about a relation of the character in any slot."""
-        slot = int(rng.integers(len(SQUARES)))
-        return self._relation(SQUARES[slot], sheet.characters[slot], rng)
+    def relations(self, sheet: Sheet, count: int, rng: np.random.Generator) -> list[Turn]:
+        """`count` questions about relations of the characters in any slots."""
+        slots = rng.integers(len(SQUARES), size=count)
+        return [self._relation(SQUARES[i], sheet.characters[i], rng) for i in slots]
 
     def _relation(self, square: str, character: str, rng: np.random.Generator) -> Turn:
         relation = int(rng.integers(len(RELATIONS)))
