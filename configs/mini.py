@@ -54,8 +54,8 @@ CAVEATS = (
     "The tasks are built so that each resource binds: reasoning is recall and short composition, whose error the LM's "
     "capacity sets; OCR needs as many visual tokens as there are characters. The order of the exponents is therefore "
     "nearly built in. The miniature shows the machinery and the order, not the paper's ratio.",
-    "Of a scene only wall and floor need more than one visual token, which keeps reasoning's beta small; of a sheet only the "
-    "relations of characters need the LM's capacity, which keeps OCR's alpha small. Both shares were chosen.",
+    "Of the reasoning questions only the fifth about sheets need more than one visual token, which sets reasoning's beta; of the "
+    "OCR questions only the relations of characters need the LM's capacity, which sets OCR's alpha. Both shares were chosen.",
     "The curves are not clean power laws over so short a range. With D free, alpha moves a lot along the flat direction of "
     "the fit; compare exponents at D = 0 and trust their order only.",
     "Differences between seeds are larger than what resampling questions would suggest: read intervals over seeds.",

@@ -23,7 +23,7 @@ Cell = TypeVar("Cell", bound=Hashable)
 # differs by 0.02 to 0.05, or by a quarter where its error is small. Where the reasoning error rises with visual tokens, as
 # the miniature's does, a step of four times as many costs 0.084 (26 %) or 0.066 (34 %) at most.
 ABSOLUTE = 0.08
-RELATIVE = 0.30  # of the smaller error
+RELATIVE = 0.28  # of the smaller error
 SIGMAS = 3.0  # standard errors of a difference of two shares of n questions
 
 
