@@ -28,7 +28,13 @@ def blocks(
     why: Sequence[str],
 ) -> list[Block]:
     """Draws into `root`. fits: by family; of_all: those of the held-out LMs' cells as well. why: families that have no law."""
-    found = [report.heading(2, "Every benchmark"), report.scrolling(benchmark_table(cfg, root))]
+    found: list[Block] = []
+    several = len(cfg.sweep.benchmarks) > len({row.family for row in rows})
+    if several or cfg.sweep.published:  # else the errors say it already
+        found += [
+            report.heading(2, "Every benchmark"),
+            report.scrolling(benchmark_table(cfg, root)),
+        ]
     notes = [*missing(cfg, rows), *why]
     if notes:
         found.append(report.items(notes))
