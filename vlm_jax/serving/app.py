@@ -8,7 +8,7 @@ import hmac
 import io
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from importlib import resources
 from typing import Any
 
@@ -29,7 +29,7 @@ def make_app(engine: Engine, name: str, api_key: str = "") -> FastAPI:
     """The application. name: of the model, as clients call it. api_key: that /v1 and /map ask for; "" = none."""
 
     @contextlib.asynccontextmanager
-    async def life(_: FastAPI) -> AsyncIterator[None]:
+    async def life(_: FastAPI) -> AsyncGenerator[None]:
         await run_in_threadpool(engine.start)
         yield
         await run_in_threadpool(engine.stop)
