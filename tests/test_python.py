@@ -23,7 +23,7 @@ def blocks(document: str) -> list[str]:
 
 
 def test_readme_and_guide_open_with_the_same_five_lines():
-    lines = blocks("README.md")[0].strip().splitlines()
+    lines = [line for line in blocks("README.md")[0].splitlines() if line]
     assert len(lines) == 5 and lines[0] == "import vlm_jax"
     guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
     assert blocks("docs/guide.md")[0] == blocks("README.md")[0]
@@ -49,7 +49,7 @@ def test_the_five_lines_run_as_printed(tmp_path):
 def test_the_guide_s_calls_name_functions_configs_and_fields_that_exist():
     _, calls = blocks("docs/guide.md")
     assert set(re.findall(r"vlm_jax\.(\w+)", calls)) <= set(vlm_jax.__all__)
-    name, fields = re.search(r'start\("(\w+)", "[^"]+", (\w+)=', calls).groups()
+    name, fields = re.search(r'start\(\s*"(\w+)", "[^"]+", (\w+)=', calls).groups()
     cli.check_overrides([f"--config={name}", f"--config.{fields.replace('__', '.')}=x"])
 
 
