@@ -152,7 +152,7 @@ def test_a_cell_that_another_machine_holds_is_left_alone(tmp_path, told_errors, 
         running.sweep(cfg, str(tmp_path), "test")
     assert end.value.exit_code == 0 and held not in told_errors[1]
     assert len(table.read(tmp_path / "errors.csv")) == 4
-    assert running.sweep(cfg, str(tmp_path), "test") == tmp_path
+    assert running.sweep(cfg, str(tmp_path), "test") == tmp_path / "report.html"
 
 
 def test_rows_stand_in_the_order_of_the_plan_whichever_cell_is_finished_first(tmp_path):
