@@ -18,6 +18,7 @@ TEXT
 
 case "${1:-}" in
   --help | -h) usage; exit 0 ;;
+  -*) echo "demo_model.sh: unknown argument '$1'." >&2; usage >&2; exit 2 ;;
 esac
 [ $# -ge 4 ] || { echo "demo_model.sh: give LM, ENCODER, DATA and OUT." >&2; usage >&2; exit 2; }
 lm="$1" encoder="$2" data="$3" out="$4"

@@ -12,6 +12,7 @@ import argparse
 import importlib.util
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,6 +73,8 @@ def command(argv: Sequence[str]) -> None:
     name = args.name or Path(args.model).resolve().name
     app = make_app(engine, name, os.environ.get(KEY, ""))
     log.info("%s: compiling; then at http://%s:%d", name, args.host, args.port)
+    # uvicorn ends its answers at SIGTERM, then raises it again: nothing is left to do, and the exit code is 0.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     uvicorn.run(
         app, host=args.host, port=args.port, log_level="warning", access_log=False,
         timeout_graceful_shutdown=round(args.timeout_s),
