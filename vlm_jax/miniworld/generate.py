@@ -106,16 +106,7 @@ def write(
     for i in range(len(files["vlm_train"]) // IMAGES_PER_TEXT):
         system, turns = _told(asker, questions_per_record, rng)
         files["vlm_train"].append(_record(f"told-{i:05d}", turns, system=system))
-    reasoning, ocr = [], []
-    for name, content in test.items():
-        if isinstance(content, Scene):
-            reasoning.append(_record(name, ask(content, rng), image=name))
-            continue
-        asked = asker.read(content, questions_per_record, rng, questions.TEST_RELATED_SHARE)
-        ocr.append(_record(name, asked, image=name))
-        asked = asker.relations(content, questions_per_record // SCENE_QUESTIONS, rng)
-        reasoning.append(_record(name, asked, image=name))
-    files |= {"reasoning_test": reasoning, "ocr_test": ocr}
+    files |= _test_records(test, asker, questions_per_record, rng)
     shown = (train | test | dense).items()
     files["contents"] = {name: dataclasses.asdict(content) for name, content in shown}
     files["world"] = {name: t.tolist() for name, t in dataclasses.asdict(world).items()}
@@ -140,6 +131,22 @@ def _encoder_records(
         _record(name, [questions.listing(content), *ask(content, rng)], image=name)
         for name, content in shown.items()
     ]
+
+
+def _test_records(
+    shown: dict[str, Scene | Sheet], asker: questions.Asker, count: int, rng: np.random.Generator
+) -> dict[str, list[Record]]:
+    """`count` questions about each scene and about each sheet; of a sheet, relations for the reasoning family as well."""
+    reasoning, ocr = [], []
+    for name, content in shown.items():
+        if isinstance(content, Scene):
+            reasoning.append(_record(name, asker.ask(content, count, rng), image=name))
+            continue
+        asked = asker.read(content, count, rng, questions.TEST_RELATED_SHARE)
+        ocr.append(_record(name, asked, image=name))
+        asked = asker.relations(content, count // SCENE_QUESTIONS, rng)
+        reasoning.append(_record(name, asked, image=name))
+    return {"reasoning_test": reasoning, "ocr_test": ocr}
 
 
 def _text_records(
