@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -112,18 +112,23 @@ class Batcher:
     def _join(self, ticket: Ticket) -> None:
         if ticket.cancelled:
             return _end(ticket, CANCELLED)
-        row = self.rows.index(None)
+        return self.read(self.rows.index(None), ticket)
+
+    def read(self, row: int, ticket: Ticket, start: int = 0) -> None:
+        """Reads a request's prompt into a row, behind the first `start` slots that it holds already, and its first token."""
         ticket.began = time.perf_counter()
         with sharding.use(self.mesh):
             inputs = Inputs.from_batch(sharding.put(ticket.prompt.batch, self.mesh))
-            self.state, first = self.slots.join(
-                self.params, inputs, state=self.state, row=jnp.int32(row),
-                sampling=on_device(ticket.sampling), visual_tokens=ticket.visual_tokens,
-            )  # fmt: skip
+            given = {"state": self.state, "row": jnp.int32(row), "sampling": on_device(ticket.sampling)}  # fmt: skip
+            if start:
+                given["start"] = jnp.int32(start)
+                self.state, first = self.slots.extend(self.params, inputs, **given)
+            else:
+                given["visual_tokens"] = ticket.visual_tokens
+                self.state, first = self.slots.join(self.params, inputs, **given)
         self.rows[row] = ticket
-        ticket.slot = ticket.prompt.width
-        self.took(row, int(first))
-        return None
+        ticket.slot = start + ticket.prompt.width
+        self._took(row, int(first))
 
     def _decode(self) -> None:
         rows = max(row for row, ticket in enumerate(self.rows) if ticket) + 1
@@ -134,9 +139,9 @@ class Batcher:
         for row, ticket in enumerate(self.rows[: len(tokens)]):
             if ticket:
                 ticket.slot += 1
-                self.took(row, int(tokens[row]))
+                self._took(row, int(tokens[row]))
 
-    def took(self, row: int, token: int) -> None:
+    def _took(self, row: int, token: int) -> None:
         """Gives a row's request its next token, or ends it."""
         ticket = self.rows[row]
         assert ticket is not None
@@ -167,6 +172,20 @@ def on_device(sampling: Sampling) -> Sampling:
     seed = np.uint32(int(sampling.seed) % 2**32).view(np.int32)
     chances = jnp.float32(sampling.temperature), jnp.float32(sampling.top_p)
     return Sampling(*chances, jnp.asarray(seed))
+
+
+def texts(ticket: Ticket, batcher: Batcher, tokenizer: Tokenizer) -> Iterator[str]:
+    """The text of a request that a batcher has, in pieces, while the batcher is stepped here."""
+    text, said = Words(tokenizer), 0
+    while True:
+        piece, said = text.add(ticket.tokens[said:]), len(ticket.tokens)
+        if ticket.finished:
+            piece += text.end()
+        if piece:
+            yield piece
+        if ticket.finished:
+            return
+        batcher.step()
 
 
 class Words:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from vlm_jax import sharding
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.files import ImageSource
-from vlm_jax.inference.batching import LENGTH, Batcher, Ticket, Words, on_device
+from vlm_jax.inference.batching import LENGTH, Batcher, Ticket, texts
 from vlm_jax.inference.prompts import Item, Pictures, Prompt, Prompter, listed
 from vlm_jax.inference.slots import Sampling, Slots
-from vlm_jax.models.vlm import Inputs
 
 
 class Conversation:
@@ -61,17 +57,11 @@ class Conversation:
         kept = self._common(items)
         ticket = self._begin(record, items, kept)
         self.ticket = ticket
-        text, said, answer = Words(self.tokenizer), 0, ""
+        answer = ""
         try:
-            while True:
-                piece, said = text.add(ticket.tokens[said:]), len(ticket.tokens)
-                piece += text.end() if ticket.finished else ""
+            for piece in texts(ticket, self._batcher, self.tokenizer):
                 answer += piece
-                if piece:
-                    yield piece
-                if ticket.finished:
-                    return
-                self._batcher.step()
+                yield piece
         finally:
             ticket.finished = ticket.finished or LENGTH
             self._batcher.rows[0] = None
@@ -99,29 +89,13 @@ class Conversation:
     def _read(
         self, prompt: Prompt, start: int, before: list[tuple[Item, int]], new: Sequence[Item]
     ) -> Ticket:
-        batcher = self._batcher
         ticket = Ticket(prompt, self.visual_tokens, self.max_new_tokens, self.sampling)
-        ticket.began = time.perf_counter()
-        with sharding.use(batcher.mesh):
-            inputs = Inputs.from_batch(sharding.put(prompt.batch, batcher.mesh))
-            row, sampling = jnp.int32(0), on_device(self.sampling)
-            if start:
-                batcher.state, first = batcher.slots.extend(
-                    batcher.params, inputs, state=batcher.state, row=row, start=jnp.int32(start), sampling=sampling
-                )  # fmt: skip
-            else:
-                batcher.state, first = batcher.slots.join(
-                    batcher.params, inputs, state=batcher.state, row=row, sampling=sampling,
-                    visual_tokens=self.visual_tokens,
-                )  # fmt: skip
+        self._batcher.read(0, ticket, start)
         slot = start + prompt.width - prompt.length
         self._held = list(before)
         for item in new:
             slot += self.visual_tokens if item.token < 0 else 1
             self._held.append((item, slot))
-        batcher.rows[0] = ticket
-        ticket.slot = slot
-        batcher.took(0, int(first))
         return ticket
 
     def _remember(self, items: Sequence[Item], ticket: Ticket) -> None:

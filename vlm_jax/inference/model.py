@@ -6,7 +6,6 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 from matplotlib.figure import Figure
@@ -17,11 +16,11 @@ from vlm_jax.data.records import IMAGE
 from vlm_jax.data.rows import make_pixels
 from vlm_jax.inference import views
 from vlm_jax.inference.answer import Answerer
-from vlm_jax.inference.batching import Batcher, Ticket, Words
+from vlm_jax.inference.batching import Batcher, Ticket, texts
 from vlm_jax.inference.conversation import Conversation
 from vlm_jax.inference.prompts import Picture, Pictures, Prompter, listed, plain_errors
 from vlm_jax.inference.settings import EvalConfig
-from vlm_jax.inference.slots import SLOTS_STEP, Sampling, Slots, at_least, ladder, make_slots
+from vlm_jax.inference.slots import SLOTS_STEP, Sampling, Slots, at_least, ladder, make_slots, sized
 from vlm_jax.models.attention import for_inference
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import MeshConfig
@@ -111,7 +110,7 @@ class Model:
         ticket = self.ticket(image, question, sampling, max_new_tokens, visual_tokens, system)
         batcher = self.batcher(1, self.room([ticket]))
         batcher.submit(ticket)
-        return words(ticket, batcher, self.tokenizer)
+        return _cancelling(ticket, texts(ticket, batcher, self.tokenizer))
 
     def ask_many(
         self,
@@ -229,11 +228,7 @@ class Model:
 
     def slots(self, rows: int, length: int, visual_tokens: int = 0) -> Slots:
         """The functions for `rows` rows of `length` slots. visual_tokens: of what `extend` reads, 0 = the model's."""
-        config = self.config
-        if visual_tokens and visual_tokens != self.visual_tokens:
-            sized = with_tokens(config.compressor, config.vit.grid, visual_tokens)
-            config = dataclasses.replace(config, compressor=sized)
-        return make_slots(config, rows, length)
+        return make_slots(sized(self.config, visual_tokens or self.visual_tokens), rows, length)
 
     def batcher(self, rows: int, length: int) -> Batcher:
         """An empty Batcher of `rows` rows of `length` slots."""
@@ -266,20 +261,10 @@ class Model:
         return Answerer(EvalConfig(self.opened.where, 1, 1, visual_tokens=count), self.mesh, run)
 
 
-def words(ticket: Ticket, batcher: Batcher, tokenizer: Any) -> Iterator[str]:
-    """The text of a request that has been submitted, in pieces, while the batcher is stepped here."""
-    text, said = Words(tokenizer), 0
+def _cancelling(ticket: Ticket, pieces: Iterator[str]) -> Iterator[str]:
+    """The pieces of an answer, whose request ends when they are no longer asked for."""
     try:
-        while not ticket.finished:
-            batcher.step()
-            piece, said = text.add(ticket.tokens[said:]), len(ticket.tokens)
-            if piece and not ticket.finished:
-                yield piece
-            elif piece:
-                yield piece + text.end()
-                return
-        if rest := text.end():
-            yield rest
+        yield from pieces
     finally:
         ticket.cancelled = True
 

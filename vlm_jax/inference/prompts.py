@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from vlm_jax.data.images import to_rgb
 from vlm_jax.data.records import IMAGE, BadRecord, Record, parse
 from vlm_jax.data.rows import Batch, make_chat, make_pixels
 from vlm_jax.files import ImageSource
-from vlm_jax.inference.slots import at_least, ladder
+from vlm_jax.inference.slots import at_least, ladder, rounded
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.model import ViTConfig
 from vlm_jax.settings.run import DataConfig
@@ -68,10 +69,10 @@ class Prompter:
     @functools.lru_cache(8)  # noqa: B019 (a Prompter lives as long as its model)
     def widths(self, visual_tokens: int) -> tuple[int, ...]:
         """The widths that a prompt is padded to, ascending."""
-        limit = _rounded(self.data.max_tokens)
+        limit = rounded(self.data.max_tokens)
         texts = ladder(TEXT_STEP, max(limit, TEXT_STEP))
         visual = visual_tokens if self.data.max_images else 0
-        return tuple(sorted({min(_rounded(visual + text), limit) for text in texts}))
+        return tuple(sorted({min(rounded(visual + text), limit) for text in texts}))
 
     def record(
         self,
@@ -155,19 +156,13 @@ class Prompter:
 _IMAGE = Unit(None, np.zeros(0, bool))
 
 
-class plain_errors:
+@contextlib.contextmanager
+def plain_errors() -> Generator[None, None, None]:
     """Turns a BadRecord of a question, which names a file and a record, into a ConfigError with its reason alone."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, BadRecord):
-            raise ConfigError(f"question: {error.reason}.") from None
-
-
-def _rounded(length: int) -> int:
-    return -(-length // 8) * 8
+    try:
+        yield
+    except BadRecord as error:
+        raise ConfigError(f"question: {error.reason}.") from None
 
 
 def encoded(image: Picture) -> ImageSource:

@@ -41,6 +41,19 @@ def at_least(sizes: tuple[int, ...], size: int) -> int:
     return next((s for s in sizes if s >= size), sizes[-1])
 
 
+def rounded(length: int) -> int:
+    """`length` or more: a multiple of 8."""
+    return -(-length // 8) * 8
+
+
+def sized(config: VLMConfig, visual_tokens: int) -> VLMConfig:
+    """The model with `visual_tokens` per picture; `config` itself where it has as many. Raises ConfigError as `with_tokens`."""
+    grid = config.vit.grid
+    if config.compressor.num_tokens(grid) == visual_tokens:
+        return config
+    return dataclasses.replace(config, compressor=with_tokens(config.compressor, grid, visual_tokens))  # fmt: skip
+
+
 class Sampling(NamedTuple):
     """How the tokens of one answer are chosen."""
 
@@ -115,10 +128,7 @@ class Slots:
         visual_tokens: per image of the prompt; an elastic compressor may be asked for fewer than the model's.
         """
         self.compilations += 1  # runs only when jax traces a new shape
-        config, grid = self.config, self.config.vit.grid
-        if visual_tokens != config.compressor.num_tokens(grid):
-            sized = with_tokens(config.compressor, grid, visual_tokens)
-            config = dataclasses.replace(config, compressor=sized)
+        config = sized(self.config, visual_tokens)
         length = inputs.tokens.shape[1]
         own = empty_cache(config.lm, 1, length)
         logits, own, layout = self._method("prefill", config)(params, inputs, own)

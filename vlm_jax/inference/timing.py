@@ -12,11 +12,10 @@ import jax.numpy as jnp
 from PIL import Image
 
 from vlm_jax import compressors, sharding
-from vlm_jax.compressors import with_tokens
 from vlm_jax.costs import flops
 from vlm_jax.costs.flops import Flops
 from vlm_jax.inference.batching import Ticket, on_device
-from vlm_jax.inference.slots import GREEDY, SLOTS_STEP, at_least, ladder, make_slots
+from vlm_jax.inference.slots import GREEDY, SLOTS_STEP, at_least, ladder, make_slots, rounded, sized
 from vlm_jax.models.vlm import VLM, Inputs
 from vlm_jax.settings.model import VLMConfig
 
@@ -75,12 +74,6 @@ def calibrate(model: Model, counts: Sequence[int], text: int = 32) -> dict[int, 
     return found
 
 
-def _sized(config: VLMConfig, count: int) -> VLMConfig:
-    if config.compressor.num_tokens(config.vit.grid) == count:
-        return config
-    return dataclasses.replace(config, compressor=with_tokens(config.compressor, config.vit.grid, count))  # fmt: skip
-
-
 def _with_all(config: VLMConfig) -> VLMConfig:
     return dataclasses.replace(
         config, compressor=compressors.settings("identity", dtype=config.compressor.dtype)
@@ -89,7 +82,7 @@ def _with_all(config: VLMConfig) -> VLMConfig:
 
 def gflops(config: VLMConfig, count: int, text: int, answer: int, images: int) -> dict[str, float]:
     """GFLOPs of a turn by PARTS, with `count` visual tokens per picture: the compressor's, or one per patch."""
-    shown = _with_all(config) if count == config.vit.num_patches else _sized(config, count)
+    shown = _with_all(config) if count == config.vit.num_patches else sized(config, count)
     found: Flops = flops.forward_flops(shown, text_tokens=text, output_tokens=answer, images=images)
     between = found.query + found.compressor + found.projector
     return {name: x / 1e9 for name, x in zip(PARTS, (found.encoder, between, found.prefill, found.decode), strict=True)}  # fmt: skip
@@ -99,7 +92,7 @@ def _picture_ms(model: Model, ticket: Ticket) -> tuple[float, float]:
     """Milliseconds of the encoder, and of compressor and projector with their look at the question."""
     if not ticket.prompt.images:
         return 0.0, 0.0
-    config = _sized(model.config, ticket.visual_tokens)
+    config = sized(model.config, ticket.visual_tokens)
 
     def encode(params: Any, inputs: Inputs) -> Any:
         return VLM(config).apply({"params": params}, inputs, method="features")
@@ -115,7 +108,7 @@ def _picture_ms(model: Model, ticket: Ticket) -> tuple[float, float]:
 
 def _decoder_ms(model: Model, length: int) -> tuple[float, float]:
     """Milliseconds of a prompt of `length` slots, and of one more token behind it."""
-    width = -(-length // 8) * 8
+    width = rounded(length)
     room = at_least(ladder(SLOTS_STEP, max(2 * width, SLOTS_STEP)), width + 1)
     slots = make_slots(model.config, 1, room)
     blank = jnp.zeros((1, width), jnp.int32)
