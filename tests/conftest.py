@@ -45,3 +45,27 @@ def memory_is_returned():
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Pictures and conversations on disk."""
+    import tiny  # here, as below: the package is imported behind the hook, and takes seconds
+
+    return tiny.write(tmp_path_factory.mktemp("world") / "data")
+
+
+@pytest.fixture(scope="module")
+def run(world):
+    """A run that can be asked."""
+    from askable import write_run
+
+    return write_run(world.parent / "run", world)
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    """It, loaded."""
+    import vlm_jax
+
+    return vlm_jax.load(run)

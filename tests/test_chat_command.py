@@ -7,30 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
+from askable import QUESTION, picture
 from rich.console import Console
-from test_model import QUESTION, picture, write_run
 
-import vlm_jax
 from vlm_jax import ask, chat
 from vlm_jax.inference.timing import Cost
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return tiny.write(tmp_path_factory.mktemp("world") / "data")
-
-
-@pytest.fixture(scope="module")
-def run(world):
-    return write_run(world.parent / "run", world)
-
-
-@pytest.fixture(scope="module")
-def model(run):
-    return vlm_jax.load(run)
 
 
 @pytest.fixture

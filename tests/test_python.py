@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import tiny
+from askable import write_run
 from PIL import Image
-from test_model import write_run
 
 import vlm_jax
 from vlm_jax.settings import cli

@@ -10,22 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from flax import linen as nn
+from askable import QUESTION, QUESTIONS, asked, picture, write_run
 from PIL import Image
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 import vlm_jax
-from vlm_jax import compressors
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.inference.answer import Answerer
 from vlm_jax.inference.batching import Words
 from vlm_jax.inference.settings import EvalConfig
-from vlm_jax.models.vlm import init_params
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import MeshConfig
-from vlm_jax.storage import run as experiment
-from vlm_jax.storage.checkpoint import save_params
 
 BYTES = Backend(
     models.BPE({char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
@@ -33,54 +29,6 @@ BYTES = Backend(
 BYTES.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
 BYTES.decoder = decoders.ByteLevel()
 ROOT = Path(__file__).resolve().parents[2]
-QUESTION = "What colour is this ?"
-QUESTIONS = [
-    ("red", QUESTION),
-    ("blue", "Is it bright ?"),
-    ("green", f"{QUESTION} Is it bright ? " * 7),
-    (None, "Say hello"),
-    ("yellow", f"{QUESTION} Is it bright ?"),
-    ("purple", "Say one image ."),
-]  # fmt: skip
-
-
-def write_run(folder, world, compressor="tokenpacker", max_tokens=120, norm="rms", **fields):
-    """A run whose parameters are random and large, so that answers differ from question to question."""
-    cfg = tiny.config(world)
-    cfg.data.max_tokens = max_tokens
-    cfg.model.projector_norm = norm
-    cfg.model.vit.post_norm = norm != "none"  # LLaVA has neither norm
-    if compressor != "tokenpacker":
-        compressors.choose(cfg.model.compressor, compressor, **fields)
-    exp = experiment.resolve(cfg)
-    folder.mkdir()
-    experiment.write(exp, folder)
-    params = nn.unbox(jax.jit(init_params, static_argnums=0)(exp.model, jax.random.key(3)))
-    save_params(folder, jax.tree.map(lambda x: 6.0 * x if x.ndim > 1 else x, params))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return tiny.write(tmp_path_factory.mktemp("world") / "data")
-
-
-@pytest.fixture(scope="module")
-def run(world):
-    return write_run(world.parent / "run", world)
-
-
-@pytest.fixture(scope="module")
-def model(run):
-    return vlm_jax.load(run)
-
-
-def picture(world, name):
-    return None if name is None else world / "images" / f"{name}.png"
-
-
-def asked(world):
-    return [(picture(world, name), question) for name, question in QUESTIONS]
 
 
 def evaluated(run, world, **settings):

@@ -6,17 +6,12 @@ VLM_JAX_SCREENSHOTS names a folder for the pictures of the page.
 
 import os
 import shutil
-import threading
-import time
 from pathlib import Path
 
 import pytest
-import tiny
-import uvicorn
-from test_model import QUESTION, picture, write_run
+from askable import QUESTION, picture, serving, write_run
 
 import vlm_jax
-from vlm_jax.serving.app import make_app
 from vlm_jax.serving.engine import Engine
 from vlm_jax.serving.limits import Limits
 
@@ -29,11 +24,6 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return tiny.write(tmp_path_factory.mktemp("world") / "data")
-
-
-@pytest.fixture(scope="module")
 def model(world):
     return vlm_jax.load(write_run(world.parent / "m3", world, "m3", train_tokens=(1, 4)))
 
@@ -41,15 +31,8 @@ def model(world):
 @pytest.fixture(scope="module")
 def address(model):
     engine = Engine(model, Limits(rows=1, prompt_tokens=72, max_new_tokens=12))
-    server = uvicorn.Server(uvicorn.Config(make_app(engine, "tiny"), port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.05)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    with serving(engine) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -20,14 +19,10 @@ from pathlib import Path
 
 import openai
 import pytest
-import tiny
-import uvicorn
+from askable import QUESTION, QUESTIONS, asked, picture, serving
 from PIL import Image
-from test_model import QUESTION, QUESTIONS, asked, picture, write_run
 
-import vlm_jax
 from vlm_jax.serving import protocol
-from vlm_jax.serving.app import make_app
 from vlm_jax.serving.engine import Engine
 from vlm_jax.serving.limits import Limits, Refused
 
@@ -37,38 +32,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return tiny.write(tmp_path_factory.mktemp("world") / "data")
-
-
-@pytest.fixture(scope="module")
-def run(world):
-    return write_run(world.parent / "run", world)
-
-
-@pytest.fixture(scope="module")
-def model(run):
-    return vlm_jax.load(run)
-
-
-@pytest.fixture(scope="module")
 def engine(model):
     return Engine(model, LIMITS)
 
 
 @pytest.fixture(scope="module")
 def address(engine):
-    """Of a server in a thread of this process."""
-    config = uvicorn.Config(make_app(engine, "tiny", KEY), port=0, log_level="error")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.05)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    with serving(engine, KEY) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
