@@ -41,7 +41,7 @@ def check(cfg: ConfigDict, root: Path, with_inputs: bool = True) -> list[Trainin
     if not found:
         for training in todo:
             where = plan.folders(cfg, root, training.seed)
-            for stage in attempt(_stages_of, cfg, training) or ():
+            for stage in attempt(plan.all_stages, cfg, training) or ():
                 who = training.lm if stage.per == "lm" else training.name
                 who = stage.name if stage.per == "seed" else f"{who}, stage {stage.name}"
                 exp = attempt(_resolved, cfg, stage, training, where, who=who)
@@ -52,10 +52,6 @@ def check(cfg: ConfigDict, root: Path, with_inputs: bool = True) -> list[Trainin
             attempt(_check_benchmark, one, plan.folders(cfg, root, cfg.sweep.seeds[0]))
     _tell([mistake + _of(who) for mistake, who in found.items()])
     return todo
-
-
-def _stages_of(cfg: ConfigDict, training: Training) -> list[plan.Stage]:
-    return [*plan.shared_stages(cfg), *plan.cell_stages(cfg, training)]
 
 
 def _resolved(cfg: ConfigDict, stage: plan.Stage, training: Training, where: Folders) -> Experiment:

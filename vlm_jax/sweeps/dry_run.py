@@ -90,7 +90,7 @@ def entries(cfg: ConfigDict, root: Path, on: Machine | None) -> list[Entry]:
     found: dict[Path, Entry] = {}
     for one in checks.check(cfg, root, with_inputs=False):
         where = plan.folders(cfg, root, one.seed)
-        for stage in (*plan.shared_stages(cfg), *plan.cell_stages(cfg, one)):
+        for stage in plan.all_stages(cfg, one):
             folder = where.stage(stage, one)
             if folder not in found:
                 exp = experiment.resolve(stages.config_of(cfg, stage, one, where))

@@ -233,6 +233,11 @@ def shared_stages(cfg: ConfigDict) -> list[Stage]:
     return [stage for stage in stages(cfg) if stage.per != "cell"]
 
 
+def all_stages(cfg: ConfigDict, training: Training) -> list[Stage]:
+    """What a training goes through: the stages it shares with others, then its own."""
+    return [*shared_stages(cfg), *cell_stages(cfg, training)]
+
+
 def cells(cfg: ConfigDict) -> list[Cell]:
     """Every cell, seed by seed: the product that the law is fitted to, then those beside it."""
     own = cfg.sweep.visual_tokens_of
