@@ -181,12 +181,14 @@ def plain(
     model_dir: Path, data: Path, rows: Sequence[dict], batch: int, new: int, pooled: bool
 ) -> Callable:
     """The loop that one writes with transformers."""
+    import jax
     import torch
     import transformers
 
+    place = "cuda" if jax.default_backend() == "gpu" else "cpu"
     processor = transformers.AutoProcessor.from_pretrained(model_dir, backend="pil")
     processor.tokenizer.padding_side = "left"
-    model = transformers.AutoModelForImageTextToText.from_pretrained(model_dir).eval()
+    model = transformers.AutoModelForImageTextToText.from_pretrained(model_dir).to(place).eval()
     if pooled:
         projector = model.model.multi_modal_projector
         project = projector.forward
@@ -205,7 +207,7 @@ def plain(
         for at in range(0, len(rows), batch):
             part = rows[at : at + batch]
             images = [Image.open(data / row["image"]).convert("RGB") for row in part]
-            inputs = processor(images=images, text=[texts[row["id"]] for row in part], padding=True, return_tensors="pt")  # fmt: skip
+            inputs = processor(images=images, text=[texts[row["id"]] for row in part], padding=True, return_tensors="pt").to(place)  # fmt: skip
             with torch.inference_mode():
                 tokens = model.generate(**inputs, do_sample=False, max_new_tokens=new)
             said = tokens[:, inputs["input_ids"].shape[1] :]

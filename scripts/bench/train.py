@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Tokens per second, MFU and memory of the training step, beside the same decoder in torch + transformers in the same run.
 
-scripts/bench/train.py [--rounds 5] [--sizes 10m 40m] [--no-torch]      a ladder of decoders on this machine's CPU, float32
+scripts/bench/train.py [--rounds 5] [--sizes mini 10m 40m] [--no-torch]      a ladder of decoders on this machine's CPU, float32
 scripts/bench/train.py --device=gpu [--sizes 0.5b 1.8b 7b-frozen 7b-lora] bfloat16, float32 masters of what is trained
 scripts/bench/train.py --memory                                         bytes of the 0.5B step by remat and loss_chunk; only compiles
 
@@ -62,11 +62,12 @@ class Case(NamedTuple):
 def toy(vocab: int, width: int, layers: int, heads: int, kv_heads: int, mlp: int, bias: bool) -> LMConfig:  # fmt: skip
     return LMConfig(
         vocab_size=vocab, width=width, num_layers=layers, num_heads=heads, num_kv_heads=kv_heads, head_dim=width // heads,
-        mlp_width=mlp, rope_theta=1e4, qkv_bias=bias, qk_norm=False, tied_embeddings=False,
+        mlp_width=mlp, rope_theta=1e4, norm_eps=1e-6, qkv_bias=bias, qk_norm=False, tied_embeddings=False,
     )  # fmt: skip
 
 
 CPU = {
+    "mini": Case(presets.lm("mini-254k", remat="none"), 32, 128),
     "10m": Case(toy(8000, 256, 8, 4, 4, 704, False), 8, 256),
     "40m": Case(toy(8000, 512, 10, 8, 2, 1408, True), 4, 256),
     "120m": Case(toy(16000, 768, 12, 12, 12, 2048, False), 2, 256),

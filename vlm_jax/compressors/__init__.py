@@ -32,9 +32,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping
-from typing import Any
-
-from ml_collections import ConfigDict
+from typing import TYPE_CHECKING, Any
 
 from vlm_jax.compressors.identity import IdentityConfig
 from vlm_jax.compressors.m3 import M3Config
@@ -46,6 +44,9 @@ from vlm_jax.compressors.querypool import QueryPoolConfig
 from vlm_jax.compressors.tokenpacker import TokenPackerConfig
 from vlm_jax.settings.checks import ConfigError, build
 from vlm_jax.settings.model import CompressorConfig, VLMConfig
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 COMPRESSORS: dict[str, type[CompressorConfig]] = {
     "identity": IdentityConfig,
