@@ -20,7 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import flax.linen as nn
 import jax
@@ -155,7 +156,10 @@ def step_row(name: str, case: bench.Case, own: Chip) -> None:
 
 # --- generation -------------------------------------------------------------------------------------------------------
 
-TEXT, NEW = 64, 33  # tokens of the question and its frame; generated tokens, of which the prefill gives the first
+TEXT, NEW = (
+    64,
+    33,
+)  # tokens of the question and its frame; generated tokens, of which the prefill gives the first
 
 
 def generations(lms: dict[str, LMConfig], vit: ViTConfig, counts: Sequence[int], batches: Sequence[int]) -> None:  # fmt: skip

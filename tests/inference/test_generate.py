@@ -10,7 +10,7 @@ import pytest
 from compressor import compressor_config
 from flax import linen as nn
 
-from vlm_jax.inference.generate import Decoding, choose, make_generate, nucleus_floor
+from vlm_jax.inference.generate import CANDIDATES, Decoding, choose, make_generate, nucleus_floor
 from vlm_jax.models.vlm import VLM, Inputs, init_params
 from vlm_jax.settings import presets
 from vlm_jax.settings.checks import ConfigError
@@ -308,6 +308,22 @@ def test_nearly_zero_temperature_is_greedy():
     cold = Decoding(max_new_tokens=1, eos_ids=(), pad_id=0, temperature=1e-4)
     drawn = choose(logits, jnp.arange(64), jnp.int32(0), cold)
     assert np.array_equal(drawn, np.argmax(logits, -1))
+
+
+@pytest.mark.parametrize(
+    "spread", [0.1, 6.0]
+)  # a nucleus of more tokens than CANDIDATES, and of fewer
+def test_the_nucleus_of_a_large_vocabulary_is_that_of_a_full_sort(spread):
+    logits = spread * jax.random.normal(jax.random.key(0), (3, 5000))
+    top_p = np.array([[0.5], [0.9], [1.0]])
+    found = np.asarray(nucleus_floor(logits, jnp.asarray(top_p, jnp.float32)))
+    assert found[2] == -np.inf
+    for row, share, least in zip(np.asarray(logits, np.float64), top_p[:2], found, strict=False):
+        descending = np.sort(row)[::-1]
+        probabilities = np.exp(descending) / np.exp(descending).sum()
+        size = np.searchsorted(np.cumsum(probabilities), share[0]) + 1
+        assert (size > CANDIDATES) == (spread < 1)
+        assert np.isclose(least, descending[size - 1])
 
 
 def test_draws_follow_the_softmax_of_the_nucleus():

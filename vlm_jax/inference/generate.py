@@ -172,8 +172,7 @@ def sample(
 
     def drawn() -> Int[Array, "B"]:
         scaled = logits / jnp.where(temperature > 0, temperature, 1)[:, None]
-        inside = scaled >= nucleus_floor(scaled, top_p[:, None])
-        scaled = jnp.where(inside | (top_p >= 1)[:, None], scaled, -jnp.inf)
+        scaled = jnp.where(scaled >= nucleus_floor(scaled, top_p[:, None]), scaled, -jnp.inf)
         return jnp.where(temperature > 0, _draw(scaled, seeds, steps), greedy)
 
     return jax.lax.cond((temperature > 0).any(), drawn, lambda: greedy)
@@ -190,11 +189,29 @@ def _draw(
     return jax.vmap(draw)(seeds, steps, logits).astype(jnp.int32)
 
 
+CANDIDATES = 256  # tokens that are looked at before the whole vocabulary is sorted
+
+
 def nucleus_floor(
     logits: Float[Array, "B V"], top_p: float | Float[Array, "B 1"]
 ) -> Float[Array, "B 1"]:
-    """The smallest logit in the nucleus: the fewest most likely tokens whose probabilities sum to at least top_p."""
-    descending = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
-    probabilities = jax.nn.softmax(descending, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    return jnp.min(jnp.where(before < top_p, descending, jnp.inf), axis=-1, keepdims=True)
+    """The smallest logit in the nucleus: the fewest most likely tokens whose probabilities sum to at least top_p.
+
+    -inf where top_p is 1 or more. The vocabulary is sorted only where the nucleus of some row has more than CANDIDATES tokens.
+    """
+    top_p = jnp.broadcast_to(top_p, (len(logits), 1))
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+
+    def floor(descending: Float[Array, "B C"]) -> tuple[Float[Array, "B 1"], Bool[Array, "B 1"]]:
+        """The smallest logit, and whether these tokens hold the nucleus."""
+        probabilities = jnp.exp(descending - total)
+        below = jnp.cumsum(probabilities, axis=-1)
+        inside = below - probabilities < top_p
+        least = jnp.min(jnp.where(inside, descending, jnp.inf), axis=-1, keepdims=True)
+        return jnp.where(top_p < 1, least, -jnp.inf), (below[:, -1:] >= top_p) | (top_p >= 1)
+
+    size = min(CANDIDATES, logits.shape[-1])
+    found, whole = floor(jax.lax.top_k(logits, size)[0])
+    return jax.lax.cond(
+        whole.all(), lambda: found, lambda: floor(jnp.sort(logits, axis=-1, descending=True))[0]
+    )
