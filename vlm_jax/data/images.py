@@ -15,7 +15,11 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
+from vlm_jax.data import fast_images
+from vlm_jax.settings.checks import ConfigError
+
 MODES = ("pad", "crop", "stretch")
+DECODERS = ("exact", "fast")  # as Hugging Face's processors, or as fast_images.py
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 # A padded or resized canvas may have at most this many times max_pixels, which bounds the memory for a 1 x N strip.
 CANVAS_FACTOR = 4
@@ -37,19 +41,23 @@ def load(
     max_pixels: int,
     resample: str = "bicubic",
     exif_rotation: bool = False,
+    decoder: str = "exact",
 ) -> UInt8[np.ndarray, "H W 3"]:
     """The image of a path, of encoded bytes, or of a function that returns encoded bytes, as [image_px image_px 3].
 
     mean: the encoder's channel means in 0..1; `pad` fills with them. resample: a key of FILTERS. exif_rotation: turn and mirror
-    it as its EXIF orientation says. Raises ImageError for a missing, empty, damaged or non-image file, and for one whose header
-    promises more than max_pixels (before decoding it).
+    it as its EXIF orientation says. decoder: one of DECODERS; fast has a filter of its own instead of `resample`. Raises
+    ImageError for a missing, empty, damaged or non-image file, and for one whose header promises more than max_pixels (before
+    decoding it), and ConfigError where the fast decoder's libraries are not installed.
     """
     try:
-        with Image.open(_stream(source)) as image:
-            _check_size(image.size, max_pixels)
-            rgb = to_rgb(ImageOps.exif_transpose(image) if exif_rotation else image)
-        return fit(rgb, image_px, mode, mean, max_pixels, resample)
-    except ImageError:
+        stream = _stream(source)
+        if decoder == "fast":
+            return _fast(stream, image_px, mode, mean, max_pixels, exif_rotation)
+        return fit(
+            _decode(stream, max_pixels, exif_rotation), image_px, mode, mean, max_pixels, resample
+        )
+    except (ImageError, ConfigError):
         raise
     except FileNotFoundError:  # the parquet file of an embedded image
         raise ImageError("the image file does not exist") from None
@@ -87,6 +95,37 @@ def _stream(source: str | bytes | Callable[[], bytes]) -> str | io.BytesIO:
     if not os.access(source, os.R_OK):
         raise ImageError("the image file cannot be read: Permission denied")
     return source
+
+
+def _decode(stream: str | io.BytesIO, max_pixels: int, exif_rotation: bool) -> Image.Image:
+    with Image.open(stream) as image:
+        _check_size(image.size, max_pixels)
+        return to_rgb(ImageOps.exif_transpose(image) if exif_rotation else image)
+
+
+def _fast(
+    stream: str | io.BytesIO,
+    image_px: int,
+    mode: str,
+    mean: Sequence[float],
+    max_pixels: int,
+    exif_rotation: bool,
+) -> UInt8[np.ndarray, "H W 3"]:
+    if isinstance(stream, str):
+        with open(stream, "rb") as file:
+            stream = io.BytesIO(file.read())
+    data = stream.getvalue()
+    # Orientation tags and other formats than plain JPEG are Pillow's.
+    if not exif_rotation and (size := fast_images.jpeg_size(data)):
+        _check_size(size, max_pixels)
+        pixels = fast_images.decode_jpeg(data, image_px, mode)
+    else:
+        pixels = np.asarray(_decode(stream, max_pixels, exif_rotation))
+    height, width = pixels.shape[:2]
+    wide, high = fast_images.resized((width, height), image_px, mode)
+    canvas = max(width, height) ** 2 if mode == "pad" else wide * high
+    _check_canvas((width, height), canvas, max(max_pixels, image_px * image_px))
+    return fast_images.fit(pixels, image_px, mode, mean)
 
 
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import UInt8
 
-from vlm_jax.data import images, tokenizer
+from vlm_jax.data import fast_images, images, tokenizer
 from vlm_jax.data.chat import Chat
 from vlm_jax.data.records import BadRecord, ImageSource, Record, Turn
 from vlm_jax.data.sources import Concatenated
@@ -105,6 +105,7 @@ class Pixels:
     max_pixels: int
     resample: str
     exif_rotation: bool = False
+    decoder: str = "exact"
 
     def load(self, record: Record, image: ImageSource) -> UInt8[np.ndarray, "H W 3"]:
         source = os.path.join(record.root, image) if isinstance(image, str) else image
@@ -118,12 +119,16 @@ class Pixels:
                 self.max_pixels,
                 self.resample,
                 self.exif_rotation,
+                self.decoder,
             )
         except images.ImageError as error:
             raise record.bad(f"{name}{error}") from None
 
 
 def make_pixels(cfg: DataConfig, vit: ViTConfig) -> Pixels:
+    """Raises ConfigError where cfg.decoder is fast and its libraries are not installed."""
+    if cfg.decoder == "fast":
+        fast_images.libraries()
     return Pixels(
         vit.image_px,
         cfg.image_mode,
@@ -131,6 +136,7 @@ def make_pixels(cfg: DataConfig, vit: ViTConfig) -> Pixels:
         cfg.max_image_pixels,
         vit.resample,
         cfg.exif_rotation,
+        cfg.decoder,
     )
 
 

@@ -50,12 +50,14 @@ class DataConfig:
     packed_images: int = 8  # image slots of a packed row
     exif_rotation: bool = False  # True: rotate images by their EXIF orientation
     ignored_fields: tuple[str, ...] = ()  # fields of records that are read as if they were absent
+    decoder: str = "exact"  # exact | fast: of images, see data.fast_images
 
     def __post_init__(self):
         check_choice("data", "sampling", self.sampling, ("shuffle", "modality_length"))
         check_choice("data", "turns", self.turns, ("dialogue", "independent"))
         check_choice("data", "query", self.query, ("first_turn", "last_turn", "none"))
         check_choice("data", "image_mode", self.image_mode, ("pad", "crop", "stretch"))
+        check_choice("data", "decoder", self.decoder, ("exact", "fast"))
         check_choice("data", "on_bad_record", self.on_bad_record, ("raise", "skip"))
         check_positive("data", max_tokens=self.max_tokens, batch_size=self.batch_size)
         if len(self.annotations) != len(self.image_roots):
