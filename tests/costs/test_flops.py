@@ -14,7 +14,7 @@ from vlm_jax import compressors, sharding
 from vlm_jax.aot import programs
 from vlm_jax.costs import flops, memory
 from vlm_jax.costs.price import paper_flops
-from vlm_jax.models import attention
+from vlm_jax.models import blocked
 from vlm_jax.models.attention import AttentionMask
 from vlm_jax.models.lm import LM, empty_cache
 from vlm_jax.models.vit import ViT
@@ -327,7 +327,7 @@ def test_an_elastic_step_runs_the_decoder_once_per_number_of_tokens_and_the_rest
 
 
 def test_queries_are_cut_into_the_blocks_that_attention_cuts():
-    assert (flops.QUERIES, flops.BLOCKS) == (attention.MIN_QUERIES, attention.MAX_BLOCKS)
+    assert (flops.QUERIES, flops.BLOCKS) == (blocked.MIN_QUERIES, blocked.MAX_BLOCKS)
     assert flops.score_pairs(100, 100) == 100**2
     assert flops.score_pairs(300, 310) == 128 * 138 + 128 * 266 + 44 * 310
     assert flops.score_pairs(1, 77) == 77
