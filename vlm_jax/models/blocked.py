@@ -33,20 +33,23 @@ def blocked_attention(
     allowed: True where a query attends to a key; causal as AttentionMask says, so that a block of queries leaves out the keys
     behind its last one, nearly half of all scores. None: every query attends to every key.
     """
-    (length, heads), keys = q.shape[1:3], k.shape[1]
-    q = rearrange(q, "b t (k g) h -> b k g t h", k=k.shape[2])
+    (length, heads), (keys, kv_heads) = q.shape[1:3], k.shape[1:3]
+    group = heads // kv_heads
+    q = rearrange(q, "b t (k g) h -> b k g t h", k=kv_heads)
     k, v = rearrange(k, "b s k h -> b k h s"), rearrange(v, "b s k h -> b k s h")
     size = max(MIN_QUERIES, -(-length // MAX_BLOCKS))
     outputs = []
     for start in range(0, length, size):
         end = min(start + size, length)
+        # One axis for all queries of a key head: products that sum over two axes are copied first.
+        queries = rearrange(q[..., start:end, :], "b k g t h -> b k (g t) h")
         reach, part = keys, None
         if allowed is not None:
             reach = keys - length + end  # no query of the block attends to a key from here on
-            part = allowed[:, None, None, start:end, :reach]
-        outputs.append(_block(q[..., start:end, :], k[..., :reach], v[..., :reach, :], part))
-    out = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=-2)
-    return rearrange(out, "b k g t h -> b t (k g) h", k=k.shape[1], g=heads // k.shape[1])
+            part = jnp.tile(allowed[:, None, start:end, :reach], (1, 1, group, 1))
+        out = _block(queries, k[..., :reach], v[:, :, :reach], part)
+        outputs.append(rearrange(out, "b k (g t) h -> b t (k g) h", g=group))
+    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
 
 
 @jax.custom_vjp
@@ -59,7 +62,7 @@ def _forward(q: Array, k: Array, v: Array, allowed: Array | None) -> tuple[Array
     largest = scores.max(axis=-1, keepdims=True)
     weights = jnp.exp(scores - largest)
     total = weights.sum(axis=-1, keepdims=True)
-    out = _product("bkgts,bksh->bkgth", weights.astype(v.dtype), v) / total
+    out = _product("bkts,bksh->bkth", weights.astype(v.dtype), v) / total
     out = out.astype(q.dtype)
     return out, (q, k, v, allowed, out, largest + jnp.log(total))
 
@@ -67,13 +70,13 @@ def _forward(q: Array, k: Array, v: Array, allowed: Array | None) -> tuple[Array
 def _backward(kept: tuple, d_out: Array) -> tuple[Array, Array, Array, None]:
     q, k, v, allowed, out, log_total = kept
     weights = jnp.exp(_scores(q, k, allowed) - log_total)
-    d_v = _product("bkgts,bkgth->bksh", weights.astype(v.dtype), d_out)
+    d_v = _product("bkts,bkth->bksh", weights.astype(v.dtype), d_out)
     mean = (d_out.astype(jnp.float32) * out).sum(axis=-1, keepdims=True)
-    d_scores = weights * (_product("bkgth,bksh->bkgts", d_out, v) - mean)
+    d_scores = weights * (_product("bkth,bksh->bkts", d_out, v) - mean)
     d_scores = d_scores.astype(q.dtype)
     scale = q.shape[-1] ** -0.5
-    d_q = scale * _product("bkgts,bkhs->bkgth", d_scores, k)
-    d_k = scale * _product("bkgts,bkgth->bkhs", d_scores, q)
+    d_q = scale * _product("bkts,bkhs->bkth", d_scores, k)
+    d_k = scale * _product("bkts,bkth->bkhs", d_scores, q)
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
 
@@ -81,7 +84,7 @@ _block.defvjp(_forward, _backward)
 
 
 def _scores(q: Array, k: Array, allowed: Array | None) -> Array:
-    scores = q.shape[-1] ** -0.5 * _product("bkgth,bkhs->bkgts", q, k)
+    scores = q.shape[-1] ** -0.5 * _product("bkth,bkhs->bkts", q, k)
     return scores if allowed is None else jnp.where(allowed, scores, MASKED)
 
 
