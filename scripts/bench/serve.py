@@ -118,14 +118,15 @@ def serve_plain(folder: str, port: int, threads: int) -> None:
     import torch
     import transformers
     import uvicorn
-    from fastapi import FastAPI, Request
-    from fastapi.responses import StreamingResponse
+    from starlette.applications import Starlette
+    from starlette.responses import PlainTextResponse, StreamingResponse
+    from starlette.routing import Route
 
     if threads:
         torch.set_num_threads(threads)
     processor = transformers.AutoProcessor.from_pretrained(folder)
     model = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()  # fmt: skip
-    turn, system, app = threading.Lock(), system_prompt(), FastAPI()
+    turn, system = threading.Lock(), system_prompt()
 
     def pieces(body: dict[str, Any]) -> Generator[str]:
         picture, question = body["messages"][-1]["content"]
@@ -148,14 +149,14 @@ def serve_plain(folder: str, port: int, threads: int) -> None:
         made = {"id": "0", "object": "chat.completion.chunk", "created": 0, "model": "bench", "choices": [choice]}  # fmt: skip
         return f"data: {json.dumps(made)}\n\n"
 
-    @app.post("/v1/chat/completions")
-    async def complete(request: Request) -> StreamingResponse:
+    async def complete(request: Any) -> StreamingResponse:
         return StreamingResponse(pieces(await request.json()), media_type="text/event-stream")
 
-    @app.get("/health")
-    async def health() -> str:
-        return "ok"
+    async def health(_: Any) -> PlainTextResponse:
+        return PlainTextResponse("ok")
 
+    routes = [Route("/v1/chat/completions", complete, methods=["POST"]), Route("/health", health)]
+    app = Starlette(routes=routes)
     uvicorn.run(app, port=port, log_level="error")
 
 
@@ -298,8 +299,8 @@ def server(words: list[str]) -> Generator[tuple[str, int]]:
             sys.exit(f"serve.py: the server ended with {process.returncode}: {' '.join(words)}")
         yield address, process.pid
     finally:
-        process.terminate()
-        process.wait(60)
+        process.kill()
+        process.wait()
 
 
 def shown_number(x: Any) -> Any:
