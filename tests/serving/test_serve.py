@@ -19,7 +19,7 @@ from pathlib import Path
 
 import openai
 import pytest
-from askable import QUESTION, QUESTIONS, asked, picture, serving
+from askable import QUESTION, QUESTIONS, asked, evaluated, picture, serving
 from PIL import Image
 
 from vlm_jax.serving import protocol
@@ -86,10 +86,13 @@ def metric(address, name) -> float:
     return float(re.search(rf"^vlm_jax_{name} (\S+)", get(address, "/metrics"), re.MULTILINE)[1])
 
 
-def test_many_clients_get_the_texts_of_the_model_alone_and_nothing_is_compiled(
-    client, model, world, address
+def test_server_ask_ask_many_and_evaluation_give_one_text_and_nothing_is_compiled(
+    client, model, run, world, address
 ):
+    """Twelve clients at once, streaming or not, share four rows."""
     expected = [model.ask(*pair, max_new_tokens=12) for pair in asked(world)]
+    assert model.ask_many(asked(world), max_new_tokens=12, rows=3) == expected
+    assert evaluated(run, world) == expected and len(set(expected)) >= 5
     compiled = metric(address, "programs_compiled")
     jobs = [(i % 2 == 0, pair, text) for i, (pair, text) in enumerate(zip(asked(world) * 3, expected * 3, strict=True))]  # fmt: skip
     with concurrent.futures.ThreadPoolExecutor(12) as pool:

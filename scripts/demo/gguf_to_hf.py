@@ -1,10 +1,14 @@
+#!/usr/bin/env python3
 """A language model in a GGUF file (llama.cpp) as an ordinary Hugging Face directory, without the gguf package.
 
-Reads what Llama-shaped models with a byte-level tokenizer need: F32, Q4_1 and Q8_0 tensors. The format:
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+scripts/demo/gguf_to_hf.py FILE.gguf DIR
+
+Reads what Llama-shaped models with a byte-level tokenizer need: F32, Q4_1 and Q8_0 tensors. Needs torch (the extra [test]).
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -137,3 +141,9 @@ def tokenizer(said: dict) -> PreTrainedTokenizerFast:
     made = PreTrainedTokenizerFast(tokenizer_object=backend, **known)
     made.chat_template = said["tokenizer.chat_template"]
     return made
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: scripts/demo/gguf_to_hf.py FILE.gguf DIR")
+    convert(Path(sys.argv[1]), Path(sys.argv[2]))
