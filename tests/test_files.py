@@ -27,7 +27,7 @@ from vlm_jax.storage import run as experiment
 )
 def test_an_address_is_refused_with_what_to_do_instead(value, address):
     with pytest.raises(ConfigError) as caught:
-        addresses.check_local("--workdir", value)
+        addresses.check_usable("--workdir", value)
     assert str(caught.value) == (
         f"--workdir: {address!r} is an address; only paths of this machine can be used: mount it or copy it to a local "
         "disk, and give the path there."
@@ -36,12 +36,12 @@ def test_an_address_is_refused_with_what_to_do_instead(value, address):
 
 def test_of_a_file_address_the_scheme_is_to_be_left_out():
     with pytest.raises(ConfigError, match=r"leave out file:// and give '/tmp/run'\.$"):
-        addresses.check_local("--out", "file:///tmp/run")
+        addresses.check_usable("--out", "file:///tmp/run")
 
 
 @pytest.mark.parametrize("path", ["gs:", "a/b:c", "v5e:16x16", "C:/runs", "a//b", "x=1", ""])
 def test_paths_that_look_a_little_like_addresses_are_paths(path):
-    addresses.check_local("--workdir", path)
+    addresses.check_usable("--workdir", path)
 
 
 @pytest.mark.parametrize(

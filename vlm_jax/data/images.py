@@ -15,6 +15,9 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
+from vlm_jax import files
+from vlm_jax.settings.addresses import scheme
+
 MODES = ("pad", "crop", "stretch")
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 # A padded or resized canvas may have at most this many times max_pixels, which bounds the memory for a 1 x N strip.
@@ -68,6 +71,8 @@ def _stream(source: str | bytes | Callable[[], bytes]) -> str | io.BytesIO:
         if not source:
             raise ImageError("the image is empty (0 bytes)")
         return io.BytesIO(source)
+    if scheme(source):
+        return io.BytesIO(_of_bucket(source))
     try:
         status = os.stat(source)
     except (FileNotFoundError, NotADirectoryError):
@@ -87,6 +92,16 @@ def _stream(source: str | bytes | Callable[[], bytes]) -> str | io.BytesIO:
     if not os.access(source, os.R_OK):
         raise ImageError("the image file cannot be read: Permission denied")
     return source
+
+
+def _of_bucket(source: str) -> bytes:
+    try:
+        data = files.read_bytes(source)
+    except OSError as error:
+        raise ImageError(f"the image file cannot be read: {error.strerror}") from None
+    if not data:
+        raise ImageError("the image file is empty (0 bytes)")
+    return data
 
 
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:

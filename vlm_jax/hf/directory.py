@@ -16,13 +16,13 @@ import json
 import logging
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401 (teaches NumPy bfloat16, which safetensors needs)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from vlm_jax.files import Path, to_path
 from vlm_jax.settings.checks import ConfigError
 
 log = logging.getLogger(__name__)
@@ -77,13 +77,13 @@ class Directory(NamedTuple):
 
 def is_model(path: str | Path) -> bool:
     """Whether there is a config.json as Hugging Face writes it. That of a training workdir has no model_type."""
-    config = Path(path) / "config.json"
+    config = to_path(path) / "config.json"
     return config.is_file() and "model_type" in read_json(config)
 
 
 def open_directory(path: str | Path) -> Directory:
     """Raises ConfigError for a missing or damaged file, for pickled weights, and for a dtype that is no plain float."""
-    folder = Path(path)
+    folder = to_path(path)
     tensors: dict[str, Entry] = {}
     for file in _weight_files(folder):
         tensors |= _header(file, tensors)
@@ -138,7 +138,7 @@ def weight_map(path: Path) -> dict[str, str]:
     if not isinstance(index.get("weight_map"), dict):
         raise ConfigError(f"{str(path)!r} has no weight_map; download it again.")
     for name in index["weight_map"].values():
-        if Path(name).name != name:
+        if to_path(name).name != name:
             raise ConfigError(f"{str(path)!r} names {name!r}, outside its directory.")
     return index["weight_map"]
 

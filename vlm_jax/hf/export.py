@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401 (teaches NumPy bfloat16)
@@ -23,7 +22,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
-from vlm_jax.files import whole_folder, write_whole
+from vlm_jax.files import Path, whole_folder, write_whole
 from vlm_jax.hf import directory, io, maps, parts, written
 from vlm_jax.hf.describe import check_agrees, check_same_model
 from vlm_jax.hf.maps import Rule

@@ -7,10 +7,9 @@ import logging
 import re
 import shutil
 import zipfile
-from pathlib import Path
 from typing import Any
 
-from vlm_jax.files import whole_folder, write_whole
+from vlm_jax.files import Path, whole_folder, write_whole
 from vlm_jax.hf import directory
 from vlm_jax.settings.checks import ConfigError
 

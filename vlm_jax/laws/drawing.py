@@ -9,7 +9,6 @@ import itertools
 import math
 import os
 from collections.abc import Container, Mapping, Sequence
-from pathlib import Path
 from typing import Literal
 
 import matplotlib
@@ -29,6 +28,7 @@ from matplotlib.ticker import (
 )
 
 from vlm_jax.costs.price import Number
+from vlm_jax.files import Path, to_path
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.presets import size_name
 
@@ -62,7 +62,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
 
 def check_path(path: str | os.PathLike[str]) -> Path:
     """Where a figure can be written. Raises ConfigError for another suffix than .png or .svg, or no such folder."""
-    path = Path(path)
+    path = to_path(path)
     if path.suffix not in (".png", ".svg"):
         raise ConfigError(f"plot: {path.name} must end in .png or .svg.")
     if not path.parent.is_dir():
@@ -72,7 +72,7 @@ def check_path(path: str | os.PathLike[str]) -> Path:
 
 def save_both(figure: Figure, folder: str | os.PathLike[str], name: str) -> dict[str, Path]:
     """NAME.png and NAME.svg in `folder`."""
-    return {kind: save(figure, Path(folder) / f"{name}.{kind}") for kind in ("png", "svg")}
+    return {kind: save(figure, to_path(folder) / f"{name}.{kind}") for kind in ("png", "svg")}
 
 
 def canvas(size: tuple[float, float] = (7.6, 4.6)) -> tuple[Figure, Axes]:

@@ -8,12 +8,12 @@ import importlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from vlm_jax import files, parts
+from vlm_jax.files import Path, to_path
 from vlm_jax.inference import evaluation
 from vlm_jax.inference.settings import EvalConfig
 from vlm_jax.laws import outliers, table
@@ -43,7 +43,7 @@ def sweep(cfg: ConfigDict, workdir: str, made_by: str) -> Path:
 
     Raises ConfigError, before the first training, with all mistakes of the config and its inputs.
     """
-    todo = checks.check(cfg, Path(workdir).absolute())
+    todo = checks.check(cfg, to_path(workdir).absolute())
     root = experiment.open_workdir(workdir)
     clock = Clock(root / "timing.json", sorted(root.glob("timing.*.json")))
     processes = parts.how_many(cfg.sweep.processes, len(todo))
@@ -82,7 +82,7 @@ def sweep_part(cfg: ConfigDict, workdir: str, part: str) -> None:
     """
     todo = plan.trainings(cfg)
     mine = share_of(todo, part)
-    checks.check(cfg, Path(workdir).absolute())
+    checks.check(cfg, to_path(workdir).absolute())
     root = experiment.open_workdir(workdir)
     clock = Clock(root / f"timing.{part.replace('/', '_of_')}.json")
     todo_parts = []

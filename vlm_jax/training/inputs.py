@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from vlm_jax.data import feature_cache, fingerprint, sources, tokenizer
+from vlm_jax.files import Path
 from vlm_jax.hf.describe import check_agrees
 from vlm_jax.hf.directory import is_model
 from vlm_jax.settings.checks import ConfigError

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Generator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from vlm_jax import compressors, files, sharding
 from vlm_jax.costs import chips
 from vlm_jax.costs.flops import batch_flops
 from vlm_jax.data import fingerprint, pipeline, tokenizer
+from vlm_jax.files import Path
 from vlm_jax.hf.directory import is_model
 from vlm_jax.progress import Say, silent
 from vlm_jax.settings.checks import ConfigError, RunEnded
@@ -59,8 +59,7 @@ def run(exp: Experiment, workdir: Path, say: Say = silent) -> dict[str, float]:
     p = plan(exp, sharding.mesh_of(exp), num_steps)
     check_encoder_is_frozen(p)
     with contextlib.ExitStack() as stack:
-        if first:
-            stack.enter_context(files.lock(workdir))
+        still_ours = stack.enter_context(files.lock(workdir)) if first else _nothing
         shard = sharding.data_shard(p.mesh)
         data = pipeline.train_iterator(exp.data, visual_tokens, exp.model.vit, *shard)
         iterator = stack.enter_context(_closing(data))
@@ -83,7 +82,7 @@ def run(exp: Experiment, workdir: Path, say: Say = silent) -> dict[str, float]:
             state = begin(p)
         check_features(p, state)
         watch = guard.Guard(exp.train, workdir).notice
-        metrics = stack.enter_context(_closing(telemetry.Metrics(workdir, done, first, watch)))
+        metrics = stack.enter_context(_closing(telemetry.Metrics(workdir, done, first, watch, still_ours)))
         display = stack.enter_context(_closing(telemetry.Display(num_steps, done, shows=first)))
         held = validation.Validation(p, visual_tokens, workdir) if exp.train.validation else None
         try:
@@ -100,6 +99,10 @@ def run(exp: Experiment, workdir: Path, say: Say = silent) -> dict[str, float]:
         for line in outline.end(exp, workdir, metrics.last):
             say(line)
     return dict(metrics.last)
+
+
+def _nothing() -> None:
+    """Stands for the check of the lock in processes that hold none."""
 
 
 def check_agreement(exp: Experiment) -> None:
