@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vlm_jax.benchmarks.records import RawRecord, fault, shown
-from vlm_jax.files import Path, to_path
+from vlm_jax.files import Path, local_file, to_path
 from vlm_jax.settings.checks import ConfigError
 
 Keyed = Iterator[tuple[str | int, Any]]  # a record's name or number, and the record
@@ -198,7 +198,7 @@ def _tsv(name: str, file: Path, inside: str) -> Keyed:
     csv.field_size_limit(sys.maxsize)  # an image in base64 is above the default of 128 kB
     where = f"{name}: {file}"
     _bytes(name, file, 2)
-    with file.open(encoding="utf-8-sig", newline="") as lines:
+    with local_file(file).open(encoding="utf-8-sig", newline="") as lines:
         pending: list[str] = []  # lines of the current record
         reader = csv.DictReader((pending.append(line) or line for line in lines), delimiter="\t")
         try:
@@ -239,7 +239,7 @@ def _parquet(name: str, file: Path, inside: str) -> Keyed:
 
     row = 0
     try:
-        table = pyarrow.parquet.ParquetFile(file)
+        table = pyarrow.parquet.ParquetFile(local_file(file))
         for group in range(table.num_row_groups):
             at = 0
             for batch in table.iter_batches(batch_size=64, row_groups=[group]):
@@ -288,7 +288,7 @@ class Embedded:
 def _column(file: Path, group: int, column: str) -> Any:
     from pyarrow import parquet
 
-    return parquet.ParquetFile(file).read_row_group(group, columns=[column]).column(0)
+    return parquet.ParquetFile(local_file(file)).read_row_group(group, columns=[column]).column(0)
 
 
 READERS = {".json": _json, ".jsonl": _json_lines, ".tsv": _tsv, ".parquet": _parquet}

@@ -9,8 +9,10 @@ from vlm_jax.files.lines import Lines, read_grown
 from vlm_jax.files.paths import (
     ImageSource,
     Path,
+    can_hold,
     check_room,
     check_writable,
+    copy,
     is_dir,
     is_file,
     local_copy,
@@ -32,7 +34,7 @@ from vlm_jax.files.paths import (
 )
 
 __all__ = [
-    "BucketPath", "ImageSource", "Lines", "Locked", "Path", "check_room", "check_writable", "is_dir", "is_file", "local_copy", "local_file", "lock",
+    "BucketPath", "ImageSource", "Lines", "Locked", "Path", "can_hold", "check_room", "check_writable", "copy", "is_dir", "is_file", "local_copy", "local_file", "lock",
     "parse_json", "read_bytes", "read_grown", "read_json", "read_span", "read_text", "reading", "reason", "shown", "stamp", "to_path",
     "upload", "whole_folder", "write_whole", "writing",
 ]  # fmt: skip

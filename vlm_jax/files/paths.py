@@ -265,6 +265,20 @@ def upload(source: pathlib.Path, target: BucketPath) -> None:
             told(there, functools.partial(target.system.put_file, str(path), str(there)))
 
 
+def can_hold(folder: str | Path) -> bool:
+    """Whether a file can be written into `folder` as it is: it exists, or it is of a bucket, where none has to be made."""
+    place = to_path(folder)
+    return isinstance(place, BucketPath) or place.is_dir()
+
+
+def copy(source: Path, target: pathlib.Path) -> None:
+    """Copies a file, which may lie in a bucket, to the local `target`."""
+    if isinstance(source, BucketPath):
+        told(source, lambda: source.system.get_file(str(source), str(target)))
+    else:
+        shutil.copy(source, target)
+
+
 def check_writable(folder: Path) -> None:
     """Raises OSError when nothing can be written to `folder`, which is made if it is missing."""
     if isinstance(folder, BucketPath):

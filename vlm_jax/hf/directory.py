@@ -18,11 +18,11 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import ml_dtypes  # noqa: F401 (teaches NumPy bfloat16, which safetensors needs)
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from vlm_jax.files import Path, to_path
+from vlm_jax.hf import stored
 from vlm_jax.settings.checks import ConfigError
 
 log = logging.getLogger(__name__)
@@ -68,11 +68,8 @@ class Directory(NamedTuple):
     tensors: dict[str, Entry]
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> np.ndarray:
-        """One tensor, or the rows [first, last) of it. The file is closed again, so that none of its pages stay in memory."""
-        with safe_open(self.tensors[name].file, framework="np") as file:
-            if rows is None:
-                return file.get_tensor(name)
-            return file.get_slice(name)[rows[0] : rows[1]]
+        """One tensor, or the rows [first, last) of it."""
+        return stored.read(self.tensors[name].file, name, rows)
 
 
 def is_model(path: str | Path) -> bool:
@@ -157,12 +154,8 @@ def indexed_files(path: Path) -> list[Path]:
 
 
 def _header(file: Path, before: dict[str, Entry]) -> dict[str, Entry]:
-    tensors = {}
     try:
-        with safe_open(file, framework="np") as content:
-            for name in content.keys():  # noqa: SIM118 (no mapping)
-                part = content.get_slice(name)
-                tensors[name] = (part.get_dtype(), tuple(part.get_shape()))
+        tensors = stored.header(file)
     except (SafetensorError, OSError) as error:
         raise ConfigError(
             f"{str(file)!r} is truncated or damaged ({error}); download it again."

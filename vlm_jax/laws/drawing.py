@@ -5,6 +5,7 @@ PNG and SVG, colour-blind safe. `figures.py` draws the pictures themselves.
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 import os
@@ -28,7 +29,7 @@ from matplotlib.ticker import (
 )
 
 from vlm_jax.costs.price import Number
-from vlm_jax.files import Path, to_path
+from vlm_jax.files import Path, can_hold, to_path
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.presets import size_name
 
@@ -54,7 +55,10 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     with matplotlib.rc_context({"svg.hashsalt": "vlm_jax", "svg.fonttype": "none"}):
         date = {"Date": None} if path.suffix == ".svg" else {"Software": None}
         try:
-            figure.savefig(path, dpi=150, metadata=date, bbox_inches="tight")
+            data = io.BytesIO()
+            form = path.suffix.removeprefix(".")
+            figure.savefig(data, format=form, dpi=150, metadata=date, bbox_inches="tight")
+            path.write_bytes(data.getvalue())
         except OSError as error:
             raise ConfigError(f"plot: {path} cannot be written: {error.strerror}.") from error
     return path
@@ -65,7 +69,7 @@ def check_path(path: str | os.PathLike[str]) -> Path:
     path = to_path(path)
     if path.suffix not in (".png", ".svg"):
         raise ConfigError(f"plot: {path.name} must end in .png or .svg.")
-    if not path.parent.is_dir():
+    if not can_hold(path.parent):
         raise ConfigError(f"plot: the folder {str(path.parent)!r} does not exist; make it first.")
     return path
 

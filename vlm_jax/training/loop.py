@@ -82,7 +82,9 @@ def run(exp: Experiment, workdir: Path, say: Say = silent) -> dict[str, float]:
             state = begin(p)
         check_features(p, state)
         watch = guard.Guard(exp.train, workdir).notice
-        metrics = stack.enter_context(_closing(telemetry.Metrics(workdir, done, first, watch, still_ours)))
+        metrics = stack.enter_context(
+            _closing(telemetry.Metrics(workdir, done, first, watch, still_ours))
+        )
         display = stack.enter_context(_closing(telemetry.Display(num_steps, done, shows=first)))
         held = validation.Validation(p, visual_tokens, workdir) if exp.train.validation else None
         try:
