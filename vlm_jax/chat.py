@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlm_jax import ask
-from vlm_jax.files import Path, to_path
+from vlm_jax.files import to_path
 from vlm_jax.settings import cli
 from vlm_jax.settings.checks import ConfigError
 
@@ -147,7 +147,7 @@ def lines() -> Iterator[str]:
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.history import FileHistory
 
-    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     folder = to_path(home) / "vlm_jax"
     folder.mkdir(parents=True, exist_ok=True)
     words = WordCompleter([*COMMANDS, "/quit"], sentence=True)

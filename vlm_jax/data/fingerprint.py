@@ -14,7 +14,7 @@ import json
 import logging
 from typing import Any
 
-from vlm_jax.files import Path, stamp, to_path, write_whole
+from vlm_jax.files import Path, local_file, stamp, to_path, write_whole
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import DataConfig
 
@@ -102,7 +102,7 @@ def _entry(path: str, files: tuple[tuple[str, int, str | int], ...]) -> tuple[tu
             if name.endswith(".json"):
                 found.update((place / name).read_bytes())
     else:
-        with place.open("rb") as file:
+        with local_file(place).open("rb") as file:
             while chunk := file.read(CHUNK):
                 found.update(chunk)
     size = sum(size for _, size, _ in files)

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from etils import epath
 
@@ -143,16 +143,16 @@ class BucketPath(type(epath.Path("gs://bucket"))):
         names = [str(self)] * len(spans)
         return told(self, lambda: self.system.cat_ranges(names, starts, ends, on_error="raise"))
 
-    def write_bytes(self, data: bytes) -> int:
+    def write_bytes(self, data: Any) -> int:
         self._do("pipe_file", bytes(data))
         return len(data)
 
     def write_text(self, data: str, encoding: str | None = None, errors: str | None = None) -> int:
         return self.write_bytes(data.encode(encoding or "utf-8"))
 
-    def open(
+    def open(  # pyrefly: ignore[bad-override]
         self, mode: str = "r", *, encoding: str | None = None, errors: str | None = None, **_: Any
-    ) -> IO:
+    ) -> Any:
         if set(mode) & set("ax+"):
             raise ValueError(f"{self}: an object cannot be appended to; mode {mode!r}")
         return told(self, lambda: self.system.open(str(self), mode))

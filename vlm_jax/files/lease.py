@@ -112,7 +112,7 @@ class _Lease:
             )
 
     def _take(self) -> int:
-        generation, seen, waited = self._put(0), None, False
+        generation, seen = self._put(0), None
         while generation is None:
             current = told(self._path, lambda: self._bucket.get_blob(self._name))
             if current is None:
@@ -120,16 +120,16 @@ class _Lease:
                 continue
             holder = self._read(current)
             if holder.get("id") == self._mine["id"]:  # our own write, whose answer was lost
-                return current.generation
-            if waited and current.generation != seen:
+                return int(current.generation or 0)
+            if seen not in (None, current.generation):
                 raise _locked(_shown(holder), self._workdir)
             left = 0.0 if self._is_gone(holder) else DEAD - self._age(current)
             if left <= 0:
-                generation = self._put(current.generation)
+                generation = self._put(int(current.generation or 0))
                 continue
-            if not waited:
+            if seen is None:
                 log.info("%s is held by %s: waiting up to %.0f s for a sign of life", self._workdir, _shown(holder), left)  # fmt: skip
-            seen, waited = current.generation, True
+            seen = current.generation
             time.sleep(min(left, 1.0))
         return generation
 
@@ -145,7 +145,7 @@ class _Lease:
             return None
         except Exception as error:
             raise plain(error, self._path) from error
-        return int(blob.generation)
+        return int(blob.generation or 0)
 
     def _read(self, blob: Any) -> dict[str, Any]:
         try:
@@ -194,7 +194,7 @@ class _Lease:
         blob = self._bucket.get_blob(self._name)
         holder = self._read(blob) if blob else {}
         if blob and holder.get("id") == self._mine["id"]:
-            self._generation = blob.generation
+            self._generation = int(blob.generation or 0)
         return holder
 
 

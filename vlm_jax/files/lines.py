@@ -75,6 +75,7 @@ class Lines:
         self.close()
 
     def _put_whole(self, data: bytearray) -> None:
+        assert isinstance(self._path, BucketPath)
         self._path.write_bytes(data)
         self._data, self._new, self._parts = data, b"", []
         for part in _found_parts(self._path):

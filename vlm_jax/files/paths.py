@@ -255,14 +255,18 @@ def reading(path: Path) -> Generator[None, None, None]:
         ) from error
 
 
-def upload(source: pathlib.Path, target: BucketPath) -> None:
+def upload(source: str | pathlib.Path, target: BucketPath) -> None:
     """Writes the files of a local folder, at any depth, below `target`; config.json as the last one."""
+    source = pathlib.Path(source)
     found = sorted(path for path in source.rglob("*") if path.is_file())
-    found.sort(key=lambda path: path.name == "config.json")
-    with writing(target):
-        for path in found:
-            there = target / str(path.relative_to(source))
-            told(there, functools.partial(target.system.put_file, str(path), str(there)))
+
+    def put(path: pathlib.Path) -> None:
+        there = target / str(path.relative_to(source))
+        told(there, functools.partial(target.system.put_file, str(path), str(there)))
+
+    with writing(target), ThreadPoolExecutor(16) as pool:
+        list(pool.map(put, (path for path in found if path.name != "config.json")))
+        list(pool.map(put, (path for path in found if path.name == "config.json")))
 
 
 def can_hold(folder: str | Path) -> bool:

@@ -136,11 +136,12 @@ def _place(directory: Directory, rule: Rule, name: str, sharding: NamedSharding)
         tensor = directory.read(name)
         return jax.make_array_from_callback(shape, stored, lambda index: tensor[index])
     # This process's devices hold these rows; the others are not read.
-    held = [index[0].indices(shape[0])[:2] for index in stored.addressable_devices_indices_map(shape).values()]  # fmt: skip
+    parts = stored.addressable_devices_indices_map(shape).values()
+    held = [index[0].indices(shape[0])[:2] for index in parts if index is not None]
     low, high = min(a for a, _ in held), max(b for _, b in held)
     tensor = directory.read(name, (first + low, first + high))
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:  # a slice per axis
         start, end, _ = index[0].indices(shape[0])
         return tensor[(slice(start - low, end - low), *index[1:])]
 

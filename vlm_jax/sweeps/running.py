@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import json
 import logging
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -188,7 +189,13 @@ def prepare(cfg: ConfigDict, seed: int, where: Folders) -> None:
             )
         return
     module, _, name = cfg.sweep.prepare.rpartition(".")
-    getattr(importlib.import_module(module), name)(where.data, seed, **settings)
+    fill = getattr(importlib.import_module(module), name)
+    if isinstance(where.data, files.BucketPath):
+        with tempfile.TemporaryDirectory() as folder:
+            fill(folder, seed, **settings)
+            files.upload(folder, where.data)
+    else:
+        fill(where.data, seed, **settings)
     files.write_whole(done, json.dumps(settings))
 
 

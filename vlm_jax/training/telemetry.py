@@ -120,10 +120,9 @@ class Board:
         self._bucket = folder if isinstance(folder, files.BucketPath) else None
         self._uploaded = time.monotonic()
         self._scratch = tempfile.TemporaryDirectory() if self._bucket else None
-        local = folder if self._scratch is None else to_path(self._scratch.name)
-        local.mkdir(exist_ok=True)
-        self._local = local
-        self._events = EventsWriter(str(local / "events"))
+        self._local = str(folder) if self._scratch is None else self._scratch.name
+        to_path(self._local).mkdir(exist_ok=True)
+        self._events = EventsWriter(f"{self._local}/events")
         log_type = event_pb2.SessionLog  # pyrefly: ignore[missing-attribute]
         self._add(purge_step, file_version="brain.Event:2")
         self._add(purge_step, session_log=log_type(status=log_type.START))
