@@ -1,11 +1,6 @@
 """Runs in a bucket, against a real GCS server on this machine: the same numbers as on a disk, and every failure in one line."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,10 +9,7 @@ from gcs_server import Server
 
 from configs import eval as eval_config
 from vlm_jax import evaluate, files, train
-from vlm_jax.files import lease
 from vlm_jax.laws import fit, table
-from vlm_jax.settings import cli
-from vlm_jax.settings.checks import ConfigError
 from vlm_jax.storage import run as experiment
 
 HELPER = Path(__file__).parent / "helpers" / "run.py"

@@ -18,6 +18,7 @@ from vlm_jax.data import records
 from vlm_jax.data.rows import CachedFeatures
 from vlm_jax.files import Path, to_path
 from vlm_jax.settings.checks import ConfigError
+from vlm_jax.storage import frozen
 from vlm_jax.storage import run as experiment
 
 WHOLE = 16 * 2**20  # bytes up to which a file is hashed completely: every image, small weights
@@ -48,7 +49,9 @@ def of_run(workdir: str) -> dict[str, str]:
     worded = {name: value for name, value in settings["data"].items() if name not in PATHS}
     place = to_path(settings["data"]["tokenizer"])
     words = sorted({path for pattern in TOKENIZER for path in place.glob(pattern)})
-    weights = (part for path in saved for part in (str(path.relative_to(state)), _file(path)))
+    weights = [part for path in saved for part in (str(path.relative_to(state)), _file(path))]
+    # What the checkpoint leaves out, by its content.
+    weights += [repr((name, leaf.sum)) for name, leaf in sorted(frozen.read(workdir).items())]
     prompts = (part for path in words for part in (path.name, _file(path)))
     return {
         "weights": _digest(weights),

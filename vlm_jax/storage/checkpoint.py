@@ -162,6 +162,23 @@ def save_params(workdir: str | Path, params: Tree, step: int = 0) -> None:
         manager.save(step, args=ocp.args.Composite(state=state))
 
 
+def saved_names(workdir: str | Path, step: int | None = None) -> set[str]:
+    """The paths of the parameters in a checkpoint, the newest one by default; none without a checkpoint."""
+    folder = to_path(workdir).absolute() / "checkpoints"
+    if not folder.is_dir():
+        return set()
+    with ocp.CheckpointManager(
+        os.fspath(folder),
+        item_handlers={"state": ocp.PyTreeCheckpointHandler()},
+        options=ocp.CheckpointManagerOptions(create=False, read_only=True),
+    ) as manager:
+        step = manager.latest_step() if step is None else step
+        if step is None:
+            return set()
+        with _reading(manager, folder, step, "use"):
+            return set(flatten_dict(manager.item_metadata(step)["state"].tree["params"], sep="/"))
+
+
 def load_params(workdir: str | Path, abstract: Tree) -> Tree:
     """Parameters of the newest checkpoint of a training run, for the leaves of `abstract` only.
 
