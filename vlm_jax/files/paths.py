@@ -204,6 +204,18 @@ def _replace(target: pathlib.Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
+def whole_file(path: Path) -> Generator[pathlib.Path, None, None]:
+    """A local file to write, which becomes `path` when the block ends and is removed when the block raises."""
+    with tempfile.TemporaryDirectory(dir=None if isinstance(path, BucketPath) else path.parent) as folder:  # fmt: skip
+        local = pathlib.Path(folder) / path.name
+        yield local
+        if isinstance(path, BucketPath):
+            told(path, lambda: path.system.put_file(str(local), str(path)))
+        else:
+            local.replace(path)
+
+
+@contextlib.contextmanager
 def whole_folder(out: Path) -> Generator[pathlib.Path, None, None]:
     """A local folder to fill, which becomes `out` when the block ends and is removed when the block raises.
 
