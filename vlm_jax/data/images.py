@@ -74,10 +74,10 @@ def _stream(source: str | bytes | Callable[[], bytes]) -> str | io.BytesIO:
     if scheme(source):
         return io.BytesIO(_of_bucket(source))
     try:
-        status = os.stat(source)
+        status = files.to_path(source).stat()
     except (FileNotFoundError, NotADirectoryError):
         folder, name = os.path.split(source)
-        there = "" if os.path.isdir(folder) else ", which does not exist itself"
+        there = "" if files.is_dir(folder) else ", which does not exist itself"
         raise ImageError(
             f"the image file does not exist; looked for {name[:200]!r} in {folder!r}{there}"
         ) from None

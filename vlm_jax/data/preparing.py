@@ -122,6 +122,7 @@ def prepare_part(
     """Shard `number` of `count`, in any process; returns its entry. digests: of the annotation files, in which it is checked
     whether a shard that is there was made from the same records."""
     source = sources.of_json(annotations, image_roots)
+    files.to_path(out).mkdir(parents=True, exist_ok=True)
     first, last = (len(source) * i // count for i in (number, number + 1))
     made_from = {"format": FORMAT, "sha256": list(digests), "first": first, "last": last}
     name = f"part-{number:05d}-of-{count:05d}.array_record"

@@ -61,7 +61,7 @@ def _stamp(directory: str) -> Any:
     place = files.to_path(directory)
     if isinstance(place, files.BucketPath):
         return tuple((path.name, path.stamp()) for path in place.iterdir())
-    return os.stat(directory).st_mtime
+    return place.stat().st_mtime
 
 
 class CachedFeatures:
