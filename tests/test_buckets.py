@@ -318,10 +318,16 @@ FIELDS = {"train__num_steps": STEPS, "train__save_every": 4, "train__log_every":
 
 @pytest.fixture(scope="module")
 def forks(world):
-    servers = [Forks(world, f"log{i}") for i in range(2)]
-    yield servers
-    for one in servers:
-        one.close()
+    server = Forks(world, "log0")
+    yield [server]
+    server.close()
+
+
+@pytest.fixture
+def pair(forks, world):
+    second = Forks(world, "log1")
+    yield [*forks, second]
+    second.close()
 
 
 @pytest.fixture(scope="module")
@@ -392,10 +398,8 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_metrics(forks, want, 
 
 
 @pytest.mark.slow
-def test_twenty_kills_of_one_or_both_of_two_processes_lose_and_double_no_line(
-    forks, want, tmp_path
-):
-    assert kill_until_finished(forks, "pair", tmp_path, 20, 1, together=True) >= 20
+def test_twenty_kills_of_one_or_both_of_two_processes_lose_and_double_no_line(pair, want, tmp_path):
+    assert kill_until_finished(pair, "pair", tmp_path, 20, 1, together=True) >= 20
     mine = [json.loads(line) for line in files.read_text(f"{BUCKET}/pair/metrics.jsonl").splitlines()]  # fmt: skip
     theirs = [json.loads(line) for line in want.splitlines()]
     assert [line["step"] for line in mine] == list(range(1, STEPS + 1))
@@ -422,7 +426,9 @@ def test_a_server_that_stops_for_good_is_one_line_and_the_last_checkpoint_is_who
     while done("end") < 9:
         time.sleep(0.05)
     server.stop()
-    assert forks[0].wait() == 2
+    assert (
+        forks[0].wait(1500) == 2
+    )  # tensorstore, which may be in the middle of a save, gives up after a quarter of an hour
     last = forks[0].log.read_text().splitlines()[-1]
     assert last.startswith("error: ") and "gs://bucket/end" in last
     server.start()

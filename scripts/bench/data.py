@@ -57,7 +57,7 @@ def rate(data: str, root: str, folder: Path, seconds: float) -> float:
     """Images per second after the first batch."""
     cfg = tiny.config(folder)
     cfg.data.update({"annotations": (data,), "image_roots": (root,), "batch_size": 32})
-    vit = presets.vit("clip-l14-336")
+    vit = presets.vit("clip-l-336")
     iterator = pipeline.train_iterator(experiment.resolve(cfg).data, 1, vit)
     next(iterator)
     start, count = time.perf_counter(), 0
