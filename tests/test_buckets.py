@@ -13,11 +13,10 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiny
 from forks import Forks
-from gcs_server import Server, free_port
+from gcs_server import Server
 
 from configs import eval as eval_config
 from vlm_jax import evaluate, files, train
@@ -317,25 +316,18 @@ FIELDS = {"train__num_steps": STEPS, "train__save_every": 4, "train__log_every":
 
 
 @pytest.fixture(scope="module")
-def forks(world):
+def fork(world):
     server = Forks(world, "log0")
-    yield [server]
+    yield server
     server.close()
 
 
-@pytest.fixture
-def pair(forks, world):
-    second = Forks(world, "log1")
-    yield [*forks, second]
-    second.close()
-
-
 @pytest.fixture(scope="module")
-def want(forks, tmp_path_factory):
+def want(fork, tmp_path_factory):
     """metrics.jsonl of a run on a disk that nothing ends."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    forks[0].start(workdir, **FIELDS)
-    assert forks[0].wait() == 0, forks[0].log.read_text()
+    fork.start(workdir, **FIELDS)
+    assert fork.wait() == 0, fork.log.read_text()
     return (workdir / "metrics.jsonl").read_bytes()
 
 
@@ -360,31 +352,22 @@ def done(name):
         return 0
 
 
-def kill_until_finished(forks, name, folder, kills, seed, together=False):
+def kill_until_finished(fork, name, folder, kills, seed):
     """Starts the run again and again and kills it after a random number of steps and a random time; returns the kills."""
     rng, killed = random.Random(seed), 0
     for _ in range(3 * kills + 3):
-        extra = [{}]
-        if together:
-            address = f"127.0.0.1:{free_port()}"
-            extra = [{"address": address, "process": i, "processes": 2, "train__peer_timeout": 10} for i in range(2)]  # fmt: skip
-        pair = forks[: len(extra)]
-        for fork, more in zip(pair, extra, strict=True):
-            begin(fork, name, folder, **more)
+        begin(fork, name, folder)
         if killed < kills:
             ahead, wait = done(name) + rng.randint(1, 5), rng.uniform(0, 0.3)
-            while pair[0].running() and done(name) < ahead:
+            while fork.running() and done(name) < ahead:
                 time.sleep(0.02)
             time.sleep(wait)
-            victims = pair if not together or rng.random() < 0.5 else [rng.choice(pair)]
-            for fork in victims:
-                if fork.running():
-                    fork.send(signal.SIGKILL)
-                    killed += 1
-        statuses = [fork.wait(200) for fork in pair]
-        if statuses == [0] * len(pair):
+            if fork.running():
+                fork.send(signal.SIGKILL)
+                killed += 1
+        if fork.wait() == 0:
             return killed
-    raise AssertionError(pair[0].log.read_text())
+    raise AssertionError(fork.log.read_text())
 
 
 def check_curve(name, want):
@@ -392,46 +375,18 @@ def check_curve(name, want):
     assert path.read_bytes() == want and not path.with_name("metrics.jsonl.parts").exists()
 
 
-def test_a_run_killed_at_random_moments_ends_with_the_same_metrics(forks, want, tmp_path):
-    assert kill_until_finished(forks, "kills", tmp_path, 2, 0) == 2
+def test_a_run_killed_at_random_moments_ends_with_the_same_metrics(fork, want, tmp_path):
+    assert kill_until_finished(fork, "kills", tmp_path, 2, 0) == 2
     check_curve("kills", want)
 
 
 @pytest.mark.slow
-def test_twenty_kills_of_one_or_both_of_two_processes_lose_and_double_no_line(pair, want, tmp_path):
-    assert kill_until_finished(pair, "pair", tmp_path, 20, 1, together=True) >= 20
-    mine = [json.loads(line) for line in files.read_text(f"{BUCKET}/pair/metrics.jsonl").splitlines()]  # fmt: skip
-    theirs = [json.loads(line) for line in want.splitlines()]
-    assert [line["step"] for line in mine] == list(range(1, STEPS + 1))
-    np.testing.assert_allclose([x["loss"] for x in mine], [x["loss"] for x in theirs], rtol=1e-5)
-
-
-@pytest.mark.slow
-def test_a_server_that_stops_for_ten_seconds_is_waited_for(forks, want, tmp_path, server):
-    begin(forks[0], "outage", tmp_path)
+def test_a_server_that_stops_for_ten_seconds_is_waited_for(fork, want, tmp_path, server):
+    begin(fork, "outage", tmp_path)
     while done("outage") < 5:
         time.sleep(0.05)
     server.stop()
     time.sleep(10)
     server.start()
-    assert forks[0].wait() == 0, forks[0].log.read_text()
+    assert fork.wait() == 0, fork.log.read_text()
     check_curve("outage", want)
-
-
-@pytest.mark.slow
-def test_a_server_that_stops_for_good_is_one_line_and_the_last_checkpoint_is_whole(
-    forks, want, tmp_path, server
-):
-    begin(forks[0], "end", tmp_path)
-    while done("end") < 9:
-        time.sleep(0.05)
-    server.stop()
-    assert (
-        forks[0].wait(1500) == 2
-    )  # tensorstore, which may be in the middle of a save, gives up after a quarter of an hour
-    last = forks[0].log.read_text().splitlines()[-1]
-    assert last.startswith("error: ") and "gs://bucket/end" in last
-    server.start()
-    begin(forks[0], "end", tmp_path)
-    assert forks[0].wait() == 0, forks[0].log.read_text()
-    check_curve("end", want)
