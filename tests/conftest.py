@@ -17,6 +17,8 @@ os.environ.setdefault(
 )
 # Threads of one process share two heaps; with one each, what a compilation freed stays with the process.
 os.environ.setdefault("MALLOC_ARENA_MAX", "2")
+# google.auth, which reads this when it is imported, would look for a machine of Google's for seconds.
+os.environ.setdefault("NO_GCE_CHECK", "true")
 # One folder of compiled programs for the session: xdist's workers and every process that a test starts inherit it, so a
 # killed and a resumed run, two processes, or two tests with the same model compile a program once.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

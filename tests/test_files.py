@@ -1,4 +1,4 @@
-"""Addresses are refused wherever a path is taken; text and JSON are read, or refused in one line."""
+"""Addresses that are no bucket's are refused wherever a path is taken; text and JSON are read, or refused in one line."""
 
 import codecs
 import os
@@ -19,38 +19,58 @@ from vlm_jax.storage import run as experiment
 @pytest.mark.parametrize(
     ("value", "address"),
     [
-        ("gs://bucket/run", "gs://bucket/run"),
-        ("S3://bucket", "S3://bucket"),
+        ("ftp://bucket/run", "ftp://bucket/run"),
+        ("az://bucket", "az://bucket"),
         ("('a.json', 'hdfs://b.json')", "hdfs://b.json"),
         ("name=https://x.org/errors.csv", "https://x.org/errors.csv"),
     ],
 )
 def test_an_address_is_refused_with_what_to_do_instead(value, address):
     with pytest.raises(ConfigError) as caught:
-        addresses.check_local("--workdir", value)
+        addresses.check_usable("--workdir", value)
     assert str(caught.value) == (
-        f"--workdir: {address!r} is an address; only paths of this machine can be used: mount it or copy it to a local "
-        "disk, and give the path there."
+        f"--workdir: {address!r} cannot be used; paths are those of this machine, gs://bucket/.. and s3://bucket/..: mount it "
+        "or copy it to a local disk or a bucket, and give the path there."
     )
 
 
 def test_of_a_file_address_the_scheme_is_to_be_left_out():
     with pytest.raises(ConfigError, match=r"leave out file:// and give '/tmp/run'\.$"):
-        addresses.check_local("--out", "file:///tmp/run")
+        addresses.check_usable("--out", "file:///tmp/run")
 
 
-@pytest.mark.parametrize("path", ["gs:", "a/b:c", "v5e:16x16", "C:/runs", "a//b", "x=1", ""])
+def test_of_a_bucket_the_case_and_the_missing_name_are_told():
+    with pytest.raises(ConfigError, match=r"write gs://b/run\.$"):
+        addresses.check_usable("--out", "GS://b/run")
+    with pytest.raises(ConfigError, match=r"name the bucket: gs://BUCKET/\.\.\.$"):
+        addresses.check_usable("--out", "gs:///run")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "gs:",
+        "gs://b/run",
+        "('a', 'gs://b/run')",
+        "a/b:c",
+        "v5e:16x16",
+        "C:/runs",
+        "a//b",
+        "x=1",
+        "",
+    ],
+)
 def test_paths_that_look_a_little_like_addresses_are_paths(path):
-    addresses.check_local("--workdir", path)
+    addresses.check_usable("--workdir", path)
 
 
 @pytest.mark.parametrize(
     ("argv", "owner"),
     [
-        (["--workdir=gs://b"], "--workdir"),
-        (["--workdir", "gs://b"], "--workdir"),
-        (["--config=c.py", "--config.data.image_roots=('gs://b',)"], "--config.data.image_roots"),
-        (["gs://b/errors.csv", "--out", "law.json"], "command line"),
+        (["--workdir=hdfs://b"], "--workdir"),
+        (["--workdir", "hdfs://b"], "--workdir"),
+        (["--config=c.py", "--config.data.image_roots=('hdfs://b',)"], "--config.data.image_roots"),
+        (["hdfs://b/errors.csv", "--out", "law.json"], "command line"),
     ],
 )
 def test_every_command_refuses_an_address_before_it_does_anything(argv, owner, capsys):
@@ -59,7 +79,7 @@ def test_every_command_refuses_an_address_before_it_does_anything(argv, owner, c
 
     assert cli.run(command, argv) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"error: {owner}: 'gs://b") and len(said.splitlines()) == 1
+    assert said.startswith(f"error: {owner}: 'hdfs://b") and len(said.splitlines()) == 1
 
 
 def test_words_to_a_model_may_name_addresses():
@@ -76,9 +96,9 @@ def test_words_to_a_model_may_name_addresses():
 def test_a_config_with_an_address_is_refused_by_its_field(tmp_path, field):
     cfg = tiny.config(tmp_path)
     node, name = cfg[field.split(".")[0]], field.split(".")[1]
-    node[name] = ("gs://b",) if name == "annotations" else "gs://b"
+    node[name] = ("hdfs://b",) if name == "annotations" else "hdfs://b"
     for command in (train.train, evaluate.evaluate):
-        with pytest.raises(ConfigError, match=rf"^config\.{field}: 'gs://b' is an address"):
+        with pytest.raises(ConfigError, match=rf"^config\.{field}: 'hdfs://b' cannot be used"):
             command(cfg, str(tmp_path / "run"))
     with pytest.raises(ConfigError, match=rf"^config\.{field}: "):
         show.show(cfg, "a.png", "What ?", "")
@@ -88,8 +108,8 @@ def test_a_config_with_an_address_is_refused_by_its_field(tmp_path, field):
 def test_a_workdir_with_an_address_makes_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for use in (experiment.open_workdir, experiment.read):
-        with pytest.raises(ConfigError, match="'gs://b/run' is an address"):
-            use("gs://b/run")
+        with pytest.raises(ConfigError, match="'hdfs://b/run' cannot be used"):
+            use("hdfs://b/run")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,6 +1,7 @@
 """The house rules a machine can hold: who may import what, how long a file may grow, one obvious place for each thing."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -200,6 +201,33 @@ def test_mesh_axes_are_named_in_one_file():
                 raise AssertionError(
                     f"{path.relative_to(ROOT)}:{node.lineno} names the mesh axis {node.value!r}"
                 )
+
+
+# Who may name paths without vlm_jax.files: what lies on this machine by its nature.
+LOCAL_ONLY = {
+    "settings.cli": "config files, which are Python",
+    "settings.hub": "whether a name is a hub's or a folder's",
+    "miniworld.generate": "fills a local folder, which the sweep puts where it belongs",
+}
+OPENS = re.compile(
+    r"(?<![\w.])open\(|(?<![\w.])Path\(|os\.path\.(?:is|exists|get)|os\.(?:stat|listdir|scandir|makedirs|replace|rename|remove)\("
+)
+
+
+def test_a_path_that_may_lie_in_a_bucket_is_opened_by_files_alone():
+    assert (
+        OPENS.search("with open(x)")
+        and OPENS.search("Path(x)")
+        and OPENS.search("os.path.isdir(x)")
+    )
+    for path in modules():
+        name = module_name(path)
+        if room(path) == "files" or name in LOCAL_ONLY:
+            continue
+        source = path.read_text(encoding="utf-8")
+        assert "pathlib" not in source, f"{name} imports pathlib; files.to_path makes paths"
+        found = [line for line in source.splitlines() if OPENS.search(line)]
+        assert not found, f"{name} opens a path by itself: {found}"
 
 
 def test_in_laws_only_the_three_commands_print():

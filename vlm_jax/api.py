@@ -13,10 +13,10 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_jax.costs.price import Budget, Workload, find_chip
+from vlm_jax.files import to_path
 from vlm_jax.hf.directory import is_model
 from vlm_jax.laws import fitting, planning, table
 from vlm_jax.laws.choice import Plan
@@ -61,7 +61,7 @@ def load(
     """
     paths = {name: os.fspath(x) for name, x in (("where", where), ("lm", lm), ("vit", vit), ("compressor", compressor))}  # fmt: skip
     for name, path in paths.items():
-        addresses.check_local(f"load: {name}", path)
+        addresses.check_usable(f"load: {name}", path)
     if dtype not in ("", "float32", "bfloat16"):
         raise ConfigError(f"load: dtype must be float32 or bfloat16, got {dtype!r}.")
     found = _opened(**paths, template=template, param_dtype=dtype or "float32")
@@ -97,7 +97,7 @@ def _opened(
 
 
 def _check_there(path: str) -> None:
-    if not Path(path).is_dir():
+    if not to_path(path).is_dir():
         raise ConfigError(f"load: {path!r} is no directory.{hub_hint(path)}")
 
 
@@ -126,7 +126,7 @@ class Run:
         given = {"batch_size": 16, "max_new_tokens": 128, **settings}
         names, places = tuple(benchmarks), tuple(os.fspath(p) for p in benchmarks.values())
         fields = {"checkpoint": self.workdir, "benchmarks": names, "annotations": places}
-        out = os.fspath(workdir) or str(Path(self.workdir) / "eval")
+        out = os.fspath(workdir) or str(to_path(self.workdir) / "eval")
         return list(evaluation.evaluate(build(EvalConfig, fields | given), MeshConfig(), out))
 
 

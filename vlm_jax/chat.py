@@ -17,13 +17,13 @@ import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.table import Table
 
 from vlm_jax import ask
+from vlm_jax.files import to_path
 from vlm_jax.settings import cli
 from vlm_jax.settings.checks import ConfigError
 
@@ -56,7 +56,7 @@ class Talk:
                 return False
             if word in COMMANDS:
                 COMMANDS[word](self, rest.strip())
-            elif word.startswith("/") and not Path(word).exists():
+            elif word.startswith("/") and not to_path(word).exists():
                 raise ConfigError(f"{word} is no command; use one of {', '.join([*COMMANDS, '/quit'])}.")  # fmt: skip
             elif line.strip():
                 self.answer(line.strip())
@@ -80,7 +80,7 @@ class Talk:
         self.out.flush()
 
     def image(self, path: str) -> None:
-        if not Path(path).is_file():
+        if not to_path(path).is_file():
             raise ConfigError(f"/image: {path!r} is no file; give the path of a picture.")
         self.pictures.append(path)
         self.conversation.show(path)
@@ -147,8 +147,8 @@ def lines() -> Iterator[str]:
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.history import FileHistory
 
-    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    folder = Path(home) / "vlm_jax"
+    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    folder = to_path(home) / "vlm_jax"
     folder.mkdir(parents=True, exist_ok=True)
     words = WordCompleter([*COMMANDS, "/quit"], sentence=True)
     session: PromptSession[str] = PromptSession(history=FileHistory(str(folder / HISTORY)), completer=words)  # fmt: skip
@@ -167,7 +167,7 @@ def command(argv: Sequence[str]) -> None:
     parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="what the conversation is about")  # fmt: skip
     args = parser.parse_args(argv)
     for picture in args.pictures:
-        if not Path(picture).is_file():
+        if not to_path(picture).is_file():
             raise ConfigError(f"chat: {picture!r} is no file; give the paths of pictures.")
     talk = Talk(
         ask.load(args.model, args),

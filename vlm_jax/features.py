@@ -10,11 +10,11 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from vlm_jax.data import feature_cache
+from vlm_jax.files import to_path
 from vlm_jax.hf.directory import is_model
 from vlm_jax.settings import cli
 from vlm_jax.settings.checks import ConfigError
@@ -43,7 +43,7 @@ def write_features(cfg: ConfigDict, folder: str, given: Sequence[str] = ()) -> N
     inputs.check_source("vit", source, exp.model)
     if not is_model(source):
         check_part("vit", source, experiment.read(source), exp)
-    out = Path(folder).absolute()
+    out = to_path(folder).absolute()
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         feature_cache.check(folder, exp.model, exp.data)
     experiment.open_workdir(folder)

@@ -15,13 +15,13 @@ import os
 import platform
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NamedTuple
 
@@ -47,7 +47,7 @@ class Part:
     name: str
     call: Callable[..., Any]
     arguments: tuple[Any, ...]
-    log: Path  # where a worker writes what the part logs
+    log: files.Path  # where a worker writes what the part logs
     needs: tuple[str, ...] = ()  # names of parts of the same run that must be finished before
     cost: float = 0.0  # in any unit; the longest are begun first
 
@@ -68,7 +68,7 @@ class Outcome(NamedTuple):
 class Clock:
     """Wall-clock seconds of each part, kept in a file for when the sweep is resumed. others: the files of other machines."""
 
-    def __init__(self, path: Path, others: Sequence[Path] = ()):
+    def __init__(self, path: files.Path, others: Sequence[files.Path] = ()):
         self.path = path
         self.seconds: dict[str, float] = {}
         for known in (*others, path):
@@ -104,7 +104,7 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def run(parts: Sequence[Part], processes: int, folder: Path) -> Generator[Done, None, None]:
+def run(parts: Sequence[Part], processes: int, folder: files.Path) -> Generator[Done, None, None]:
     """Runs every part once, after those it needs, and yields each as soon as it is finished.
 
     processes: 1 runs the parts in this process, in their order. With more, each runs in a worker of one thread and writes what
@@ -135,7 +135,7 @@ def longest_first(parts: Sequence[Part]) -> list[Part]:
 
 
 def _side_by_side(
-    parts: Sequence[Part], processes: int, folder: Path
+    parts: Sequence[Part], processes: int, folder: files.Path
 ) -> Generator[Done, None, None]:
     waiting = longest_first(parts)
     left = {part.name for part in parts}  # not finished
@@ -221,7 +221,7 @@ class _Worker:
 class _Crew:
     """Up to `size` worker processes; a context manager that ends them, at once when its block raises."""
 
-    def __init__(self, size: int, folder: Path):
+    def __init__(self, size: int, folder: files.Path):
         self._size = size
         cache = {
             # By machine: the instructions of a compiled program are those of the processor it was compiled on.
@@ -339,8 +339,20 @@ def _work(connection: Connection) -> None:
 
 
 def _attempt(part: Part) -> Outcome:
+    if not isinstance(part.log, files.BucketPath):
+        return _logged(part, part.log)
+    with tempfile.NamedTemporaryFile() as local:  # a log on a bucket is there when the part ends
+        outcome = _logged(part, files.to_path(local.name))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        with files.Lines(part.log) as lines:
+            lines.write(files.read_bytes(local.name).decode("utf-8", "replace"))
+        return outcome
+
+
+def _logged(part: Part, path: files.Path) -> Outcome:
     try:
-        _write_to(part.log)
+        _write_to(path)
         return Outcome("done", part.call(*part.arguments))
     except ConfigError as error:
         log.error("%s", error)
@@ -353,7 +365,7 @@ def _attempt(part: Part) -> Outcome:
         return Outcome("failed", " ".join(f"{type(error).__name__}: {error}".split())[:300])
 
 
-def _write_to(path: Path) -> None:
+def _write_to(path: files.Path) -> None:
     """From now on everything this process writes, XLA's own lines too, is appended to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()

@@ -15,9 +15,9 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from vlm_jax import ask
+from vlm_jax.files import to_path
 from vlm_jax.settings import cli
 from vlm_jax.settings.checks import ConfigError
 
@@ -70,7 +70,7 @@ def command(argv: Sequence[str]) -> None:
     from vlm_jax.serving.engine import Engine
 
     engine = Engine(model, limits, tuple(int(word) for word in choices))
-    name = args.name or Path(args.model).resolve().name
+    name = args.name or to_path(args.model).resolve().name
     app = make_app(engine, name, os.environ.get(KEY, ""))
     log.info("%s: compiling; then at http://%s:%d", name, args.host, args.port)
     # uvicorn ends its answers at SIGTERM, then raises it again: nothing is left to do, and the exit code is 0.

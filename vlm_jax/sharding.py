@@ -17,6 +17,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax._src.clusters import ClusterEnv
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -40,29 +41,54 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 )
 
 
-def start_processes(timeout: int = 100) -> None:
-    """Joins the other processes of a run if the environment names any. Call it before any JAX operation.
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
-    JAX detects TPU hosts and SLURM tasks; elsewhere set JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID. timeout: seconds without a heartbeat, or waiting for a process at shutdown, after which that process
+
+def start_processes(timeout: int = 100) -> None:
+    """Joins the other processes of a run, where there are others. Call it before any JAX operation.
+
+    JAX finds them by itself on TPU machines (Compute Engine's metadata, GKE), under SLURM and Open MPI, and in Kubernetes jobs
+    (package kubernetes); elsewhere, or against what it finds, set VARIABLES: host:port, number and index. A cluster of one
+    process is none. timeout: seconds without a heartbeat, or waiting for a process at shutdown, after which that process
     counts as dead and all others end.
+
+    Raises ConfigError for incomplete variables, and for a cluster that does not say who takes part.
     """
-    environment = os.environ
     limits = {"heartbeat_timeout_seconds": timeout, "shutdown_timeout_seconds": timeout}
     if jax.distributed.is_initialized():
         return
-    if "JAX_COORDINATOR_ADDRESS" in environment:
-        jax.distributed.initialize(
-            environment["JAX_COORDINATOR_ADDRESS"],
-            int(environment["JAX_NUM_PROCESSES"]),
-            int(environment["JAX_PROCESS_ID"]),
-            **limits,
-        )
-    elif (
-        "," in environment.get("TPU_WORKER_HOSTNAMES", "")
-        or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1
-    ):
+    given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
+    if given.get("JAX_NUM_PROCESSES") == "1":
+        return
+    if given:
+        address, count, index = (given.get(name, "") for name in VARIABLES)
+        if not (address and count.isdecimal() and index.isdecimal() and int(index) < int(count)):
+            told = ", ".join(f"{name}={given.get(name, '')!r}" for name in VARIABLES)
+            raise ConfigError(
+                f"environment: {told}; set all three: host:port of process 0, the number of processes, and this one's index "
+                "from 0."
+            )
+        jax.distributed.initialize(address, int(count), int(index), **limits)
+    elif num_processes() > 1:
         jax.distributed.initialize(**limits)
+
+
+def num_processes() -> int:
+    """The number of processes of the cluster that JAX finds this process in; 1 without one. Raises ConfigError.
+
+    What jax.distributed.initialize asks as well; it has no public name.
+    """
+    for cluster in ClusterEnv._cluster_types:
+        try:
+            if not cluster.opt_in_only_method and cluster.is_env_present():
+                return cluster.get_process_count()
+        except Exception as error:  # the network's, the job system's or a parser's
+            raise ConfigError(
+                f"environment: {cluster.__name__} does not say which processes take part "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); set {', '.join(VARIABLES)} "
+                "(JAX_NUM_PROCESSES=1 alone: this process alone)."
+            ) from error
+    return 1
 
 
 def mesh_sizes(config: MeshConfig, count: int, rows: int = 0) -> tuple[int, ...]:

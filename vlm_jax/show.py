@@ -11,11 +11,11 @@ import dataclasses
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from vlm_jax.data import images
+from vlm_jax.files import Path, to_path
 from vlm_jax.inference import views
 from vlm_jax.inference.settings import EvalConfig
 from vlm_jax.laws import drawing
@@ -42,7 +42,7 @@ def show(cfg: ConfigDict, image: str, question: str, out: str) -> Path:
         )
     if run.data.max_images < 1:
         raise ConfigError(f"eval: checkpoint {checkpoint!r} is of a run without images.")
-    path = drawing.check_path(out or f"{Path(image).stem}.tokens.png")
+    path = drawing.check_path(out or f"{to_path(image).stem}.tokens.png")
     vit, data = run.model.vit, run.data
     side = vit.image_px * math.ceil(PICTURE_PX / vit.image_px)
     try:
@@ -62,7 +62,7 @@ def show(cfg: ConfigDict, image: str, question: str, out: str) -> Path:
     settings = dataclasses.replace(settings, features_dir="")  # the picture is in no cache
     answerer = Answerer(settings, build(MeshConfig, cfg.mesh.to_dict()))
     said = [{"from": "human", "value": f"<image>\n{question}"}]
-    file = Path(image).absolute()
+    file = to_path(image).absolute()
     row = {"id": file.stem, "image": file.name, "conversations": said}
     shown = views.look(answerer, row, str(file.parent))
     (((_, answer),),) = answerer.ask([row], str(file.parent), answerer.mesh.size)

@@ -197,7 +197,7 @@ def test_parts_of_runs_make_a_model(model, run, world):
         (lambda m, i: vlm_jax.load("/nowhere"), "load: '/nowhere' is no directory."),
         (lambda m, i: vlm_jax.load("org/name"), "hf download org/name"),
         (lambda m, i: vlm_jax.load(), "give a run or a model directory, load(DIR), or the parts"),
-        (lambda m, i: vlm_jax.load("gs://a/b"), "is an address; only paths of this machine"),
+        (lambda m, i: vlm_jax.load("hdfs://a/b"), "cannot be used; paths are those of this machine"),
         (lambda m, i: vlm_jax.load(i.parent), "config.json' does not exist; give the workdir of a training run."),
         (lambda m, i: vlm_jax.load(i.parent, dtype="int8"), "dtype must be float32 or bfloat16, got 'int8'."),
     ],

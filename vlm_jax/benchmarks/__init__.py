@@ -21,7 +21,6 @@ import functools
 import logging
 import zlib
 from collections.abc import Callable, Generator, Sequence
-from pathlib import Path
 from typing import Any
 
 from vlm_jax.benchmarks import (
@@ -47,6 +46,7 @@ from vlm_jax.benchmarks import (
     vqa,
     vqav2,
 )
+from vlm_jax.files import Path
 from vlm_jax.settings.checks import ConfigError
 
 log = logging.getLogger(__name__)

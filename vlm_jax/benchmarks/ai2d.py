@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 import string
-from pathlib import Path
 
 from vlm_jax.benchmarks import files, prompts, records
 from vlm_jax.benchmarks.records import Question, RawRecord
+from vlm_jax.files import Path
 
 FILES = (*files.shards("test"), "ai2d_test.json*")
 LEADING = re.compile(r"\s*([A-Z])\.")  # "B. a leaf"; a lower-case letter does not count

@@ -13,13 +13,13 @@ import logging
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from vlm_jax import benchmarks, files
 from vlm_jax.benchmarks import predictions
 from vlm_jax.benchmarks.predictions import Answer
 from vlm_jax.benchmarks.records import Question
+from vlm_jax.files import Path, to_path
 from vlm_jax.settings.checks import ConfigError
 
 # The order of POPE's splits in LLaVA's question file. Used, with a warning, where the prompts also fit other orders.
@@ -40,7 +40,7 @@ def read(name: str, rows: Sequence[Question], path: str | Path) -> list[Answer]:
     """
     lines = predictions.read_lines(path)
     if lines and "question_id" in lines[0][1] and "id" not in lines[0][1]:
-        return _matched(name, rows, [_Line(where, line) for where, line in lines], Path(path))
+        return _matched(name, rows, [_Line(where, line) for where, line in lines], to_path(path))
     return _numbered(rows, [predictions.answer(where, line) for where, line in lines])
 
 
@@ -177,7 +177,7 @@ def write(
     folder: str | Path, answers: Sequence[Answer], uploads: dict[str, str | bytes]
 ) -> list[str]:
     """Writes predictions.jsonl and the uploads into `folder`; returns their paths."""
-    folder = Path(folder)
+    folder = to_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "predictions.jsonl").unlink(missing_ok=True)
     predictions.append(folder / "predictions.jsonl", answers)

@@ -7,10 +7,10 @@ or the hub's test-*.parquet with "type", "question", "answer", "image".
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 from vlm_jax.benchmarks import files, metrics, records
 from vlm_jax.benchmarks.records import Question, RawRecord
+from vlm_jax.files import Path, to_path
 from vlm_jax.settings.checks import ConfigError
 
 SPLITS = ("human", "augmented")
@@ -25,7 +25,7 @@ def rows(path: str | Path) -> list[Question]:
         every = list(files.read("chartqa", found))
         asked = {s: [r for r in every if r.text("type") == f"{s}_test"] for s in SPLITS}
     else:
-        asked = {s: _split(Path(path), s) for s in SPLITS}
+        asked = {s: _split(to_path(path), s) for s in SPLITS}
     made = [_row(r, split, n) for split in SPLITS for n, r in enumerate(asked[split])]
     return records.distinct(made, f"chartqa: {path}")
 

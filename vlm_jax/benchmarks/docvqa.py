@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from rapidfuzz.distance import Levenshtein
 
 from vlm_jax.benchmarks import files, prompts, records
 from vlm_jax.benchmarks.records import Question, RawRecord
+from vlm_jax.files import Path
 
 DOCVQA = (
     "val_v1.0*.json", "test_v1.0*.json", "validation-*.parquet", "DocVQA/validation-*.parquet", "test-*.parquet",

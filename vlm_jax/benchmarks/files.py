@@ -14,10 +14,10 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from vlm_jax.benchmarks.records import RawRecord, fault, shown
+from vlm_jax.files import Path, local_file, to_path
 from vlm_jax.settings.checks import ConfigError
 
 Keyed = Iterator[tuple[str | int, Any]]  # a record's name or number, and the record
@@ -34,7 +34,7 @@ def matches(name: str, path: str | Path, *patterns: str) -> list[Path]:
 
     Raises ConfigError when a shard of a parquet file is missing: a part would be scored as if it were the whole.
     """
-    path = Path(path)
+    path = to_path(path)
     if path.is_file():
         return [path]
     for pattern in patterns:
@@ -58,7 +58,7 @@ def _check_shards(name: str, files: Sequence[Path]) -> None:
 
 def find(name: str, path: str | Path, *patterns: str) -> list[Path]:
     """Like `matches`, but raises ConfigError if there is no match, or if `path` is a file with another suffix."""
-    _check_kind(name, Path(path), patterns)
+    _check_kind(name, to_path(path), patterns)
     found = matches(name, path, *patterns)
     if not found:
         raise ConfigError(
@@ -72,14 +72,14 @@ def find_one(name: str, path: str | Path, *patterns: str) -> Path:
 
     Raises ConfigError for several, because only the user knows which one is meant.
     """
-    _check_kind(name, Path(path), patterns)
+    _check_kind(name, to_path(path), patterns)
     every = [file for pattern in patterns for file in matches(name, path, pattern)]
     return only(name, path, every or find(name, path, *patterns))
 
 
 def _check_kind(name: str, path: Path, patterns: Sequence[str]) -> None:
     """Raises ConfigError for a file whose suffix no pattern has (.json* also matches .jsonl)."""
-    kinds = [Path(pattern.rstrip("*")).suffix for pattern in patterns]
+    kinds = [to_path(pattern.rstrip("*")).suffix for pattern in patterns]
     if path.is_file() and not any(path.suffix.startswith(kind) for kind in kinds):
         raise ConfigError(f"{name}: {path} is not read here; give {' or '.join(patterns)}.")
 
@@ -198,7 +198,7 @@ def _tsv(name: str, file: Path, inside: str) -> Keyed:
     csv.field_size_limit(sys.maxsize)  # an image in base64 is above the default of 128 kB
     where = f"{name}: {file}"
     _bytes(name, file, 2)
-    with file.open(encoding="utf-8-sig", newline="") as lines:
+    with local_file(file).open(encoding="utf-8-sig", newline="") as lines:
         pending: list[str] = []  # lines of the current record
         reader = csv.DictReader((pending.append(line) or line for line in lines), delimiter="\t")
         try:
@@ -239,7 +239,7 @@ def _parquet(name: str, file: Path, inside: str) -> Keyed:
 
     row = 0
     try:
-        table = pyarrow.parquet.ParquetFile(file)
+        table = pyarrow.parquet.ParquetFile(local_file(file))
         for group in range(table.num_row_groups):
             at = 0
             for batch in table.iter_batches(batch_size=64, row_groups=[group]):
@@ -288,7 +288,7 @@ class Embedded:
 def _column(file: Path, group: int, column: str) -> Any:
     from pyarrow import parquet
 
-    return parquet.ParquetFile(file).read_row_group(group, columns=[column]).column(0)
+    return parquet.ParquetFile(local_file(file)).read_row_group(group, columns=[column]).column(0)
 
 
 READERS = {".json": _json, ".jsonl": _json_lines, ".tsv": _tsv, ".parquet": _parquet}

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from vlm_jax.benchmarks import files, prompts, records
 from vlm_jax.benchmarks.records import ImageSource, Question
+from vlm_jax.files import Path
 
 SHARDS = "testdev-*.parquet"
 HUB = (f"testdev_balanced_instructions/{SHARDS}", SHARDS)

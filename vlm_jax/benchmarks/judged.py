@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from vlm_jax.benchmarks import files, question_file, records
 from vlm_jax.benchmarks.records import ImageSource, Question, RawRecord
+from vlm_jax.files import Path
 from vlm_jax.settings.checks import ConfigError
 
 IMAGES = "images"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from vlm_jax.benchmarks import files, records
 from vlm_jax.benchmarks.records import Question, RawRecord, shown
+from vlm_jax.files import Path, to_path
 
 
 def rows(annotations: str | Path) -> list[Question]:
@@ -29,7 +29,7 @@ def rows(annotations: str | Path) -> list[Question]:
 def rows_asked_alone(directory: str | Path, file: str) -> list[Question]:
     """Each answered turn of `file` on its own: the images, then the question, no dialogue before it."""
     rows = []
-    for record in read_records("miniature", Path(directory) / file):
+    for record in read_records("miniature", to_path(directory) / file):
         messages = record["conversations"]
         system = [m for m in messages[:1] if m["from"] == "system"]
         images = sum(m["value"].count("<image>") for m in messages)

@@ -11,12 +11,12 @@ import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from rapidfuzz.distance import Levenshtein
 
 from vlm_jax.benchmarks import files, metrics, prompts, records
 from vlm_jax.benchmarks.records import Question, RawRecord
+from vlm_jax.files import Path
 
 FILES = ("testmini.json", *files.shards("testmini"), "data/testmini.json")
 CHOICE, FREE = "multi_choice", "free_form"

@@ -16,11 +16,11 @@ import io
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from vlm_jax.benchmarks import files, metrics, prompts, records
 from vlm_jax.benchmarks.records import ImageSource, Question, RawRecord
+from vlm_jax.files import Path, to_path
 from vlm_jax.settings.checks import ConfigError
 
 TSV = "[mM][mM][bB]ench*.tsv"
@@ -64,7 +64,7 @@ def _rows(name: str, path: str | Path, chinese: bool) -> list[Question]:
 
 def _files(name: str, path: str | Path, chinese: bool) -> list[Path]:
     found = files.find(name, path, TSV, f"{'cn' if chinese else 'en'}/dev-*.parquet")
-    if Path(path).is_file() or found[0].suffix == ".parquet":
+    if to_path(path).is_file() or found[0].suffix == ".parquet":
         return found
     found = [file for file in found if ("cn" in file.stem.lower()) == chinese]
     if not found:

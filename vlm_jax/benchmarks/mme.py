@@ -13,11 +13,11 @@ from __future__ import annotations
 import collections
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from vlm_jax.benchmarks import files, prompts, records
 from vlm_jax.benchmarks.records import ImageSource, Question
+from vlm_jax.files import Path, to_path
 from vlm_jax.settings.checks import ConfigError
 
 PERCEPTION = (
@@ -37,7 +37,7 @@ def rows(annotations: str | Path) -> list[Question]:
 
     All task folders that exist are read; one is enough. Raises ConfigError when there is none.
     """
-    base = Path(annotations)
+    base = to_path(annotations)
     tasks = [
         (root, task)
         for root in ROOTS
@@ -55,7 +55,7 @@ def rows(annotations: str | Path) -> list[Question]:
     for root, task in tasks:
         if root != tasks[0][0]:
             raise ConfigError(f"mme: {base} holds tasks in {tasks[0][0]} and {root}; keep one.")
-        found += _task_rows(base, Path(root) / task, task)
+        found += _task_rows(base, to_path(root) / task, task)
     return records.distinct(found, f"mme: {base}")
 
 
@@ -107,7 +107,7 @@ def _row(
 ) -> Question:
     # Seven questions have two blanks before that sentence, which LLaVA's file does not have.
     text = question.strip().replace(" Please answer yes or no.", "").rstrip() + prompts.SHORT
-    stem = Path(picture).stem
+    stem = to_path(picture).stem
     more = {
         "replies": prompts.YES_NO, "task": task, "picture": picture, "llava_id": f"{task}/{stem}",
     }  # fmt: skip

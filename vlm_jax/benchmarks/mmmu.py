@@ -14,10 +14,10 @@ import json
 import random
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from vlm_jax.benchmarks import files, metrics, prompts, records
 from vlm_jax.benchmarks.records import Question, RawRecord
+from vlm_jax.files import Path
 
 FILES = ("**/validation-*.parquet", "validation.json*", "**/test-*.parquet", "test.json*")
 MOST_IMAGES = 7

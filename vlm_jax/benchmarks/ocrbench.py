@@ -9,10 +9,10 @@ OCRBench_Images/; or the hub's test-*.parquet with "dataset", "question_type", "
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 from vlm_jax.benchmarks import files, metrics, records
 from vlm_jax.benchmarks.records import Question, RawRecord
+from vlm_jax.files import Path
 
 FILES = ("OCRBench.json", *files.shards("test"))
 IMAGES = "OCRBench_Images"

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from vlm_jax.benchmarks import files, prompts, records
 from vlm_jax.benchmarks.records import ImageSource, Question, RawRecord
+from vlm_jax.files import Path, to_path
 from vlm_jax.settings.checks import ConfigError
 
 SPLITS = ("random", "popular", "adversarial")
@@ -28,7 +28,7 @@ _FULL = [
 
 def rows(annotations: str | Path) -> list[Question]:
     """Ids "<split>/<question_id>". A directory must hold all three splits; a file alone is one split."""
-    path = Path(annotations)
+    path = to_path(annotations)
     named = [file for file in path.glob(_JSON) if _FILE.fullmatch(file.name)]
     if named:
         return [row for file in _splits(path, named) for row in _file_rows(file)]

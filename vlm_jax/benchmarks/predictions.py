@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from vlm_jax import files
+from vlm_jax.files import Path, to_path
 from vlm_jax.settings.checks import ConfigError
 
 Answer = tuple[str, str]  # id, text
@@ -23,11 +24,11 @@ def read(path: str | Path) -> list[Answer]:
 
 def read_lines(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
     """(file and line number, object) of every line that is not blank. Raises ConfigError for one that is no JSON object."""
-    path = Path(path)
+    path = to_path(path)
     if not path.is_file():
         raise ConfigError(f"predictions: {path} does not exist; give a predictions.jsonl.")
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = files.read_grown(path).split(b"\n")
     except OSError as error:
         raise ConfigError(f"predictions: {path} cannot be read: {error.strerror}.") from error
     places = [(f"{path}:{i}", line) for i, line in enumerate(lines, start=1) if line.strip()]
@@ -38,6 +39,8 @@ def resume(path: Path) -> list[Answer]:
     """The answers of an interrupted run. An incomplete last line (without a newline) is removed from the file."""
     if not path.exists():
         return []
+    if isinstance(path, files.BucketPath):  # an object is never incomplete
+        return read(path)
     data = path.read_bytes()
     whole = data.rfind(b"\n") + 1
     if whole < len(data):
@@ -47,18 +50,23 @@ def resume(path: Path) -> list[Answer]:
 
 
 def append(
-    path: Path, answers: Iterable[Answer], beside: Mapping[str, Mapping[str, Any]] | None = None
+    into: Path | files.Lines,
+    answers: Iterable[Answer],
+    beside: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Appends the answers in one write that ends with a newline, so that a kill leaves at most one incomplete line.
+    """Appends the answers to a predictions.jsonl, open or not, in one write that ends with a newline.
 
-    beside: further fields of a line, by id.
+    A kill leaves at most one incomplete line. beside: further fields of a line, by id.
     """
     more = beside or {}
     records = [{"id": i, "text": text, **more.get(i, {})} for i, text in answers]
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    # A lone surrogate, which JSON can express and UTF-8 cannot, becomes its JSON escape.
-    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-        file.write("".join(lines))
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    if isinstance(into, files.Lines):
+        into.write(text)
+        into.flush()
+        return
+    with files.Lines(into) as lines:
+        lines.write(text)
 
 
 def pair(

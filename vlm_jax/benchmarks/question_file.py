@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from vlm_jax.benchmarks import files, records
 from vlm_jax.benchmarks.records import Question
+from vlm_jax.files import Path
 
 
 def rows(annotations: str | Path) -> list[Question]:

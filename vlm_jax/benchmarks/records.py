@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from vlm_jax.benchmarks import prompts
-from vlm_jax.files import ImageSource
+from vlm_jax.files import ImageSource, Path
 from vlm_jax.settings.checks import ConfigError
 
 Question = dict[

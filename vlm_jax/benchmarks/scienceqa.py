@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from vlm_jax.benchmarks import files, metrics, prompts, records
 from vlm_jax.benchmarks.records import ImageSource, Question, RawRecord
+from vlm_jax.files import Path
 from vlm_jax.settings.checks import ConfigError
 
 LETTERS = "ABCDE"

@@ -10,10 +10,10 @@ import functools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from vlm_jax.benchmarks import files, metrics, prompts, records
 from vlm_jax.benchmarks.records import Question, RawRecord
+from vlm_jax.files import Path
 
 FILES = ("SEED-Bench.json", *files.shards("test"))
 IMAGES = "SEED-Bench-image"

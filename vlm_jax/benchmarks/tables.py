@@ -17,12 +17,12 @@ import dataclasses
 import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from vlm_jax import files
 from vlm_jax.benchmarks import BENCHMARKS
 from vlm_jax.benchmarks.records import shown
+from vlm_jax.files import Path, to_path
 from vlm_jax.settings import cli
 from vlm_jax.settings.checks import ConfigError
 
@@ -51,7 +51,7 @@ class Run:
 def read(argument: str) -> Run:
     """A run from "RUN" or "NAME=RUN". Raises ConfigError when there are no scores, or a benchmark has two."""
     name, _, place = argument.rpartition("=")
-    path = Path(place)
+    path = to_path(place)
     file = path / "scores.json" if path.is_dir() else path
     if not file.is_file():
         raise ConfigError(f"tables: no file {file}; give a directory with scores.json, or a file.")

@@ -9,10 +9,10 @@ fields. The two variants are different benchmarks: LLaVA-1.5-7B scores 46.07 alo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from vlm_jax.benchmarks import files, prompts, records, vqa
 from vlm_jax.benchmarks.records import ImageSource, Question, RawRecord
+from vlm_jax.files import Path
 
 QUESTIONS, TOKENS = "TextVQA_0.5.1_val.json", "TextVQA_Rosetta_OCR_v0.2_val.json"
 LLAVA = "llava_textvqa_val_v051_ocr.jsonl"

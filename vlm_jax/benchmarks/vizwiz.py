@@ -8,11 +8,11 @@ name without .jpg), "question", "image", and, but for test, "answers" x 10, "cat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from vlm_jax.benchmarks import files, prompts, records, vqa
 from vlm_jax.benchmarks.records import Question, RawRecord
+from vlm_jax.files import Path
 
 HINT = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from vlm_jax.benchmarks import files, prompts, records, vqa
 from vlm_jax.benchmarks.records import Question, RawRecord
+from vlm_jax.files import Path
 from vlm_jax.settings.checks import ConfigError
 
 # The hub's name of a split -> the challenge's.

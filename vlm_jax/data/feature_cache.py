@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -18,6 +17,7 @@ import numpy as np
 
 from vlm_jax import files
 from vlm_jax.data.rows import make_pixels
+from vlm_jax.files import Path, to_path
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.model import VLMConfig
 from vlm_jax.settings.run import DataConfig
@@ -61,7 +61,7 @@ def write_made(
 
 def read_made(directory: str) -> dict[str, Any]:
     """What the features were made with. Raises ConfigError when `directory` is no cache of this format."""
-    path = Path(directory)
+    path = to_path(directory)
     for name in ("index.json", "last.npy", MADE):
         if not (path / name).is_file():
             raise ConfigError(f"features_dir: {directory!r} holds no {name}; {AGAIN}.")

@@ -12,11 +12,10 @@ import functools
 import hashlib
 import json
 import logging
-import os
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from vlm_jax.files import write_whole
+from vlm_jax.files import Path, local_file, stamp, to_path, write_whole
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import DataConfig
 
@@ -30,7 +29,12 @@ def of(cfg: DataConfig) -> list[dict[str, Any]]:
 
     Of a tfds directory its JSON files are hashed (they hold the number of records of each shard), and the sizes of all files.
     """
-    return [dict(_entry(path, _stamp(path))) for path in cfg.annotations]
+    return of_files(cfg.annotations)
+
+
+def of_files(paths: Sequence[str]) -> list[dict[str, Any]]:
+    """`of` for annotation files or directories."""
+    return [dict(_entry(path, stamp_of(path))) for path in paths]
 
 
 def digest(entries: list[dict[str, Any]]) -> bytes:
@@ -86,24 +90,26 @@ def _content(entry: dict[str, Any]) -> tuple[int, str]:
     return entry["bytes"], entry["sha256"]
 
 
-def _stamp(path: str) -> tuple[tuple[str, int, int], ...]:
-    """(name, bytes, time) of a file, or of all files of a directory."""
-    files = sorted(Path(path).iterdir()) if os.path.isdir(path) else [Path(path)]
-    stats = [(file.name, file.stat()) for file in files if file.is_file()]
-    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+def stamp_of(path: str) -> tuple[tuple[str, int, str | int], ...]:
+    """(name, bytes, time or version) of a file, or of all files of a directory."""
+    place = to_path(path)
+    found = sorted(place.iterdir()) if place.is_dir() else [place]
+    stats = [(file.name, stamp(file)) for file in found if file.is_file()]
+    return tuple((name, size, changed) for name, (changed, size) in stats)
 
 
 @functools.lru_cache(16)
-def _entry(path: str, stamp: tuple[tuple[str, int, int], ...]) -> tuple[tuple[str, Any], ...]:
+def _entry(path: str, files: tuple[tuple[str, int, str | int], ...]) -> tuple[tuple[str, Any], ...]:
     found = hashlib.sha256()
-    if os.path.isdir(path):
-        for name, size, _ in stamp:
+    place = to_path(path)
+    if place.is_dir():
+        for name, size, _ in files:
             found.update(f"{name} {size}\n".encode())
             if name.endswith(".json"):
-                found.update(Path(path, name).read_bytes())
+                found.update((place / name).read_bytes())
     else:
-        with open(path, "rb") as file:
+        with local_file(place).open("rb") as file:
             while chunk := file.read(CHUNK):
                 found.update(chunk)
-    size = sum(size for _, size, _ in stamp)
-    return ("file", str(Path(path).absolute())), ("bytes", size), ("sha256", found.hexdigest())
+    size = sum(size for _, size, _ in files)
+    return ("file", str(place.absolute())), ("bytes", size), ("sha256", found.hexdigest())

@@ -15,7 +15,9 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
+from vlm_jax import files
 from vlm_jax.data import fast_images
+from vlm_jax.settings.addresses import scheme
 from vlm_jax.settings.checks import ConfigError
 
 MODES = ("pad", "crop", "stretch")
@@ -76,11 +78,13 @@ def _stream(source: str | bytes | Callable[[], bytes]) -> str | io.BytesIO:
         if not source:
             raise ImageError("the image is empty (0 bytes)")
         return io.BytesIO(source)
+    if scheme(source):
+        return io.BytesIO(_of_bucket(source))
     try:
-        status = os.stat(source)
+        status = files.to_path(source).stat()
     except (FileNotFoundError, NotADirectoryError):
         folder, name = os.path.split(source)
-        there = "" if os.path.isdir(folder) else ", which does not exist itself"
+        there = "" if files.is_dir(folder) else ", which does not exist itself"
         raise ImageError(
             f"the image file does not exist; looked for {name[:200]!r} in {folder!r}{there}"
         ) from None
@@ -126,6 +130,16 @@ def _fast(
     canvas = max(width, height) ** 2 if mode == "pad" else wide * high
     _check_canvas((width, height), canvas, max(max_pixels, image_px * image_px))
     return fast_images.fit(pixels, image_px, mode, mean)
+
+
+def _of_bucket(source: str) -> bytes:
+    try:
+        data = files.read_bytes(source)
+    except OSError as error:
+        raise ImageError(f"the image file cannot be read: {error.strerror}") from None
+    if not data:
+        raise ImageError("the image file is empty (0 bytes)")
+    return data
 
 
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import json
+import math
 import os
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -13,6 +15,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import UInt8
 
+from vlm_jax import files
 from vlm_jax.data import fast_images, images, tokenizer
 from vlm_jax.data.chat import Chat
 from vlm_jax.data.records import BadRecord, ImageSource, Record, Turn
@@ -27,7 +30,7 @@ BLANK = Record("", "", "", (), None, (Turn(0, "", ""),))
 
 
 @functools.lru_cache(8)
-def _tokenizer(directory: str, stamp: float) -> tokenizer.Tokenizer:
+def _tokenizer(directory: str, stamp: Any) -> tokenizer.Tokenizer:
     del stamp  # a rewritten directory is read again
     return tokenizer.load(directory)
 
@@ -35,7 +38,7 @@ def _tokenizer(directory: str, stamp: float) -> tokenizer.Tokenizer:
 @functools.lru_cache(64)
 def _chat(
     directory: str,
-    stamp: float,
+    stamp: Any,
     template: str,
     system: str | None,
     turns: str,
@@ -48,9 +51,17 @@ def _chat(
 def make_chat(cfg: DataConfig, visual_tokens: int) -> Chat:
     """The Chat of a config. The same settings give the same object, so that its caches are shared."""
     tokenizer.check_directory(cfg.tokenizer)
-    stamp = os.stat(cfg.tokenizer).st_mtime
+    stamp = _stamp(cfg.tokenizer)
     sizes = (visual_tokens, cfg.max_tokens, cfg.max_query_tokens, cfg.max_images)
     return _chat(cfg.tokenizer, stamp, cfg.template, cfg.system, cfg.turns, sizes, cfg.query)
+
+
+def _stamp(directory: str) -> Any:
+    """Differs when a file was added to a directory, or on a bucket when one was written again."""
+    place = files.to_path(directory)
+    if isinstance(place, files.BucketPath):
+        return tuple((path.name, path.stamp()) for path in place.iterdir())
+    return place.stat().st_mtime
 
 
 class CachedFeatures:
@@ -60,10 +71,10 @@ class CachedFeatures:
         self.directory = directory
         taps = os.path.join(directory, "taps.npy")
         try:
-            with open(os.path.join(directory, "index.json"), encoding="utf-8") as file:
-                self.rows: dict[str, int] = json.load(file)
+            index = files.read_bytes(os.path.join(directory, "index.json"))
+            self.rows: dict[str, int] = json.loads(index.decode("utf-8"))
             self.last = _open(os.path.join(directory, "last.npy"))
-            self.taps = _open(taps) if os.path.isfile(taps) else None
+            self.taps = _open(taps) if files.is_file(taps) else None
             whole = all(isinstance(row, int) for row in self.rows.values())
         except (OSError, ValueError, EOFError, RecursionError, AttributeError) as error:
             raise ConfigError(
@@ -83,13 +94,42 @@ class CachedFeatures:
         return {"feature_last": last, "feature_taps": taps}
 
 
-def _open(path: str) -> np.ndarray:
+class _Table:
+    """A .npy file on a bucket; rows are read when they are asked for, those of a batch at once."""
+
+    def __init__(self, path: files.BucketPath):
+        self._path = path
+        head = io.BytesIO(path.read_range(0, 4096))
+        version = np.lib.format.read_magic(head)
+        read = {(1, 0): np.lib.format.read_array_header_1_0}.get(version, np.lib.format.read_array_header_2_0)  # fmt: skip
+        self.shape, fortran, stored = read(head)
+        if fortran or path.stamp()[1] != head.tell() + math.prod(self.shape) * stored.itemsize:
+            raise ValueError(f"{path} is no whole table of rows")
+        self._start, self._stored = head.tell(), stored
+        self.dtype = np.dtype(ml_dtypes.bfloat16 if stored == np.uint16 else stored)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        wanted, back = np.unique(np.asarray(rows), return_inverse=True)
+        size = math.prod(self.shape[1:]) * self._stored.itemsize
+        at = [self._start + int(row) * size for row in wanted]
+        data = b"".join(self._path.read_ranges([(start, start + size) for start in at]))
+        found = np.frombuffer(data, self._stored).view(self.dtype).reshape(-1, *self.shape[1:])
+        return found[back].reshape(*np.shape(rows), *self.shape[1:])
+
+
+def _open(path: str) -> np.ndarray | _Table:
     """A memory-mapped table; bits of bfloat16, which NumPy cannot store by name, become numbers again."""
+    place = files.to_path(path)
+    if isinstance(place, files.BucketPath):
+        return _Table(place)
     table = np.load(path, mmap_mode="r")
     return table.view(ml_dtypes.bfloat16) if table.dtype == np.uint16 else table
 
 
-def _take(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def _take(table: np.ndarray | _Table, rows: np.ndarray) -> np.ndarray:
     out = np.asarray(table[np.maximum(rows, 0)])
     out[rows < 0] = 0
     return out

@@ -12,13 +12,15 @@ import logging
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from vlm_jax.data import fields, tokenizer
+from vlm_jax import files
+from vlm_jax.data import fields, shards, tokenizer
 from vlm_jax.data.records import GPT, HUMAN, IMAGE, BadRecord, Record, parse
+from vlm_jax.files import Path, to_path
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import DataConfig
 
@@ -50,9 +52,9 @@ class JsonSource:
 
     def __init__(self, path: str, root: str, ignored: tuple[str, ...] = ()):
         self.path, self.root, self.ignored = path, root, ignored
-        stat = os.stat(path)
         self.lines = path.endswith(".jsonl")
-        self.spans = _spans(path, stat.st_mtime_ns, stat.st_size)  # int64 [N 2] bytes
+        self.local = str(_local(path))
+        self.spans = _spans(self.local, *files.stamp(self.local))  # int64 [N 2] bytes
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -67,11 +69,8 @@ class JsonSource:
     def raw(self, index: int) -> Any:
         """The record as it is written."""
         start, end = self.spans[index].tolist()
-        try:  # read and not mapped: a file cut short under a mapping kills the process (SIGBUS)
-            with open(
-                self.path, "rb", buffering=0
-            ) as file:  # opened per record (10 us), so that threads share no file
-                return json.loads(os.pread(file.fileno(), end - start, start))
+        try:
+            return json.loads(files.read_span(self.local, start, end))
         except OSError as error:
             raise BadRecord(self.path, f"#{index}", f"cannot be read: {error.strerror}") from None
         except (ValueError, RecursionError) as error:
@@ -82,22 +81,25 @@ class JsonSource:
         if not self.lines:
             return f"#{index}"
         start = int(self.spans[index, 0])
-        with open(self.path, "rb") as file:
-            return f"line {1 + file.read(start).count(10)}"
+        return f"line {1 + files.read_span(self.local, 0, start).count(10)}"
 
 
 @functools.lru_cache(16)
-def _spans(path: str, mtime_ns: int, size: int) -> np.ndarray:
+def _spans(path: str, changed: int | str, size: int) -> np.ndarray:
     """Byte spans of a file's records; a file is scanned once per process (1.5 s for 100 MB) as long as it is unchanged."""
-    del mtime_ns, size
+    del changed, size
     try:
-        with open(path, "rb") as file:
-            data = file.read()
+        data = files.read_bytes(path)
     except OSError as error:
         raise ConfigError(f"data: {path}: cannot be read: {error.strerror}.") from None
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:4]:
         raise ConfigError(f"data: {path}: is UTF-16 or UTF-32; save it as UTF-8.")
     return _line_spans(data) if path.endswith(".jsonl") else _list_spans(data, path)
+
+
+def _local(path: str) -> Path:
+    with files.reading(to_path(path)):
+        return files.local_file(path)
 
 
 def _line_spans(data: bytes) -> np.ndarray:
@@ -260,21 +262,25 @@ class Concatenated:
         return int(self.ends[-1])
 
     def __getitem__(self, index: int) -> Record:
+        source, own = self._find(index)
+        return source[own]
+
+    def raw(self, index: int) -> Any:
+        source, own = self._find(index)
+        return source.raw(own)
+
+    def _find(self, index: int) -> tuple[Source, int]:
         which = int(np.searchsorted(self.ends, index, side="right"))
-        start = int(self.ends[which - 1]) if which else 0
-        return self.sources[which][index - start]
+        return self.sources[which], index - (int(self.ends[which - 1]) if which else 0)
 
 
 def open_source(cfg: DataConfig) -> Concatenated:
     """All annotations of a config, in order. Raises ConfigError for missing, unreadable or empty ones."""
     check_paths(cfg)
-    sources = [
-        TfdsSource(path, root, ignored=cfg.ignored_fields)
-        if os.path.isdir(path)
-        else JsonSource(path, root, cfg.ignored_fields)
+    source = Concatenated([
+        _open(path, root, cfg)
         for path, root in zip(cfg.annotations, cfg.image_roots, strict=True)
-    ]
-    source = Concatenated(sources)
+    ])  # fmt: skip
     if not len(source):
         raise ConfigError(
             f"data: {', '.join(cfg.annotations)}: no record; give annotations with at least one."
@@ -282,35 +288,60 @@ def open_source(cfg: DataConfig) -> Concatenated:
     return source
 
 
+def _open(path: str, root: str, cfg: DataConfig) -> Source:
+    if not files.is_dir(path):
+        return JsonSource(path, root, cfg.ignored_fields)
+    if shards.is_prepared(path):
+        return shards.PreparedSource(path, bool(cfg.features_dir), cfg.ignored_fields)
+    if not isinstance(to_path(path), files.BucketPath):
+        return TfdsSource(path, root, ignored=cfg.ignored_fields)
+    raise ConfigError(
+        f"data: {path!r}: a tfds dataset cannot be read from a bucket; mount it (gcsfuse), or prepare its JSON with "
+        "scripts/prepare_data.py."
+    )
+
+
+def of_json(annotations: Sequence[str], image_roots: Sequence[str]) -> Concatenated:
+    """The records of .json and .jsonl files, in order. Raises ConfigError."""
+    return Concatenated([JsonSource(*pair) for pair in zip(annotations, image_roots, strict=True)])
+
+
 def log_unread_fields(source: Concatenated) -> None:
     """Logs one line per file: the fields of its first records that are not read because they change nothing."""
     for part in source.sources:
         found: dict[str, None] = {}
-        for index in range(min(len(part), EXAMINED)):
-            try:
-                raw, _ = part.raw(index), part[index]
-            except BadRecord:
-                continue  # training reports or counts it when it reads the record
-            found |= dict.fromkeys(name for name in raw if name not in fields.RECORD)
+        with ThreadPoolExecutor(16) as pool:  # of a bucket each record is a request
+            for names in pool.map(functools.partial(_field_names, part), range(min(len(part), EXAMINED))):  # fmt: skip
+                found |= dict.fromkeys(name for name in names if name not in fields.RECORD)
         if found:
             log.info("%s: fields that are not read: %s", part.path, ", ".join(found))
+
+
+def _field_names(part: Source, index: int) -> list[str]:
+    try:
+        raw, _ = part.raw(index), part[index]
+    except BadRecord:
+        return []  # training reports or counts it when it reads the record
+    return list(raw)
 
 
 def check_paths(cfg: DataConfig) -> None:
     """Raises ConfigError for the first missing annotation, image folder, tokenizer or feature cache; reads no record."""
     for path, root in zip(cfg.annotations, cfg.image_roots, strict=True):
-        if os.path.isdir(path):
-            if not any(os.path.isfile(os.path.join(path, name)) for name in TFDS_FILES):
+        if files.is_dir(path):
+            known = (*TFDS_FILES, shards.INDEX)
+            if not any(files.is_file(os.path.join(path, name)) for name in known):
                 raise ConfigError(
-                    f"data: directory {path!r} is no prepared tfds dataset (no {TFDS_FILES[0]}); give its version folder."
+                    f"data: directory {path!r} is no prepared tfds dataset (no {TFDS_FILES[0]}) and no output of "
+                    f"scripts/prepare_data.py that is finished (no {shards.INDEX}); give the folder that holds one."
                 )
-        elif not os.path.isfile(path):
+        elif not files.is_file(path):
             raise ConfigError(
                 f"data: annotations {path!r} does not exist; give a .json, .jsonl or tfds directory."
             )
         elif not path.endswith((".json", ".jsonl")):
             raise ConfigError(f"data: annotations {path!r} must end in .json or .jsonl.")
-        if root and not os.path.isdir(root):
+        if root and not files.is_dir(root):
             raise ConfigError(
                 f"data: image_roots {root!r} (of {path!r}) does not exist; give the images' folder."
             )
@@ -318,7 +349,7 @@ def check_paths(cfg: DataConfig) -> None:
         tokenizer.check_directory(cfg.tokenizer)
     if cfg.features_dir:
         for name in ("index.json", "last.npy"):
-            if not os.path.isfile(os.path.join(cfg.features_dir, name)):
+            if not files.is_file(os.path.join(cfg.features_dir, name)):
                 raise ConfigError(
                     f"data: features_dir {cfg.features_dir!r} holds no {name}; write the cache first (python -m "
                     "vlm_jax.features)."
@@ -334,5 +365,5 @@ def check_image_roots(owner: str, roots: Sequence[str]) -> None:
 
 def check_exists(owner: str, path: str, fix: str, folder: bool = False) -> None:
     """Raises ConfigError when there is no such file, or folder."""
-    if not (Path(path).is_dir() if folder else Path(path).exists()):
+    if not (to_path(path).is_dir() if folder else to_path(path).exists()):
         raise ConfigError(f"{owner} {path!r} does not exist; {fix}.")

@@ -15,6 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
+from vlm_jax import files
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.hub import hub_hint
 
@@ -22,6 +23,7 @@ from vlm_jax.settings.hub import hub_hint
 VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 # Small JSON objects that transformers reads beside it.
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
+FILES = ("*.json", "*.txt", "*.model", "*.jinja")  # what transformers may read of a tokenizer
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 LISTED = ("additional_special_tokens", "extra_special_tokens")
 LFS = b"version https://git-lfs"
@@ -71,7 +73,7 @@ class Tokenizer:
 
 def check_directory(directory: str) -> None:
     """Raises ConfigError unless the directory has a vocabulary's files and readable settings. Loads no tokenizer."""
-    if not os.path.isdir(directory):
+    if not files.is_dir(directory):
         raise ConfigError(
             f"data: tokenizer directory {directory!r} does not exist; save one there with save_pretrained.{hub_hint(directory)}"
         )
@@ -89,15 +91,14 @@ def is_there(directory: str) -> bool:
 
 
 def _has(directory: str, name: str) -> bool:
-    return os.path.isfile(os.path.join(directory, name))
+    return files.is_file(os.path.join(directory, name))
 
 
 def _read_object(directory: str, name: str) -> dict[str, Any]:
     path = os.path.join(directory, name)
     _check_is_the_file(path)
     try:
-        with open(path, encoding="utf-8") as file:
-            found = json.load(file)
+        found = json.loads(files.read_bytes(path).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"data: {path!r} cannot be read: {error}; download or save the tokenizer again."
@@ -110,11 +111,10 @@ def _read_object(directory: str, name: str) -> dict[str, Any]:
 
 
 def _check_is_the_file(path: str) -> None:
-    with open(path, "rb") as file:
-        if file.read(len(LFS)) == LFS:
-            raise ConfigError(
-                f"data: {path!r} is a Git LFS pointer, not the file itself; run `git lfs pull` there."
-            )
+    if files.read_span(path, 0, len(LFS)) == LFS:
+        raise ConfigError(
+            f"data: {path!r} is a Git LFS pointer, not the file itself; run `git lfs pull` there."
+        )
 
 
 def _check_special_tokens(settings: dict[str, Any], path: str) -> None:
@@ -145,14 +145,16 @@ def _special_tokens(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def load(directory: str) -> Tokenizer:
     """The tokenizer saved in a directory. Raises ConfigError if there is none, or only a slow (Python) one."""
     check_directory(directory)
+    with files.reading(files.to_path(directory)):
+        local = files.local_copy(directory, FILES)
     if not _has(directory, "tokenizer.json") and _has(directory, "tokenizer.model"):
-        _check_sentencepiece(os.path.join(directory, "tokenizer.model"))
+        _check_sentencepiece(os.path.join(local, "tokenizer.model"))
     # Takes seconds to import, so only when a tokenizer is loaded.
     from transformers import AutoTokenizer
 
     try:
         # Any: its stub allows None, which it never returns.
-        hf: Any = AutoTokenizer.from_pretrained(directory, use_fast=True, local_files_only=True)
+        hf: Any = AutoTokenizer.from_pretrained(local, use_fast=True, local_files_only=True)
     except Exception as error:  # a broken file makes transformers and its Rust half raise any type, bare Exception too
         if _has(directory, "tokenizer.json"):
             _read_object(directory, "tokenizer.json")

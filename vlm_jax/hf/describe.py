@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlm_jax.compressors.identity import IdentityConfig
+from vlm_jax.files import Path, to_path
 from vlm_jax.hf import directory, reference, settings
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.model import CompressorConfig, LMConfig, ViTConfig, VLMConfig
@@ -131,7 +131,7 @@ def _llava(raw: Mapping[str, Any], folder: Path, where: str) -> tuple[Described,
 
 def check_same_model(path: str, config: VLMConfig) -> None:
     """Raises ConfigError when a directory describes a whole model whose parts are connected otherwise than in `config`."""
-    found = describe(Path(path))
+    found = describe(to_path(path))
     if found.compressor is None:
         return
     ours, theirs = dataclasses.asdict(config.compressor), dataclasses.asdict(found.compressor)
@@ -163,7 +163,7 @@ def check_agrees(path: str, part: str, config: VLMConfig) -> None:
     """Raises ConfigError when `config` describes another decoder or encoder than the directory's config.json."""
     if part not in FREE:
         return  # the shapes of its tensors are compared when they are loaded
-    found = describe(Path(path))
+    found = describe(to_path(path))
     theirs = found.vit if part == "vit" else found.lm
     ours: ViTConfig | LMConfig = getattr(config, part)
     if theirs is None:

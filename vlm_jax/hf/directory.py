@@ -16,13 +16,13 @@ import json
 import logging
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes  # noqa: F401 (teaches NumPy bfloat16, which safetensors needs)
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
+from vlm_jax.files import Path, to_path
+from vlm_jax.hf import stored
 from vlm_jax.settings.checks import ConfigError
 
 log = logging.getLogger(__name__)
@@ -68,22 +68,19 @@ class Directory(NamedTuple):
     tensors: dict[str, Entry]
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> np.ndarray:
-        """One tensor, or the rows [first, last) of it. The file is closed again, so that none of its pages stay in memory."""
-        with safe_open(self.tensors[name].file, framework="np") as file:
-            if rows is None:
-                return file.get_tensor(name)
-            return file.get_slice(name)[rows[0] : rows[1]]
+        """One tensor, or the rows [first, last) of it."""
+        return stored.read(self.tensors[name].file, name, rows)
 
 
 def is_model(path: str | Path) -> bool:
     """Whether there is a config.json as Hugging Face writes it. That of a training workdir has no model_type."""
-    config = Path(path) / "config.json"
+    config = to_path(path) / "config.json"
     return config.is_file() and "model_type" in read_json(config)
 
 
 def open_directory(path: str | Path) -> Directory:
     """Raises ConfigError for a missing or damaged file, for pickled weights, and for a dtype that is no plain float."""
-    folder = Path(path)
+    folder = to_path(path)
     tensors: dict[str, Entry] = {}
     for file in _weight_files(folder):
         tensors |= _header(file, tensors)
@@ -138,7 +135,7 @@ def weight_map(path: Path) -> dict[str, str]:
     if not isinstance(index.get("weight_map"), dict):
         raise ConfigError(f"{str(path)!r} has no weight_map; download it again.")
     for name in index["weight_map"].values():
-        if Path(name).name != name:
+        if to_path(name).name != name:
             raise ConfigError(f"{str(path)!r} names {name!r}, outside its directory.")
     return index["weight_map"]
 
@@ -157,12 +154,8 @@ def indexed_files(path: Path) -> list[Path]:
 
 
 def _header(file: Path, before: dict[str, Entry]) -> dict[str, Entry]:
-    tensors = {}
     try:
-        with safe_open(file, framework="np") as content:
-            for name in content.keys():  # noqa: SIM118 (no mapping)
-                part = content.get_slice(name)
-                tensors[name] = (part.get_dtype(), tuple(part.get_shape()))
+        tensors = stored.header(file)
     except (SafetensorError, OSError) as error:
         raise ConfigError(
             f"{str(file)!r} is truncated or damaged ({error}); download it again."

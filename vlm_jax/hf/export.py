@@ -13,9 +13,7 @@ tensors that our model does not use stay, so that import then export is the iden
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401 (teaches NumPy bfloat16)
@@ -23,7 +21,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
-from vlm_jax.files import whole_folder, write_whole
+from vlm_jax.files import Path, copy, local_copy, whole_folder, write_whole
 from vlm_jax.hf import directory, io, maps, parts, written
 from vlm_jax.hf.describe import check_agrees, check_same_model
 from vlm_jax.hf.maps import Rule
@@ -145,7 +143,8 @@ def _write_tokenizer(out: Path, companions: Companions, image: bool) -> tuple[di
         return {}, 0
     from transformers import AutoTokenizer  # seconds to import
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(companions.tokenizer, local_files_only=True)
+    place = local_copy(companions.tokenizer, ("*.json", "*.txt", "*.model", "*.jinja"))
+    tokenizer: Any = AutoTokenizer.from_pretrained(place, local_files_only=True)
     if image:
         tokenizer.add_tokens([written.IMAGE_TOKEN], special_tokens=True)
     if companions.chat_template is not None:
@@ -232,9 +231,9 @@ def onto_base(out: Path, base: Path, params: Tree, config: VLMConfig) -> None:
             save_file({n: make(n) for n in wanted}, partial / file.name, metadata={"format": "pt"})
         for path in sorted(base.iterdir()):
             if path.is_file() and not any(path.match(pattern) for pattern in directory.WEIGHTS):
-                shutil.copy(path, partial / path.name)
+                copy(path, partial / path.name)
         if (base / directory.INDEX).is_file():
-            shutil.copy(base / directory.INDEX, partial / directory.INDEX)
+            copy(base / directory.INDEX, partial / directory.INDEX)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -127,10 +127,25 @@ def _writers(layout: str, sizes: tuple, sharding: NamedSharding, dtype: Any) -> 
 
 def _place(directory: Directory, rule: Rule, name: str, sharding: NamedSharding) -> jax.Array:
     """A tensor in its stored layout, sharded so that each device holds what its shard of the parameter is made from."""
-    tensor = directory.read(name, rule.rows and rule.rows[:2])
+    whole = directory.tensors[name].shape
+    first, last = rule.rows[:2] if rule.rows else (0, whole[0] if whole else 1)
     spec = PartitionSpec(*rule.stored_axes(tuple(sharding.spec)))
     stored = NamedSharding(sharding.mesh, spec)
-    return jax.make_array_from_callback(tensor.shape, stored, lambda index: tensor[index])
+    shape = (last - first, *whole[1:]) if whole else ()
+    if not shape:
+        tensor = directory.read(name)
+        return jax.make_array_from_callback(shape, stored, lambda index: tensor[index])
+    # This process's devices hold these rows; the others are not read.
+    parts = stored.addressable_devices_indices_map(shape).values()
+    held = [index[0].indices(shape[0])[:2] for index in parts if index is not None]
+    low, high = min(a for a, _ in held), max(b for _, b in held)
+    tensor = directory.read(name, (first + low, first + high))
+
+    def part(index: Any) -> np.ndarray:  # a slice per axis
+        start, end, _ = index[0].indices(shape[0])
+        return tensor[(slice(start - low, end - low), *index[1:])]
+
+    return jax.make_array_from_callback(shape, stored, part)
 
 
 def _one_layer(sharding: NamedSharding) -> NamedSharding:

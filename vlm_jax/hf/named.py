@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 from vlm_jax import compressors
+from vlm_jax.files import to_path
 from vlm_jax.hf.describe import describe
 from vlm_jax.hf.settings import feature_layer
 from vlm_jax.settings import presets
@@ -34,12 +34,12 @@ def lm(preset: str, **overrides: Any) -> LMConfig:
 
 
 def _is_directory(preset: str, table: Mapping[str, Any]) -> bool:
-    return bool(preset) and preset not in table and Path(preset).is_dir()
+    return bool(preset) and preset not in table and to_path(preset).is_dir()
 
 
 def _described(cls: type, kind: str, directory: str) -> dict[str, Any]:
     """The fields that a model directory's config.json gives."""
-    found = describe(Path(directory))
+    found = describe(to_path(directory))
     config = found.vit if cls is ViTConfig else found.lm
     if config is None and cls is ViTConfig and found.encoder:
         config = vit(presets.HUB.get(found.encoder, found.encoder))

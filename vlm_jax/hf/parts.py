@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import Path
 
 import numpy as np
 
 from vlm_jax.compressors import COMPRESSORS
+from vlm_jax.files import Path
 from vlm_jax.hf import directory, io, maps
 from vlm_jax.hf.directory import Directory, Names
 from vlm_jax.hf.io import Sources, Tree

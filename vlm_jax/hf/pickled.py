@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 import zipfile
-from pathlib import Path
 from typing import Any
 
-from vlm_jax.files import whole_folder, write_whole
+from vlm_jax.files import Path, copy, whole_folder, write_whole
 from vlm_jax.hf import directory
 from vlm_jax.settings.checks import ConfigError
 
@@ -45,7 +43,7 @@ def unpickle(given: Path, out: Path) -> None:
         for path in given.iterdir():
             weights = any(path.match(pattern) for pattern in directory.WEIGHTS)
             if path.is_file() and not weights and path.name != PICKLED_INDEX:
-                shutil.copy(path, partial / path.name)
+                copy(path, partial / path.name)
     behind = sorted(path.name for path in pickles - set(files))
     log.info(
         "%s: %d files of weights%s", out, len(files), f"; left behind: {', '.join(behind)}" if behind else ""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from vlm_jax.files import Path
 from vlm_jax.hf.directory import read_json, say_once, short
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.presets import CLIP, SIGLIP

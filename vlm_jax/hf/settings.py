@@ -13,9 +13,9 @@ import copy
 import dataclasses
 import re
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
+from vlm_jax.files import Path
 from vlm_jax.hf.directory import short
 from vlm_jax.hf.pixels import preprocessing
 from vlm_jax.settings.checks import ConfigError

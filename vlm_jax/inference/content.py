@@ -11,13 +11,14 @@ import functools
 import hashlib
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from vlm_jax import files
 from vlm_jax.data import records
 from vlm_jax.data.rows import CachedFeatures
+from vlm_jax.files import Path, to_path
 from vlm_jax.settings.checks import ConfigError
+from vlm_jax.storage import frozen
 from vlm_jax.storage import run as experiment
 
 WHOLE = 16 * 2**20  # bytes up to which a file is hashed completely: every image, small weights
@@ -39,16 +40,18 @@ def of_run(workdir: str) -> dict[str, str]:
     Orbax gives the files of each save random names, which are hashed too: a run that was trained again differs even if
     all sampled blocks are equal. Raises ConfigError for a damaged run.
     """
-    folder = Path(workdir)
+    folder = to_path(workdir)
     state = folder / "checkpoints" / str(experiment.last_step(workdir)) / "state"
     saved = sorted(path for path in state.rglob("*") if path.is_file())
     if not saved:
         raise ConfigError(f"{str(state)!r} holds no file; the checkpoint is damaged.")
     settings = files.read_json(folder / "config.json")
     worded = {name: value for name, value in settings["data"].items() if name not in PATHS}
-    place = Path(settings["data"]["tokenizer"])
+    place = to_path(settings["data"]["tokenizer"])
     words = sorted({path for pattern in TOKENIZER for path in place.glob(pattern)})
-    weights = (part for path in saved for part in (str(path.relative_to(state)), _file(path)))
+    weights = [part for path in saved for part in (str(path.relative_to(state)), _file(path))]
+    # What the checkpoint leaves out, by its content.
+    weights += [repr((name, leaf.sum)) for name, leaf in sorted(frozen.read(workdir).items())]
     prompts = (part for path in words for part in (path.name, _file(path)))
     return {
         "weights": _digest(weights),
@@ -80,10 +83,9 @@ def _picture(image: records.ImageSource, root: str, features: CachedFeatures | N
         row = features.rows.get(image) if isinstance(image, str) else None
         return "absent" if row is None else _features(features, row)
     if isinstance(image, str):
-        path = Path(root, image)
+        path = to_path(os.path.join(root, image))
         try:
-            stat = path.stat()
-            return _image_file(path, stat.st_mtime_ns, stat.st_size)
+            return _image_file(path, *files.stamp(path))
         except (OSError, ValueError):  # missing, a folder, or not a valid file name
             return "absent"
     return _digest([image if isinstance(image, bytes) else image()])
@@ -95,24 +97,24 @@ def _features(features: CachedFeatures, row: int) -> str:
 
 
 @functools.lru_cache(4096)  # several questions share one image
-def _image_file(path: Path, changed: int, size: int) -> str:
+def _image_file(path: Path, changed: str | int, size: int) -> str:
     del changed, size  # part of the cache key: a file that was rewritten is read again
     return _file(path)
 
 
 def _file(path: Path) -> str:
-    return _digest([str(path.stat().st_size), *_blocks(path)])
+    size = files.stamp(path)[1]
+    return _digest([str(size), *_blocks(path, size)])
 
 
-def _blocks(path: Path) -> Iterator[bytes]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if size <= WHOLE:
-            while block := file.read(2**20):
-                yield block
-            return
-        for i in range(SAMPLES):
-            yield os.pread(file.fileno(), BLOCK, (size - BLOCK) * i // (SAMPLES - 1))
+def _blocks(path: Path, size: int) -> Iterator[bytes]:
+    if size <= WHOLE:
+        data = files.read_bytes(path)
+        yield from (data[start : start + 2**20] for start in range(0, len(data), 2**20))
+        return
+    for i in range(SAMPLES):
+        start = (size - BLOCK) * i // (SAMPLES - 1)
+        yield files.read_span(path, start, start + BLOCK)
 
 
 def _digest(parts: Iterable[str | bytes]) -> str:

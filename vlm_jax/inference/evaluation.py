@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from vlm_jax import benchmarks, files
 from vlm_jax.benchmarks import predictions
 from vlm_jax.compressors import with_tokens
 from vlm_jax.data import feature_cache, tokenizer
+from vlm_jax.files import Path
 from vlm_jax.inference.settings import MODES, EvalConfig
 from vlm_jax.inference.tasks import Task, open_tasks
 from vlm_jax.laws import questions, table
@@ -144,11 +145,13 @@ def _ask(task: Task, answerer: Any) -> float | None:
     steady = [0.0, 0]  # seconds, questions
     start = last = time.perf_counter()
     before, compiled = answerer.counts, answerer.compilations
-    with Bar(task.label, len(task.unanswered), shows=answerer.writes) as bar:
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(Bar(task.label, len(task.unanswered), shows=answerer.writes))
+        lines = stack.enter_context(files.Lines(task.predictions)) if answerer.writes else None
         where = (task.image_root, task.is_chosen, task.annotations)
         for answers in answerer.answer(task.unanswered, *where):
             if answerer.writes:
-                task.keep(answers)
+                task.keep(answers, lines)
             now = time.perf_counter()
             if answerer.compilations == compiled:
                 steady = [steady[0] + now - last, steady[1] + len(answers)]
@@ -171,7 +174,7 @@ def _report(
     )  # fmt: skip
     if writes:
         line = {"questions": questions, "seconds": round(seconds, 3), **spent}
-        with (task.folder / "speed.jsonl").open("a", encoding="utf-8") as file:
+        with files.Lines(task.folder / "speed.jsonl") as file:
             file.write(json.dumps(line) + "\n")
 
 

@@ -7,7 +7,6 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from numpy.lib.format import open_memmap
 
 from vlm_jax import files, sharding
 from vlm_jax.data import feature_cache, feature_images
+from vlm_jax.files import Path, to_path
 from vlm_jax.models.vit import Features
 from vlm_jax.models.vlm import VLM
 from vlm_jax.settings.checks import ConfigError
@@ -60,7 +60,7 @@ def cache(exp: Experiment, folder: Path) -> None:
         rows = _write_tables(exp, params, paths, mesh, partial)
         files.write_whole(partial / "index.json", json.dumps(rows))
         taps, found = weights.taps_of(exp.model), weights.fingerprint(params["vit"])
-        source = str(Path(exp.init.sources["vit"]).absolute())
+        source = str(to_path(exp.init.sources["vit"]).absolute())
         feature_cache.write_made(partial, exp.model, exp.data, taps, found, source)
 
 

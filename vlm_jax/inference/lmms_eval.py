@@ -13,13 +13,13 @@ import io
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmms_eval.api.model import lmms  # pyrefly: ignore[missing-import]
 from PIL import Image
 
 from vlm_jax.data import images, sources
+from vlm_jax.files import Path, to_path
 from vlm_jax.inference.settings import EvalConfig
 from vlm_jax.progress import Bar
 from vlm_jax.settings.checks import ConfigError
@@ -104,7 +104,7 @@ class VLMJax(lmms):
         """
         texts: dict[str, str] = {}
         with tempfile.TemporaryDirectory(prefix="vlm_jax_lmms_eval_") as folder:
-            questions = self._questions(requests, Path(folder))
+            questions = self._questions(requests, to_path(folder))
             with Bar("vlm_jax", len(questions)) as bar:
                 for sampling in dict.fromkeys(q.sampling for q in questions):
                     rows = [q.row for q in questions if q.sampling == sampling]

@@ -8,7 +8,6 @@ import functools
 import io
 import os
 from collections.abc import Generator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +17,7 @@ from vlm_jax.data.chat import Chat, Unit
 from vlm_jax.data.images import to_rgb
 from vlm_jax.data.records import IMAGE, BadRecord, Record, parse
 from vlm_jax.data.rows import Batch, make_chat, make_pixels
-from vlm_jax.files import ImageSource
+from vlm_jax.files import ImageSource, to_path
 from vlm_jax.inference.slots import at_least, ladder, rounded
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.model import ViTConfig
@@ -172,7 +171,7 @@ def encoded(image: Picture) -> ImageSource:
     """
     if isinstance(image, (str, os.PathLike)):
         text = os.fspath(image)
-        return text if text.startswith("data:") or "://" in text else str(Path(text).absolute())
+        return text if text.startswith("data:") or "://" in text else str(to_path(text).absolute())
     if isinstance(image, (bytes, bytearray)):
         return bytes(image)
     if isinstance(image, np.ndarray):

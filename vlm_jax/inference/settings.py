@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from vlm_jax import benchmarks
 from vlm_jax.data.templates import QUERIES
+from vlm_jax.files import to_path
 from vlm_jax.settings.checks import ConfigError, build, check_choice, check_positive
 from vlm_jax.settings.run import check_texts
 
@@ -89,5 +89,5 @@ class EvalConfig:
         """The folder that image paths of a benchmark start from."""
         if self.image_roots and self.image_roots[number]:
             return self.image_roots[number]
-        place = Path(self.annotations[number])
+        place = to_path(self.annotations[number])
         return str(place if place.is_dir() else place.parent)

@@ -7,7 +7,6 @@ import functools
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from vlm_jax import benchmarks, files
@@ -15,6 +14,7 @@ from vlm_jax.benchmarks import predictions
 from vlm_jax.benchmarks.predictions import Answer
 from vlm_jax.data import sources
 from vlm_jax.data.rows import CachedFeatures
+from vlm_jax.files import Path, to_path
 from vlm_jax.inference import content
 from vlm_jax.inference.settings import MODES, EvalConfig
 from vlm_jax.settings.checks import ConfigError
@@ -60,8 +60,11 @@ class Task:
     def _by_id(self) -> dict[str, dict[str, Any]]:
         return {row["id"]: row for row in self.unanswered}
 
-    def keep(self, answers: list[Answer]) -> None:
-        """Appends answers to predictions.jsonl, each with the fingerprint of its question, and the question if asked for."""
+    def keep(self, answers: list[Answer], lines: files.Lines | None = None) -> None:
+        """Appends answers to predictions.jsonl, each with the fingerprint of its question, and the question if asked for.
+
+        lines: the open file, where many calls follow each other.
+        """
         beside: dict[str, dict[str, Any]] = {}
         for i, _ in answers:
             row = self._by_id[i]
@@ -69,7 +72,7 @@ class Task:
             if self.with_questions:
                 said = row["conversations"][-1]["value"]
                 beside[i] |= {"question": said, "gold": row["answer"]}
-        predictions.append(self.predictions, answers, beside)
+        predictions.append(lines or self.predictions, answers, beside)
 
 
 def open_tasks(settings: EvalConfig, workdir: Path) -> list[Task]:
@@ -129,9 +132,9 @@ def _open(
 def _describe(path: Path, made_with: Mapping[str, Any], checkpoint: str, annotations: str) -> None:
     """Writes run.json. The paths in it are for people; they are not compared."""
     places = {
-        "checkpoint": str(Path(checkpoint).absolute()),
+        "checkpoint": str(to_path(checkpoint).absolute()),
         "step": experiment.last_step(checkpoint),
-        "annotations": str(Path(annotations).absolute()),
+        "annotations": str(to_path(annotations).absolute()),
     }
     files.write_whole(path, json.dumps({**places, **made_with}, indent=1) + "\n")
 

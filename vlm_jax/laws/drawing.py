@@ -5,11 +5,11 @@ PNG and SVG, colour-blind safe. `figures.py` draws the pictures themselves.
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 import os
 from collections.abc import Container, Mapping, Sequence
-from pathlib import Path
 from typing import Literal
 
 import matplotlib
@@ -29,6 +29,7 @@ from matplotlib.ticker import (
 )
 
 from vlm_jax.costs.price import Number
+from vlm_jax.files import Path, can_hold, to_path
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.presets import size_name
 
@@ -54,7 +55,10 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     with matplotlib.rc_context({"svg.hashsalt": "vlm_jax", "svg.fonttype": "none"}):
         date = {"Date": None} if path.suffix == ".svg" else {"Software": None}
         try:
-            figure.savefig(path, dpi=150, metadata=date, bbox_inches="tight")
+            data = io.BytesIO()
+            form = path.suffix.removeprefix(".")
+            figure.savefig(data, format=form, dpi=150, metadata=date, bbox_inches="tight")
+            path.write_bytes(data.getvalue())
         except OSError as error:
             raise ConfigError(f"plot: {path} cannot be written: {error.strerror}.") from error
     return path
@@ -62,17 +66,17 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
 
 def check_path(path: str | os.PathLike[str]) -> Path:
     """Where a figure can be written. Raises ConfigError for another suffix than .png or .svg, or no such folder."""
-    path = Path(path)
+    path = to_path(path)
     if path.suffix not in (".png", ".svg"):
         raise ConfigError(f"plot: {path.name} must end in .png or .svg.")
-    if not path.parent.is_dir():
+    if not can_hold(path.parent):
         raise ConfigError(f"plot: the folder {str(path.parent)!r} does not exist; make it first.")
     return path
 
 
 def save_both(figure: Figure, folder: str | os.PathLike[str], name: str) -> dict[str, Path]:
     """NAME.png and NAME.svg in `folder`."""
-    return {kind: save(figure, Path(folder) / f"{name}.{kind}") for kind in ("png", "svg")}
+    return {kind: save(figure, to_path(folder) / f"{name}.{kind}") for kind in ("png", "svg")}
 
 
 def canvas(size: tuple[float, float] = (7.6, 4.6)) -> tuple[Figure, Axes]:

@@ -8,11 +8,11 @@ import math
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from vlm_jax.files import can_hold, to_path
 from vlm_jax.laws import law as law_file
 from vlm_jax.laws import questions, table, words
 from vlm_jax.laws.fitting import LOSSES, WEIGHTS, fit_family, fit_table
@@ -93,7 +93,7 @@ def run(argv: Sequence[str]) -> None:
     one = args.family
     fits = {one: fit_family(rows, one, **options)} if one else fit_table(rows, **options)
     if args.out:
-        if not Path(args.out).resolve().parent.is_dir():
+        if not can_hold(to_path(args.out).resolve().parent):
             raise ConfigError(f"{args.out}: its folder does not exist; make it first.")
         law_file.save(args.out, fits, made_by)
     if args.json:

@@ -6,13 +6,13 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from vlm_jax import files
+from vlm_jax.files import to_path
 from vlm_jax.laws.least_squares import BILLION, Law, power_law
 from vlm_jax.laws.table import Row
 from vlm_jax.settings.checks import ConfigError
@@ -155,7 +155,7 @@ def as_dict(fits: Mapping[str, Fit], made_by: Mapping[str, Any]) -> dict[str, An
 
 def load(path: str | os.PathLike[str]) -> dict[str, Fit]:
     """Reads law.json; raises ConfigError on a file that is not one."""
-    path, again = Path(path), "make it again with python -m vlm_jax.laws.fit."
+    path, again = to_path(path), "make it again with python -m vlm_jax.laws.fit."
     if not path.is_file():
         raise ConfigError(
             f"{path}: no such file; make it with python -m vlm_jax.laws.fit errors.csv --out {path.name}."

@@ -8,10 +8,10 @@ import re
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from vlm_jax.files import to_path
 from vlm_jax.laws import drawing, figures, fitting, table
 from vlm_jax.laws import law as law_file
 from vlm_jax.laws.law import Fit, rows_of
@@ -120,7 +120,7 @@ def run(argv: Sequence[str]) -> None:
     if not fits:
         raise ConfigError(f"plot: nothing to draw: {left_out[0]}")
     rows = _as_fitted(rows, fits)
-    folder = Path(args.out)
+    folder = to_path(args.out)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"plot: --out {args.out} is a file; give a folder.")
     try:

@@ -16,13 +16,13 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import stdtrit
 
 from vlm_jax import files
+from vlm_jax.files import Path, to_path
 from vlm_jax.laws.law import CONSTANTS, Interval
 from vlm_jax.laws.least_squares import Cells, solve
 from vlm_jax.laws.table import Row
@@ -34,7 +34,7 @@ Without = Mapping[tuple, Sequence[float | None]]  # a row's key -> its error wit
 
 def append(path: str | os.PathLike[str], found: Without) -> None:
     """Adds the lines of rows to a file that may not exist yet; a row that is there already is replaced."""
-    merged = {**(read([path]) if Path(path).is_file() else {}), **found}
+    merged = {**(read([path]) if to_path(path).is_file() else {}), **found}
     lines = [
         json.dumps(dict(zip(KEY, key, strict=True)) | {"without": list(errors)})
         for key, errors in merged.items()

@@ -9,10 +9,10 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from vlm_jax import files
+from vlm_jax.files import Path
 from vlm_jax.laws import choice, drawing, figures, planning, words
 from vlm_jax.laws.choice import Plan
 from vlm_jax.laws.law import Fit

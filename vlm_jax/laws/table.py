@@ -13,13 +13,13 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vlm_jax import files
 from vlm_jax.costs.price import Number
+from vlm_jax.files import Path, to_path
 from vlm_jax.settings import addresses, presets
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.model import LMConfig
@@ -96,8 +96,8 @@ def read(path: str | os.PathLike[str]) -> list[Row]:
 
     Cells are divided by commas, or by the semicolons or tabs that divide the header. Empty lines do not count.
     """
-    addresses.check_local("table", os.fspath(path))
-    path = Path(path)
+    addresses.check_usable("table", os.fspath(path))
+    path = to_path(path)
     if not path.is_file():
         raise ConfigError(
             f"{path}: no such file; give a CSV with the columns {', '.join(REQUIRED)}."
@@ -255,7 +255,7 @@ def append(path: str | os.PathLike[str], rows: Iterable[Row]) -> list[Row]:
 
     Calling it twice with the same rows leaves the same file. Returns the whole table.
     """
-    merged = {row.key: row for row in read(path)} if Path(path).is_file() else {}
+    merged = {row.key: row for row in read(path)} if to_path(path).is_file() else {}
     merged.update((row.key, row) for row in rows)
     write(path, merged.values())
     return list(merged.values())

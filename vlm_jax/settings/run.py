@@ -185,6 +185,7 @@ class TrainConfig:
         100  # seconds without a heartbeat of another process after which the run ends
     )
     random_frozen: bool = False  # whether a frozen part may keep its random initial parameters
+    save_frozen: bool = False  # whether checkpoints hold what is frozen and lies elsewhere as well
     micro_batches: int = 1  # parts of a batch whose gradients are computed in turn and added
     loss_chunk: int = 0  # positions per row whose logits are in memory at once; 0 = all
     validation: tuple[str, ...] = ()  # annotation files of held-out records

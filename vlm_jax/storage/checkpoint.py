@@ -9,9 +9,9 @@ import contextlib
 import errno
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Generator
-from pathlib import Path
 from typing import Any
 
 import grain
@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 
 from vlm_jax import files
+from vlm_jax.files import Path, to_path
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.storage import checksums
 
@@ -34,12 +35,12 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, keep: int):
-        self._folder = Path(workdir).absolute() / "checkpoints"
+        self._folder = to_path(workdir).absolute() / "checkpoints"
         self._last = 0  # the step of the most recent save
         with files.writing(self._folder):
             self._folder.mkdir(exist_ok=True)
         self._manager = ocp.CheckpointManager(
-            self._folder,
+            os.fspath(self._folder),
             item_names=("state", "iterator", "sums"),
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
         )
@@ -153,12 +154,29 @@ def _unraisable(hook: Callable[[Any], Any], what: Any) -> None:
 def save_params(workdir: str | Path, params: Tree, step: int = 0) -> None:
     """Saves parameters alone, in place of those that `workdir` held; no run can resume from them. step: 0 where they are of no run."""
     options = ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True)
-    folder = Path(workdir).absolute() / "checkpoints"
+    folder = to_path(workdir).absolute() / "checkpoints"
     with ocp.CheckpointManager(
-        folder, item_names=("state", "iterator"), options=options
+        os.fspath(folder), item_names=("state", "iterator"), options=options
     ) as manager:
         state = ocp.args.StandardSave({"params": params})
         manager.save(step, args=ocp.args.Composite(state=state))
+
+
+def saved_names(workdir: str | Path, step: int | None = None) -> set[str]:
+    """The paths of the parameters in a checkpoint, the newest one by default; none without a checkpoint."""
+    folder = to_path(workdir).absolute() / "checkpoints"
+    if not folder.is_dir():
+        return set()
+    with ocp.CheckpointManager(
+        os.fspath(folder),
+        item_handlers={"state": ocp.PyTreeCheckpointHandler()},
+        options=ocp.CheckpointManagerOptions(create=False, read_only=True),
+    ) as manager:
+        step = manager.latest_step() if step is None else step
+        if step is None:
+            return set()
+        with _reading(manager, folder, step, "use"):
+            return set(flatten_dict(manager.item_metadata(step)["state"].tree["params"], sep="/"))
 
 
 def load_params(workdir: str | Path, abstract: Tree) -> Tree:
@@ -168,7 +186,7 @@ def load_params(workdir: str | Path, abstract: Tree) -> Tree:
 
     Raises ConfigError when there is no checkpoint, or for the first parameter that is missing or has another shape.
     """
-    folder = Path(workdir).absolute() / "checkpoints"
+    folder = to_path(workdir).absolute() / "checkpoints"
     item = {"params": abstract}
     arguments = ocp.args.PyTreeRestore(
         item=item,
@@ -185,7 +203,7 @@ def load_params(workdir: str | Path, abstract: Tree) -> Tree:
         "sums": ocp.JsonCheckpointHandler(),
     }
     with ocp.CheckpointManager(
-        folder,
+        os.fspath(folder),
         item_handlers=handlers,
         options=ocp.CheckpointManagerOptions(create=False, read_only=True),
     ) as manager:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
+from vlm_jax.files import to_path
 from vlm_jax.hf import named
 from vlm_jax.hf.describe import FREE
 from vlm_jax.settings.checks import ConfigError, build
@@ -133,7 +133,7 @@ def _check(source: str, field: str, theirs: Any, ours: Any, origin: str = "now")
 
 def same_tokenizer(first: str, second: str) -> bool:
     """Whether two directories hold the same vocabulary. True if one of them no longer exists and cannot be compared."""
-    folders = Path(first), Path(second)
+    folders = to_path(first), to_path(second)
     if first == second or not all(folder.is_dir() for folder in folders):
         return True
     contents = [

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from vlm_jax import compressors
 from vlm_jax.data import tokenizer
+from vlm_jax.files import Path, to_path
 from vlm_jax.hf import directory, named
 from vlm_jax.hf.describe import Described, describe
 from vlm_jax.hf.settings import feature_layer, preprocessing
@@ -59,15 +59,15 @@ def from_directory(
 
     Raises ConfigError when it does not hold a whole model, naming what is missing.
     """
-    found = describe(Path(where))
-    sources = directory_sources(Path(where), found, vit)
+    found = describe(to_path(where))
+    sources = directory_sources(to_path(where), found, vit)
     missing = [part for part in ("lm", "projector", "vit") if part not in sources]
     if missing and not (missing == ["projector"] and _needs_no_projector(found)):
         raise ConfigError(
             f"{where!r} holds no {' and no '.join(missing)}, so it is no whole model; give the parts: "
             "load(lm=DIR, vit=DIR, compressor=RUN)."
         )
-    return _opened(where, sources, directory_config(Path(where), found, sources, vit, template, param_dtype))  # fmt: skip
+    return _opened(where, sources, directory_config(to_path(where), found, sources, vit, template, param_dtype))  # fmt: skip
 
 
 def from_parts(
@@ -88,15 +88,15 @@ def from_parts(
                 f"{compressor!r} was trained with adapters in its decoder, which {lm!r} does not hold; leave lm out."
             )
         return _loading(compressor, run.model, run.data, sources)
-    found = describe(Path(compressor))
+    found = describe(to_path(compressor))
     if not lm or not vit:
         raise ConfigError(
             "load: give lm and vit too, or a training run as compressor, which holds them."
         )
-    told = describe(Path(lm))
+    told = describe(to_path(lm))
     whole = found._replace(lm=told.lm)
-    sources = directory_sources(Path(compressor), whole, vit) | {"lm": lm, "vit": vit}
-    config = directory_config(Path(lm), whole, sources, vit, template, param_dtype)
+    sources = directory_sources(to_path(compressor), whole, vit) | {"lm": lm, "vit": vit}
+    config = directory_config(to_path(lm), whole, sources, vit, template, param_dtype)
     return _opened(compressor, sources, config)
 
 
@@ -168,7 +168,7 @@ def directory_config(
     if "vit" in sources:
         encoder = named.vit(presets_of["vit"])
         family = "clip_vision_model" if encoder.cls_token else "siglip_vision_model"
-        pixels = preprocessing(Path(presets_of["vit"]), encoder.image_px, family)
+        pixels = preprocessing(to_path(presets_of["vit"]), encoder.image_px, family)
         c.data.image_mode = "pad" if found.padded else pixels["image_mode"]
     if tokenizer.is_there(str(given)):
         c.data.tokenizer = str(given)

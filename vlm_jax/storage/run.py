@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from vlm_jax import compressors, files
+from vlm_jax.files import Path, to_path
 from vlm_jax.hf import named
 from vlm_jax.settings import addresses
 from vlm_jax.settings.checks import ConfigError, build
@@ -83,13 +82,11 @@ def has_adapters(workdir: str, lm: LMConfig) -> bool:
 
 
 def open_workdir(workdir: str) -> Path:
-    """The absolute path of `workdir`, which is created if it is missing. Raises ConfigError when it cannot be written."""
-    addresses.check_local("--workdir", workdir)
-    path = Path(workdir).absolute()
+    """The absolute path of `workdir`, made if it is missing. Raises ConfigError when nothing can be written there."""
+    addresses.check_usable("--workdir", workdir)
+    path = to_path(workdir).absolute()
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        files.check_writable(path)
     except OSError as error:
         raise ConfigError(
             f"--workdir: cannot write to {workdir!r} ({error.strerror}); choose another directory."
@@ -99,13 +96,14 @@ def open_workdir(workdir: str) -> Path:
 
 def last_step(workdir: str | Path) -> int | None:
     """The step of the newest finished checkpoint of a training workdir; None without one."""
-    folder = Path(workdir) / "checkpoints"
-    steps = (
-        [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()]
-        if folder.is_dir()
-        else []
-    )
-    return max(steps, default=None)
+    folder = to_path(workdir) / "checkpoints"
+    found = folder.iterdir() if folder.is_dir() else ()
+    steps = sorted((int(entry.name) for entry in found if entry.name.isdigit()), reverse=True)
+    if isinstance(
+        folder, files.BucketPath
+    ):  # nothing is renamed there: orbax writes this when all else is written
+        return next((n for n in steps if (folder / str(n) / "commit_success.txt").exists()), None)
+    return steps[0] if steps else None
 
 
 def write(experiment: Experiment, workdir: Path) -> None:
@@ -140,8 +138,8 @@ def _write_json(content: Mapping[str, Any], path: Path) -> None:
 
 def read(workdir: str | Path) -> Experiment:
     """The settings of a run, from its `config.json`. Raises ConfigError when there is none or it is damaged."""
-    addresses.check_local("workdir of a run", str(workdir))
-    path = Path(workdir) / "config.json"
+    addresses.check_usable("workdir of a run", str(workdir))
+    path = to_path(workdir) / "config.json"
     if not path.is_file():
         raise ConfigError(f"{str(path)!r} does not exist; give the workdir of a training run.")
     saved = files.read_json(path)

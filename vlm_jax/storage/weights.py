@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from jaxtyping import Array, UInt32
 
@@ -21,8 +22,9 @@ from vlm_jax.models import adapters
 from vlm_jax.models.vlm import shapes
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.model import VLMConfig
+from vlm_jax.storage import frozen
 from vlm_jax.storage import run as experiment
-from vlm_jax.storage.checkpoint import load_params
+from vlm_jax.storage.checkpoint import load_params, saved_names
 
 Tree = dict[str, Any]
 
@@ -39,7 +41,41 @@ def load(source: str, config: VLMConfig, wanted: Tree) -> Tree:
     """
     if directory.is_model(source):
         return load_parts(source, config, wanted)
-    return load_params(source, wanted)
+    elsewhere = frozen.read(source)
+    leaves = flatten_dict(wanted, sep="/")
+    left_out = {name: leaf for name, leaf in elsewhere.items() if name in leaves}
+    if left_out:  # unless the checkpoint holds them all the same, as after train.save_frozen
+        held = saved_names(source)
+        left_out = {name: leaf for name, leaf in left_out.items() if name not in held}
+    own = {name: leaf for name, leaf in leaves.items() if name not in left_out}
+    loaded = load_params(source, unflatten_dict(own, sep="/")) if own or not left_out else {}
+    others = load_frozen(source, config, wanted, left_out)
+    both = flatten_dict(loaded, sep="/") | flatten_dict(others, sep="/")
+    return unflatten_dict(both, sep="/")
+
+
+def load_frozen(
+    workdir: str, config: VLMConfig, wanted: Tree, left_out: Mapping[str, frozen.Leaf]
+) -> Tree:
+    """The parameters of `wanted` that the checkpoints of a run leave out, from where they are.
+
+    Raises ConfigError when a source is gone or holds other parameters now.
+    """
+    leaves: dict[str, Any] = dict(flatten_dict(wanted, sep="/"))
+    found: Tree = {}
+    for source, names in frozen.places(workdir, left_out).items():
+        asked = {name: leaves[name] for name in names}
+        if directory.is_model(source):  # gives whole parts
+            mesh = next(iter(asked.values())).sharding.mesh
+            whole = adapters.without(abstract(config, mesh))
+            parts = {name.split("/")[0] for name in names}
+            every = flatten_dict({part: whole[part] for part in parts}, sep="/")
+            asked = {**every, **asked}
+        loaded = load(source, config, unflatten_dict(asked, sep="/"))
+        found |= {n: x for n, x in flatten_dict(loaded, sep="/").items() if n in names}
+    tree = unflatten_dict(found, sep="/")
+    frozen.check(workdir, left_out, tree)
+    return tree
 
 
 def load_by_part(sources: Mapping[str, str], config: VLMConfig, wanted: Tree) -> Tree:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from vlm_jax.benchmarks import tables
+from vlm_jax.files import Path
 from vlm_jax.laws import drawing, figures, report, words
 from vlm_jax.laws.law import Fit
 from vlm_jax.laws.report import Block, Picture

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from vlm_jax import benchmarks
 from vlm_jax.data import sources, tokenizer
+from vlm_jax.files import Path, to_path
 from vlm_jax.hf.directory import is_model
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import Experiment
@@ -71,7 +71,7 @@ def _inputs(exp: Experiment, where: Folders) -> Iterator[Callable[[], None]]:
     data = exp.data
 
     def is_made(path: str) -> bool:
-        return Path(path).is_relative_to(where.root)
+        return to_path(path).is_relative_to(where.root)
 
     for path in filter(lambda path: not is_made(path), data.annotations):
         yield lambda path=path: sources.check_exists("annotations", path, RECORDS)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from vlm_jax import benchmarks, files
+from vlm_jax.files import Path, to_path
 from vlm_jax.laws import fitting, law, report, table
 from vlm_jax.laws.report import Picture
 from vlm_jax.laws.table import spell_pair
@@ -125,7 +125,7 @@ def looks(cfg: ConfigDict, root: Path) -> list[Picture]:
     found = []
     for number, question in enumerate(list(answers.values())[:2], 1):
         file = f"looks_{training.compressor}_{number}.png"
-        show(c, str(Path(where.path(one.annotations)) / image), question, str(root / file))
+        show(c, str(to_path(where.path(one.annotations)) / image), question, str(root / file))
         pair = spell_pair(plan.label(training.lm), training.visual_tokens[0])
         found.append(Picture(file, f"{training.compressor}, {pair}, asked to {question!r}"))
     return found

@@ -12,7 +12,6 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -21,6 +20,7 @@ from vlm_jax.costs import training as costs
 from vlm_jax.costs.chips import CHIPS, GIB, Chip
 from vlm_jax.costs.training import Ways
 from vlm_jax.data import sources
+from vlm_jax.files import Path, to_path
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import Experiment
 from vlm_jax.storage import run as experiment
@@ -129,7 +129,7 @@ def _entry(stage: Stage, who: str, exp: Experiment, on: Machine | None, folder: 
 def _steps_of_epochs(stage: Stage, exp: Experiment) -> int:
     records = stage.records
     if not records:
-        missing = [path for path in exp.data.annotations if not Path(path).exists()]
+        missing = [path for path in exp.data.annotations if not to_path(path).exists()]
         if missing:
             raise ConfigError(
                 f"sweep.stages.{stage.name}: counts epochs, but records is 0 and {missing[0]!r} is not there to be counted; "
@@ -213,7 +213,7 @@ def report(
     cfg: ConfigDict, workdir: str, on: Machine | None, chip_hour_dollars: float | None
 ) -> str:
     """The table of all trainings, their total, and what it assumes."""
-    root = Path(workdir).absolute() if workdir else Path("sweep")
+    root = to_path(workdir).absolute() if workdir else to_path("sweep")
     found = entries(cfg, root, on)
     lines = _table(found, on, chip_hour_dollars)
     lines += ["", *_totals(found, on, chip_hour_dollars)]

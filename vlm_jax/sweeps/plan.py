@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from vlm_jax import benchmarks, compressors
+from vlm_jax.files import Path, to_path
+from vlm_jax.settings.addresses import scheme
 from vlm_jax.settings.checks import ConfigError, build, check_choice, check_positive
 
 PER = ("seed", "lm", "cell")  # what a stage is trained once for
@@ -168,18 +170,18 @@ class Folders:
         return self.root / "logs" / f"{part}.txt"
 
     def path(self, given: str) -> str:
-        """A path of the config; an absolute one and "" stay."""
-        return str(self.inputs / given) if given else ""
+        """A path of the config; an absolute one, one of a bucket and "" stay."""
+        return os.path.join(self.inputs, given) if given and not scheme(given) else given
 
 
 def folders(cfg: ConfigDict, root: Path, seed: int) -> Folders:
     own = root / f"seed{seed}"
-    return Folders(own, own / "data" if cfg.sweep.prepare else Path(cfg.sweep.inputs))
+    return Folders(own, own / "data" if cfg.sweep.prepare else to_path(cfg.sweep.inputs))
 
 
 def label(lm: str) -> str:
     """An LM's name in tables, parts and folders: the preset, or the last part of its directory."""
-    return Path(lm).name
+    return to_path(lm).name
 
 
 def stages(cfg: ConfigDict) -> list[Stage]:

@@ -7,13 +7,14 @@ import dataclasses
 import importlib
 import json
 import logging
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from vlm_jax import files, parts
+from vlm_jax.files import Path, to_path
 from vlm_jax.inference import evaluation
 from vlm_jax.inference.settings import EvalConfig
 from vlm_jax.laws import outliers, table
@@ -43,7 +44,7 @@ def sweep(cfg: ConfigDict, workdir: str, made_by: str) -> Path:
 
     Raises ConfigError, before the first training, with all mistakes of the config and its inputs.
     """
-    todo = checks.check(cfg, Path(workdir).absolute())
+    todo = checks.check(cfg, to_path(workdir).absolute())
     root = experiment.open_workdir(workdir)
     clock = Clock(root / "timing.json", sorted(root.glob("timing.*.json")))
     processes = parts.how_many(cfg.sweep.processes, len(todo))
@@ -82,7 +83,7 @@ def sweep_part(cfg: ConfigDict, workdir: str, part: str) -> None:
     """
     todo = plan.trainings(cfg)
     mine = share_of(todo, part)
-    checks.check(cfg, Path(workdir).absolute())
+    checks.check(cfg, to_path(workdir).absolute())
     root = experiment.open_workdir(workdir)
     clock = Clock(root / f"timing.{part.replace('/', '_of_')}.json")
     todo_parts = []
@@ -188,7 +189,13 @@ def prepare(cfg: ConfigDict, seed: int, where: Folders) -> None:
             )
         return
     module, _, name = cfg.sweep.prepare.rpartition(".")
-    getattr(importlib.import_module(module), name)(where.data, seed, **settings)
+    fill = getattr(importlib.import_module(module), name)
+    if isinstance(where.data, files.BucketPath):
+        with tempfile.TemporaryDirectory() as folder:
+            fill(folder, seed, **settings)
+            files.upload(folder, where.data)
+    else:
+        fill(where.data, seed, **settings)
     files.write_whole(done, json.dumps(settings))
 
 

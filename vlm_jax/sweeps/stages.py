@@ -6,12 +6,12 @@ import copy
 import dataclasses
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from vlm_jax import compressors
+from vlm_jax.files import to_path
 from vlm_jax.hf import named
 from vlm_jax.settings import presets
 from vlm_jax.settings.checks import ConfigError
@@ -137,7 +137,7 @@ def _presets(c: ConfigDict, where: Folders) -> dict[str, str]:
     own = {}
     for part, table in (("vit", presets.VIT), ("lm", presets.LM)):
         name = c.model[part].preset
-        if name and name not in table and Path(where.path(name)).is_dir():
+        if name and name not in table and to_path(where.path(name)).is_dir():
             c.model[part].preset = own[part] = where.path(name)
     return own
 

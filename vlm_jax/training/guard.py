@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float
 
 from vlm_jax import files
+from vlm_jax.files import Path
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import TrainConfig
 

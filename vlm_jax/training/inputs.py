@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from vlm_jax.data import feature_cache, fingerprint, sources, tokenizer
+from vlm_jax.files import Path
 from vlm_jax.hf.describe import check_agrees
 from vlm_jax.hf.directory import is_model
 from vlm_jax.settings.checks import ConfigError
@@ -19,7 +19,7 @@ from vlm_jax.storage.inherit import check_part
 # Fields that may change when a run resumes: at most they change the order of a sum in the loss.
 MUTABLE = (
     "mesh.", "train.log_every", "train.save_every", "train.keep", "train.micro_batches", "train.loss_chunk",
-    "train.on_nonfinite", "train.max_skipped", "train.peer_timeout", "train.random_frozen", "data.num_workers", "model.vit.remat",
+    "train.on_nonfinite", "train.max_skipped", "train.peer_timeout", "train.random_frozen", "train.save_frozen", "data.num_workers", "model.vit.remat",
     "model.vit.sharded", "model.lm.remat", "model.lm.attention", "train.validat", "train.keep_best",
 )  # fmt: skip
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Generator
-from pathlib import Path
+from collections.abc import Callable, Collection, Generator, Mapping
 from typing import Any
 
 import jax
@@ -18,13 +17,15 @@ from vlm_jax import compressors, files, sharding
 from vlm_jax.costs import chips
 from vlm_jax.costs.flops import batch_flops
 from vlm_jax.data import fingerprint, pipeline, tokenizer
+from vlm_jax.files import Path
 from vlm_jax.hf.directory import is_model
+from vlm_jax.models import adapters
 from vlm_jax.progress import Say, silent
 from vlm_jax.settings.checks import ConfigError, RunEnded
 from vlm_jax.settings.run import Experiment
+from vlm_jax.storage import frozen, weights
 from vlm_jax.storage import run as experiment
-from vlm_jax.storage import weights
-from vlm_jax.storage.checkpoint import Checkpoints
+from vlm_jax.storage.checkpoint import Checkpoints, saved_names
 from vlm_jax.training import guard, optim, outline, telemetry, validation
 from vlm_jax.training.interrupt import Interrupt
 from vlm_jax.training.step import (
@@ -59,8 +60,7 @@ def run(exp: Experiment, workdir: Path, say: Say = silent) -> dict[str, float]:
     p = plan(exp, sharding.mesh_of(exp), num_steps)
     check_encoder_is_frozen(p)
     with contextlib.ExitStack() as stack:
-        if first:
-            stack.enter_context(files.lock(workdir))
+        still_ours = stack.enter_context(files.lock(workdir)) if first else _nothing
         shard = sharding.data_shard(p.mesh)
         data = pipeline.train_iterator(exp.data, visual_tokens, exp.model.vit, *shard)
         iterator = stack.enter_context(_closing(data))
@@ -71,8 +71,9 @@ def run(exp: Experiment, workdir: Path, say: Say = silent) -> dict[str, float]:
         for line in _start_lines(p, visual_tokens, data.num_records, done) if first else ():
             say(line)
         if done:
-            saved = checkpoints.restore(done, to_saved(p.state), iterator)
-            state = from_saved(saved, exp.optim.trainable)
+            elsewhere = frozen.read(workdir)
+            state = resume(p, workdir, done, checkpoints, iterator, elsewhere)
+            left_out = set() if exp.train.save_frozen else set(elsewhere)
             if first and not fingerprint.is_known(workdir):
                 fingerprint.write(exp.data, workdir)
             log.info("resumed %s at step %d of %d", workdir, done, num_steps)
@@ -81,13 +82,16 @@ def run(exp: Experiment, workdir: Path, say: Say = silent) -> dict[str, float]:
                 experiment.write(exp, workdir)
                 fingerprint.write(exp.data, workdir)
             state = begin(p)
+            left_out = set() if exp.train.save_frozen else record_frozen(p, state, workdir, first)
         check_features(p, state)
         watch = guard.Guard(exp.train, workdir).notice
-        metrics = stack.enter_context(_closing(telemetry.Metrics(workdir, done, first, watch)))
+        metrics = stack.enter_context(
+            _closing(telemetry.Metrics(workdir, done, first, watch, still_ours))
+        )
         display = stack.enter_context(_closing(telemetry.Display(num_steps, done, shows=first)))
         held = validation.Validation(p, visual_tokens, workdir) if exp.train.validation else None
         try:
-            step = _loop(p, state, done, iterator, checkpoints, metrics, display, held)
+            step = _loop(p, state, done, iterator, checkpoints, metrics, display, held, left_out)
         except jax.errors.JaxRuntimeError as error:
             raise _lost(error, workdir) from error
     if step < num_steps:
@@ -100,6 +104,10 @@ def run(exp: Experiment, workdir: Path, say: Say = silent) -> dict[str, float]:
         for line in outline.end(exp, workdir, metrics.last):
             say(line)
     return dict(metrics.last)
+
+
+def _nothing() -> None:
+    """Stands for the check of the lock in processes that hold none."""
 
 
 def check_agreement(exp: Experiment) -> None:
@@ -144,14 +152,40 @@ def _start_lines(p: TrainPlan, visual_tokens: int, num_records: int, done: int) 
 def begin(p: TrainPlan) -> TrainState:
     """The state before step 1: parts that `init` names are loaded, all other parameters are random."""
     everything = optim.merge(p.state.trainable, p.state.frozen)
-    init = p.experiment.init
-    named = {
-        part: source
-        for part, source in init.sources.items()
-        if getattr(init, part)
-        or part in everything  # init.from supplies only parts that the model has
-    }
-    return fresh_state(p, weights.load_by_part(named, p.experiment.model, everything))
+    return fresh_state(p, weights.load_by_part(_named(p), p.experiment.model, everything))
+
+
+def _named(p: TrainPlan) -> dict[str, str]:
+    """Part -> where `init` says that it comes from; init.from supplies only parts that the model has."""
+    init, has = p.experiment.init, p.state.trainable.keys() | p.state.frozen.keys()
+    return {part: s for part, s in init.sources.items() if getattr(init, part) or part in has}
+
+
+def record_frozen(p: TrainPlan, state: TrainState, workdir: Path, first: bool) -> set[str]:
+    """Notes where the frozen parameters came from, and returns the paths of those that checkpoints can leave out."""
+    named = {part: source for part, source in _named(p).items() if source}
+    # Adapters are new, unless the run that supplies the decoder had the same.
+    loaded = {part: state.frozen[part] for part in named if part in state.frozen}
+    if "lm" in loaded:
+        loaded["lm"] = adapters.without(loaded["lm"])
+    return frozen.record(workdir, named, loaded, first)
+
+
+def resume(
+    p: TrainPlan,
+    workdir: Path,
+    step: int,
+    checkpoints: Checkpoints,
+    iterator: Any,
+    elsewhere: Mapping[str, frozen.Leaf],
+) -> TrainState:
+    """The state of a checkpoint, with what it leaves out from where that is. Raises ConfigError as both do."""
+    wanted = to_saved(p.state)
+    held = saved_names(workdir, step) if elsewhere else ()
+    missing = {name: leaf for name, leaf in elsewhere.items() if name not in held}
+    saved = checkpoints.restore(step, frozen.leave_out(wanted, missing), iterator)
+    others = weights.load_frozen(str(workdir), p.experiment.model, wanted["params"], missing)
+    return from_saved(frozen.put_in(saved, others), p.experiment.optim.trainable)
 
 
 def _lost(error: jax.errors.JaxRuntimeError, workdir: Path) -> Exception:
@@ -191,6 +225,7 @@ def _loop(
     metrics: telemetry.Metrics,
     display: telemetry.Display,
     held: validation.Validation | None = None,
+    left_out: Collection[str] = (),
 ) -> int:
     """Runs the remaining steps and returns the last one taken: the final step, or an earlier one after a request to stop.
 
@@ -224,7 +259,7 @@ def _loop(
                 # The metrics come before the checkpoint, so that a resumed metrics.jsonl has no gap and the guard can stop the
                 # run before it saves a state whose loss was not finite.
                 metrics.flush(step)
-                checkpoints.save(step, to_saved(state), iterator)
+                checkpoints.save(step, frozen.leave_out(to_saved(state), left_out), iterator)
 
             # Every log_every steps: metrics and speed.
             if step == done + 1:

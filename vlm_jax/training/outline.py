@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlm_jax import files
+from vlm_jax.files import Path
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.model import LORA
 from vlm_jax.settings.presets import size_name

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,25 +16,36 @@ from tensorboardX.proto import event_pb2  # the types in it are made when it is 
 from tensorboardX.summary import scalar
 
 from vlm_jax import files
+from vlm_jax.files import Path, to_path
 from vlm_jax.progress import Bar
 
 log = logging.getLogger(__name__)
 
+UPLOAD = 60.0  # seconds between two writes of TensorBoard's file to a bucket
 Notice = Callable[[Mapping[str, Any], Sequence[str]], None]
 
 
 class Metrics:
     """The scalars of every step. They stay on the device until a block of them is written, so that no step waits for the host."""
 
-    def __init__(self, workdir: Path, last_step: int, writes: bool, notice: Notice):
+    def __init__(
+        self,
+        workdir: Path,
+        last_step: int,
+        writes: bool,
+        notice: Notice,
+        still_ours: Callable[[], None] = lambda: None,
+    ):
         """Continues the files of `workdir` after `last_step`; later lines are of an interrupted run and are dropped.
 
         writes: False on all processes but the first. notice: called with the line and the record ids of each step that
-        was skipped, once all lines of its block are on disk.
+        was skipped, once all lines of its block are on disk. still_ours: called before each write; raises when another run
+        has taken the workdir over.
         """
         self._pending: list[tuple[int, Mapping[str, Any], Sequence[str]]] = []
-        self._file: TextIO | None = None
+        self._file: files.Lines | None = None
         self._board: Board | None = None
+        self._still_ours = still_ours
         self._notice, self._path = notice, workdir / "metrics.jsonl"
         self.last: dict[str, float] = {"skipped": 0}
         kept = [line for line in read_lines(self._path) if line["step"] <= last_step]
@@ -43,8 +53,8 @@ class Metrics:
             self.last |= kept[-1]
         if writes:
             with files.writing(self._path):
-                files.write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept))
-                self._file = self._path.open("a", encoding="utf-8")
+                whole = "".join(json.dumps(line) + "\n" for line in kept)
+                self._file = files.Lines(self._path, whole.encode())
                 self._board = Board(workdir / "tensorboard", last_step + 1)
 
     def append(self, step: int, scalars: Mapping[str, Any], ids: Sequence[str]) -> None:
@@ -66,6 +76,7 @@ class Metrics:
         ready = [entry for entry in self._pending if entry[0] <= up_to]
         self._pending = self._pending[len(ready) :]
         left_out: list[tuple[dict[str, float], Sequence[str]]] = []
+        self._still_ours()
         with files.writing(self._path):
             for step, scalars, ids in ready:
                 line = {"step": step} | {name: _number(value) for name, value in scalars.items()}
@@ -78,7 +89,6 @@ class Metrics:
                     self._board.write("train", step, line)
             if self._file is not None:
                 self._file.flush()
-                os.fsync(self._file.fileno())
         for line, ids in left_out:
             self._notice(line, ids)
 
@@ -103,9 +113,16 @@ class Board:
     number then blocks for ever."""
 
     def __init__(self, folder: Path, purge_step: int):
-        """purge_step: TensorBoard ignores this and later steps in the older files of `folder`."""
-        folder.mkdir(exist_ok=True)
-        self._events = EventsWriter(str(folder / "events"))
+        """folder: on a bucket, gets the file anew every UPLOAD seconds and at the end.
+
+        purge_step: TensorBoard ignores this and later steps in the older files of `folder`.
+        """
+        self._bucket = folder if isinstance(folder, files.BucketPath) else None
+        self._uploaded = time.monotonic()
+        self._scratch = tempfile.TemporaryDirectory() if self._bucket else None
+        self._local = str(folder) if self._scratch is None else self._scratch.name
+        to_path(self._local).mkdir(exist_ok=True)
+        self._events = EventsWriter(f"{self._local}/events")
         log_type = event_pb2.SessionLog  # pyrefly: ignore[missing-attribute]
         self._add(purge_step, file_version="brain.Event:2")
         self._add(purge_step, session_log=log_type(status=log_type.START))
@@ -120,9 +137,15 @@ class Board:
 
     def flush(self) -> None:
         self._events.flush()
+        if self._bucket is not None and time.monotonic() - self._uploaded > UPLOAD:
+            files.upload(self._local, self._bucket)
+            self._uploaded = time.monotonic()
 
     def close(self) -> None:
         self._events.close()
+        if self._bucket is not None and self._scratch is not None:
+            with self._scratch:
+                files.upload(self._local, self._bucket)
 
 
 def _number(value: Any) -> float | int:
@@ -133,7 +156,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a metrics.jsonl, without a last line that a crash cut short."""
     if not path.is_file():
         return []
-    text = files.read_text(path)
+    with files.reading(path):
+        text = files.read_grown(path).decode()
     lines = text[: text.rfind("\n") + 1].splitlines()
     return [files.parse_json(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
 

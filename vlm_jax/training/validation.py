@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 
 from vlm_jax import sharding
 from vlm_jax.data import pipeline, sources
+from vlm_jax.files import Path
 from vlm_jax.models.attention import flash_kernel
 from vlm_jax.settings.run import DataConfig, Experiment
 from vlm_jax.storage import run as experiment

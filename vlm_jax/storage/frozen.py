@@ -1,0 +1,126 @@
+"""frozen.json of a workdir: the parameters that its checkpoints leave out because they never change, and where they are.
+
+    {"format": 1, "leaves": {path: {"source": DIR, "beside": DIR relative to the workdir, "sum": [dtype, checksum]}}}
+
+A frozen 7B decoder would add 28 GB to every checkpoint. The source is the model directory, or the run whose own checkpoint
+holds the parameter; it is read again when the run is loaded, and its checksum compared. Without the file (train.save_frozen,
+or a run of an older version) checkpoints hold everything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from vlm_jax import files
+from vlm_jax.hf.directory import is_model
+from vlm_jax.settings.addresses import scheme
+from vlm_jax.settings.checks import ConfigError
+from vlm_jax.storage import checksums
+
+Tree = dict[str, Any]
+FILE, FORMAT = "frozen.json", 1
+
+
+class Leaf(NamedTuple):
+    """Where one parameter is."""
+
+    source: str
+    beside: str
+    sum: list[Any]  # dtype, checksum
+
+
+def read(workdir: str | files.Path) -> dict[str, Leaf]:
+    """Path -> where it is, for the parameters that the checkpoints of a run leave out. Raises ConfigError when damaged."""
+    path = files.to_path(workdir) / FILE
+    if not path.is_file():
+        return {}
+    content = files.read_json(path)
+    try:
+        if content["format"] != FORMAT:
+            raise ConfigError(f"{path} has format {content['format']}, not {FORMAT}; use the version that wrote it.")  # fmt: skip
+        return {name: Leaf(**leaf) for name, leaf in content["leaves"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} is damaged ({type(error).__name__}: {error}): it says where the run's frozen parameters are; take it "
+            "from a copy of the run."
+        ) from None
+
+
+def record(workdir: files.Path, sources: Mapping[str, str], frozen: Tree, writes: bool) -> set[str]:
+    """Writes frozen.json for the parameters of `frozen`, which came from `sources` unchanged; returns their paths.
+
+    sources: part -> run or model directory. writes: False in all processes but the first, which compute the checksums as well.
+    """
+    sums = checksums.of(frozen)
+    leaves: dict[str, dict[str, Any]] = {}
+    for part, source in sources.items():
+        further = {} if is_model(source) else read(source)
+        for name in (name for name in sums if name.split("/")[0] == part):
+            # Not the run in between, which leaves it out as well.
+            place = _place(source, further[name]) if name in further else source
+            place = str(files.to_path(place).absolute())
+            leaves[name] = Leaf(place, _beside(place, workdir), sums[name])._asdict()
+    if writes and leaves:
+        content = {"format": FORMAT, "leaves": leaves}
+        files.write_whole(workdir / FILE, json.dumps(content, indent=1) + "\n")
+    return set(leaves)
+
+
+def _beside(place: str, workdir: files.Path) -> str:
+    """`place` relative to the workdir, so that both can be moved together; "" for another bucket or disk."""
+    if scheme(place) != scheme(str(workdir)):
+        return ""
+    return os.path.relpath(place.partition("://")[2] or place, str(workdir).partition("://")[2] or str(workdir))  # fmt: skip
+
+
+def _place(workdir: str | files.Path, leaf: Leaf) -> str:
+    """The directory of a leaf's source: where it was, or where it now is beside the workdir, "" if it is gone."""
+    if files.is_dir(leaf.source):
+        return leaf.source
+    here = str(files.to_path(workdir).absolute())
+    kind, mark, rest = here.rpartition("://")
+    moved = kind + mark + os.path.normpath(os.path.join(rest, leaf.beside)) if leaf.beside else ""
+    return moved if moved and files.is_dir(moved) else ""
+
+
+def places(workdir: str, leaves: Mapping[str, Leaf]) -> dict[str, set[str]]:
+    """Source -> the paths that it supplies. Raises ConfigError for a source that is gone."""
+    found: dict[str, set[str]] = {}
+    for name, leaf in leaves.items():
+        place = _place(workdir, leaf)
+        if not place:
+            raise ConfigError(
+                f"{workdir!r} does not hold its frozen {name.split('/')[0]}, which came from {leaf.source!r}, and that is gone; "
+                "put it back there (runs trained with --config.train.save_frozen=True hold everything)."
+            )
+        found.setdefault(place, set()).add(name)
+    return found
+
+
+def check(workdir: str, leaves: Mapping[str, Leaf], loaded: Tree) -> None:
+    """Raises ConfigError when a parameter differs from the one that the run was trained with, if its dtype is the same."""
+    try:
+        checksums.check({name: leaf.sum for name, leaf in leaves.items()}, loaded)
+    except ValueError as error:
+        name = str(error).split(" ", 1)[0]
+        raise ConfigError(
+            f"{workdir!r} was trained with another {name.split('/')[0]} than {leaves[name].source!r} holds now ({error}); put "
+            "back what was there."
+        ) from None
+
+
+def leave_out(state: Tree, names: Collection[str]) -> Tree:
+    """A saved state ({"params": .., ..}) without these parameters."""
+    kept = {n: x for n, x in flatten_dict(state["params"], sep="/").items() if n not in names}
+    return {**state, "params": unflatten_dict(kept, sep="/")}
+
+
+def put_in(state: Tree, loaded: Tree) -> Tree:
+    """The inverse: a saved state with the parameters of `loaded` in it."""
+    every = flatten_dict(state["params"], sep="/") | flatten_dict(loaded, sep="/")
+    return {**state, "params": unflatten_dict(every, sep="/")}
