@@ -73,8 +73,9 @@ def _inputs(exp: Experiment, where: Folders) -> Iterator[Callable[[], None]]:
     def is_made(path: str) -> bool:
         return Path(path).is_relative_to(where.root)
 
-    for path in filter(lambda path: not is_made(path), data.annotations):
-        yield lambda path=path: sources.check_exists("annotations", path, RECORDS)
+    for name, paths in (("annotations", data.annotations), ("train: validation", exp.train.validation)):  # fmt: skip
+        for path in filter(lambda path: not is_made(path), paths):
+            yield lambda name=name, path=path: sources.check_exists(name, path, RECORDS)
     if data.max_images and not data.features_dir:
         roots = [root for root in data.image_roots if not is_made(root)]
         yield lambda: sources.check_image_roots("data", roots)

@@ -45,6 +45,8 @@ def config_of(
             _set(c, f"lm_settings of {training.lm!r}", field, value)
     for field, value in stage.settings:
         _set(c, f"stages.{stage.name}", field, value)
+    c.train.validation = tuple(where.path(path) for path in c.train.validation)
+    c.train.validation_roots = tuple(where.path(path) for path in c.train.validation_roots)
     own = _presets(c, where)
     _compress(c, cfg, stage, training)
     _start(c, cfg, stage, training, where, rerun, own)

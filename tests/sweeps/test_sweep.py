@@ -16,7 +16,7 @@ from vlm_jax.storage import run as experiment
 from vlm_jax.sweeps import plan, running
 from vlm_jax.sweeps.plan import Training
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_plan_holds_every_cell_once_and_the_query_aware_ones_beside():
@@ -107,7 +107,7 @@ def told_errors(monkeypatch):
     monkeypatch.setattr(running, "cache_features", lambda *_: None)
     monkeypatch.setattr(running, "evaluate", evaluate)
     monkeypatch.setattr(running.conclusion, "looks", lambda *_: [])
-    monkeypatch.setattr(running.conclusion, "_laws", lambda *_: ({"tokenpacker": {}}, []))
+    monkeypatch.setattr(running.conclusion, "_laws", lambda *_: ({("tokenpacker", False): {}}, []))
     monkeypatch.setattr(running.conclusion.appendix, "blocks", lambda *_: [])
     monkeypatch.setattr(running.conclusion.report, "write_report", lambda root, *_, **__: root)
     return errors, trained
