@@ -13,7 +13,8 @@ every N-th training from the I-th on (0 <= I < N). The command without --part th
 
 --dry-run prints what every training takes and the total, without data or weights: steps, tokens, FLOPs and, with
 --topology=v5e:16x16 or H100:8, memory per chip, hours and chip-hours; with --chip-hour-dollars=1.2 their price. A step's time
-is its lower bound, or that at a share of the peak, --mfu=0.4.
+is its lower bound, or that at a share of the peak, --mfu=0.4. With --compile memory and bound are those of the program that
+XLA compiles for TPU chips, which takes minutes per training.
 
 vlm_jax/sweeps/__init__.py says what a config's block `sweep` holds.
 """
@@ -41,14 +42,17 @@ def command(argv: Sequence[str]) -> None:
         "chip-hour-dollars": "with --dry-run: the price of a chip for an hour",
         "mfu": "with --dry-run: the share of the peak that trainings reach; not given: a lower bound on the time",
     }
-    switches = {"dry-run": "print what every training takes, and begin nothing"}
+    switches = {
+        "dry-run": "print what every training takes, and begin nothing",
+        "compile": "with --dry-run and TPU chips: memory and bounds by XLA's compiler, minutes per training",
+    }
     dry = any(word in ("--dry-run", "-dry-run", "--dry-run=true") for word in argv)
     required = ("config",) if dry else ("config", "workdir")
     flags = cli.parse(argv, texts, switches, required, about=__doc__ or "")
     if flags["dry-run"].value:
         from vlm_jax.sweeps import dry_run  # here, not above: it loads jax
 
-        on = dry_run.machine(flags.topology, flags.mfu)
+        on = dry_run.machine(flags.topology, flags.mfu, flags["compile"].value)
         price = dry_run.number("--chip-hour-dollars", str(flags["chip-hour-dollars"].value or ""))
         sys.stdout.write(dry_run.report(flags.config, flags.workdir, on, price))
         return

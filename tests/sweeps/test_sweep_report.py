@@ -106,7 +106,9 @@ def finished(root, cfg, training, **metrics):
 def answered(out, training, v, errors, moved):
     """What an evaluation leaves, under names of its own."""
     out.mkdir(parents=True)
-    own = table.Row(5e8, v, errors, "gqa", "reasoning", "464M", "m3", 10)
+    own = table.Row(
+        presets.lm(training.lm).nominal_params, v, errors, "gqa", "reasoning", "464M", "m3", 10
+    )
     table.write(out / "errors.csv", [own])
     questions.append(out / "questions.jsonl", {own.key: [errors + x for x in moved]})
 
@@ -162,7 +164,11 @@ def test_a_picture_of_where_a_cell_looks_is_of_the_try_that_counts(tmp_path, mon
     where = plan.folders(cfg, tmp_path, one.seed)
     for rerun in (0, 1):
         where.cell(one, rerun).mkdir(parents=True)
-    question = {"image": "a.png", "answer": "3", "conversations": [{"value": cfg.sweep.looks[1]}]}
+    question = {
+        "image": "a.png",
+        "answer": "3",
+        "conversations": [{"value": cfg.sweep.looks[1] + " x?"}],
+    }
     benchmark = type("Benchmark", (), {"rows": staticmethod(lambda _: [question])})
     monkeypatch.setattr(conclusion.benchmarks, "get", lambda _: benchmark)
     monkeypatch.setattr(plan, "asked", lambda cfg: [plan.Asked(cfg.sweep.looks[0], ".", "", "ocr")])

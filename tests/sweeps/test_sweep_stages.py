@@ -33,6 +33,17 @@ def test_a_stage_takes_the_recipe_and_starts_where_the_one_before_it_ended():
     assert resolve(tune).model.compressor.stride == 4
 
 
+def test_held_out_records_are_those_of_the_last_stage_and_lie_where_its_records_lie():
+    cfg = paper.get_config()
+    cfg.train.validation, cfg.train.validation_roots = ("held.json",), ("llava/instruct",)
+    cfg.train.keep_best = True
+    one = Training(0, "tokenpacker", "qwen1.5-4b", (36,))
+    align, tune = (config_of(cfg, name, one).train for name in ("align", "tune"))
+    assert (align.validation, align.validation_roots, align.keep_best) == ((), (), False)
+    assert (tune.validation, tune.validation_roots) == (("inputs/held.json",), ("inputs/llava/instruct",))  # fmt: skip
+    assert tune.keep_best
+
+
 def test_an_lm_has_fields_of_its_own_in_all_stages_or_in_one():
     cfg = paper.get_config()
     given = {"mesh.tensor": 2, "tune.train.micro_batches": 4, "tune.optim.learning_rate": 1e-5}

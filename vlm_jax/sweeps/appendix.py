@@ -133,7 +133,9 @@ def _figures(
     if fits:
         fitted = [row for row in rows if all(row.lm in fit.lms for fit in fits.values())]
         caption = "Every benchmark at about equal compute"
-        wanted.append(("equal_compute", caption, lambda: figures.equal_compute_figure(fitted, fits)))
+        wanted.append(
+            ("equal_compute", caption, lambda: figures.equal_compute_figure(fitted, fits))
+        )
     found, left_out = [], []
     for name, caption, draw in wanted:
         try:

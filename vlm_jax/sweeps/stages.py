@@ -39,6 +39,10 @@ def config_of(
     c.data.annotations = tuple(where.path(path) for path in stage.annotations)
     roots = stage.image_roots or (".",) * len(stage.annotations)
     c.data.image_roots = tuple(where.path(path) for path in roots)
+    if (
+        not stage.is_last
+    ):  # held-out records are those of the evaluated stage, unless a stage names its own
+        c.train.validation, c.train.validation_roots, c.train.keep_best = (), (), False
     if stage.per != "seed":
         c.model.lm.preset = training.lm
         for field, value in _lm_fields(cfg, stage, training.lm):
