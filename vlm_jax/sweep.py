@@ -4,7 +4,7 @@
     DIR/seed0/<stage>[/<lm>]                             stages that cells share
     DIR/seed0/cells/<compressor>-<lm>-v<tokens>          a cell's last stage; below it <stage>, those before, and eval
     DIR/seed0/logs/<part>.txt                            what a part logged, if it ran beside others
-    DIR/errors.csv  reruns.json  law.json  *.png  *.svg  report.md  report.html
+    DIR/errors.csv  questions.jsonl  reruns.json  law.json  law_*.json  *.png  *.svg  report.md  report.html
 
 Parts that do not need each other run side by side, each on one core (sweep.processes). Finished parts are skipped and
 others are resumed, so the same command continues a sweep that was killed.
@@ -27,6 +27,7 @@ import sys
 from collections.abc import Sequence
 
 from vlm_jax.settings import cli
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.sweeps import running
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,11 @@ def command(argv: Sequence[str]) -> None:
     dry = any(word in ("--dry-run", "-dry-run", "--dry-run=true") for word in argv)
     required = ("config",) if dry else ("config", "workdir")
     flags = cli.parse(argv, texts, switches, required, about=__doc__ or "")
+    for name in ("topology", "chip-hour-dollars", "mfu", "compile"):
+        if flags[name].value and not flags["dry-run"].value:
+            raise ConfigError(f"--{name}: is for --dry-run alone; add --dry-run, or leave it out.")
+        if flags[name].value and not flags.topology:
+            raise ConfigError(f"--{name}: name the chips too, such as --topology=v5e:16x16.")
     if flags["dry-run"].value:
         from vlm_jax.sweeps import dry_run  # here, not above: it loads jax
 

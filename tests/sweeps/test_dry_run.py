@@ -6,12 +6,11 @@ import jax
 import pytest
 
 from configs import paper
-from vlm_jax import layers, sharding
+from vlm_jax import layers, sharding, sweep
 from vlm_jax.aot import programs
 from vlm_jax.costs import training as costs
 from vlm_jax.costs.training import Ways
 from vlm_jax.laws.words import Table
-from vlm_jax.settings.checks import ConfigError
 from vlm_jax.storage.run import resolve
 from vlm_jax.sweeps import dry_run, plan, stages
 
@@ -49,8 +48,6 @@ def test_the_flops_of_a_step_are_those_that_xla_counts(tmp_path, monkeypatch, lm
 
 def test_a_compiled_dry_run_has_the_memory_and_the_bound_of_the_program(tmp_path, monkeypatch):
     """The compiler is asked for each width of a row; where it refuses one, the training does not fit."""
-    with pytest.raises(ConfigError, match="--compile: name the chips too"):
-        dry_run.machine("", "", compiled=True)
     cfg = paper.get_config()
     cfg.sweep.lms, cfg.sweep.visual_tokens = ("qwen1.5-0.5b",), (4,)
     on = dataclasses.replace(dry_run.machine("v5e:2x4", ""), devices=("chip",) * 8)
@@ -68,6 +65,20 @@ def test_a_compiled_dry_run_has_the_memory_and_the_bound_of_the_program(tmp_path
     assert asked == [(132, (), 8), (260, (), 8), (516, (), 8), (1476, (), 8)]
     assert align.peak_bytes == 132e6 and align.hours == pytest.approx(align.steps * 0.5 / 3600)
     assert tune.peak_bytes == float("inf") and tune.remedy and not align.remedy
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--dry-run", "--compile"], "--compile: name the chips too"),
+        (["--dry-run", "--mfu=0.4"], "--mfu: name the chips too"),
+        (["--topology=v5e:2x2", "--workdir=w"], "--topology: is for --dry-run alone"),
+        (["--dry-run", "--topology=v5e:2x2", "--mfu=2"], "--mfu: must lie in"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(capsys, flags, words):
+    assert sweep.main(["--config=configs/paper.py", *flags]) == 2
+    assert words in capsys.readouterr().err
 
 
 @dataclasses.dataclass(frozen=True)

@@ -123,6 +123,17 @@ def test_stages_that_cannot_be_are_refused(change, words, tmp_path):
         checks.check(cfg, tmp_path, with_inputs=False)
 
 
+def test_a_missing_folder_of_inputs_is_one_mistake_beside_those_of_the_config(tmp_path):
+    cfg = paper.get_config()
+    cfg.sweep.inputs = str(tmp_path / "nowhere")
+    with pytest.raises(ConfigError) as error:
+        checks.check(cfg, tmp_path)
+    assert str(error.value).startswith(f"sweep: inputs: the folder '{tmp_path / 'nowhere'}' does not exist; give")  # fmt: skip
+    cfg.sweep.visual_tokens = (5,)
+    with pytest.raises(ConfigError, match=r"2 mistakes: \(1\) inputs: .* \(2\) .*visual_tokens 5 cannot"):  # fmt: skip
+        checks.check(cfg, tmp_path)
+
+
 def test_two_lms_of_one_name_and_lists_of_other_lengths_are_refused(tmp_path):
     cfg = tiny_paper.get_config()
     cfg.sweep.lms = ("models/small", "others/small")

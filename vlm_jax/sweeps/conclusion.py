@@ -87,7 +87,8 @@ def _laws(
         ]
         fitted = [r for r in own if (r.compressor, r.elastic) == (name, elastic)]
         for family in dict.fromkeys(row.family for row in fitted):
-            asked = all(r.key in without for r in fitted if r.family == family and not r.flag)
+            counted = [r for r in fitted if r.family == family and not r.flag]
+            asked = all(_has_groups(without.get(r.key, ())) for r in counted)
             try:
                 fit = fitting.fit_family(
                     own, family, compressor=name, elastic=elastic, without=without if asked else None, **options
@@ -97,6 +98,11 @@ def _laws(
                 continue
             found.setdefault((name, elastic), {})[family] = fit
     return found, why
+
+
+def _has_groups(errors: Sequence[float | None]) -> bool:
+    """Whether there are groups of pictures to leave out, of which each time one is."""
+    return sum(error is not None for error in errors) > 1
 
 
 def _with_held_out(
@@ -110,7 +116,7 @@ def _with_held_out(
         return fits
     return {
         family: fitting.fit_family(
-            rows, family, compressor=fit.compressor, elastic=fit.elastic, **options
+            rows, family, compressor=fit.compressor, elastic=fit.elastic, draws=100, **options
         )
         for family, fit in fits.items()
     }

@@ -74,8 +74,6 @@ def machine(topology: str, mfu: str, compiled: bool = False) -> Machine | None:
     compiled: of a TPU topology, the devices too.
     """
     if not topology:
-        if compiled:
-            raise ConfigError("--compile: name the chips too, such as --topology=v5e:16x16.")
         return None
     match = TOPOLOGY.match(topology)
     chip = next((chip for chip in CHIPS if match and chip.name == match[1]), None)
