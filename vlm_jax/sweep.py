@@ -58,7 +58,7 @@ def command(argv: Sequence[str]) -> None:
     if flags["dry-run"].value:
         from vlm_jax.sweeps import dry_run  # here, not above: it loads jax
 
-        on = dry_run.machine(flags.topology, flags.mfu, flags["compile"].value)
+        on = dry_run.machine(flags.topology, flags.mfu, bool(flags["compile"].value))
         price = dry_run.number("--chip-hour-dollars", str(flags["chip-hour-dollars"].value or ""))
         sys.stdout.write(dry_run.report(flags.config, flags.workdir, on, price))
         return
