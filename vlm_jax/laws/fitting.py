@@ -63,14 +63,12 @@ def fit_family(
 
     Args:
       benchmark: fits this benchmark alone, or the mean over several with commas between; None over all of the family's.
-      compressor: None takes the one with the most cells.
-      elastic: whether of trainings that each served several numbers of visual tokens; None takes the kind with the most cells.
+      compressor; elastic (of trainings that each served several numbers of visual tokens): None takes those with the most rows.
       fixed_d: None fits D >= 0.
       draws, seed: of the bootstrap; the same numbers give the same intervals.
       weights: of the cells, even or binomial (from n). loss: squares or huber; see `binomial` and `huber`.
-      text_tokens: Q; compares the law in Q + V too.
-      check: (alpha, beta) to test against the joint region.
-      without: of `questions.read`; adds intervals over the questions that were asked.
+      text_tokens: Q; compares the law in Q + V too. check: (alpha, beta) to test against the joint region.
+      without: of `questions.read`; adds intervals over questions.
     """
     _check_options(level, draws, fixed_d, text_tokens, weights, loss)
     constants = 4 if fixed_d is None else 3
@@ -81,13 +79,11 @@ def fit_family(
     law, sse = profiles.law, profiles.sse
     predicted = law.error(points.size * BILLION, points.tokens)
     nonnegative, sse_nonnegative = profiles.nonnegative()
-    lms = {row.lm: row.lm_params for row in cells.rows}
-    billions = {lm: n / BILLION for lm, n in lms.items()}
+    billions = {row.lm: row.lm_params / BILLION for row in cells.rows}
     asked = _of_benchmark(rows, family, benchmark)
     found = Fit(
         family=family,
-        benchmark=cells.rows[0].benchmark,
-        compressor=cells.rows[0].compressor,
+        **_measured(cells, asked),
         law=law,
         law_d_zero=points.law(0.0),
         law_nonnegative=nonnegative,
@@ -107,16 +103,25 @@ def fit_family(
         loss=loss,
         down_weighted=() if loss == "squares" else _down_weighted(cells),
         check=None if check is None else profiles.check(*check, level),
-        lms=lms,
-        visual_tokens=tuple(sorted({row.visual_tokens for row in cells.rows})),
-        left_out=cells.left_out,
         cells=tuple(zip(*(a.tolist() for a in (*points, cells.samples)), strict=True)),
-        benchmarks=tuple(sorted({row.benchmark for row in asked})),
-        elastic=cells.rows[0].elastic,
     )
     if without is not None:
         found = _with_questions(found, questions.jackknife(cells, asked, without, fixed_d, level))
     return dataclasses.replace(found, statements=tuple(words.of_fit(found)))
+
+
+def _measured(cells: Cells, asked: Sequence[Row]) -> dict[str, Any]:
+    """What a fit says of its cells, by the names of its fields. asked: the rows of single benchmarks."""
+    first = cells.rows[0]
+    return {
+        "benchmark": first.benchmark,
+        "benchmarks": tuple(sorted({row.benchmark for row in asked})),
+        "compressor": first.compressor,
+        "elastic": first.elastic,
+        "lms": {row.lm: row.lm_params for row in cells.rows},
+        "visual_tokens": tuple(sorted({row.visual_tokens for row in cells.rows})),
+        "left_out": cells.left_out,
+    }
 
 
 def _with_questions(fit: Fit, over: questions.OverQuestions) -> Fit:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 import statistics
 from collections.abc import Collection, Mapping, Sequence
@@ -12,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import rich.table
 from rich.box import SIMPLE
-from rich.console import Console
 from scipy import stats
 
 from vlm_jax.laws.law import CONSTANTS, QUESTIONS, Check, Fit, Interval, rows_of
@@ -188,13 +186,6 @@ class Table(NamedTuple):
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     groups: Sequence[int] = ()  # how many rows stand together, from the top
-
-    def as_text(self, left: int = 1) -> list[str]:
-        """Its lines, however wide. left: columns of words, before those of numbers."""
-        console = Console(file=io.StringIO(), width=sum(map(len, self.header)) + 500)
-        with console.capture() as written:
-            console.print(self.on_terminal(left))
-        return [line.rstrip() for line in written.get().splitlines() if line.strip()]
 
     def on_terminal(self, left: int = 1, caption: str = "") -> rich.table.Table:
         """left: columns of words, before those of numbers."""

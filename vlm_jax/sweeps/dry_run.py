@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import itertools
 import logging
 import math
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
+from rich.console import Console
 
 from vlm_jax import aot, sharding
 from vlm_jax.aot import programs, roofline
@@ -35,6 +37,7 @@ from vlm_jax.sweeps.plan import Stage, Training
 log = logging.getLogger(__name__)
 
 TOPOLOGY = re.compile(r"(\w+):(\d+(?:x\d+)*)$")
+WIDEST = 1000  # characters of a line
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 PARTS = (0, 2, 4, 8)  # of mesh.tensor that are tried; 0: as the config says
 
@@ -239,7 +242,7 @@ def report(
     """The table of all trainings, their total, and what it assumes."""
     root = Path(workdir).absolute() if workdir else Path("sweep")
     found = entries(cfg, root, on)
-    lines = [*_table(found, on, chip_hour_dollars).as_text(left=2)]
+    lines = as_text(_table(found, on, chip_hour_dollars))
     lines += ["", *_totals(found, on, chip_hour_dollars)]
     if saving := _saving(cfg, root, on, found):
         lines.append(saving)
@@ -249,6 +252,14 @@ def report(
     if on is not None and not misfits:
         lines.append("every training fits.")
     return "\n".join(lines) + "\n"
+
+
+def as_text(table: Table) -> list[str]:
+    """The lines of a table with two columns of words, however wide it is."""
+    console = Console(file=io.StringIO(), width=WIDEST)
+    with console.capture() as written:
+        console.print(table.on_terminal(left=2))
+    return [line.rstrip() for line in written.get().splitlines() if line.strip()]
 
 
 def _table(found: Sequence[Entry], on: Machine | None, dollars: float | None) -> Table:
