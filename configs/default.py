@@ -245,9 +245,10 @@ def sweep() -> ml_collections.ConfigDict:
     s.looks = ()  # (benchmark, beginning of a question): where a cell of `beside` looks is drawn
     s.caveats = ()  # sentences of the report
     # Numbers to print beside the measured ones: (compressor, visual tokens, {benchmark: as Table 1 prints it}), and by family
-    # the alpha and beta of a published law.
+    # the alpha and beta of a published law and the cells that it was fitted to.
     s.published = ()
     s.published_law = ml_collections.ConfigDict()
+    s.published_cells = ml_collections.ConfigDict()  # family -> a table of vlm_jax/laws/data
     return s
 
 

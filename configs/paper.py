@@ -71,6 +71,7 @@ def sweep():
         "reasoning": (0.077, 0.015),
         "ocr": (0.029, 0.048),
     }  # alpha, beta of Figure 3
+    s.published_cells = {"reasoning": "paper_reasoning", "ocr": "paper_ocr"}
     s.stages.align, s.stages.tune = recipe("align", template="plain")
     s.caveats = (
         "The paper's benchmark scores are an unweighted mean of nine; how it scales MME is not printed, here by 2800.",

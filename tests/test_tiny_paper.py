@@ -1,6 +1,7 @@
 """The paper's experiment on tiny models, end to end: model directories and native files in, law and report out, killed and resumed."""
 
 import csv
+import json
 import os
 import random
 import signal
@@ -69,12 +70,22 @@ def test_a_tiny_paper_is_measured_and_a_killed_one_goes_on_to_the_same_errors(
         process.send_signal(signal.SIGKILL)
         process.wait()
         time.sleep(1)  # its workers end with it
-    finish(start(inputs, killed, *flags))
+    for process in [start(inputs, killed, *flags, f"--part={i}/2") for i in range(2)]:
+        finish(process)
+    assert len(list(killed.rglob("final.json"))) == 2 * trainings
+    finish(start(inputs, killed, *flags))  # the last command concludes
     assert rows(killed) == rows(whole) and len(rows(whole)) == 9 * 3
     assert len(list(whole.rglob("final.json"))) == 2 * trainings
     cells = {(r["lm"], r["visual_tokens"]) for r in rows(whole)}
     assert cells == {(lm, v) for lm in tiny_paper.LMS for v in ("1", "4", "16")}
     assert {r["compressor"] for r in rows(whole)} == {compressor}
+    assert {r["elastic"] for r in rows(whole)} == {"yes" if compressor == "m3" else ""}
+    assert {r["train_samples"] for r in rows(whole)} == {str(8 * (2 + 3))}
+    asked = [json.loads(line) for line in (whole / "questions.jsonl").read_text().splitlines()]
+    assert (
+        len(asked) == 9 * 3
+        and (killed / "questions.jsonl").read_text() == (whole / "questions.jsonl").read_text()
+    )
     assert {(r["benchmark"], r["family"]) for r in rows(whole)} == {
         ("gqa", "reasoning"), ("pope", "reasoning"), ("docvqa", "ocr"),
     }  # fmt: skip

@@ -4,7 +4,7 @@
     DIR/seed0/<stage>[/<lm>]                             stages that cells share
     DIR/seed0/cells/<compressor>-<lm>-v<tokens>          a cell's last stage; below it <stage>, those before, and eval
     DIR/seed0/logs/<part>.txt                            what a part logged, if it ran beside others
-    DIR/errors.csv  reruns.json  law.json  *.png  *.svg  report.md  report.html
+    DIR/errors.csv  questions.jsonl  reruns.json  law.json  law_*.json  *.png  *.svg  report.md  report.html
 
 Parts that do not need each other run side by side, each on one core (sweep.processes). Finished parts are skipped and
 others are resumed, so the same command continues a sweep that was killed.
@@ -13,7 +13,8 @@ every N-th training from the I-th on (0 <= I < N). The command without --part th
 
 --dry-run prints what every training takes and the total, without data or weights: steps, tokens, FLOPs and, with
 --topology=v5e:16x16 or H100:8, memory per chip, hours and chip-hours; with --chip-hour-dollars=1.2 their price. A step's time
-is its lower bound, or that at a share of the peak, --mfu=0.4.
+is its lower bound, or that at a share of the peak, --mfu=0.4. With --compile memory and bound are those of the program that
+XLA compiles for TPU chips, which takes minutes per training.
 
 vlm_jax/sweeps/__init__.py says what a config's block `sweep` holds.
 """
@@ -26,6 +27,7 @@ import sys
 from collections.abc import Sequence
 
 from vlm_jax.settings import cli
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.sweeps import running
 
 log = logging.getLogger(__name__)
@@ -41,14 +43,22 @@ def command(argv: Sequence[str]) -> None:
         "chip-hour-dollars": "with --dry-run: the price of a chip for an hour",
         "mfu": "with --dry-run: the share of the peak that trainings reach; not given: a lower bound on the time",
     }
-    switches = {"dry-run": "print what every training takes, and begin nothing"}
+    switches = {
+        "dry-run": "print what every training takes, and begin nothing",
+        "compile": "with --dry-run and TPU chips: memory and bounds by XLA's compiler, minutes per training",
+    }
     dry = any(word in ("--dry-run", "-dry-run", "--dry-run=true") for word in argv)
     required = ("config",) if dry else ("config", "workdir")
     flags = cli.parse(argv, texts, switches, required, about=__doc__ or "")
+    for name in ("topology", "chip-hour-dollars", "mfu", "compile"):
+        if flags[name].value and not flags["dry-run"].value:
+            raise ConfigError(f"--{name}: is for --dry-run alone; add --dry-run, or leave it out.")
+        if flags[name].value and not flags.topology:
+            raise ConfigError(f"--{name}: name the chips too, such as --topology=v5e:16x16.")
     if flags["dry-run"].value:
         from vlm_jax.sweeps import dry_run  # here, not above: it loads jax
 
-        on = dry_run.machine(flags.topology, flags.mfu)
+        on = dry_run.machine(flags.topology, flags.mfu, bool(flags["compile"].value))
         price = dry_run.number("--chip-hour-dollars", str(flags["chip-hour-dollars"].value or ""))
         sys.stdout.write(dry_run.report(flags.config, flags.workdir, on, price))
         return

@@ -1,4 +1,4 @@
-"""What the parts of tests/test_parts.py call, in worker processes."""
+"""What the parts of tests/sweeps/test_parts.py call, in worker processes."""
 
 import os
 import signal

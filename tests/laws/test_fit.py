@@ -381,3 +381,28 @@ def test_the_command_writes_law_json_and_a_table_that_fits_a_terminal(tmp_path):
         and missing.stderr.count("\n") == 1
         and "no such file" in missing.stderr
     )
+
+
+def test_the_law_is_of_elastic_trainings_or_of_the_others_or_of_the_held_out_loss(tmp_path, capsys):
+    """Elastic rows have an alpha of 0.3 in place of 0.2, and the loss one of 0.1."""
+    rows = [
+        Row(
+            n * 1e9, v, float(Law(0.6, 0.3 if elastic else 0.2, 0.1, 0).error(n * 1e9, v)), "a", "f", f"{n}b", "m3",
+            elastic=elastic, validation_loss=None if elastic else 3 * n**-0.1 * v**-0.05,
+        )
+        for elastic in (False, True) for n in (0.5, 2.0, 7.0) for v in (1, 4, 16)
+    ]  # fmt: skip
+    file, out = tmp_path / "errors.csv", tmp_path / "law.json"
+    table.write(file, rows)
+    given = [str(file), "--draws=100", "--fix-d=0", "--out", str(out)]
+    assert fit.main(given) == 2
+    assert "equally often from elastic trainings and from others; choose with --elastic" in capsys.readouterr().err  # fmt: skip
+    for flag, alpha in (("yes", 0.3), ("no", 0.2)):
+        assert fit.main([*given, "--elastic", flag]) == 0
+        found = law.load(out)["f"]
+        assert (found.law.alpha, found.elastic) == (pytest.approx(alpha), flag == "yes")
+        assert found.num_cells == 9 and "9 row(s) with compressor 'm3'" in found.left_out[0]
+    assert ("m3, one training per LM" in capsys.readouterr().out) and found.trained == "m3"
+    assert fit.main([*given, "--benchmark=validation_loss"]) == 0
+    found = law.load(out)["validation_loss"]
+    assert (found.law.A, found.law.alpha, found.law.beta) == pytest.approx((3, 0.1, 0.05))

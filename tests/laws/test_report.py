@@ -18,7 +18,7 @@ MADE_BY = "python -m x --y='1'"
 
 
 def written(path, rows, fits, **options):
-    return write_report(path, rows, fits, title="A & B", made_by=MADE_BY, text_tokens=10, budget_gflops=0.005, **options)  # fmt: skip
+    return write_report(path, rows, fits, title="A & B", made_by=MADE_BY, text_tokens=10, budget_gflops=0.005, query_aware=["quecc"], **options)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -83,21 +83,22 @@ def test_an_elastic_law_stands_beside_the_law_of_the_cells(tmp_path, fits):
     """The elastic model's rows lie a tenth above the cells'; they are no compressor that looks at the question."""
     rows = tables.rows()
     more = [
-        dataclasses.replace(row, compressor="mqt", error=row.error * 1.1)
+        dataclasses.replace(row, compressor="mqt", elastic=True, error=row.error * 1.1)
         for row in rows
         if row.compressor == "tokenpacker" and not row.flag
     ]
     elastic = fitting.fit_table([*rows, *more], compressor="mqt", fixed_d=0.0, draws=100)
-    written(tmp_path, [*rows, *more], fits, elastic=elastic)
+    written(tmp_path, [*rows, *more], fits, others=[elastic])
     text = (tmp_path / "report.md").read_text()
-    section = text[text.index("## One training per LM") : text.index("## How it was made")]
+    section = text[text.index("## Laws side by side") : text.index("## How it was made")]
+    assert "| constant | tokenpacker | mqt, one training per LM |" in section
     assert "10 trainings instead of 37; " in section  # 12 cells or 3 LMs of 3 seeds, and one more
     assert "the order of the exponents is the same for reasoning and the same for OCR." in section
-    for name in ("alpha", "beta"):
+    for name in ("A", "alpha", "beta", "alpha/beta"):
         own, other = (words.value(f["ocr"], name) for f in (fits, elastic))
         assert f"| OCR {name} | {own} | {other} |" in section
     assert "| small (40k) | 0.660 (0.653–0.667) |" in section
-    assert "mqt" not in text[: text.index("## One training per LM")]
+    assert "mqt" not in text[: text.index("## Laws side by side")]
 
 
 def test_pictures_stand_below_what_looking_buys_and_must_be_there(tmp_path, fits):

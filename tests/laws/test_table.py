@@ -32,9 +32,32 @@ def test_rows_survive_writing_and_reading(tmp_path):
         row(),
         row(seed=2, n=None, flops=None, seconds=None, flag="chance level, seed 2"),
         row(visual_tokens=16),
+        row(elastic=True, train_samples=1000),
+        row(train_samples=1000, validation_loss=1.75),
     ]
     table.write(tmp_path / "e.csv", rows)
     assert table.read(tmp_path / "e.csv") == rows
+    assert len({r.key for r in rows}) == 5  # an elastic training's cell is another one
+
+
+def test_a_table_from_before_rows_said_how_they_were_trained_is_read(tmp_path):
+    names = [name for name in table.COLUMNS if name not in ("elastic", "validation_loss")]
+    table.write(tmp_path / "e.csv", [row(train_samples=1000)])
+    lines = [line.split(",")[: len(names)] for line in (tmp_path / "e.csv").read_text().splitlines()]  # fmt: skip
+    assert lines[0] == names
+    path = write_text(tmp_path, "\n".join(",".join(line) for line in lines))
+    assert table.read(path) == [row(train_samples=1000)]
+    path = write_text(tmp_path, "lm_params,visual_tokens,error,elastic\n1e9,4,0.5,maybe")
+    with pytest.raises(ConfigError, match="elastic 'maybe' must be yes, no or empty"):
+        table.read(path)
+
+
+def test_held_out_losses_stand_in_for_errors_once_per_training():
+    rows = [row(validation_loss=1.5), row(validation_loss=1.5, benchmark="pope"), row(seed=2)]
+    (one,) = table.held_out(rows)
+    assert (one.error, one.benchmark, one.family, one.n) == (1.5, "validation_loss", "validation_loss", None)  # fmt: skip
+    with pytest.raises(ConfigError, match="no row has a validation_loss"):
+        table.held_out([row()])
 
 
 def test_three_columns_are_enough_and_comments_are_skipped(tmp_path):

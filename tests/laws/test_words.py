@@ -90,7 +90,7 @@ def test_cells_beside_the_law_begin_with_the_fewest_tokens_and_the_largest_lm(fi
         dataclasses.replace(quecc, visual_tokens=9),  # the law has no such cell
         dataclasses.replace(quecc, compressor="mqt"),
     ]
-    found = words.beside([*rows, *more], fits["ocr"], ["mqt"])
+    found = words.beside([*rows, *more], fits["ocr"], ["quecc"])
     assert [change.other[0].cell for change in found] == [("large", 1), ("middle", 1), ("large", 4)]
     own = [row.error for row in rows if row.family == "ocr" and row.cell == ("middle", 1)][:3]
     assert found[1].mean == pytest.approx(0.123 - sum(own) / 3)

@@ -116,8 +116,7 @@ def _fast(
     exif_rotation: bool,
 ) -> UInt8[np.ndarray, "H W 3"]:
     if isinstance(stream, str):
-        with open(stream, "rb") as file:
-            stream = io.BytesIO(file.read())
+        stream = io.BytesIO(files.read_bytes(stream))
     data = stream.getvalue()
     # Orientation tags and other formats than plain JPEG are Pillow's.
     if not exif_rotation and (size := fast_images.jpeg_size(data)):

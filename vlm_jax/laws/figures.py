@@ -240,8 +240,10 @@ def equal_compute_figure(
             axes.hlines(predicted, x - width * 0.46, x + width * 0.46, color="black", linewidth=2, zorder=4)  # fmt: skip
             if len(groups) * len(pairs) <= LABELLED_BARS:
                 axes.annotate(f"{np.mean(errors):.3f}", (x, max(predicted, *errors)), (0, 3), textcoords="offset points", ha="center", fontsize=8)  # fmt: skip
-    labels = [_group_name(fit, name) for fit, name in groups]
-    crowded = len(labels) > 3
+    crowded = len(groups) > 3
+    labels = [name if crowded else _group_name(fit, name) for fit, name in groups]
+    if crowded:
+        _name_families(axes, [fit.family for fit, _ in groups])
     axes.set_xticks(range(len(labels)), labels, fontsize=9, rotation=30 if crowded else 0, ha="right" if crowded else "center")  # fmt: skip
     axes.set_ylabel("error (1 - score)")
     drawing.plain(axes, "y")
@@ -256,7 +258,7 @@ def equal_compute_figure(
 def _law(rows: Sequence[Row], fit: Fit) -> Law:
     """The law of these rows, fitted as `fit` was."""
     fixed = fit.law.D if fit.d_fixed else None
-    own = select(rows, fit.family, None, fit.compressor, 4 if fixed is None else 3)
+    own = select(rows, fit.family, None, fit.compressor, 4 if fixed is None else 3, fit.elastic)
     return weighed(own, fit.weights, fit.loss, fixed).points.law(fixed)
 
 
@@ -274,6 +276,19 @@ def _markers(fit: Fit) -> list[str]:
 
 def _group_name(fit: Fit, benchmark: str) -> str:
     return fit.family if benchmark == fit.family else f"{fit.family}\n{benchmark}"
+
+
+def _name_families(axes: Axes, families: Sequence[str]) -> None:
+    """Above the groups of each family its name, and a line between families. families: of each group."""
+    axes.margins(y=0.12)
+    first = 0
+    for family, own in itertools.groupby(families):
+        count = len(list(own))
+        where = axes.get_xaxis_transform()
+        axes.text(first + (count - 1) / 2, 0.98, family, transform=where, ha="center", va="top", fontsize=9, color=drawing.MUTED)  # fmt: skip
+        if first:
+            axes.axvline(first - 0.5, color="#bbbbbb", linewidth=0.8, zorder=1)
+        first += count
 
 
 def _draw_tokens(

@@ -30,8 +30,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("table", help="errors.csv; lm_params, visual_tokens and error are enough")
     add("--out", help="where law.json goes (default: nowhere)")
     add("--family", help="fit this family only (default: every family)")
-    add("--benchmark", help="fit this benchmark, or the mean over several, comma-separated (default: the mean over the family's)")
+    add("--benchmark", help="fit this benchmark, or the mean over several, comma-separated, or validation_loss, the held-out loss (default: the mean over the family's)")
     add("--compressor", help="fit this compressor's rows (default: the one with the most)")
+    add("--elastic", choices=table.ELASTIC, help="fit rows of trainings that each served several token counts, or of the others (default: the kind with the most)")
     add("--fix-d", type=float, help="fix D, for example at 0 (default: fitted, D >= 0)")
     add("--size", choices=SIZES, default=GIVEN, help="what N counts; all but given need lm to be a preset (default: %(default)s, column lm_params)")
     add("--weights", choices=WEIGHTS, default="even", help="of cells; binomial: by column n (default: %(default)s)")
@@ -64,7 +65,7 @@ def _exponents(text: str) -> tuple[float, float]:
 
 def show(fit: Fit, console: Console) -> None:
     """Prints one family's constants, the headline intervals (law.json has all), other laws and the statements."""
-    compressor = f", {fit.compressor}" if fit.compressor else ""
+    compressor = f", {fit.trained}" if fit.compressor else ""
     console.print(
         f"{fit.family} ({fit.benchmark}{compressor}): {fit.num_cells} cells, {fit.num_seeds} seed(s), "
         f"R2 {fit.r2:.3f}, largest relative error {fit.max_relative_error:.1%}",
@@ -78,9 +79,11 @@ def show(fit: Fit, console: Console) -> None:
 
 def run(argv: Sequence[str]) -> None:
     args = _parse(argv)
-    rows = counted(table.read(args.table), args.size)
+    rows, benchmark = counted(table.read(args.table), args.size), args.benchmark
+    if benchmark == table.VALIDATION_LOSS:
+        rows, benchmark = table.held_out(rows), None
     options: dict[str, Any] = {
-        "benchmark": args.benchmark, "compressor": args.compressor, "fixed_d": args.fix_d,
+        "benchmark": benchmark, "compressor": args.compressor, "elastic": table.ELASTIC.get(args.elastic), "fixed_d": args.fix_d,
         "level": args.level, "draws": args.draws, "seed": args.seed, "weights": args.weights, "loss": args.loss,
         "text_tokens": args.text_tokens, "check": None if args.check is None else _exponents(args.check),
     }  # fmt: skip

@@ -48,6 +48,7 @@ def fit_family(
     *,
     benchmark: str | None = None,
     compressor: str | None = None,
+    elastic: bool | None = None,
     fixed_d: Number | None = None,
     level: float = 0.95,
     draws: int = 1000,
@@ -58,32 +59,31 @@ def fit_family(
     check: tuple[float, float] | None = None,
     without: Without | None = None,
 ) -> Fit:
-    """Fits one family's law; flagged rows and other compressors' rows are left out and named in `left_out`.
+    """Fits one family's law; flagged rows and those of other trainings are left out and named in `left_out`.
 
     Args:
       benchmark: fits this benchmark alone, or the mean over several with commas between; None over all of the family's.
-      compressor: None takes the one with the most cells.
+      compressor; elastic (of trainings that each served several numbers of visual tokens): None takes those with the most rows.
       fixed_d: None fits D >= 0.
       draws, seed: of the bootstrap; the same numbers give the same intervals.
       weights: of the cells, even or binomial (from n). loss: squares or huber; see `binomial` and `huber`.
-      text_tokens: Q; compares the law in Q + V too.
-      check: (alpha, beta) to test against the joint region.
-      without: of `questions.read`; adds intervals over the questions that were asked.
+      text_tokens: Q; compares the law in Q + V too. check: (alpha, beta) to test against the joint region.
+      without: of `questions.read`; adds intervals over questions.
     """
     _check_options(level, draws, fixed_d, text_tokens, weights, loss)
     constants = 4 if fixed_d is None else 3
-    cells = weighed(select(rows, family, benchmark, compressor, constants), weights, loss, fixed_d)
+    cells = weighed(
+        select(rows, family, benchmark, compressor, constants, elastic), weights, loss, fixed_d
+    )
     points, profiles = cells.points, profile(cells, fixed_d)
     law, sse = profiles.law, profiles.sse
     predicted = law.error(points.size * BILLION, points.tokens)
     nonnegative, sse_nonnegative = profiles.nonnegative()
-    lms = {row.lm: row.lm_params for row in cells.rows}
-    billions = {lm: n / BILLION for lm, n in lms.items()}
+    billions = {row.lm: row.lm_params / BILLION for row in cells.rows}
     asked = _of_benchmark(rows, family, benchmark)
     found = Fit(
         family=family,
-        benchmark=cells.rows[0].benchmark,
-        compressor=cells.rows[0].compressor,
+        **_measured(cells, asked),
         law=law,
         law_d_zero=points.law(0.0),
         law_nonnegative=nonnegative,
@@ -103,15 +103,25 @@ def fit_family(
         loss=loss,
         down_weighted=() if loss == "squares" else _down_weighted(cells),
         check=None if check is None else profiles.check(*check, level),
-        lms=lms,
-        visual_tokens=tuple(sorted({row.visual_tokens for row in cells.rows})),
-        left_out=cells.left_out,
         cells=tuple(zip(*(a.tolist() for a in (*points, cells.samples)), strict=True)),
-        benchmarks=tuple(sorted({row.benchmark for row in asked})),
     )
     if without is not None:
         found = _with_questions(found, questions.jackknife(cells, asked, without, fixed_d, level))
     return dataclasses.replace(found, statements=tuple(words.of_fit(found)))
+
+
+def _measured(cells: Cells, asked: Sequence[Row]) -> dict[str, Any]:
+    """What a fit says of its cells, by the names of its fields. asked: the rows of single benchmarks."""
+    first = cells.rows[0]
+    return {
+        "benchmark": first.benchmark,
+        "benchmarks": tuple(sorted({row.benchmark for row in asked})),
+        "compressor": first.compressor,
+        "elastic": first.elastic,
+        "lms": {row.lm: row.lm_params for row in cells.rows},
+        "visual_tokens": tuple(sorted({row.visual_tokens for row in cells.rows})),
+        "left_out": cells.left_out,
+    }
 
 
 def _with_questions(fit: Fit, over: questions.OverQuestions) -> Fit:
@@ -130,17 +140,22 @@ def fit_table(rows: Sequence[Row], **options: Any) -> dict[str, Fit]:
 
 
 def select(
-    rows: Sequence[Row], family: str, benchmark: str | None, compressor: str | None, constants: int
+    rows: Sequence[Row],
+    family: str,
+    benchmark: str | None,
+    compressor: str | None,
+    constants: int,
+    elastic: bool | None = None,
 ) -> Cells:
-    """The family's rows of one compressor, flagged ones left out.
+    """The family's rows of one compressor and one kind of training, flagged ones left out.
 
     Args:
-      benchmark: see `fit_family`. compressor: None takes the one with the most cells.
+      benchmark, compressor, elastic: see `fit_family`.
       constants: how many the law has; raises ConfigError when the cells cannot determine them.
     """
     rows = _of_benchmark(rows, family, benchmark)
-    compressor, left_out = _choose_compressor(rows, family, compressor)
-    rows = table.family_mean([row for row in rows if row.compressor == compressor], family)
+    kind, left_out = _choose_kind(rows, family, compressor, elastic)
+    rows = table.family_mean([row for row in rows if (row.compressor, row.elastic) == kind], family)
     left_out += [
         f"{row.lm}, {row.visual_tokens} visual tokens, seed {row.seed} (error {row.error:.3f}): flagged {row.flag!r}"
         for row in rows
@@ -168,24 +183,40 @@ def _of_benchmark(rows: Sequence[Row], family: str, benchmark: str | None) -> li
     return [row for row in own if row.benchmark in wanted]
 
 
-def _choose_compressor(
-    rows: Sequence[Row], family: str, compressor: str | None
-) -> tuple[str, list[str]]:
-    counts = Counter(row.compressor for row in rows)
-    if compressor is None:
-        compressor, most = counts.most_common(1)[0]
-        if list(counts.values()).count(most) > 1:
-            raise ConfigError(
-                f"fit: family {family!r} holds {sorted(counts)} equally often; choose one with --compressor."
-            )
-    elif compressor not in counts:
+def _choose_kind(
+    rows: Sequence[Row], family: str, compressor: str | None, elastic: bool | None
+) -> tuple[tuple[str, bool], list[str]]:
+    """The compressor and the kind of training that are fitted, and a line for each that is left out."""
+    counts = Counter((row.compressor, row.elastic) for row in rows)
+    has = sorted({name for name, _ in counts})
+    if compressor not in (None, *has):
         raise ConfigError(
-            f"fit: compressor {compressor!r} is not in family {family!r}; it has {sorted(counts)}."
+            f"fit: compressor {compressor!r} is not in family {family!r}; it has {has}."
         )
-    return compressor, [
-        f"{count} row(s) with compressor {name!r}: the law is fitted to {compressor!r} only"
-        for name, count in counts.items()
-        if name != compressor
+    found = [
+        (kind, count)
+        for kind, count in counts.most_common()
+        if compressor in (None, kind[0]) and elastic in (None, kind[1])
+    ]
+    if not found:
+        raise ConfigError(
+            f"fit: family {family!r} has no row of {compressor or 'any compressor'} with elastic = {elastic}; leave --elastic out."
+        )
+    if len(found) > 1 and found[0][1] == found[1][1]:
+        if found[0][0][0] == found[1][0][0]:
+            raise ConfigError(
+                f"fit: family {family!r} holds {found[0][0][0]!r} equally often from elastic trainings and from others; choose "
+                "with --elastic yes or no."
+            )
+        raise ConfigError(
+            f"fit: family {family!r} holds {has} equally often; choose one with --compressor."
+        )
+    chosen = found[0][0]
+    return chosen, [
+        f"{count} row(s) with compressor {kind[0]!r}{' of elastic trainings' * kind[1]}: the law is fitted to "
+        f"{chosen[0]!r}{' of elastic trainings' * chosen[1]} only"
+        for kind, count in counts.items()
+        if kind != chosen
     ]
 
 

@@ -92,6 +92,7 @@ class Fit:
         tuple[float, ...], ...
     ] = ()  # N in billions, V, error, weight, training samples or 0
     benchmarks: tuple[str, ...] = ()  # the ones that the error is the mean of
+    elastic: bool = False  # of trainings that each served all numbers of visual tokens
     question_error: float | None = (
         None  # largest standard error of a cell over questions, if asked for
     )
@@ -103,6 +104,11 @@ class Fit:
     def drawn_errors(self, lm_params: Any, visual_tokens: Any) -> np.ndarray:
         """By the law of each resample: [R c] for c sizes and token counts."""
         return power_law(self.resamples.T[..., None], lm_params, visual_tokens)
+
+    @property
+    def trained(self) -> str:
+        """The compressor and, where it is elastic, that one training of each LM served all numbers of visual tokens."""
+        return f"{self.compressor}{', one training per LM' * self.elastic}"
 
     @property
     def d_identified(self) -> bool:
@@ -120,7 +126,8 @@ class Forecast(NamedTuple):
 
 def rows_of(rows: Sequence[Row], fit: Fit) -> list[Row]:
     """The measurements behind a fit, flagged ones included."""
-    own = [row for row in rows if row.family == fit.family and row.compressor == fit.compressor]
+    kind = (fit.family, fit.compressor, fit.elastic)
+    own = [row for row in rows if (row.family, row.compressor, row.elastic) == kind]
     return [row for row in own if row.benchmark in (fit.benchmarks or (fit.benchmark,))] or own
 
 

@@ -55,7 +55,7 @@ def rises(rows: Sequence[Row]) -> list[Rise]:
     found = []
     unflagged = [row for row in rows if not row.flag]
     for row in sorted(unflagged, key=lambda row: (row.lm_params, row.visual_tokens)):
-        run = (row.benchmark, row.family, row.compressor, row.seed, row.train_samples)
+        run = (row.benchmark, row.family, row.compressor, row.seed, row.train_samples, row.elastic)
         group = sound.setdefault(run, [])
         above = [Rise(row, other) for other in _neighbours(row, group) if _exceeds(row, other)]
         if above:

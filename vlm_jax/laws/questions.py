@@ -6,8 +6,8 @@ Fitting the law to all errors without the same group keeps cells paired and pict
 the law's variance is that of a delete-a-group jackknife, summed over benchmarks, which share no pictures (Kott 2001, "The
 Delete-a-Group Jackknife", section 2). It says nothing of training runs: their luck is the same in every group.
 
-    questions.jsonl   {"benchmark", "family", "lm", "visual_tokens", "compressor", "seed", "train_samples", "without"} per row of
-                      errors.csv; without: an error per group, null for a group without questions
+    questions.jsonl   {"benchmark", "family", "lm", "visual_tokens", "compressor", "seed", "train_samples", "elastic", "without"} per
+                      row of errors.csv; without: an error per group, null for a group without questions
 """
 
 from __future__ import annotations
@@ -28,7 +28,16 @@ from vlm_jax.laws.least_squares import Cells, solve
 from vlm_jax.laws.table import Row
 from vlm_jax.settings.checks import ConfigError
 
-KEY = ("benchmark", "family", "lm", "visual_tokens", "compressor", "seed", "train_samples")
+KEY = (
+    "benchmark",
+    "family",
+    "lm",
+    "visual_tokens",
+    "compressor",
+    "seed",
+    "train_samples",
+    "elastic",
+)
 Without = Mapping[tuple, Sequence[float | None]]  # a row's key -> its error without each group
 
 
@@ -52,7 +61,8 @@ def read(paths: Iterable[str | os.PathLike[str]]) -> dict[tuple, list[float | No
             try:
                 fields = json.loads(line)
                 errors = [None if e is None else float(e) for e in fields["without"]]
-                found[tuple(fields[name] for name in KEY)] = errors
+                known = {"elastic": False, **fields}  # lines of older evaluations do not have it
+                found[tuple(known[name] for name in KEY)] = errors
             except (ValueError, KeyError, TypeError) as error:
                 raise ConfigError(f"{path}:{number}: is no line of questions.jsonl ({error}).") from None  # fmt: skip
     return found
@@ -83,9 +93,10 @@ def jackknife(
             by_benchmark.setdefault(row.benchmark, []).append(row)
     counts = np.bincount(cells.cell_of)
     values: dict[str, dict[str, float]] = {}
-    cell_variance = np.zeros(len(points.errors))
+    cell_variance, fewest = np.zeros(len(points.errors)), math.inf
     for benchmark, own in by_benchmark.items():
         moved = _moved(own, without) / len(by_benchmark)  # [rows groups]
+        fewest = min(fewest, moved.shape[1])  # groups of pictures that this benchmark has
         where = np.array([cells.cell_of[members[row.key[2:]]] for row in own])
         replicas = points.errors + (np.eye(len(counts))[:, where] @ moved).T / counts
         cell_variance += _variance(replicas)
@@ -97,7 +108,7 @@ def jackknife(
             drawn["alpha/beta"] = solved.alpha / solved.beta
         values[benchmark] = {name: float(_variance(x)) for name, x in drawn.items()}
     law = points.law(fixed_d)
-    width = float(stdtrit(min(map(len, without.values())) - 1, (1 + level) / 2))
+    width = float(stdtrit(fewest - 1, (1 + level) / 2))
     intervals: dict[str, Interval | None] = dict.fromkeys(CONSTANTS)
     for name in ("A", "alpha", "beta", "alpha/beta"):
         at = law.ratio if name == "alpha/beta" else getattr(law, name)
@@ -124,7 +135,12 @@ def _moved(rows: Sequence[Row], without: Without) -> np.ndarray:
     if len({len(errors) for errors in found}) > 1:
         raise ConfigError(f"fit: --questions: rows of {rows[0].benchmark} have other numbers of groups; evaluate them again.")  # fmt: skip
     moved = np.array(found, float)
-    return moved[:, ~np.isnan(moved).any(axis=0)]
+    moved = moved[:, ~np.isnan(moved).any(axis=0)]
+    if moved.shape[1] < 2:
+        raise ConfigError(
+            f"fit: --questions: {rows[0].benchmark} asks about fewer than two pictures."
+        )
+    return moved
 
 
 def _variance(replicas: np.ndarray) -> Any:

@@ -7,15 +7,16 @@ fits a phone (a wide table scrolls inside its own box) and follows the dark mode
 from __future__ import annotations
 
 import html
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from vlm_jax import files
 from vlm_jax.files import Path
 from vlm_jax.laws import choice, drawing, figures, planning, words
 from vlm_jax.laws.choice import Plan
-from vlm_jax.laws.law import Fit
+from vlm_jax.laws.law import CONSTANTS, QUESTIONS, Fit
 from vlm_jax.laws.table import Row
 from vlm_jax.laws.words import Change, Table, estimate, headline, runs_of, spoken
 from vlm_jax.settings.checks import ConfigError
@@ -48,7 +49,8 @@ def write_report(
     text_tokens: int,
     budget_gflops: float,
     notes: Sequence[str] = (),
-    elastic: Mapping[str, Fit] | None = None,
+    others: Sequence[Mapping[str, Fit]] = (),
+    query_aware: Collection[str] = (),
     pictures: Sequence[Picture] = (),
     caveats: Sequence[str] = (),
     seconds: Mapping[str, float] | None = None,
@@ -60,25 +62,20 @@ def write_report(
       rows: of errors.csv, flagged ones and other compressors' included. fits: by family.
       made_by: the command that made all this. text_tokens: Q of the figures and the plan. budget_gflops: the plan's.
       notes: sentences below the tables of errors, such as which cells were run again and why.
-      elastic: laws of another compressor of these rows, which one training per LM taught every number of visual tokens.
-        All remaining compressors are taken to look at the question.
+      others: laws of other compressors, or of other trainings, of these rows. query_aware: compressors that look at the question.
       pictures: of where such a compressor looks. seconds: by part of the run. appendix: blocks before the caveats.
     """
-    elastic = elastic or {}
     plans = _plans(fits, budget_gflops, text_tokens)
     made = {family: plan for family, plan in plans.items() if isinstance(plan, Plan)}
-    looking = {
-        family: words.beside(rows, fit, [e.compressor for e in elastic.values()])
-        for family, fit in fits.items()
-    }
+    looking = {family: words.beside(rows, fit, query_aware) for family, fit in fits.items()}
     said = [words.of_exponents(fits), choice.of_plans(made, text_tokens), words.of_looking(looking)]
     blocks = [heading(1, title), box([line for line in said if line])]
     blocks.append(_law_figures(folder, rows, fits, text_tokens))
     blocks += _tables(rows, fits, notes)
     blocks += _plan_blocks(folder, fits, plans)
     blocks += _looking_blocks(folder, looking, pictures)
-    if elastic:
-        blocks += _elastic_blocks(rows, fits, elastic)
+    if others:
+        blocks += _other_laws(rows, fits, others)
     blocks += appendix
     if caveats:
         blocks += [heading(2, "What this does not show"), items(caveats)]
@@ -155,17 +152,22 @@ def _cell(runs: Sequence[Row]) -> str:
 
 
 def constants_table(fits: Mapping[str, Fit]) -> Table:
-    """The constants of every family with the headline intervals, and R2; what they are at D = 0 where D was fitted."""
-    columns = 4 if all(fit.d_fixed for fit in fits.values()) else 5
+    """The constants of every family with the headline intervals, R2; what they are at D = 0 where D was fitted, and over questions."""
+    first = next(iter(fits.values()))
+    header = ["constant", "fit", f"{first.level:.0%} profile", f"{first.level:.0%} over {first.mode}", "fit at D = 0", f"{first.level:.0%} over questions"]  # fmt: skip
+    shown = [True] * 4 + [
+        not all(fit.d_fixed for fit in fits.values()),
+        any(QUESTIONS in fit.intervals for fit in fits.values()),
+    ]
     body = []
     for family, fit in fits.items():
         for name, *texts in words.constants_table(fit).rows:
             if texts[0] != "-" and not (name == "D" and fit.d_fixed):
-                body.append([f"{spoken(family)} {name}", *texts[: columns - 1]])
-        body.append([f"{spoken(family)} R2", f"{fit.r2:.3f}", *[""] * (columns - 2)])
-    first = next(iter(fits.values()))
-    header = ["constant", "fit", f"{first.level:.0%} profile", f"{first.level:.0%} over {first.mode}", "fit at D = 0"]  # fmt: skip
-    return Table(header[:columns], body)
+                line = [f"{spoken(family)} {name}", *texts, *[""] * (5 - len(texts))]
+                body.append(list(itertools.compress(line, shown)))
+        line = [f"{spoken(family)} R2", f"{fit.r2:.3f}", "", "", "", ""]
+        body.append(list(itertools.compress(line, shown)))
+    return Table(list(itertools.compress(header, shown)), body)
 
 
 def _plans(
@@ -230,28 +232,32 @@ def _looking_blocks(
     return [*blocks, side_by_side(pictures)] if pictures else blocks
 
 
-def _elastic_blocks(
-    rows: Sequence[Row], fits: Mapping[str, Fit], elastic: Mapping[str, Fit]
+def _other_laws(
+    rows: Sequence[Row], fits: Mapping[str, Fit], others: Sequence[Mapping[str, Fit]]
 ) -> list[Block]:
-    """The law of one training per LM beside the law of one training per cell."""
-    body, tables = [], []
-    for family, other in elastic.items():
-        pair, name = (fits[family], other), spoken(family)
-        for constant in ("alpha", "beta"):
-            values = (words.value(fit, constant) for fit in pair)
-            body.append([f"{name} {constant}", *values])
-        body.append([f"{name} R2", *(f"{fit.r2:.3f}" for fit in pair)])
-        means = (words.mean_error(runs_of(rows, fit)) for fit in pair)
-        body.append([f"{name} error, mean", *(f"{mean:.3f}" for mean in means)])
-        tables += [heading(3, headline(name)), scrolling(error_table(rows, other))]
-    own, one = (next(iter(laws.values())).compressor for laws in (fits, elastic))
-    header = ["constant", f"a training per cell ({own})", f"a training per LM ({one})"]
-    return [
-        heading(2, "One training per LM, every number of visual tokens"),
-        paragraph(words.of_elastic(rows, fits, elastic)),
-        scrolling(Table(header, body)),
-        folded(f"The errors of {one}", *tables),
-    ]
+    """The laws of several compressors or kinds of training, a column each, and the errors of the others."""
+    laws = [fits, *others]
+    names = [next(iter(each.values())).trained for each in laws]
+    body = []
+    for family, fit in fits.items():
+        own, name = [each.get(family) for each in laws], spoken(family)
+        for constant in CONSTANTS:
+            if not (constant == "D" and fit.d_fixed):
+                body.append([f"{name} {constant}", *(words.value(f, constant) if f else "-" for f in own)])  # fmt: skip
+        body.append([f"{name} R2", *(f"{f.r2:.3f}" if f else "-" for f in own)])
+        runs = [[row for row in runs_of(rows, f) if not row.flag] if f else [] for f in own]
+        shared = set.intersection(*({row.cell for row in each} for each in runs if each))
+        means = [words.mean_error([row for row in each if row.cell in shared]) if each and shared else None for each in runs]  # fmt: skip
+        texts = ("-" if mean is None else f"{mean:.3f}" for mean in means)
+        body.append([f"{name} error, mean of shared cells", *texts])
+    said = [words.of_elastic(rows, fits, each) for each in others if next(iter(each.values())).elastic]  # fmt: skip
+    blocks = [heading(2, "Laws side by side"), scrolling(Table(["constant", *names], body))]
+    if said and not next(iter(fits.values())).elastic:
+        blocks.append(items(said))
+    for name, each in zip(names[1:], others, strict=True):
+        shown = [(heading(3, headline(spoken(f.family))), scrolling(error_table(rows, f))) for f in each.values()]  # fmt: skip
+        blocks.append(folded(f"The errors of {name}", *itertools.chain(*shown)))
+    return blocks
 
 
 def heading(level: int, text: str) -> Block:

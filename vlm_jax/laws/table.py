@@ -57,7 +57,11 @@ class Row:
     flops: Number | None = None  # forward FLOPs of one question, encoder to last answer token
     seconds: Number | None = None  # wall clock per question
     flag: str = ""  # why this cell failed ("chance level"); a flagged row is shown, never fitted
-    train_samples: int | None = None  # that the model was trained on, where cells differ in it
+    train_samples: int | None = None  # that the model was trained on; None: not known
+    validation_loss: Number | None = (
+        None  # of the training, in nats per token, where one was measured
+    )
+    elastic: bool = False  # one training of the LM served this and other numbers of visual tokens
 
     @property
     def key(self) -> tuple:
@@ -70,6 +74,7 @@ class Row:
             self.compressor,
             self.seed,
             self.train_samples,
+            self.elastic,
         )
 
     @property
@@ -84,10 +89,15 @@ def spell_pair(lm: str, visual_tokens: int) -> str:
 
 COLUMNS = (
     "benchmark", "family", "lm", "lm_params", "visual_tokens", "compressor", "error", "n", "seed", "flops",
-    "seconds", "flag", "train_samples",
+    "seconds", "flag", "train_samples", "validation_loss",
+    "elastic",
 )  # fmt: skip
 _TEXT = ("benchmark", "family", "lm", "compressor", "flag")
 _WHOLE = ("visual_tokens", "n", "seed", "train_samples")
+VALIDATION_LOSS = (
+    "validation_loss"  # what a law can be fitted to in place of errors, like a benchmark
+)
+ELASTIC = {"yes": True, "no": False}
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(Row)}
 
 
@@ -160,6 +170,11 @@ def _parse(record: dict[str, str], where: str) -> Row:
             continue
         if not text and name not in REQUIRED:
             continue
+        if name == "elastic":
+            if text not in ELASTIC:
+                raise ConfigError(f"{where}: elastic {text!r} must be yes, no or empty.")
+            fields[name] = ELASTIC[text]
+            continue
         value = _number(text, f"{where}: {name}")
         if name != "error" and not math.isfinite(value):  # _check has words for an error
             raise ConfigError(f"{where}: {name} {text!r} is not a finite number.")
@@ -197,7 +212,7 @@ def _check(fields: dict, where: str) -> None:
     if not 1 <= tokens <= MOST_TOKENS:
         bound = "at least 1" if tokens < 1 else f"at most {MOST_TOKENS:g}"
         raise ConfigError(f"{where}: visual_tokens {tokens:g} must be {bound}.")
-    for name in ("n", "flops", "seconds", "train_samples"):
+    for name in ("n", "flops", "seconds", "train_samples", "validation_loss"):
         if (fields.get(name) or 0) < 0:
             raise ConfigError(f"{where}: {name} {fields[name]:g} is negative; leave it empty.")
 
@@ -231,9 +246,11 @@ def validate(
             )
 
 
-def _format(value: Number | str | None) -> str:
-    if value is None:
+def _format(value: Number | str | bool | None) -> str:
+    if value is None or value is False:
         return ""
+    if value is True:
+        return "yes"
     if isinstance(value, float):
         return str(int(value)) if value % 1 == 0 and abs(value) < 1e15 else repr(value)
     return str(value)
@@ -279,7 +296,7 @@ def family_mean(rows: Sequence[Row], family: str) -> list[Row]:
     for row in rows:
         groups.setdefault(dataclasses.replace(row, benchmark="").key, []).append(row)
     means = []
-    for (_, _, lm, tokens, _, seed, _), group in groups.items():
+    for (_, _, lm, tokens, _, seed, *_), group in groups.items():
         missing = sorted(set(benchmarks) - {row.benchmark for row in group})
         if missing:
             raise ConfigError(
@@ -300,6 +317,25 @@ def family_mean(rows: Sequence[Row], family: str) -> list[Row]:
     return sorted(
         means, key=lambda row: (row.lm_params, row.lm, row.visual_tokens, row.compressor, row.seed)
     )
+
+
+def held_out(rows: Sequence[Row]) -> list[Row]:
+    """A row per training with its held-out loss, in nats, in place of an error.
+
+    Raises ConfigError when no row has one.
+    """
+    found = {}
+    for row in rows:
+        if row.validation_loss is not None:
+            loss = dataclasses.replace(
+                row, error=row.validation_loss, benchmark=VALIDATION_LOSS, family=VALIDATION_LOSS, n=None
+            )  # fmt: skip
+            found.setdefault(loss.key, loss)
+    if not found:
+        raise ConfigError(
+            "fit: no row has a validation_loss; a sweep writes it where its config sets train.validation."
+        )
+    return list(found.values())
 
 
 def counted(rows: Sequence[Row], size: str) -> list[Row]:

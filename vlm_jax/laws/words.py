@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -307,13 +307,10 @@ def binomial_interval(error: float, n: int) -> Interval:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def beside(rows: Sequence[Row], fit: Fit, leave_out: Sequence[str] = ()) -> list[Change]:
-    """Cells of other compressors that the law's compressor has too, fewest tokens and then largest LM first.
-
-    leave_out: compressors that are none of them.
-    """
+def beside(rows: Sequence[Row], fit: Fit, compressors: Collection[str]) -> list[Change]:
+    """Cells of these compressors that the law's compressor has too, fewest tokens and then largest LM first."""
     own = runs_of(rows, fit)
-    names = {row.compressor for row in rows} - {fit.compressor, *leave_out}
+    names = {row.compressor for row in rows if row.compressor in compressors} - {fit.compressor}
     others = [
         row for name in names for row in runs_of(rows, dataclasses.replace(fit, compressor=name))
     ]
@@ -338,7 +335,8 @@ def headline(text: str) -> str:
 
 
 def value(fit: Fit, name: str) -> str:
-    return estimate(getattr(fit.law, name), fit.profile[name])
+    found = _constant(fit.law, name)
+    return "-" if found is None else estimate(found, fit.profile[name])
 
 
 def of_exponents(fits: Mapping[str, Fit]) -> str:
@@ -381,12 +379,13 @@ def of_looking(found: Mapping[str, Sequence[Change]]) -> str:
 def of_elastic(rows: Sequence[Row], fits: Mapping[str, Fit], elastic: Mapping[str, Fit]) -> str:
     """How many trainings each law took, and whether both say the same of the exponents."""
     counts = [
-        len({(row.lm, row.seed, row.visual_tokens * per_cell) for f in laws.values() for row in runs_of(rows, f)})
-        for laws, per_cell in ((fits, True), (elastic, False))
+        len({(row.lm, row.seed, row.visual_tokens * (not row.elastic)) for f in laws.values() for row in runs_of(rows, f)})
+        for laws in (fits, elastic)
     ]  # fmt: skip
     clauses = []
-    for family, fit in elastic.items():
-        found, own = order(fit), order(fits[family])
+    for family in (name for name in elastic if name in fits):
+        found, own = order(elastic[family]), order(fits[family])
         same = "not settled by both" if found is None or own is None else "the same" if found == own else "another"  # fmt: skip
         clauses.append(f"{same} for {spoken(family)}")
-    return f"{counts[1]} trainings instead of {counts[0]}; the order of the exponents is {' and '.join(clauses)}."
+    name = next(iter(elastic.values())).compressor
+    return f"{name}: {counts[1]} trainings instead of {counts[0]}; the order of the exponents is {' and '.join(clauses)}."

@@ -18,5 +18,6 @@ An elastic compressor (M3, MQT) is trained once per LM and evaluated at each of 
 "resized" shrinks the image before the encoder and compresses nothing; "text_only" leaves the image out.
 
 Modules: plan (cells and stages, as the config says), stages (the config of each training), checks (all mistakes at once),
-dry_run (what it costs), running (what is missing, on one machine or many), conclusion (table, law, report).
+dry_run (what it costs), running (what is missing, on one machine or many), parts (side by side in worker processes), answers (the rows
+of the table and their questions), conclusion (laws, report) and its appendix.
 """

@@ -35,6 +35,9 @@ def check(cfg: ConfigDict, root: Path, with_inputs: bool = True) -> list[Trainin
         except ConfigError as error:
             found.setdefault(str(error).removeprefix("sweep: "), []).append(who)
 
+    inputs = cfg.sweep.inputs
+    no_inputs = with_inputs and not cfg.sweep.prepare and not to_path(inputs).is_dir()
+    with_inputs = with_inputs and not no_inputs  # else a mistake for each file
     todo = attempt(plan.trainings, cfg) or []
     attempt(plan.stages, cfg)
     asked = attempt(plan.asked, cfg) or []
@@ -50,7 +53,13 @@ def check(cfg: ConfigDict, root: Path, with_inputs: bool = True) -> list[Trainin
     if with_inputs and not cfg.sweep.prepare:
         for one in asked:
             attempt(_check_benchmark, one, plan.folders(cfg, root, cfg.sweep.seeds[0]))
-    _tell([mistake + _of(who) for mistake, who in found.items()])
+    told = [mistake + _of(who) for mistake, who in found.items()]
+    if no_inputs:
+        told.insert(0, (
+            f"inputs: the folder {inputs!r} does not exist; give the one that holds models, records and benchmarks: "
+            "--config.sweep.inputs=FOLDER."
+        ))  # fmt: skip
+    _tell(told)
     return todo
 
 
@@ -73,8 +82,9 @@ def _inputs(exp: Experiment, where: Folders) -> Iterator[Callable[[], None]]:
     def is_made(path: str) -> bool:
         return to_path(path).is_relative_to(where.root)
 
-    for path in filter(lambda path: not is_made(path), data.annotations):
-        yield lambda path=path: sources.check_exists("annotations", path, RECORDS)
+    for name, paths in (("annotations", data.annotations), ("train: validation", exp.train.validation)):  # fmt: skip
+        for path in filter(lambda path: not is_made(path), paths):
+            yield lambda name=name, path=path: sources.check_exists(name, path, RECORDS)
     if data.max_images and not data.features_dir:
         roots = [root for root in data.image_roots if not is_made(root)]
         yield lambda: sources.check_image_roots("data", roots)

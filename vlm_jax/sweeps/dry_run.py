@@ -1,33 +1,43 @@
 """What a sweep takes before it is begun: steps, tokens, FLOPs, memory per chip, time, chip-hours and dollars of every training.
 
-Counted from the shapes of the models (vlm_jax/costs); data and weights need not be there. Evaluations, prepare steps and
-cached features are not counted: about a hundredth of a sweep of LMs of billions of parameters.
+Counted from the shapes of the models (vlm_jax/costs); data and weights need not be there. With `compiled` the memory and the
+bound of the time are those of XLA's compiler (vlm_jax/aot). Evaluations, prepare steps and cached features are not counted:
+about a hundredth of a sweep of LMs of billions of parameters.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import itertools
+import logging
 import math
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
+from rich.console import Console
 
-from vlm_jax import sharding
+from vlm_jax import aot, sharding
+from vlm_jax.aot import programs, roofline
 from vlm_jax.costs import training as costs
 from vlm_jax.costs.chips import CHIPS, GIB, Chip
 from vlm_jax.costs.training import Ways
 from vlm_jax.data import sources
 from vlm_jax.files import Path, to_path
+from vlm_jax.laws.words import Table
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import Experiment
 from vlm_jax.storage import run as experiment
 from vlm_jax.sweeps import checks, plan, stages
 from vlm_jax.sweeps.plan import Stage, Training
 
+log = logging.getLogger(__name__)
+
 TOPOLOGY = re.compile(r"(\w+):(\d+(?:x\d+)*)$")
+WIDEST = 1000  # characters of a line
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 PARTS = (0, 2, 4, 8)  # of mesh.tensor that are tried; 0: as the config says
 
@@ -39,6 +49,7 @@ class Machine:
     chip: Chip
     count: int
     mfu: float | None
+    devices: tuple[Any, ...] = ()  # that the steps are compiled for; none: they are counted
 
     @property
     def name(self) -> str:
@@ -60,8 +71,11 @@ class Entry:
     finished: bool
 
 
-def machine(topology: str, mfu: str) -> Machine | None:
-    """From "v5e:16x16" or "H100:8"; None for "". Raises ConfigError for another one."""
+def machine(topology: str, mfu: str, compiled: bool = False) -> Machine | None:
+    """From "v5e:16x16" or "H100:8"; None for "". Raises ConfigError for another one.
+
+    compiled: of a TPU topology, the devices too.
+    """
     if not topology:
         return None
     match = TOPOLOGY.match(topology)
@@ -74,7 +88,11 @@ def machine(topology: str, mfu: str) -> Machine | None:
     share = number("--mfu", mfu)
     if share is not None and not 0 < share <= 1:
         raise ConfigError(f"--mfu: must lie in (0, 1], got {mfu}.")
-    return Machine(chip, math.prod(map(int, match[2].split("x"))), share)
+    devices = ()
+    if compiled:
+        aot.quiet_environment(topology)
+        devices = tuple(programs.devices(topology))
+    return Machine(chip, math.prod(map(int, match[2].split("x"))), share, devices)
 
 
 def number(flag: str, text: str) -> float | None:
@@ -113,8 +131,14 @@ def _entry(stage: Stage, who: str, exp: Experiment, on: Machine | None, folder: 
     hours = peak = None
     remedy = ""
     if on is not None:
-        hours = steps * sum(share * _seconds(step, on) for share, step in each) / 3600
-        peak = max(step.peak_bytes for _, step in each)
+        needs = [(step.peak_bytes, step.seconds(on.chip)) for _, step in each]
+        if on.devices:
+            log.info("compiling %s of %s ...", stage.name, who)
+            needs = [_compiled(exp, on, width) for width, _ in widths]
+        pace = 1 / (on.count * on.chip.peak_flops * on.mfu) if on.mfu else 0.0  # seconds per FLOP
+        seconds = [max(bound, step.flops * pace) for (_, bound), (_, step) in zip(needs, each, strict=True)]  # fmt: skip
+        hours = steps * sum(share * s for (share, _), s in zip(each, seconds, strict=True)) / 3600
+        peak = max(need for need, _ in needs)
         if peak > on.chip.hbm_bytes:
             remedy = cure(exp, on, max(width for width, _ in widths))
     return Entry(
@@ -149,11 +173,14 @@ def _widths(stage: Stage, exp: Experiment) -> list[tuple[int, float]]:
     return [(width + visual, share / total) for width, share in stage.buckets]
 
 
-def _seconds(step: costs.Step, on: Machine) -> float:
-    bound = step.seconds(on.chip)
-    if on.mfu is None:
-        return bound
-    return max(bound, step.flops / on.count / on.chip.peak_flops / on.mfu)
+def _compiled(exp: Experiment, on: Machine, width: int) -> tuple[float, float]:
+    """Peak bytes per chip and the bound of a step on rows of `width` slots; both infinite where the compiler refuses it."""
+    data = dataclasses.replace(exp.data, max_tokens=width, sampling="shuffle", length_buckets=())
+    exp = dataclasses.replace(exp, data=data)
+    need = roofline.train(exp, sharding.mesh_of(exp, list(on.devices)))
+    if isinstance(need, roofline.TooBig):
+        return math.inf, math.inf
+    return need.peak_bytes, need.bound(on.chip)
 
 
 def ways_of(exp: Experiment, chips: int) -> Ways:
@@ -215,7 +242,7 @@ def report(
     """The table of all trainings, their total, and what it assumes."""
     root = to_path(workdir).absolute() if workdir else to_path("sweep")
     found = entries(cfg, root, on)
-    lines = _table(found, on, chip_hour_dollars)
+    lines = as_text(_table(found, on, chip_hour_dollars))
     lines += ["", *_totals(found, on, chip_hour_dollars)]
     if saving := _saving(cfg, root, on, found):
         lines.append(saving)
@@ -227,11 +254,19 @@ def report(
     return "\n".join(lines) + "\n"
 
 
-def _table(found: Sequence[Entry], on: Machine | None, dollars: float | None) -> list[str]:
+def as_text(table: Table) -> list[str]:
+    """The lines of a table with two columns of words, however wide it is."""
+    console = Console(file=io.StringIO(), width=WIDEST)
+    with console.capture() as written:
+        console.print(table.on_terminal(left=2))
+    return [line.rstrip() for line in written.get().splitlines() if line.strip()]
+
+
+def _table(found: Sequence[Entry], on: Machine | None, dollars: float | None) -> Table:
     head = ["stage", "of", "steps", "tokens", "FLOPs"]
     if on is not None:
         head += ["GiB/chip", "hours", "chip-hours", *(["$"] if dollars is not None else [])]
-    body = [head]
+    body = []
     for e in found:
         cells = [e.stage, e.who, f"{e.steps:,}", f"{e.tokens:.3g}", f"{e.flops:.3g}"]
         if on is not None and e.hours is not None and e.peak_bytes is not None:
@@ -239,12 +274,7 @@ def _table(found: Sequence[Entry], on: Machine | None, dollars: float | None) ->
             cells += [f"{e.peak_bytes / GIB:.1f}{'!' if e.remedy else ''}", f"{e.hours:.2f}", f"{chip_hours:,.0f}"]  # fmt: skip
             cells += [f"{chip_hours * dollars:,.0f}"] if dollars is not None else []
         body.append([*cells, "finished" if e.finished else ""])
-    head.append("")
-    sizes = [max(map(len, column)) for column in zip(*body, strict=True)]
-    return [
-        "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, sizes, strict=True))).rstrip()
-        for line in body
-    ]  # fmt: skip
+    return Table([*head, ""], body)
 
 
 def _totals(found: Sequence[Entry], on: Machine | None, dollars: float | None) -> list[str]:

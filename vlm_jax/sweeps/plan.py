@@ -159,12 +159,9 @@ class Folders:
         several = len(training.visual_tokens) > 1
         return self.cell(training, rerun) / ("eval" + (f"-v{visual_tokens}" if several else ""))
 
-    def newest_answers(self, training: Training, visual_tokens: int) -> Path:
-        """That of the last try."""
-        for rerun in itertools.count(1):
-            if not self.cell(training, rerun).is_dir():
-                return self.answers(training, visual_tokens, rerun - 1)
-        raise AssertionError
+    def last_rerun(self, training: Training) -> int:
+        """The number of a training's last try, which counts."""
+        return next(n for n in itertools.count() if not self.cell(training, n + 1).is_dir())
 
     def log(self, part: str) -> Path:
         return self.root / "logs" / f"{part}.txt"
@@ -279,6 +276,12 @@ def is_elastic(cfg: ConfigDict, compressor: str) -> bool:
     """Whether one training per LM serves all numbers of visual tokens of a compressor."""
     known = compressor not in BASELINES and compressors.get(compressor).elastic
     return known and cfg.sweep.elastic
+
+
+def query_aware(cfg: ConfigDict) -> set[str]:
+    """The compressors of the cells that look at the question."""
+    names = {cell.compressor for cell in cells(cfg)} - set(BASELINES)
+    return {name for name in names if compressors.get(name).uses_query}
 
 
 def trainings(cfg: ConfigDict) -> list[Training]:

@@ -9,20 +9,20 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from vlm_jax import files, parts
+from vlm_jax import files
 from vlm_jax.files import Path, to_path
 from vlm_jax.inference import evaluation
 from vlm_jax.inference.settings import EvalConfig
 from vlm_jax.laws import outliers, table
-from vlm_jax.parts import Clock, Part
 from vlm_jax.settings.checks import ConfigError, RunEnded, build
 from vlm_jax.settings.run import MeshConfig
 from vlm_jax.storage import run as experiment
-from vlm_jax.sweeps import checks, conclusion, plan, stages
+from vlm_jax.sweeps import answers, checks, conclusion, parts, plan, stages
+from vlm_jax.sweeps.parts import Clock, Part
 from vlm_jax.sweeps.plan import Folders, Stage, Training
 from vlm_jax.train import train
 
@@ -242,14 +242,14 @@ def run_training(cfg: ConfigDict, training: Training, where: Folders, first: int
     tries: list[outliers.Try] = []
     for rerun in range(first, cfg.sweep.max_reruns + 1):
         more = rerun * RETRY_SEED
+        folder = where.cell(training, rerun)
+        out = {v: where.answers(training, v, rerun) for v in training.visual_tokens}
         try:
             last = _train(cfg, training, where, rerun)
+            rows = [row for v in out for row in evaluate(last, training, v, folder, out[v], where)]
         except files.Locked as error:
             log.info("%s is left alone: %s", training, error)
             return Tried(training, [])
-        folder = where.cell(training, rerun)
-        out = {v: where.answers(training, v, rerun) for v in training.visual_tokens}
-        rows = [row for v in out for row in evaluate(last, training, v, folder, out[v], where)]
         failed = [row for row in rows if row.error >= cfg.sweep.failed_above]
         if not failed:
             tries.append(outliers.Try(training.seed + more, rows))
@@ -286,17 +286,16 @@ def evaluate(
         "visual_tokens": visual_tokens if several else 0,
     }
     settings = EvalConfig.from_block(block)
-    evaluation.evaluate(settings, build(MeshConfig, cfg.mesh.to_dict()), str(out))
-    if training.compressor == plan.TEXT_ONLY:
-        return []  # a table's rows have visual tokens; the report has its scores
-    families = {one.name: one.family for one in asked}
-    return [
-        dataclasses.replace(
-            row, seed=training.seed, lm=plan.label(training.lm), compressor=training.compressor,
-            family=families.get(row.benchmark, row.family),
-        )
-        for row in table.read(out / "errors.csv")
-    ]  # fmt: skip
+    with _held(experiment.open_workdir(str(out))):
+        evaluation.evaluate(settings, build(MeshConfig, cfg.mesh.to_dict()), str(out))
+    return answers.rows(cfg, training, run, out)
+
+
+def _held(folder: Path) -> contextlib.AbstractContextManager[Any]:
+    """Locks a workdir by the first process of a run, as a training does."""
+    import jax  # here, not above: it takes seconds, mistakes are answered before
+
+    return files.lock(folder) if jax.process_index() == 0 else contextlib.nullcontext()
 
 
 def write_table(
@@ -306,6 +305,8 @@ def write_table(
     rows = [row for one in todo if one in tries for row in tries[one][-1].rows]
     if not rows:
         return
-    keys = {row.key for row in rows}
+    # Older tables do not say which rows are of elastic trainings, and of how many samples.
+    older = {dataclasses.replace(row, elastic=False, train_samples=None).key for row in rows}
+    keys = {row.key for row in rows} | older
     others = [row for row in table.read(path) if row.key not in keys] if path.is_file() else []
     table.write(path, [*rows, *others])

@@ -39,12 +39,18 @@ def config_of(
     c.data.annotations = tuple(where.path(path) for path in stage.annotations)
     roots = stage.image_roots or (".",) * len(stage.annotations)
     c.data.image_roots = tuple(where.path(path) for path in roots)
+    if (
+        not stage.is_last
+    ):  # held-out records are those of the evaluated stage, unless a stage names its own
+        c.train.validation, c.train.validation_roots, c.train.keep_best = (), (), False
     if stage.per != "seed":
         c.model.lm.preset = training.lm
         for field, value in _lm_fields(cfg, stage, training.lm):
             _set(c, f"lm_settings of {training.lm!r}", field, value)
     for field, value in stage.settings:
         _set(c, f"stages.{stage.name}", field, value)
+    c.train.validation = tuple(where.path(path) for path in c.train.validation)
+    c.train.validation_roots = tuple(where.path(path) for path in c.train.validation_roots)
     own = _presets(c, where)
     _compress(c, cfg, stage, training)
     _start(c, cfg, stage, training, where, rerun, own)

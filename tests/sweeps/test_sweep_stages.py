@@ -33,6 +33,17 @@ def test_a_stage_takes_the_recipe_and_starts_where_the_one_before_it_ended():
     assert resolve(tune).model.compressor.stride == 4
 
 
+def test_held_out_records_are_those_of_the_last_stage_and_lie_where_its_records_lie():
+    cfg = paper.get_config()
+    cfg.train.validation, cfg.train.validation_roots = ("held.json",), ("llava/instruct",)
+    cfg.train.keep_best = True
+    one = Training(0, "tokenpacker", "qwen1.5-4b", (36,))
+    align, tune = (config_of(cfg, name, one).train for name in ("align", "tune"))
+    assert (align.validation, align.validation_roots, align.keep_best) == ((), (), False)
+    assert (tune.validation, tune.validation_roots) == (("inputs/held.json",), ("inputs/llava/instruct",))  # fmt: skip
+    assert tune.keep_best
+
+
 def test_an_lm_has_fields_of_its_own_in_all_stages_or_in_one():
     cfg = paper.get_config()
     given = {"mesh.tensor": 2, "tune.train.micro_batches": 4, "tune.optim.learning_rate": 1e-5}
@@ -110,6 +121,17 @@ def test_stages_that_cannot_be_are_refused(change, words, tmp_path):
         return
     with pytest.raises(ConfigError, match=words):
         checks.check(cfg, tmp_path, with_inputs=False)
+
+
+def test_a_missing_folder_of_inputs_is_one_mistake_beside_those_of_the_config(tmp_path):
+    cfg = paper.get_config()
+    cfg.sweep.inputs = str(tmp_path / "nowhere")
+    with pytest.raises(ConfigError) as error:
+        checks.check(cfg, tmp_path)
+    assert str(error.value).startswith(f"sweep: inputs: the folder '{tmp_path / 'nowhere'}' does not exist; give")  # fmt: skip
+    cfg.sweep.visual_tokens = (5,)
+    with pytest.raises(ConfigError, match=r"2 mistakes: \(1\) inputs: .* \(2\) .*visual_tokens 5 cannot"):  # fmt: skip
+        checks.check(cfg, tmp_path)
 
 
 def test_two_lms_of_one_name_and_lists_of_other_lengths_are_refused(tmp_path):

@@ -1,5 +1,6 @@
 """The sweep: what it plans and what it refuses. test_colab.py runs a whole one, killed and resumed."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from vlm_jax.storage import run as experiment
 from vlm_jax.sweeps import plan, running
 from vlm_jax.sweeps.plan import Training
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_plan_holds_every_cell_once_and_the_query_aware_ones_beside():
@@ -107,7 +108,7 @@ def told_errors(monkeypatch):
     monkeypatch.setattr(running, "cache_features", lambda *_: None)
     monkeypatch.setattr(running, "evaluate", evaluate)
     monkeypatch.setattr(running.conclusion, "looks", lambda *_: [])
-    monkeypatch.setattr(running.conclusion, "_laws", lambda *_: ({"tokenpacker": {}}, []))
+    monkeypatch.setattr(running.conclusion, "_laws", lambda *_: ({("tokenpacker", False): {}}, []))
     monkeypatch.setattr(running.conclusion.appendix, "blocks", lambda *_: [])
     monkeypatch.setattr(running.conclusion.report, "write_report", lambda root, *_, **__: root)
     return errors, trained
@@ -153,6 +154,30 @@ def test_a_cell_that_another_machine_holds_is_left_alone(tmp_path, told_errors, 
     assert end.value.exit_code == 0 and held not in told_errors[1]
     assert len(table.read(tmp_path / "errors.csv")) == 4
     assert running.sweep(cfg, str(tmp_path), "test") == tmp_path / "report.html"
+
+
+def test_a_cell_that_another_machine_evaluates_is_left_alone(tmp_path, monkeypatch):
+    cfg = mini.get_config()
+    cell = plan.trainings(cfg)[0]
+    where, asked = plan.folders(cfg, tmp_path, 0), []
+    monkeypatch.setattr(running, "train", lambda *_: None)
+    monkeypatch.setattr(running.evaluation, "evaluate", lambda *_: asked.append(1))
+    monkeypatch.setattr(running.answers, "rows", lambda *_: [row(cell, 0.5)])
+    out = where.answers(cell, cell.visual_tokens[0])
+    out.mkdir(parents=True)
+    with files.lock(out):
+        assert running.run_training(cfg, cell, where).tries == [] and not asked
+    assert len(running.run_training(cfg, cell, where).tries) == 1 and asked == [1]
+
+
+def test_rows_of_an_older_table_are_replaced_when_they_say_how_they_were_trained(tmp_path):
+    cell = plan.trainings(mini.get_config())[0]
+    path, old = tmp_path / "errors.csv", row(cell, 0.5)
+    new = dataclasses.replace(old, train_samples=960, elastic=True)
+    apart = dataclasses.replace(old, train_samples=320)
+    table.write(path, [old, apart])
+    running.write_table(path, [cell], {cell: [outliers.Try(0, [new])]})
+    assert table.read(path) == [new, apart]
 
 
 def test_rows_stand_in_the_order_of_the_plan_whichever_cell_is_finished_first(tmp_path):

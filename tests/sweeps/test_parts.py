@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import toy_parts
 
-from vlm_jax import parts
-from vlm_jax.parts import Part
 from vlm_jax.settings.checks import ConfigError, RunEnded
+from vlm_jax.sweeps import parts
+from vlm_jax.sweeps.parts import Part
 
 
 def part(tmp_path, name, call, *arguments, needs=(), cost=0.0):
@@ -119,7 +119,7 @@ def test_a_request_to_stop_lets_trainings_save_and_begins_nothing_new(tmp_path, 
 def test_workers_end_with_a_parent_that_was_killed(tmp_path):
     code = (
         "import pathlib, sys, toy_parts\n"
-        "from vlm_jax import parts\n"
+        "from vlm_jax.sweeps import parts\n"
         "folder = pathlib.Path(sys.argv[1])\n"
         "if __name__ == '__main__':\n"
         "    plan = [parts.Part('training', toy_parts.train, (folder,), folder / 'log')]\n"
