@@ -18,10 +18,10 @@ def get_config() -> ml_collections.ConfigDict:
     c.optim = optim()
 
     c.mesh = ml_collections.ConfigDict()  # their product = number of devices
+    c.mesh.slices = 1  # TPU slices (or nodes) joined by a network; the other sizes are those of one
     c.mesh.data = -1  # replicas of the batch; -1 = the devices that are left
     c.mesh.fsdp = 1  # shards of parameters and optimiser state
     c.mesh.tensor = 1  # shards of heads, MLP widths and vocabulary; 0 = as few as the batch allows
-    c.mesh.sequence = 1  # shards of the positions of a row, for very long ones
 
     # Per part: a workdir, whose last checkpoint supplies it, or a model directory of the Hugging Face hub; "" = init.from's,
     # else random.

@@ -14,7 +14,6 @@ from vlm_jax.models import attention
 from vlm_jax.models.attention import AttentionMask, attend
 from vlm_jax.models.lm import causal_mask
 from vlm_jax.settings.checks import ConfigError
-from vlm_jax.settings.run import MeshConfig
 from vlm_jax.storage import run as experiment
 from vlm_jax.training import step
 
@@ -56,9 +55,7 @@ def exp(tmp_path_factory):
     return experiment.resolve(tiny.config(tiny.write(tmp_path_factory.mktemp("tiny") / "data")))
 
 
-def chosen(
-    exp, platform, compressor="tokenpacker", turns="dialogue", packing=False, sequence=1, **lm
-):
+def chosen(exp, platform, compressor="tokenpacker", turns="dialogue", packing=False, **lm):
     """The kernel on a device of `platform`; GPUs are of compute capability 9.0."""
     device = types.SimpleNamespace(platform=platform, compute_capability="9.0")
     flash = attention.flash_kernel(device)
@@ -71,7 +68,7 @@ def chosen(
     )
     data = dataclasses.replace(exp.data, turns=turns, packing=packing)
     return step.attention_kernel(
-        dataclasses.replace(exp, model=model, data=data, mesh=MeshConfig(sequence=sequence)),
+        dataclasses.replace(exp, model=model, data=data),
         flash,
     )
 
@@ -105,7 +102,6 @@ def test_auto_takes_the_platforms_kernel_where_it_computes_the_same(exp):
     assert [chosen(exp, p) for p in ("cpu", "gpu", "tpu")] == ["xla", "cudnn", "splash"]
     for platform in ("gpu", "tpu"):
         assert chosen(exp, platform, turns="independent") == "xla"
-        assert chosen(exp, platform, sequence=2) == "xla"
         assert chosen(exp, platform, sliding_window=8) == "xla"
         assert chosen(exp, platform, sliding_window=32) != "xla"  # as long as a row
         assert chosen(exp, platform, attention="xla") == "xla"

@@ -83,8 +83,7 @@ def _flash(
     """Causal attention within segments, without materialised scores."""
     if kernel == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-    # Every mesh axis is named, a sequence axis of size 1 too: the compiler cannot partition a Pallas kernel.
-    rows = ("batch", "length")
+    rows = ("batch", None)
     queries, keys = (*rows, "heads", None), (*rows, "kv_heads", None)
     inputs = (queries, keys, keys, rows)
     return on_shards(splash_shard, inputs, (queries,))(q, k, v, segments)[0]

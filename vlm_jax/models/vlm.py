@@ -250,7 +250,7 @@ class VLM(nn.Module):
         tokens = rearrange(tokens, "(b i) m d -> b (i m) d", b=text.shape[0])
         index = index[..., None]
         placed = jnp.take_along_axis(tokens.astype(text.dtype), jnp.maximum(index, 0), axis=1)
-        x = constrain(jnp.where(index >= 0, placed, text), "batch", "length", "embed_activation")
+        x = constrain(jnp.where(index >= 0, placed, text), "batch", None, "embed_activation")
         return x, layout
 
     def features(self, inputs: Inputs) -> Features | None:
