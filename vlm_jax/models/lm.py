@@ -162,8 +162,8 @@ class Attention(nn.Module):
         q, k = apply_rope(q, positions, freqs), apply_rope(k, positions, freqs)
         if cache is not None:
             cache = cache.write(k, v, layer, slot)
-            assert mask.allowed is not None, "a cache needs a dense mask"
-            k, v = cache.of_layer(layer, *mask.allowed.shape[::2])
+            if mask.segments is None or mask.num_keys != x.shape[1]:
+                k, v = cache.of_layer(layer, x.shape[0], mask.num_keys)
         out = Linear(
             (cfg.width,), ("heads", None, "embed"), in_axes=2, use_bias=cfg.o_bias, kernel_init=init,
             bias_init=nn.initializers.zeros, dtype=cfg.dtype, adapter=cfg.adapter("layers/attn/o"), name="o",
