@@ -38,7 +38,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.train.num_epochs = 1.0  # passes over the data (LLaVA-1.5: 1 in both stages)
     c.train.seed = 0  # of the initial parameters
     c.train.micro_batches = 1  # parts of a batch, computed one after the other: less memory
-    c.train.loss_chunk = 0  # positions per row whose logits exist at once; 0 = all
+    c.train.loss_chunk = 512  # positions per row whose logits exist at once; 0 = all
     c.train.log_every = 10  # steps between progress lines; metrics.jsonl has every step
     c.train.save_every = 500  # steps between checkpoints
     c.train.keep = 2  # checkpoints kept
