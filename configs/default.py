@@ -18,10 +18,10 @@ def get_config() -> ml_collections.ConfigDict:
     c.optim = optim()
 
     c.mesh = ml_collections.ConfigDict()  # their product = number of devices
+    c.mesh.slices = 1  # TPU slices (or nodes) joined by a network; the other sizes are those of one
     c.mesh.data = -1  # replicas of the batch; -1 = the devices that are left
     c.mesh.fsdp = 1  # shards of parameters and optimiser state
     c.mesh.tensor = 1  # shards of heads, MLP widths and vocabulary; 0 = as few as the batch allows
-    c.mesh.sequence = 1  # shards of the positions of a row, for very long ones
 
     # Per part: a workdir, whose last checkpoint supplies it, or a model directory of the Hugging Face hub; "" = init.from's,
     # else random.
@@ -38,7 +38,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.train.num_epochs = 1.0  # passes over the data (LLaVA-1.5: 1 in both stages)
     c.train.seed = 0  # of the initial parameters
     c.train.micro_batches = 1  # parts of a batch, computed one after the other: less memory
-    c.train.loss_chunk = 0  # positions per row whose logits exist at once; 0 = all
+    c.train.loss_chunk = 512  # positions per row whose logits exist at once; 0 = all
     c.train.log_every = 10  # steps between progress lines; metrics.jsonl has every step
     c.train.save_every = 500  # steps between checkpoints
     c.train.keep = 2  # checkpoints kept

@@ -41,7 +41,6 @@ def get_config():
     c.model.compressor.taps = (12, 16, 22, 23)  # hidden states of TokenPacker's release
     c.model.lm.remat = "full"  # the recipe's gradient checkpointing
     c.data.template = "chatml"  # Qwen's
-    c.train.loss_chunk = 512  # a vocabulary of 152k: logits of 512 positions exist at once
     # Parameters and optimiser state are split over all devices; where there are more devices than rows, the rest split heads.
     c.mesh.data, c.mesh.fsdp, c.mesh.tensor = 1, -1, 0
     c.eval.batch_size = 64

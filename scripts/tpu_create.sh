@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A TPU slice through a queued resource: asks for it, waits until it is there, installs the last commit on every worker.
-# Again on a slice that exists: only the code is refreshed. A preempted or failed one is deleted and asked for anew.
+# --slices=N asks for N slices in one resource. Again on a slice that exists: only the code is refreshed. A preempted or failed one is deleted and asked for anew.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -10,13 +10,14 @@ usage: scripts/tpu_create.sh --name=NAME --zone=ZONE --type=TYPE [options]
   --type=TYPE      accelerator, such as v5litepod-256, v5p-128, v6e-64, v4-32
   --runtime=IMAGE  default: the one that fits TYPE
   --project=ID     default: gcloud's
+  --slices=N       so many slices of TYPE, joined by a network (mesh.slices=N); default: 1
   --spot           preemptible, cheaper
-  --setup=COMMAND  run on every worker after the installation, for instance to mount the disk that all workers share
+  --setup=COMMAND  run on every worker after the installation, for instance to mount a disk that all workers share
   --dry-run        print the commands, run nothing
 TEXT
 }
 
-name='' zone='' type='' runtime='' setup='' dry='' project=() spot=()
+name='' zone='' type='' runtime='' setup='' dry='' slices=1 project=() spot=()
 for word in "$@"; do
   case "$word" in
     --name=*) name="${word#*=}" ;;
@@ -24,6 +25,7 @@ for word in "$@"; do
     --type=*) type="${word#*=}" ;;
     --runtime=*) runtime="${word#*=}" ;;
     --project=*) project=("--project=${word#*=}") ;;
+    --slices=*) slices="${word#*=}" ;;
     --spot) spot=(--spot) ;;
     --setup=*) setup="${word#*=}" ;;
     --dry-run) dry=1 ;;
@@ -34,6 +36,10 @@ done
 if [ -z "$name" ] || [ -z "$zone" ] || [ -z "$type" ]; then
   echo "tpu_create.sh: --name, --zone and --type are needed." >&2
   usage >&2
+  exit 2
+fi
+if ! [[ "$slices" =~ ^[1-9][0-9]*$ ]]; then
+  echo "tpu_create.sh: --slices='$slices' is no number of slices; give 1 or more." >&2
   exit 2
 fi
 if [ -z "$runtime" ]; then
@@ -47,7 +53,11 @@ if [ -z "$runtime" ]; then
 fi
 where=(--zone="$zone" "${project[@]}")
 queue=(gcloud compute tpus queued-resources)
+nodes=("--node-id=$name") everywhere=(--worker=all)
 vm=(gcloud compute tpus tpu-vm)
+if [ "$slices" -gt 1 ]; then
+  nodes=("--node-count=$slices" "--node-prefix=$name") everywhere=(--worker=all --node=all) vm=("${queue[@]}")
+fi
 
 run() {
   if [ -n "$dry" ]; then
@@ -63,7 +73,7 @@ state() { # of the queued resource; ABSENT when there is none
 }
 
 create() {
-  run "${queue[@]}" create "$name" --node-id="$name" "${where[@]}" --accelerator-type="$type" \
+  run "${queue[@]}" create "$name" "${nodes[@]}" "${where[@]}" --accelerator-type="$type" \
     --runtime-version="$runtime" "${spot[@]}"
 }
 
@@ -83,6 +93,6 @@ fi
 
 archive="${TMPDIR:-/tmp}/vlm_jax-$name.tar.gz"
 run git archive --format=tar.gz --output="$archive" HEAD
-run "${vm[@]}" scp "$archive" "$name:vlm_jax.tar.gz" --worker=all "${where[@]}"
-install='mkdir -p vlm_jax && tar -xzf vlm_jax.tar.gz -C vlm_jax && cd vlm_jax && . scripts/environment.sh && make_environment "[tpu]"'
-run "${vm[@]}" ssh "$name" --worker=all "${where[@]}" --command="$install${setup:+ && $setup}"
+run "${vm[@]}" scp "$archive" "$name:vlm_jax.tar.gz" "${everywhere[@]}" "${where[@]}"
+install='mkdir -p vlm_jax && tar -xzf vlm_jax.tar.gz -C vlm_jax && cd vlm_jax && . scripts/environment.sh && make_environment "[tpu,gcs]"'
+run "${vm[@]}" ssh "$name" "${everywhere[@]}" "${where[@]}" --command="$install${setup:+ && $setup}"

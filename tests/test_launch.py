@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 TPU = ["--name=a", "--zone=z", "--type=v6e-64", "--spot"]
@@ -75,6 +76,96 @@ def test_a_dry_run_of_the_tpu_scripts_prints_every_command_and_runs_none(tmp_pat
     assert shlex.split(command)[-6:] == [*TRAIN, "--config.data.image_roots=('a b',)"]
     assert check[-2:] == ["--worker=0", "--command=test -f /shared/run/final.json"]
     assert not calls(tmp_path)
+
+
+BUCKET = [*TRAIN[:-1], "--workdir=gs://bucket/run"]
+
+
+def test_several_slices_are_one_resource_and_a_bucket_says_when_the_run_is_finished(tmp_path):
+    done = run(tmp_path, "tpu_run.sh", *TPU, "--slices=2", "--dry-run", "--", *BUCKET)
+    assert done.returncode == 0, done.stderr
+    create, _, copy, install, train, check = printed(done.stdout)
+    assert {"--node-count=2", "--node-prefix=a"} <= set(create) and "--node-id=a" not in create
+    for words in (copy, install, train):
+        assert words[:4] == ["gcloud", "compute", "tpus", "queued-resources"]
+        assert {"--worker=all", "--node=all"} <= set(words)
+    assert check == ["gcloud", "storage", "ls", "gs://bucket/run/final.json"]
+
+
+@pytest.mark.parametrize("slices", ["1", "2"])
+def test_a_run_in_a_bucket_goes_on_until_the_bucket_holds_its_end(tmp_path, fakes, slices):
+    """The trainer of the first attempt was asked to stop, and exits 0 without having finished."""
+    fakes("gcloud", rf"""
+        here="{tmp_path}"
+        case "$*" in
+          *queued-resources\ describe*) echo ACTIVE ;;
+          *vlm_jax.train*) if [ -e "$here/once" ]; then touch "$here/finished"; else touch "$here/once"; fi ;;
+          storage\ ls\ gs://bucket/run/final.json) [ -e "$here/finished" ] ;;
+          *test\ -f*) exit 3 ;;
+          *tpu-vm\ describe*) echo READY ;;
+        esac""")  # fmt: skip
+    words = [*TPU, f"--slices={slices}", f"--logs={tmp_path}/logs", "--", *BUCKET]
+    done = run(tmp_path, "tpu_run.sh", *words)
+    assert done.returncode == 0, done.stderr
+    assert "finished (gs://bucket/run/final.json)" in done.stdout
+    assert sum("vlm_jax.train" in line for line in calls(tmp_path)) == 2
+
+
+GKE = ["--name=a", "--image=i:1", "--accelerator=tpu-v5-lite-podslice", "--topology=16x16"]
+
+
+def test_a_jobset_has_a_job_per_slice_and_a_pod_per_host(tmp_path, fakes):
+    fakes("kubectl", f'cat > "{tmp_path}/applied.yaml"')
+    words = [*GKE, "--slices=2", "--spot", "--", *BUCKET, "--config.data.image_roots=('a b',)"]
+    dry = run(tmp_path, "gke_run.sh", "--dry-run", *words)
+    assert dry.returncode == 0 and not calls(tmp_path), dry.stderr
+    done = run(tmp_path, "gke_run.sh", *words)
+    assert done.returncode == 0 and calls(tmp_path) == ["kubectl apply -f -"]
+    assert (tmp_path / "applied.yaml").read_text() == dry.stdout
+    (job,) = yaml.safe_load(dry.stdout)["spec"]["replicatedJobs"]
+    hosts = job["template"]["spec"]
+    assert (job["replicas"], hosts["parallelism"], hosts["completions"]) == (2, 64, 64)
+    pod = hosts["template"]["spec"]
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice", "cloud.google.com/gke-tpu-topology": "16x16",
+        "cloud.google.com/gke-spot": "true",
+    }  # fmt: skip
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert shlex.split(container["args"][0]) == [*BUCKET, "--config.data.image_roots=('a b',)"]
+
+
+@pytest.mark.parametrize(("trainer", "finished", "code"), [(0, True, 0), (0, False, 1), (2, True, 2)])  # fmt: skip
+def test_a_pod_succeeds_only_when_the_run_is_finished(tmp_path, fakes, trainer, finished, code):
+    """The command of the manifest, with a `python` that is the trainer and the question for final.json in turn."""
+    check = f"exit {0 if finished else 1}"
+    fakes("python", f'case "$*" in *vlm_jax.train*) exit {trainer} ;; *final.json) {check} ;; esac')
+    dry = run(tmp_path, "gke_run.sh", "--dry-run", *GKE, "--", *BUCKET)
+    (job,) = yaml.safe_load(dry.stdout)["spec"]["replicatedJobs"]
+    (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    words = [*container["command"], *container["args"]]
+    done = subprocess.run(words, env=environment(tmp_path), capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert (done.returncode != 0) == (code != 0), done.stderr
+    asked = [line for line in calls(tmp_path) if "final.json" in line]
+    assert len(asked) == (trainer == 0)
+
+
+def test_a_pod_that_is_asked_to_stop_lets_the_trainer_save(tmp_path, fakes):
+    body = (
+        'trap "touch $WORK/saved; exit 0" TERM; touch "$WORK/up"; while true; do sleep 0.05; done'
+    )
+    fakes("python", f'case "$*" in *vlm_jax.train*) {body} ;; *) exit 1 ;; esac')
+    dry = run(tmp_path, "gke_run.sh", "--dry-run", *GKE, "--", *BUCKET)
+    (job,) = yaml.safe_load(dry.stdout)["spec"]["replicatedJobs"]
+    (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    words = [*container["command"], *container["args"]]
+    pod = subprocess.Popen(words, env=environment(tmp_path, WORK=str(tmp_path)))
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "up").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    pod.send_signal(signal.SIGTERM)
+    assert pod.wait(timeout=30) == 1  # saved, but not finished: the set is started anew
+    assert (tmp_path / "saved").exists()
 
 
 def test_a_preempted_slice_is_asked_for_anew_until_the_run_is_finished(tmp_path, fakes):
@@ -198,6 +289,13 @@ def test_a_sweep_over_machines_is_three_jobs_in_a_row(tmp_path, fakes):
         ("tpu_create.sh", [*TPU, "--tipe=x"], "unknown argument '--tipe=x'"),
         ("tpu_create.sh", ["--name=a", "--zone=z", "--type=v9-8"], "no image is known for 'v9-8'"),
         ("tpu_run.sh", [*TPU, "--", "python", "--workdir=here"], "--workdir=/ABSOLUTE/PATH"),
+        ("tpu_create.sh", [*TPU, "--slices=0"], "'0' is no number of slices"),
+        ("gke_run.sh", [*GKE, "--", "python", "--workdir=/disk"], "--workdir=gs://.. are needed"),
+        (
+            "gke_run.sh",
+            [*GKE, "--topology=16", "--", *BUCKET],
+            "'16' is none; give chips such as 16x16",
+        ),
         ("slurm.sbatch", ["--config=c.py"], "--workdir=WORKDIR is needed"),
         ("sweep_array.sh", ["--machines=0", "--workdir=w"], "--machines=N (1 or more)"),
     ],

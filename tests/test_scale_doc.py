@@ -1,5 +1,6 @@
-"""The commands of docs/scale.md: each parses, and its mesh divides the batch and every parameter on the machine it names."""
+"""The commands of docs/scale.md: launchers run as printed with --dry-run, and each training's mesh divides its batch and model."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -14,58 +15,102 @@ from vlm_jax.settings import cli
 from vlm_jax.storage import run as experiment
 
 ROOT = Path(__file__).resolve().parents[1]
-# What stands for the reader's own settings, and how many devices the machine of each section has.
-OWN = {"DATA": "", "INIT": "", "...": "--config=configs/stage2.py --workdir=runs/a"}
-DEVICES = {"From a laptop to a TPU pod": 256, "One GPU": 1, "Eight GPUs, one or more nodes": 32, "TPU pod": 256}  # fmt: skip
+BUCKET = "gs://my-bucket"
+OWN = {
+    "DATA": "--config.data.annotations=gs://my-bucket/data",
+    "INIT": "--config.init.from=gs://my-bucket/align",
+}
+# How many devices the machine of each section has.
+DEVICES = {
+    "Will it fit, and how long does it take?": 256, "One GPU": 1, "Eight GPUs, one or more nodes": 8, "One TPU slice": 256,
+    "Several slices": 512, "GKE": 512,
+}  # fmt: skip
+LAUNCHERS = ("tpu_run.sh", "gke_run.sh", "sweep_array.sh", "slurm.sbatch")
 
 
-def commands() -> list[tuple[str, list[str]]]:
-    """(section, words) of each indented command of the page, of which the last words of a launcher may be a training."""
+def commands() -> list[tuple[str, str]]:
+    """(section, command) of each indented command of the page, in its order."""
     found, section = [], ""
     text = (ROOT / "docs" / "scale.md").read_text().replace("\\\n", " ")
     for line in text.splitlines():
         if line.startswith("#"):
             section = line.lstrip("# ")
         if line.startswith("    "):
-            words = shlex.split(line, comments=True)
-            own = [shlex.split(OWN.get(word, shlex.quote(word))) for word in words]
-            found.append((section, [word for group in own for word in group]))
+            for name, value in OWN.items():
+                line = re.sub(rf"(?<= ){name}(?= |$)", value, line)
+            found.append((section, line.strip().replace("$BUCKET", BUCKET)))
     return found
 
 
 ALL = commands()
-PYTHON = [(s, words[words.index("-m") + 1 :]) for s, words in ALL if "-m" in words]
-PYTHON += [
-    (s, ["vlm_jax.train", *words[words.index("scripts/slurm.sbatch") + 1 :]])
-    for s, words in ALL
-    if "scripts/slurm.sbatch" in words
-]
-SCRIPTS = [words for _, words in ALL if re.search(r"(tpu_run|sweep_array)\.sh|\.sbatch$", " ".join(words[:3]))]  # fmt: skip
+LAUNCHED = [text for _, text in ALL if any(name in text.split(" -- ")[0] for name in LAUNCHERS)]
+
+
+def training(text: str) -> list[str]:
+    """The words of a training or of aot in a command, behind `-m`; [] if it has none."""
+    words = shlex.split(text, comments=True)
+    if "scripts/slurm.sbatch" in words:
+        return ["vlm_jax.train", *words[words.index("scripts/slurm.sbatch") + 1 :]]
+    called = words[words.index("-m") + 1 :] if "-m" in words else [""]
+    return called if called[0] in ("vlm_jax.train", "vlm_jax.aot") else []
+
+
+TRAININGS = [(section, words) for section, text in ALL if (words := training(text))]
 
 
 def test_the_page_has_the_commands_that_are_tested_here():
-    assert [words[0] for _, words in PYTHON] == ["vlm_jax.aot", *["vlm_jax.train"] * 4]
-    assert len(SCRIPTS) == 3 and {section for section, _ in PYTHON} == DEVICES.keys()
+    assert {section for section, _ in TRAININGS} == DEVICES.keys()
+    assert len(TRAININGS) == 8 and len(LAUNCHED) == 5
+    others = [t for _, t in ALL if t not in LAUNCHED and not training(t)]
+    assert [t.split()[0] for t in others] == [
+        "pip",
+        "scripts/quickstart.sh",
+        "pip",
+        "export",
+        "gcloud",
+        "python",
+    ]
 
 
-@pytest.mark.parametrize(("section", "words"), PYTHON, ids=lambda x: x if isinstance(x, str) else x[0])  # fmt: skip
+@pytest.mark.parametrize(("section", "words"), TRAININGS, ids=lambda x: x if isinstance(x, str) else x[0])  # fmt: skip
 def test_its_mesh_divides_the_batch_and_every_parameter(section, words):
-    flags = cli.parse(words[1:], {"workdir": "", "topology": ""}, {"search": ""}, ("config",))
+    texts, switches = (
+        {"workdir": "", "topology": "", "slices": ""},
+        {"search": "", "train-only": ""},
+    )
+    flags = cli.parse(words[1:], texts, switches, ("config",))
+    flags.config.data.annotations = ()  # they need not be there
+    flags.config.init["from"] = ""
+    flags.config.mesh.slices = int(flags.slices or flags.config.mesh.slices)
     exp = experiment.resolve(flags.config)
-    count = 8 if words[-1] == "--config.mesh.fsdp=8" and "--config.mesh.data=4" not in words else DEVICES[section]  # fmt: skip
+    count = 32 if "--config.mesh.data=4" in words else DEVICES[section]
     rows = exp.data.batch_size // exp.train.micro_batches
-    mesh = AbstractMesh(sharding.mesh_sizes(exp.mesh, count, rows), sharding.AXES)
+    sizes = sharding.mesh_sizes(exp.mesh, count, rows, exp.model.lm.num_kv_heads)
+    mesh = AbstractMesh(sizes, sharding.AXES)
     sharding.check_batch(exp.data.batch_size, mesh, exp.train.micro_batches)
     sharding.shardings_of(shapes(exp.model), mesh)
-    if count == 256:
-        assert tuple(mesh.shape.values()) == (1, 128, 2, 1)
+    if count >= 256:
+        assert sizes == (count // 256, 128, 2, 1)
+    assert exp.train.loss_chunk == 512
 
 
-@pytest.mark.parametrize("words", SCRIPTS, ids=lambda words: words[0])
-def test_its_launchers_accept_it(words, tmp_path):
-    if words[0] == "sbatch":
-        words = ["bash", *words[words.index("scripts/slurm.sbatch") :]]
-    at = 2 if words[0] == "bash" else 1
-    done = subprocess.run([*words[:at], "--dry-run", *words[at:]], cwd=ROOT, capture_output=True, text=True, timeout=60)  # fmt: skip
+@pytest.mark.parametrize("text", LAUNCHED)
+def test_its_launchers_run_as_printed(text):
+    """In bash, with --dry-run before the script's own words; sbatch's script runs without SLURM."""
+    text = re.sub(r"^sbatch\s.*?(?=scripts/)", "bash ", text)
+    text = re.sub(r"(scripts/\S+)", r"\1 --dry-run", text, count=1)
+    done = subprocess.run(
+        ["bash", "-c", text], cwd=ROOT, capture_output=True, text=True, timeout=60,
+        env=os.environ | {"BUCKET": BUCKET},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert (done.stdout + done.stderr).strip()
+    printed = done.stdout + done.stderr
+    assert "vlm_jax" in printed and text.split("--workdir=")[1].split()[0] in printed
+
+
+def test_its_price_list_is_printed_as_it_says(capsys):
+    from vlm_jax import sweep
+
+    (text,) = [t for _, t in ALL if "vlm_jax.sweep" in t]
+    assert sweep.main(shlex.split(text)[3:]) == 0
+    assert "$" in capsys.readouterr().out

@@ -39,9 +39,9 @@ def test_rules_split_widths_over_fsdp_and_heads_mlp_and_vocabulary_over_tensor()
         "norm": jax.ShapeDtypeStruct((8,), jnp.float32),
     }
     assert specs(tree, abstract_mesh(1, 2, 4)) == {
-        "q": PartitionSpec(None, "fsdp", "tensor", None),
-        "down": PartitionSpec(None, "tensor", "fsdp"),
-        "embed": PartitionSpec("tensor", "fsdp"),
+        "q": PartitionSpec(None, "fsdp", ("tensor", "group"), None),
+        "down": PartitionSpec(None, ("tensor", "group"), "fsdp"),
+        "embed": PartitionSpec(("tensor", "group"), "fsdp"),
         "vit": PartitionSpec(None, None),
         "norm": PartitionSpec(),
     }
@@ -62,11 +62,9 @@ def test_a_mesh_must_use_every_device():
         "data": 1,
         "fsdp": 1,
         "tensor": 1,
-        "sequence": 1,
+        "group": 1,
     }
-    with pytest.raises(
-        ConfigError, match="mesh: data 1, fsdp 2, tensor 1, sequence 1 does not make 1 devices"
-    ):
+    with pytest.raises(ConfigError, match="mesh: data 1, fsdp 2, tensor 1 does not make 1 devices"):
         sharding.make_mesh(MeshConfig(1, 2, 1), jax.devices()[:1])
     with pytest.raises(ConfigError, match="choose sizes whose product is 1"):
         sharding.make_mesh(MeshConfig(-1, 2, 1), jax.devices()[:1])
@@ -82,7 +80,8 @@ def test_a_mesh_must_use_every_device():
         (MeshConfig(1, -1, 0), 256, 96, (1, 32, 8, 1)),
         (MeshConfig(8, -1, 0), 256, 128, (8, 16, 2, 1)),
         (MeshConfig(-1, 4, 0), 64, 32, (8, 4, 2, 1)),
-        (MeshConfig(-1, 1, 0, 2), 64, 16, (16, 1, 2, 2)),
+        (MeshConfig(1, -1, 0, slices=2), 512, 128, (2, 64, 4, 1)),  # 64 rows for the 256 devices of a slice
+        (MeshConfig(-1, 4, 1, slices=4), 64, 0, (16, 4, 1, 1)),
         (MeshConfig(2, 4, 0), 8, 5, (2, 4, 1, 1)),  # nothing is left for tensor: check_batch says why
         (MeshConfig(1, -1, 0), 256, 0, (1, 256, 1, 1)),
         (MeshConfig(1, -1, 1), 256, 128, (1, 256, 1, 1)),
@@ -94,7 +93,7 @@ def test_a_tensor_of_0_is_as_small_as_the_batch_allows(config, count, rows, size
 
 def test_only_tensor_may_be_0():
     with pytest.raises(
-        ConfigError, match=r"must be positive, .* \(tensor may be 0.*got \(0, 1, 1, 1\)"
+        ConfigError, match=r"must be positive, .* \(tensor may be 0.*got \(0, 1, 1\)"
     ):
         MeshConfig(data=0)
 
@@ -157,5 +156,5 @@ def test_a_step_and_a_prefill_on_8_devices_equal_one_device(tmp_path):
         "(2, 4, 1, 1)": (4, 64),
         "(1, 2, 4, 1)": (8, 16),
         "(2, 2, 2, 1)": (8, 32),
-        "(2, 1, 2, 2)": (16, 32),
+        "(1, 1, 4, 2)": (16, 16),
     }

@@ -261,7 +261,7 @@ class GatedMLP(nn.Module):
         of_gate, of_up, of_down = self.adapters
         gate = linear((self.width,), ("embed", "mlp"), name="gate", adapter=of_gate)(x)
         up = linear((self.width,), ("embed", "mlp"), name="up", adapter=of_up)(x)
-        hidden = constrain(jax.nn.silu(gate) * up, "batch", "length", "mlp")
+        hidden = constrain(jax.nn.silu(gate) * up, "batch", None, "mlp")
         return linear(x.shape[-1:], ("mlp", "embed"), name="down", adapter=of_down)(hidden)
 
 

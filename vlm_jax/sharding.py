@@ -3,7 +3,8 @@
 data     data parallelism: the rows of a batch are split, the model is replicated
 fsdp     rows are split as well; parameters and optimiser state are sharded and gathered layer by layer
 tensor   tensor parallelism (Megatron): heads, MLP and vocabulary are split
-sequence positions of a row are split, for rows too long for one device; each layer gathers keys and values
+group    what is left of `mesh.tensor` where it exceeds the key/value heads: it splits the queries of a head, MLP and
+         vocabulary further, and copies keys and values
 """
 
 from __future__ import annotations
@@ -24,21 +25,24 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import Experiment, MeshConfig
 
-AXES = ("data", "fsdp", "tensor", "sequence")
+AXES = ("data", "fsdp", "tensor", "group")
 BATCH_AXES = ("data", "fsdp")
+TENSOR_AXES = ("tensor", "group")
 
-RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
+RULES: Rules = (
     ("batch", BATCH_AXES),
     ("embed", "fsdp"),
-    ("mlp", "tensor"),
-    ("heads", "tensor"),
+    ("mlp", TENSOR_AXES),
+    ("heads", TENSOR_AXES),
     ("kv_heads", "tensor"),
-    ("vocab", "tensor"),
+    ("vocab", TENSOR_AXES),
     ("vision", None),  # encoder and compressor widths: small compared to the decoder, so replicated
     ("embed_activation", None),
-    ("length", "sequence"),
     ("layers", None),
 )
+# Weights that only answer: a decode step has a token per row to hide a gather behind, so each device reads its part alone.
+ANSWERING: Rules = tuple((name, None if name == "embed" else axes) for name, axes in RULES)
 
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -91,51 +95,95 @@ def num_processes() -> int:
     return 1
 
 
-def mesh_sizes(config: MeshConfig, count: int, rows: int = 0) -> tuple[int, ...]:
-    """(data, fsdp, tensor, sequence) of a mesh of `count` devices.
+def mesh_sizes(
+    config: MeshConfig, count: int, rows: int = 0, kv_heads: int = 0
+) -> tuple[int, int, int, int]:
+    """(data, fsdp, tensor, group) of a mesh of `count` devices; data holds all slices.
 
     rows: of a batch, or of a micro-batch. A configured tensor size of 0 becomes the smallest for which data * fsdp divides
-    the rows, or 1 without rows or if there is none. Raises ConfigError when the product of the sizes is not `count`.
+    the rows, or 1 without rows or if there is none. kv_heads: of the decoder; a tensor size that is a multiple of them is
+    split into tensor = kv_heads and group. Raises ConfigError when the product of the sizes is not `count`.
     """
-    given = (config.data, config.fsdp, config.tensor or 1, config.sequence)
-    if not config.tensor:
-        every = (_filled((*given[:2], tensor, given[3]), count) for tensor in range(1, count + 1))
-        fit = (s for s in every if math.prod(s) == count and rows % (s[0] * s[1]) == 0)
-        given = next(fit, given)
-    sizes = _filled(given, count)
-    if math.prod(sizes) != count:
-        text = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, given, strict=True))
+    if count % config.slices:
         raise ConfigError(
-            f"mesh: {text} does not make {count} devices; choose sizes whose product is {count}, "
+            f"mesh: {count} devices are not {config.slices} equal slices; set mesh.slices to a divisor of them."
+        )
+    slices, own = config.slices, count // config.slices
+    given = (config.data, config.fsdp, config.tensor or 1)
+    if not config.tensor:
+        every = (_filled((*given[:2], tensor), own) for tensor in range(1, own + 1))
+        fit = (s for s in every if math.prod(s) == own and rows % (s[0] * s[1] * slices) == 0)
+        given = next(fit, given)
+    sizes = _filled(given, own)
+    if math.prod(sizes) != own:
+        text = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, given, strict=False))
+        each = f" of a slice ({slices} slices, {count} devices)" if slices > 1 else ""
+        raise ConfigError(
+            f"mesh: {text} does not make {own} devices{each}; choose sizes whose product is {own}, "
             "or set one of them to -1."
         )
-    return sizes
+    data, fsdp, tensor = sizes
+    group = tensor // kv_heads if kv_heads and tensor % kv_heads == 0 else 1
+    return data * slices, fsdp, tensor // group, group
 
 
-def _filled(sizes: tuple[int, ...], count: int) -> tuple[int, ...]:
+def _filled(sizes: tuple[int, int, int], count: int) -> tuple[int, int, int]:
     """The sizes with -1 replaced by the number of devices left for that axis."""
     known = math.prod(size for size in sizes if size != -1)
-    return tuple(count // known if size == -1 else size for size in sizes)
+    data, fsdp, tensor = (count // known if size == -1 else size for size in sizes)
+    return data, fsdp, tensor
 
 
 def make_mesh(
-    config: MeshConfig, devices: Sequence[jax.Device] | None = None, rows: int = 0
+    config: MeshConfig,
+    devices: Sequence[jax.Device] | None = None,
+    rows: int = 0,
+    kv_heads: int = 0,
 ) -> Mesh:
-    """A (data, fsdp, tensor, sequence) mesh over all `devices` (default: every device of every process).
+    """A (data, fsdp, tensor, group) mesh over all `devices` (default: every device of every process).
 
-    rows, and errors: as in `mesh_sizes`.
+    rows, kv_heads, and errors: as in `mesh_sizes`.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = mesh_sizes(config, len(devices), rows)
-    # allow_split_physical_axes: on a TPU, one side of the torus may be split between two mesh axes.
-    laid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    laid = _laid(mesh_sizes(config, len(devices), rows, kv_heads), config.slices, devices)
     # Auto: the compiler propagates shardings. Explicit axes reject the gather from a sharded embedding.
     return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def _laid(sizes: tuple[int, int, int, int], slices: int, devices: list[jax.Device]) -> np.ndarray:
+    """The devices in the shape of a mesh, whose data axis alone crosses from one slice to another.
+
+    TPUs say which slice they belong to. Other devices are cut into equal parts in their order, which is that of processes.
+    """
+    if devices[0].platform == "tpu" and slices != (there := len(slices_of(devices))):
+        raise ConfigError(
+            f"mesh: slices {slices}, but these {len(devices)} TPU devices are {there}; set mesh.slices={there}."
+        )
+    inner = (sizes[0] // slices, *sizes[1:])
+    # allow_split_physical_axes: on a TPU, one side of the torus may be split between two mesh axes.
+    if devices[0].platform == "tpu" and slices > 1:
+        return mesh_utils.create_hybrid_device_mesh(
+            inner, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+        )
+    size = len(devices) // slices
+    parts = [devices[start : start + size] for start in range(0, len(devices), size)]
+    return np.concatenate(
+        [
+            mesh_utils.create_device_mesh(inner, part, allow_split_physical_axes=True)
+            for part in parts
+        ]
+    )
+
+
+def slices_of(devices: Sequence[jax.Device]) -> set[int]:
+    """The numbers of the slices that devices belong to; {0} where they do not say."""
+    return {getattr(device, "slice_index", 0) for device in devices}
+
+
 def mesh_of(exp: Experiment, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of a training run; errors as in `mesh_sizes`."""
-    return make_mesh(exp.mesh, devices, exp.data.batch_size // exp.train.micro_batches)
+    rows = exp.data.batch_size // exp.train.micro_batches
+    return make_mesh(exp.mesh, devices, rows, exp.model.lm.num_kv_heads)
 
 
 @contextlib.contextmanager
@@ -145,7 +193,7 @@ def use(mesh: Mesh) -> Generator[None, None, None]:
         yield
 
 
-def shardings_of(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
+def shardings_of(boxed: Any, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> Any:
     """The NamedSharding of each leaf of a tree boxed with logical axes (leaves that are not boxed are replicated).
 
     The result has the structure of the unboxed tree. Abstract leaves (`jax.eval_shape`) suffice. Raises ConfigError, naming
@@ -153,7 +201,7 @@ def shardings_of(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
     """
     shardings = jax.tree.map(
         lambda spec: NamedSharding(mesh, spec),
-        nn.logical_to_mesh(nn.get_partition_spec(boxed), RULES),
+        nn.logical_to_mesh(nn.get_partition_spec(boxed), rules),
         is_leaf=lambda node: isinstance(node, PartitionSpec),
     )
     flat, _ = jax.tree_util.tree_flatten_with_path(nn.unbox(boxed))
@@ -161,6 +209,7 @@ def shardings_of(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
     for (path, leaf), spec in zip(flat, specs, strict=True):
         for dim, axes in enumerate(spec):
             names = (axes,) if isinstance(axes, str) else axes or ()
+            names = [name for name in names if mesh.shape[name] > 1]
             size = math.prod(mesh.shape[name] for name in names)
             if leaf.shape[dim] % size:
                 raise ConfigError(
@@ -170,12 +219,12 @@ def shardings_of(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
     return shardings
 
 
-def sharded_shapes(boxed: Any, mesh: Mesh) -> Any:
+def sharded_shapes(boxed: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
     """Boxed shapes as ShapeDtypeStructs with their shardings on `mesh`; errors as in `shardings_of`."""
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         nn.unbox(boxed),
-        shardings_of(boxed, mesh),
+        shardings_of(boxed, mesh, rules),
     )
 
 

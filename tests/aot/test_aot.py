@@ -9,12 +9,15 @@ import pytest
 import tiny
 
 from vlm_jax import aot, sharding
-from vlm_jax.aot import hlo, programs, roofline, search
+from vlm_jax.aot import hlo, hlo_text, programs, roofline, search
 from vlm_jax.costs import chips
 from vlm_jax.data import pipeline
+from vlm_jax.inference import placement
 from vlm_jax.settings import cli
 from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.run import MeshConfig
 from vlm_jax.storage import run as experiment
+from vlm_jax.storage import weights
 
 CONFIG = """
 from pathlib import Path
@@ -64,21 +67,26 @@ def test_all_three_programs_compile_for_four_chips_that_are_not_there(four):
     assert code == 0 and report["fits"]
     assert (report["devices"], report["chip"]) == (4, "v5e")
     assert list(report["programs"]) == ["train step", "prefill", "decode step"]
-    # 6 prompts become 8: each of the four chips takes as many.
-    assert report["programs"]["prefill"]["work"] == "8 x 64"
+    # The 6 prompts lie on two by two chips: four do not divide them.
+    assert report["programs"]["prefill"]["work"] == "6 x 64"
+    assert report["answer_mesh"] == {"data": 2, "fsdp": 1, "tensor": 2, "group": 1}
     for need in report["programs"].values():
         assert 0 < need["argument_bytes"] < need["peak_bytes"] < 2**30
         assert need["open_loops"] == 0 and not need["unknown_kernels"]
         assert need["bound_seconds"] == max(need["seconds"].values())
-        assert need["collectives"]["all-gather"][0] >= 6  # the split weights, layer by layer
+    gathered = report["programs"]["train step"]["collectives"]["all-gather"]
+    assert gathered[0] >= 6  # the split weights, layer by layer
 
 
 @pytest.mark.slow
-def test_flops_agree_with_the_analytic_count(four):
+def test_flops_agree_with_the_analytic_count(four, config):
     _, report = four
-    ratios = {name: need["flop_ratio"] for name, need in report["programs"].items()}
-    assert ratios["prefill"] == pytest.approx(1, abs=0.02)
-    assert ratios["decode step"] == pytest.approx(1, abs=0.02)
+    assert report["programs"]["decode step"]["flop_ratio"] == pytest.approx(1, abs=0.02)
+    prefill = report["programs"]["prefill"]
+    pairs = 6 * 6 * 4 * 64**2 * 256 / 4
+    assert prefill["flops"] - prefill["kernel_flops"] == pytest.approx(
+        prefill["model_flops"] - pairs, rel=0.01
+    )
     # The flash kernel works on whole blocks of 128 positions and computes scores anew; the count has all pairs of 64 positions.
     train = report["programs"]["train step"]
     pairs = 3 * 8 * 6 * 4 * 64**2 * 256 / 4
@@ -88,7 +96,80 @@ def test_flops_agree_with_the_analytic_count(four):
     forward_and_backward = (
         2 + 5
     )  # products of [128 x 128] scores or of as many weights with a head of 128
-    assert train["kernel_flops"] == forward_and_backward * 2 * 2 * 6 * 2 * 128**2 * 128
+    decoder = forward_and_backward * 2 * 2 * 6 * 2 * 128**2 * 128
+    vit = resolved(config).model.vit
+    encoder = 2 * 2 * 2 * vit.feature_state * vit.num_heads * 128**2 * (vit.width // vit.num_heads)
+    assert train["kernel_flops"] == decoder + encoder
+    # Twelve rows' heads on four chips: 6 rows of 2 heads, two ways each.
+    assert prefill["kernel_flops"] == 2 * 2 * 6 / 4 * (6 * 2 * 128**2 * 128) + encoder * 6 / 8
+
+
+def gathers(compiled):
+    """The sizes in bytes of what the program's all-gathers make, loops' bodies once."""
+    program = hlo_text.Program(compiled.as_text())
+    every = [i for c in program.computations.values() for i in c.by_name.values()]
+    found = [i for i in every if i.op.removesuffix("-start") == "all-gather"]
+    return [max(shape.anywhere_bytes for shape in i.shapes) for i in found]
+
+
+def decode_step(exp, mesh, params):
+    """The compiled decode step of 4 rows, with parameters of these shapes."""
+    prefill = programs.prefill(exp, mesh, 4, 8).compile()
+    step = programs.decode(exp, mesh, 4, 8, prefill, params)
+    return step.compile()
+
+
+@pytest.mark.slow
+def test_a_decode_step_gathers_no_weight(config):
+    """4 chips, twice as many as key/value heads: the smallest map of the decoder is k's, 128 x 256 values of bfloat16."""
+    exp = resolved(config)
+    lm = dataclasses.replace(exp.model.lm, num_heads=4, param_dtype="float32")
+    heads = {p: dataclasses.replace(getattr(exp.model, p), num_heads=4) for p in ("vit", "compressor")}  # fmt: skip
+    exp = dataclasses.replace(exp, model=dataclasses.replace(exp.model, lm=lm, **heads))
+    devices = programs.devices("v5e:2x2")
+    mesh = placement.mesh_for(exp.model, MeshConfig(tensor=4), devices, 4)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 2, "group": 2}
+    params = weights.answering(exp.model, mesh)
+    held = params["lm"]["layers"]["attn"]
+    shards = {
+        name: held[name]["kernel"].sharding.shard_shape(held[name]["kernel"].shape) for name in "qk"
+    }
+    assert shards == {"q": (6, 128, 1, 128), "k": (6, 128, 1, 128)}
+    assert (
+        held["q"]["kernel"].dtype == "bfloat16"
+        and params["lm"]["layers"]["attn_norm"]["scale"].dtype == "float32"
+    )
+    smallest = 128 * 256 * 2 / 4
+    assert max(gathers(decode_step(exp, mesh, params)), default=0) < smallest
+    split = sharding.make_mesh(MeshConfig(data=1, fsdp=4), devices)
+    trained = weights.abstract(exp.model, split)
+    assert max(gathers(decode_step(exp, split, trained))) > smallest  # as training has them
+
+
+@pytest.mark.slow
+def test_gradients_alone_cross_from_one_slice_to_the_other(config, tmp_path, capsys):
+    code, report = numbers(config, tmp_path, "v5e:2x2", "--slices=2", *SPLIT, "--train-only")
+    assert code == 0 and (report["devices"], report["slices"]) == (8, 2)
+    assert report["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1, "group": 1}
+    (need,) = report["programs"].values()
+    crossing = {k: sent for k, (_, sent) in need["collectives"].items() if k.startswith("DCN ")}
+    assert need["dcn_bytes"] == sum(crossing.values()) and set(crossing) == {"DCN all-reduce"}
+    lm = resolved(config).model.lm
+    # A fourth of the decoder's float32 gradients; what is copied on each chip (norms, projector, encoder's compressor) is small.
+    assert need["dcn_bytes"] == pytest.approx(4 * lm.total_params / 4, rel=0.1)
+    assert need["seconds"]["network"] == need["dcn_bytes"] / 3.125e9
+    assert "2 slices of v5e:2x2: 8 devices" in capsys.readouterr().out
+
+
+def test_the_data_axis_alone_crosses_from_slice_to_slice():
+    devices = programs.devices("v5e:2x2", 2)
+    laid = sharding.make_mesh(MeshConfig(data=2, fsdp=-1, slices=2), devices).devices
+    assert laid.shape == (4, 2, 1, 1)
+    assert [sharding.slices_of(list(part.flat)) for part in laid] == [{0}, {0}, {1}, {1}]
+    with pytest.raises(
+        ConfigError, match=r"slices 1, but these 8 TPU devices are 2; set mesh.slices=2"
+    ):
+        sharding.make_mesh(MeshConfig(), devices)
 
 
 @pytest.mark.slow
@@ -127,12 +208,14 @@ def test_a_flash_kernel_counts_the_blocks_it_computes():
 
     blocks, heads = array(1, 4, 4), array(2, 8, 2048, 128)
     name = "jit(step)/splash_mha_{}_segmented/pallas_call"
-    forward = hlo.Kernel(
-        "tpu_custom_call", (blocks, blocks, heads, heads, heads), name.format("fwd")
-    )
+    positions = hlo.Shape("s32", (2048, 128), 0)
+    given = (blocks, blocks, heads, heads, heads)
+    forward = hlo.Kernel("tpu_custom_call", (*given, positions), name.format("fwd"))
     square = 2 * 8 * 2048**2 * 128
     # 10 of 16 blocks lie on or under the diagonal; two products forward, five backward.
     assert roofline.attention_flops(forward) == 2 * 2 * square * 10 / 16
+    whole = dataclasses.replace(forward, operands=given)  # an encoder's: every pair
+    assert roofline.attention_flops(whole) == 2 * 2 * square
     backward = dataclasses.replace(forward, op_name=name.format("dkv"))
     assert roofline.attention_flops(backward) == 2 * 5 * square * 10 / 16
     rows = array(2, 2048, 8, 128)
@@ -193,6 +276,8 @@ def test_a_state_that_is_too_large_is_refused_without_compiling(config, monkeypa
         (("--topology=v5e:3x3",), "'v5e:3x3' cannot be built .* use even sides"),
         (("--topology=v5e:2x2", "--config.data.batch_size=6"), r"batch_size 6 is not divisible by mesh data\*fsdp = 4"),
         (("--topology=v5e:2x2", "--config.mesh.fsdp=3"), "does not make 4 devices"),
+        (("--topology=v5e:2x2", "--slices=0"), "'0' is no number of slices"),
+        (("--topology=v5e:2x2", "--slices=3"), "batch_size 8 is not divisible by mesh data"),
         ((), "--topology is missing"),
         (("--topology=local", "--search"), "'cpu' has no known memory and speed; give a --topology of TPUs"),
     ],

@@ -199,3 +199,38 @@ ENTRY %main (a: f32[1000]) -> f32[1000] {
 }
 """
     assert hlo.count(text).memory_bytes == 8000
+
+
+NESTED = """
+HloModule product, num_partitions=1
+
+%slice_of_layer (p.0: bf16[32,64,128], p.1: s32[]) -> bf16[64,128] {
+  %p.0 = bf16[32,64,128]{2,1,0} parameter(0)
+  %p.1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %cut = bf16[1,64,128]{2,1,0} dynamic-slice(%p.0, %p.1, %zero, %zero), dynamic_slice_sizes={1,64,128}
+  ROOT %layer = bf16[64,128]{1,0} bitcast(%cut)
+}
+
+%product (q.0: bf16[32,64,128], q.1: s32[], q.2: bf16[4,64]) -> bf16[4,128] {
+  %q.0 = bf16[32,64,128]{2,1,0} parameter(0)
+  %q.1 = s32[] parameter(1)
+  %q.2 = bf16[4,64]{1,0} parameter(2)
+  %weights = bf16[64,128]{1,0} fusion(%q.0, %q.1), kind=kLoop, calls=%slice_of_layer
+  ROOT %made = bf16[4,128]{1,0} convolution(%q.2, %weights), dim_labels=bf_io->bf
+}
+
+ENTRY %main (stack: bf16[32,64,128], layer: s32[], rows: bf16[4,64]) -> bf16[4,128] {
+  %stack = bf16[32,64,128]{2,1,0} parameter(0)
+  %layer.1 = s32[] parameter(1)
+  %rows = bf16[4,64]{1,0} parameter(2)
+  ROOT %out = bf16[4,128]{1,0} fusion(%stack, %layer.1, %rows), kind=kOutput, calls=%product
+}
+"""
+
+
+def test_a_product_reads_its_layer_of_stacked_weights_and_not_the_stack():
+    """As a TPU's decode step has it: the slice is a fusion inside of the product's."""
+    costs = hlo.count(NESTED)
+    assert costs.memory_bytes == 2 * (64 * 128 + 4 * 64 + 4 * 128) + 4  # the layer's number too
+    assert costs.flops == 2 * 4 * 64 * 128

@@ -1,8 +1,10 @@
 """Attention kernels: the same values and gradients; each platform's is chosen only where it computes the same."""
 
 import dataclasses
+import functools
 import types
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +12,12 @@ import pytest
 import tiny
 
 from vlm_jax import compressors, sharding
-from vlm_jax.models import attention
+from vlm_jax.models import attention, vlm
+from vlm_jax.models import lm as lm_module
 from vlm_jax.models.attention import AttentionMask, attend
 from vlm_jax.models.lm import causal_mask
+from vlm_jax.models.vlm import Inputs
 from vlm_jax.settings.checks import ConfigError
-from vlm_jax.settings.run import MeshConfig
 from vlm_jax.storage import run as experiment
 from vlm_jax.training import step
 
@@ -51,14 +54,71 @@ def test_splash_attention_equals_the_masked_softmax_and_so_do_its_gradients(leng
         np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.parametrize("before", [0, 20])
+def test_splash_reads_left_padded_prompts_behind_the_text_they_share(before):
+    """As a prefill: rows of 140 tokens, some of them padding on the left, behind `before` keys that all of them see."""
+    length = 140
+    q, k, v = drawn(length + before, 64)
+    q = q[:, before:]
+    segments = np.zeros((ROWS, length), np.int32)
+    segments[0, :33] = segments[1, :5] = -1
+    segments[1, 60:64] = -1  # hidden visual slots
+    keys = jnp.asarray(np.pad(segments, ((0, 0), (before, 0))))
+    want = attend(q, k, v, AttentionMask(causal_mask(jnp.asarray(segments), keys, before)))
+    found = attention.splash_shard(q, k, v, jnp.asarray(segments), keys, interpret=True)[0]
+    real = segments >= 0
+    np.testing.assert_allclose(found[real], want[real], rtol=1e-4, atol=1e-6)
+
+
+def test_splash_of_an_image_encoder_sees_every_patch():
+    q, k, v = drawn(150, 72)
+    want = attend(q, k, v)
+    found = attention.splash_shard(q, k, v, interpret=True)[0]
+    np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_with_splash_kernels_reads_prompts_as_without_them(exp, monkeypatch):
+    """The encoder and the prefill of a whole model, in a cache, with the kernel emulated."""
+    kernel = functools.partial(attention.splash_shard, interpret=True)
+    monkeypatch.setattr(attention, "splash_shard", kernel)
+    used = []
+    monkeypatch.setattr(
+        attention, "_splash", lambda *x, of=attention._splash: (used.append(x[0].shape), of(*x))[1]
+    )
+    rng = np.random.default_rng(3)
+    length, px = 9, exp.model.vit.image_px
+    pad = np.array([[0], [3]])
+    slots = np.tile(np.arange(length), (2, 1))
+    inputs = Inputs(
+        tokens=jnp.asarray(rng.integers(4, 60, (2, length))),
+        visual_index=jnp.asarray(np.where(slots == 4, 0, -1)),
+        positions=jnp.asarray(np.maximum(slots - pad, 0)),
+        segments=jnp.asarray(np.where(slots >= pad, 0, -1)),
+        images=jnp.asarray(rng.integers(0, 256, (2, 1, px, px, 3)), jnp.uint8),
+        query_tokens=jnp.ones((2, 1, 3), jnp.int32),
+        query_mask=jnp.ones((2, 1, 3), bool),
+    )
+    params = nn.unbox(vlm.init_params(exp.model, jax.random.key(0)))
+
+    def prefill(kernel):
+        lm = dataclasses.replace(exp.model.lm, attention=kernel)
+        model = vlm.VLM(dataclasses.replace(exp.model, lm=lm))
+        cache = lm_module.empty_cache(lm, 2, length + 4)
+        logits, cache, _ = model.apply({"params": params}, inputs, cache, method="prefill")
+        return logits, cache.k[:, 0]  # the first row has no padding
+
+    for ours, theirs in zip(prefill("splash"), prefill("xla"), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=2e-5)
+    shapes = {shape[1] for shape in used}
+    assert {length, exp.model.vit.num_patches} <= shapes, shapes
+
+
 @pytest.fixture(scope="module")
 def exp(tmp_path_factory):
     return experiment.resolve(tiny.config(tiny.write(tmp_path_factory.mktemp("tiny") / "data")))
 
 
-def chosen(
-    exp, platform, compressor="tokenpacker", turns="dialogue", packing=False, sequence=1, **lm
-):
+def chosen(exp, platform, compressor="tokenpacker", turns="dialogue", packing=False, **lm):
     """The kernel on a device of `platform`; GPUs are of compute capability 9.0."""
     device = types.SimpleNamespace(platform=platform, compute_capability="9.0")
     flash = attention.flash_kernel(device)
@@ -71,7 +131,7 @@ def chosen(
     )
     data = dataclasses.replace(exp.data, turns=turns, packing=packing)
     return step.attention_kernel(
-        dataclasses.replace(exp, model=model, data=data, mesh=MeshConfig(sequence=sequence)),
+        dataclasses.replace(exp, model=model, data=data),
         flash,
     )
 
@@ -105,7 +165,6 @@ def test_auto_takes_the_platforms_kernel_where_it_computes_the_same(exp):
     assert [chosen(exp, p) for p in ("cpu", "gpu", "tpu")] == ["xla", "cudnn", "splash"]
     for platform in ("gpu", "tpu"):
         assert chosen(exp, platform, turns="independent") == "xla"
-        assert chosen(exp, platform, sequence=2) == "xla"
         assert chosen(exp, platform, sliding_window=8) == "xla"
         assert chosen(exp, platform, sliding_window=32) != "xla"  # as long as a row
         assert chosen(exp, platform, attention="xla") == "xla"

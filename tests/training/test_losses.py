@@ -122,10 +122,10 @@ def gradients(folder, trainable="^(compressor|projector|lm)/", **train):
 @pytest.fixture(scope="module")
 def at_once(folder):
     """Loss, scalars and gradients without chunks and micro-batches."""
-    return gradients(folder)
+    return gradients(folder, loss_chunk=0)
 
 
-@pytest.mark.parametrize("train", [dict(loss_chunk=5), dict(micro_batches=2), dict(micro_batches=4, loss_chunk=8)])  # fmt: skip
+@pytest.mark.parametrize("train", [{}, dict(loss_chunk=5), dict(micro_batches=2), dict(micro_batches=4, loss_chunk=8)])  # fmt: skip
 def test_chunks_and_micro_batches_change_no_gradient(folder, at_once, train):
     loss, scalars, grads = at_once
     mine, told, made = gradients(folder, **train)

@@ -1,10 +1,11 @@
-"""python -m vlm_jax.aot --config=configs/stage2.py --topology=v5e:16x16 [--search] [--train-only] [--json=FILE] [--config.x.y=..]
+"""python -m vlm_jax.aot --config=configs/stage2.py --topology=v5e:16x16 [--slices=N] [--search] [--train-only | --answer-only] [--json=FILE] [--config.x.y=..]
 
 Compiles the train step, the prefill and the decode step for chips that need not exist, and prints the memory, FLOPs, memory
 traffic and communication of each chip. --topology=local is this machine's devices. Exit code 1: the chip's memory is too small.
 
-Prompts have data.max_tokens tokens, followed by eval.max_new_tokens more; eval.batch_size is rounded up to a multiple of the
-mesh's data * fsdp. Only the config is read: data, tokenizer and weights need not exist.
+--slices is mesh.slices: so many slices of the topology, joined by a network. Prompts have data.max_tokens tokens, followed
+by eval.max_new_tokens more; they are answered on a mesh of their own (inference/placement.py), of one slice, to whose
+data * fsdp eval.batch_size is rounded up. Only the config is read: data, tokenizer and weights need not exist.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from vlm_jax.settings import cli
+from vlm_jax.settings.checks import ConfigError
 from vlm_jax.storage.run import resolve
 
 # libtpu queries the TPU machine it runs on; without one each query waits or warns.
@@ -42,12 +44,18 @@ def command(argv: Sequence[str]) -> int:
     texts = {
         "topology": "chips: v5e:16x16, v5p:4x4x4, v6e:4x4, ... or local",
         "json": "also write the numbers to this file",
+        "slices": "so many slices of the topology, joined by a network; default: mesh.slices",
     }
     switches = {
         "search": "try meshes, remat policies and micro-batches; show the best that fits",
         "train-only": "leave out prefill and decode",
+        "answer-only": "leave out the train step",
     }
     flags = cli.parse(argv, texts, switches, required=("config", "topology"), about=__doc__ or "")
+    if flags.slices:
+        if not flags.slices.isdecimal() or not int(flags.slices):
+            raise ConfigError(f"--slices: {flags.slices!r} is no number of slices; give 1 or more.")
+        flags.config.mesh.slices = int(flags.slices)
     exp = resolve(flags.config, cli.given_fields(argv))
     quiet_environment(flags.topology)
     from vlm_jax.aot import (  # JAX takes seconds: mistakes are reported before
@@ -56,7 +64,7 @@ def command(argv: Sequence[str]) -> int:
         search,
     )
 
-    devices = programs.devices(flags.topology)
+    devices = programs.devices(flags.topology, exp.mesh.slices)
     if flags.search:
         found = search.search(exp, devices, _say)
         if found is None:
@@ -65,7 +73,14 @@ def command(argv: Sequence[str]) -> int:
         exp = found
     answers = flags.config.eval
     prompts = 0 if flags["train-only"].value else answers.batch_size
-    report = footprint.measure(exp, flags.topology, devices, prompts, answers.max_new_tokens)
+    report = footprint.measure(
+        exp,
+        flags.topology,
+        devices,
+        prompts,
+        answers.max_new_tokens,
+        not flags["answer-only"].value,
+    )
     sys.stdout.write(report.table())
     if flags.json:
         report.write(flags.json)

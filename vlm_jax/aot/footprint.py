@@ -20,7 +20,8 @@ arguments are parameters, optimiser state and batch; peak = arguments + outputs 
 FLOP: matrix products as compiled, recomputation and whole blocks of flash kernels included; beside it their ratio to the
 analytic count (vlm_jax/costs/flops.py), which has no recomputation. Traffic is an estimate: what passes
 between fused operations and the main memory. Links: bytes a chip sends if each group works as a ring.
-The bound is the largest of FLOP / peak, traffic / bandwidth and links / bandwidth: no run is faster.
+DCN: bytes a chip sends to other slices. The bound is the largest of FLOP / peak, traffic / bandwidth, links / bandwidth and
+DCN / its share of the network: no run is faster.
 """
 
 
@@ -31,6 +32,7 @@ class Report:
     experiment: Experiment
     topology: str
     mesh: Mesh
+    answer_mesh: Mesh | None  # of prefill and decode
     chip: Chip | None  # None: not in chips.CHIPS (a CPU), so limits and bounds are unknown
     programs: tuple[Need | TooBig, ...]
 
@@ -45,13 +47,16 @@ class Report:
     def table(self) -> str:
         """One column per program, then notes and the verdict."""
         chip, model = self.chip, self.experiment.model
-        shape = ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
         kind = f"{chip.name}, {chip.hbm_bytes / GIB:.4g} GiB each" if chip else "no known chip"
+        slices = f"{exp.mesh.slices} slices of " if (exp := self.experiment).mesh.slices > 1 else ""
         head = [
-            f"{self.topology}: {self.mesh.size} devices ({kind}); mesh {shape}; remat {model.lm.remat}; "
-            f"batch {self.experiment.data.batch_size}",
-            "",
+            f"{slices}{self.topology}: {self.mesh.size} devices ({kind}); mesh {_spelt(self.mesh)}; remat "
+            f"{model.lm.remat}; batch {self.experiment.data.batch_size}",
         ]
+        if self.answer_mesh is not None:
+            answers = f"prefill and decode: mesh {_spelt(self.answer_mesh)}"
+            head.append(answers + f"; {self.answer_mesh.size} devices, one slice" * bool(slices))
+        head.append("")
         needs = [need for need in self.programs if isinstance(need, Need)]
         rows = [("per chip", [need.name for need in needs])]
         rows += [(label, [text(need) for need in needs]) for label, text in _rows(chip, needs)]
@@ -72,7 +77,9 @@ class Report:
             "devices": self.mesh.size,
             "chip": self.chip and self.chip.name,
             "hbm_bytes": self.chip and self.chip.hbm_bytes,
+            "slices": self.experiment.mesh.slices,
             "mesh": dict(self.mesh.shape),
+            "answer_mesh": self.answer_mesh and dict(self.answer_mesh.shape),
             "fits": self.fits,
             "programs": [_entry(need, self.chip) for need in self.programs],
         }
@@ -83,17 +90,30 @@ class Report:
 
 
 def measure(
-    exp: Experiment, topology: str, devices: list[Any], prompts: int, new_tokens: int
+    exp: Experiment,
+    topology: str,
+    devices: list[Any],
+    prompts: int,
+    new_tokens: int,
+    training: bool = True,
 ) -> Report:
     """Compiles for `devices`. prompts: the batch of prefill and decode, rounded up to split evenly; 0: train step only.
 
+    training: whether the train step is compiled. Prefill and decode are compiled for one slice, on a mesh of their own.
     Raises ConfigError when mesh, batch and parameters do not divide.
     """
-    mesh = sharding.mesh_of(exp, devices)
-    found = [roofline.train(exp, mesh)]
+    mesh, answers = sharding.mesh_of(exp, devices), None
+    found = [roofline.train(exp, mesh)] if training else []
     if prompts:
-        found += roofline.answer(exp, mesh, programs.rows_of(mesh, prompts), new_tokens)
-    return Report(exp, topology, mesh, roofline.chip_of(devices), tuple(found))
+        one = programs.devices(topology) if exp.mesh.slices > 1 else devices
+        answers = programs.answer_mesh(exp, one, prompts)
+        found += roofline.answer(exp, answers, programs.rows_of(answers, prompts), new_tokens)
+    return Report(exp, topology, mesh, answers, roofline.chip_of(devices), tuple(found))
+
+
+def _spelt(mesh: Mesh) -> str:
+    """The axes of a mesh that split anything."""
+    return ", ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1) or "of one device"
 
 
 def misfit(need: Need | TooBig, chip: Chip | None) -> str:
@@ -116,6 +136,7 @@ def _entry(need: Need | TooBig, chip: Chip | None) -> dict[str, Any]:
         "peak_bytes": need.peak_bytes,
         "flop_ratio": need.ratio,
         "sent_bytes": need.sent_bytes,
+        "dcn_bytes": need.dcn_bytes,
     }
     if chip is not None:
         found |= {
@@ -155,7 +176,8 @@ def _rows(chip: Chip | None, needs: list[Need]) -> list[tuple[str, Callable[[Nee
     for kind in sorted({kind for need in needs for kind in need.collectives}):
         rows.append((kind, lambda n, kind=kind: _collective(n, kind)))
     if chip:
-        for name in ("compute", "memory", "links"):
+        names = ("compute", "memory", "links", "network")
+        for name in names if any(need.dcn_bytes for need in needs) else names[:3]:
             rows.append((f"{name}, ms", lambda n, name=name: f"{n.seconds(chip)[name] * 1e3:,.3f}"))
         rows.append(("bound, ms", lambda n: f"{n.bound(chip) * 1e3:,.3f} ({n.bounded_by(chip)})"))
         rows.append(("MFU at most", lambda n: f"{n.mfu(chip):.1%}"))

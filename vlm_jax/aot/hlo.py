@@ -17,6 +17,8 @@ COLLECTIVES = (
     "ragged-all-to-all",
 )  # fmt: skip
 SLICES = ("dynamic-slice", "slice", "gather")
+DCN = "DCN "  # before the name of a collective between TPU slices
+MEGASCALE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +100,8 @@ class Counter:
             total.flops += _convolution_flops(i, here)
         elif kind in COLLECTIVES:
             self._collective(kind, i, here, total)
+        elif i.op == "send":
+            _between_slices(i, total)
         elif i.op == "custom-call":
             _custom_call(i, here, total)
         inner = i.called("to_apply" if i.op == "call" else "calls")
@@ -182,7 +186,7 @@ class Counter:
         total = 0.0
         for number, name in enumerate(i.operands):
             source = here.by_name[name].shapes[0]
-            parts = _parts_read(inner, inner.parameters[number].name)
+            parts = self._parts_read(inner, inner.parameters[number].name)
             if parts is None:
                 total += source.bytes
             elif not source.space:
@@ -196,10 +200,39 @@ class Counter:
                 total += sum(shape.bytes for shape in result.shapes)
         return total
 
+    def _parts_read(self, inner: Computation, name: str) -> list[Shape] | None:
+        """The slices that a fusion reads of a parameter, if every use slices it or updates it in place; otherwise None.
+
+        A use may be a fusion inside of the fusion, as where a product takes its layer's part of stacked weights.
+        """
+        parts: list[Shape] = []
+        for user in inner.users[name]:
+            first = user.operands[0] == name
+            if user.op in SLICES and first:
+                parts += user.shapes
+            elif user.op in ("bitcast", "fusion"):
+                further = self._parts_behind(user, name, inner)
+                if further is None:
+                    return None
+                parts += further
+            elif not (user.op == "dynamic-update-slice" and first):
+                return None
+        return parts
+
+    def _parts_behind(self, user: Instruction, name: str, inner: Computation) -> list[Shape] | None:
+        if user.op == "bitcast":
+            return self._parts_read(inner, user.name)
+        nested = self.computations[user.called("calls") or ""]
+        given = [number for number, operand in enumerate(user.operands) if operand == name]
+        found = [self._parts_read(nested, nested.parameters[number].name) for number in given]
+        if any(parts is None for parts in found):
+            return None
+        return [shape for parts in found for shape in parts or ()]
+
 
 FREE = frozenset((
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "async-start",
-    "after-all", "partition-id", "replica-id", "optimization-barrier", "opt-barrier",
+    "send", "recv", "after-all", "partition-id", "replica-id", "optimization-barrier", "opt-barrier",
 ))  # fmt: skip
 
 # Custom calls that are annotations and compute nothing.
@@ -209,21 +242,23 @@ NO_WORK = frozenset((
 ))  # fmt: skip
 
 
-def _parts_read(inner: Computation, name: str) -> list[Shape] | None:
-    """The slices that a fusion reads of a parameter, if every use slices it or updates it in place; otherwise None."""
-    parts: list[Shape] = []
-    for user in inner.users[name]:
-        first = user.operands[0] == name
-        if user.op in SLICES and first:
-            parts += user.shapes
-        elif user.op == "bitcast":
-            further = _parts_read(inner, user.name)
-            if further is None:
-                return None
-            parts += further
-        elif not (user.op == "dynamic-update-slice" and first):
-            return None
-    return parts
+def _between_slices(i: Instruction, total: Costs) -> None:
+    """Counts what a chip gives its host to exchange with those of the other slices, in a ring of one chip per slice."""
+    kind = MEGASCALE.search(i.attributes)
+    if kind is None:
+        return
+    listed = re.search(r'_xla_megascale_target="\{([^}]*)\}', i.attributes)
+    spans = [span.split(":") for span in listed[1].split(",")] if listed else []
+    slices = max(sum(int(span[-1]) - int(span[0]) + 1 for span in spans), 2)
+    part = (slices - 1) / slices
+    share = {
+        "ALL_GATHER": slices - 1,
+        "ALL_REDUCE": 2 * part,
+        "REDUCE_SCATTER": part,
+        "ALL_TO_ALL": part,
+    }
+    name = DCN + kind[1].lower().replace("_", "-")
+    total.send(name, 1, i.shapes[0].anywhere_bytes * share.get(kind[1], 1))
 
 
 def _branches(i: Instruction) -> list[str]:

@@ -10,13 +10,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
+from jax.experimental.layout import Format
+from jax.experimental.layout import Layout as DeviceLayout
 from jax.sharding import Mesh
 
 from vlm_jax import sharding
+from vlm_jax.inference import placement
+from vlm_jax.models.attention import for_inference
 from vlm_jax.models.lm import empty_cache
 from vlm_jax.models.vlm import VLM, Inputs, Layout
 from vlm_jax.settings.checks import ConfigError
-from vlm_jax.settings.run import Experiment
+from vlm_jax.settings.run import Experiment, MeshConfig
 from vlm_jax.storage import weights
 from vlm_jax.training.step import TrainPlan, make_step, plan
 
@@ -28,8 +32,8 @@ SCHEDULE_STEPS = (
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
-def devices(topology: str) -> list[Any]:
-    """The devices of a TPU topology such as "v5e:16x16", which need not exist, or those of this machine ("local").
+def devices(topology: str, slices: int = 1) -> list[Any]:
+    """The devices of `slices` TPU topologies such as "v5e:16x16", which need not exist, or those of this machine ("local").
 
     Raises ConfigError when libtpu is missing or knows no such topology.
     """
@@ -50,7 +54,8 @@ def devices(topology: str) -> list[Any]:
     small = math.prod(sides) < 4
     bounds = {"chips_per_host_bounds": [*sides, 1, 1][:3]} if small else {}
     try:
-        return list(topologies.get_topology_desc(topology, "tpu", **bounds).devices)
+        more = {"num_slices": slices} if slices > 1 else {}
+        return list(topologies.get_topology_desc(topology, "tpu", **bounds, **more).devices)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
@@ -106,9 +111,21 @@ def train(p: TrainPlan) -> jax.stages.Lowered:
         return make_step(p).lower(p.state, batch(p.experiment, p.mesh, rows, training=True))
 
 
+def _answering(exp: Experiment, mesh: Mesh) -> tuple[VLM, Any]:
+    """The model and the shapes of its parameters as inference.answer has them."""
+    config = for_inference(exp.model, mesh.devices.flat[0])
+    return VLM(config), weights.answering(config, mesh)
+
+
+def answer_mesh(exp: Experiment, devices: list[Any], prompts: int) -> Mesh:
+    """The mesh on which `prompts` are answered: mesh.tensor as configured where it is more than 1, else as few as hold the model."""
+    tensor = exp.mesh.tensor if exp.mesh.tensor > 1 else 0
+    return placement.mesh_for(exp.model, MeshConfig(tensor=tensor), devices, prompts)
+
+
 def prefill(exp: Experiment, mesh: Mesh, rows: int, new_tokens: int) -> jax.stages.Lowered:
     """The prefill of generate.py: prompts of max_tokens tokens, in a cache with `new_tokens` more slots."""
-    model, params = VLM(exp.model), weights.abstract(exp.model, mesh)
+    model, params = _answering(exp, mesh)
 
     def run(params: Any, inputs: Inputs) -> Any:
         cache = empty_cache(exp.model.lm, rows, exp.data.max_tokens + new_tokens)
@@ -120,10 +137,20 @@ def prefill(exp: Experiment, mesh: Mesh, rows: int, new_tokens: int) -> jax.stag
 
 
 def decode(
-    exp: Experiment, mesh: Mesh, rows: int, new_tokens: int, prefilled: jax.stages.Compiled
+    exp: Experiment,
+    mesh: Mesh,
+    rows: int,
+    new_tokens: int,
+    prefilled: jax.stages.Compiled,
+    params: Any = None,
 ) -> jax.stages.Lowered:
-    """One iteration of generate.py's loop: the cache has the sharding that `prefilled` returns and is updated in place."""
-    model, params = VLM(exp.model), weights.abstract(exp.model, mesh)
+    """One iteration of generate.py's loop: the cache has the sharding that `prefilled` returns and is updated in place, in the
+    layout that the compiler likes, as the carry of that loop is.
+
+    params: the shapes of the parameters, where they are not those of inference.answer.
+    """
+    model, own = _answering(exp, mesh)
+    params = params or own
     slots = exp.data.max_tokens + new_tokens
     cache = jax.eval_shape(lambda: empty_cache(exp.model.lm, rows, slots))
     _, where, _ = prefilled.output_shardings
@@ -140,5 +167,11 @@ def decode(
         return logits, cache
 
     with sharding.use(mesh):
-        jitted = jax.jit(run, donate_argnames="cache")
+        free = jax.tree.map(lambda x: Format(DeviceLayout.AUTO, x.sharding), cache)
+        jitted = jax.jit(
+            run,
+            donate_argnames="cache",
+            in_shardings=(None, None, None, None, free),
+            out_shardings=(None, free),
+        )
         return jitted.lower(params, tokens, slot, Layout(layout, layout), cache)

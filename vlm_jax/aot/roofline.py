@@ -47,18 +47,29 @@ class Need:
 
     @property
     def sent_bytes(self) -> float:
-        return sum(sent for _, sent in self.collectives.values())
+        """To the other chips of the slice."""
+        return sum(self._sent(crosses=False))
+
+    @property
+    def dcn_bytes(self) -> float:
+        """To the other slices."""
+        return sum(self._sent(crosses=True))
+
+    def _sent(self, crosses: bool) -> list[float]:
+        every = self.collectives.items()
+        return [sent for kind, (_, sent) in every if kind.startswith(hlo.DCN) == crosses]
 
     def seconds(self, chip: Chip) -> dict[str, float]:
-        """Lower bounds of the time from arithmetic, memory traffic and communication."""
+        """Lower bounds of the time from arithmetic, memory traffic, communication within a slice and between slices."""
         return {
             "compute": self.flops / chip.peak_flops,
             "memory": self.memory_bytes / chip.hbm_bandwidth_bytes,
             "links": self.sent_bytes / chip.link_bandwidth_bytes,
+            "network": self.dcn_bytes / chip.dcn_bandwidth_bytes,
         }
 
     def bound(self, chip: Chip) -> float:
-        """The lower bound in seconds: the largest of the three, which overlap at best."""
+        """The lower bound in seconds: the largest of the four, which overlap at best."""
         return max(self.seconds(chip).values())
 
     def bounded_by(self, chip: Chip) -> str:
@@ -171,17 +182,19 @@ def _kernels(costs: hlo.Costs) -> tuple[float, tuple[str, ...]]:
 
 
 def attention_flops(kernel: hlo.Kernel) -> float | None:
-    """FLOPs of a causal flash kernel from its operands' shapes; None for another kernel.
+    """FLOPs of a flash kernel from its operands' shapes; None for another kernel.
 
-    A pair of blocks needs two products forward (scores, values) and five backward (scores again, four gradients). splash
-    skips blocks above the diagonal and computes the diagonal ones in full; cudnn's blocks are so small that half counts.
+    A pair of blocks needs two products forward (scores, values) and five backward (scores again, four gradients). A causal
+    splash kernel, which is given the queries' positions, skips blocks above the diagonal and computes the diagonal ones in
+    full; of cudnn's, which is taken for a causal one, the blocks are so small that half counts.
     """
     backward = "dkv" in kernel.op_name or "Backward" in kernel.target
     products = 5 if backward else 2
     if "splash_mha" in kernel.op_name:  # two block tables [1 n n], then queries, keys [B N T H]
         blocks = max(kernel.operands[0].dims)
         queries, keys = kernel.operands[2], kernel.operands[3]
-        part = (blocks + 1) / (2 * blocks)
+        causal = any(x.dtype == "s32" and len(x.dims) == 2 for x in kernel.operands)
+        part = (blocks + 1) / (2 * blocks) if causal else 1
         return 2.0 * products * queries.size * keys.dims[-2] * part
     if kernel.target.startswith("__cudnn$fmha"):  # queries [B T N H]
         queries = kernel.operands[0]

@@ -82,7 +82,7 @@ class Search:
         return trial
 
     def _run(self, exp: Experiment) -> Trial:
-        mesh = sharding.make_mesh(exp.mesh, self.devices)
+        mesh = sharding.mesh_of(exp, self.devices)
         state = state_bytes(programs.train_plan(exp, mesh).state)
         if state > self.chip.hbm_bytes:
             text = f"does not fit: the state alone is {state / GIB:.2f} GiB"
@@ -114,7 +114,7 @@ def search(
     run = Search(exp, devices, say, limit)
     meshes = [
         mesh
-        for mesh in candidates(exp, len(devices) // exp.mesh.sequence)
+        for mesh in candidates(exp, len(devices) // exp.mesh.slices)
         if _divides(exp, mesh, devices)
     ]
     say(
@@ -150,7 +150,7 @@ def _lighten(run: Search) -> None:
 
 
 def candidates(exp: Experiment, num_devices: int) -> Iterator[MeshConfig]:
-    """Meshes of `num_devices` devices over which the batch splits evenly.
+    """Meshes of a slice of `num_devices` devices over which the batch splits evenly.
 
     They are ordered by tensor size (tensor parallelism communicates twice per layer), then by copies of the weights.
     """
@@ -158,7 +158,7 @@ def candidates(exp: Experiment, num_devices: int) -> Iterator[MeshConfig]:
     for tensor, data in itertools.product(divisors, divisors):
         if (
             num_devices % (tensor * data) == 0
-            and exp.data.batch_size % (num_devices // tensor) == 0
+            and exp.data.batch_size % (num_devices // tensor * exp.mesh.slices) == 0
         ):
             yield dataclasses.replace(
                 exp.mesh, data=data, fsdp=num_devices // tensor // data, tensor=tensor
@@ -168,7 +168,8 @@ def candidates(exp: Experiment, num_devices: int) -> Iterator[MeshConfig]:
 def _divides(exp: Experiment, mesh: MeshConfig, devices: list[Any]) -> bool:
     """Whether every parameter and the batch split evenly over the mesh."""
     try:
-        programs.train_plan(exp, sharding.make_mesh(mesh, devices))
+        changed = dataclasses.replace(exp, mesh=mesh)
+        programs.train_plan(changed, sharding.mesh_of(changed, devices))
     except ConfigError:
         return False
     return True
@@ -176,7 +177,7 @@ def _divides(exp: Experiment, mesh: MeshConfig, devices: list[Any]) -> bool:
 
 def _micro_batches(exp: Experiment, mesh: MeshConfig) -> list[int]:
     """Of 1, 2, 4 and 8, those that divide the rows of a device."""
-    rows = exp.data.batch_size // (mesh.data * mesh.fsdp)
+    rows = exp.data.batch_size // (mesh.data * mesh.fsdp * mesh.slices)
     return [n for n in (1, 2, 4, 8) if rows % n == 0]
 
 
@@ -193,8 +194,9 @@ def changed(exp: Experiment, mesh: MeshConfig, remat: str, micro_batches: int) -
 def flags(exp: Experiment) -> str:
     """The command-line flags for this mesh, remat policy and number of micro-batches."""
     m = exp.mesh
+    slices = f"--config.mesh.slices={m.slices} " if m.slices > 1 else ""
     return (
-        f"--config.mesh.data={m.data} --config.mesh.fsdp={m.fsdp} --config.mesh.tensor={m.tensor} "
+        f"{slices}--config.mesh.data={m.data} --config.mesh.fsdp={m.fsdp} --config.mesh.tensor={m.tensor} "
         f"--config.model.lm.remat={exp.model.lm.remat} --config.train.micro_batches={exp.train.micro_batches}"
     )
 

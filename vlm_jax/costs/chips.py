@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 GIB = 2**30
 VALUE_BYTES = 2  # of a weight, a key or an activation (bfloat16)
@@ -18,6 +19,9 @@ class Chip:
     hbm_bytes: int  # size of the memory
     hbm_bandwidth_bytes: float  # per second
     link_bandwidth_bytes: float  # to the other chips, all links together, one direction, per second
+    dcn_bandwidth_bytes: float = (
+        math.inf
+    )  # its share of the network between slices; infinite: not known
 
 
 # In the order they are looked up: "TPU v5 lite" must stand before "TPU v5".
@@ -26,11 +30,12 @@ class Chip:
 # compiler gives programs 15.75 GiB of a v5e, 31.25 of a v6e, 95.74 of a v5p, 30.5 of a v4.
 # GPU: NVIDIA's data sheets of A100 80GB SXM, H100 SXM and H200 SXM (dense, not sparse); NVLink 600, 900, 900 GB/s
 # bidirectional.
+# Network between slices: 6.4 and 25.6 Tbit/s per pod of 256 v5e and v6e (cloud.google.com/tpu/docs/v6e), 50 Gbit/s per v5p.
 CHIPS: tuple[Chip, ...] = (
     Chip("v4", ("TPU v4",), 275e12, 32 * GIB, 1228e9, 300e9),
-    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 819e9, 200e9),
-    Chip("v5p", ("TPU v5",), 459e12, 95 * GIB, 2765e9, 600e9),
-    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 1640e9, 400e9),
+    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 819e9, 200e9, 3.125e9),
+    Chip("v5p", ("TPU v5",), 459e12, 95 * GIB, 2765e9, 600e9, 6.25e9),
+    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 1640e9, 400e9, 12.5e9),
     Chip("A100", ("NVIDIA A100",), 312e12, 80_000_000_000, 2039e9, 300e9),
     Chip("H100", ("NVIDIA H100",), 989e12, 80_000_000_000, 3350e9, 450e9),
     Chip("H200", ("NVIDIA H200",), 989e12, 141_000_000_000, 4800e9, 450e9),
@@ -58,4 +63,5 @@ def part(chip: Chip, of: int) -> Chip:
         hbm_bytes=chip.hbm_bytes // of,
         hbm_bandwidth_bytes=chip.hbm_bandwidth_bytes / of,
         link_bandwidth_bytes=chip.link_bandwidth_bytes / of,
+        dcn_bandwidth_bytes=chip.dcn_bandwidth_bytes / of,
     )

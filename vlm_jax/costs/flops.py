@@ -17,7 +17,7 @@ from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.model import LMConfig, ViTConfig, VLMConfig
 from vlm_jax.settings.run import Experiment
 
-QUERIES = 128  # models.attention cuts queries into blocks of at least so many,
+QUERIES = 128  # models.blocked cuts queries into blocks of at least so many,
 BLOCKS = 8  # and into at most so many blocks (a test holds the two files together)
 
 

@@ -24,16 +24,15 @@ PARAM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclasses.dataclass(frozen=True)
 class Ways:
-    """Sizes of a mesh: copies of the model, shards of it, parts of its heads and widths, parts of a row."""
+    """Sizes of a mesh: copies of the model, shards of it, parts of its heads and widths."""
 
     copies: int
     shards: int
     parts: int
-    pieces: int = 1
 
     @property
     def chips(self) -> int:
-        return self.copies * self.shards * self.parts * self.pieces
+        return self.copies * self.shards * self.parts
 
     @property
     def rows(self) -> int:
@@ -144,7 +143,7 @@ def _temporary_bytes(exp: Experiment, ways: Ways, learning: dict[str, int], toke
         GRADIENT_BYTES * n / (share if path.startswith("lm/") else 1)
         for path, n in learning.items()
     )
-    slots = rows * tokens / ways.pieces
+    slots = rows * tokens
     saved = lm.num_layers * slots * _kept(lm) * VALUE_BYTES / (1 if lm.remat == "full" else ways.parts)  # fmt: skip
     table = lm.vocab_size * lm.width / ways.parts
     learns_head = ("lm/embed" if lm.tied_embeddings else "lm/head") in learning
@@ -194,7 +193,7 @@ def _sent_bytes(exp: Experiment, ways: Ways, learning: dict[str, int]) -> float:
     gathered = micro * 2 * VALUE_BYTES * weights / parts * (shards - 1) / shards
     reduced = micro * GRADIENT_BYTES * learnt / parts * (shards - 1) / shards
     copied = 2 * GRADIENT_BYTES * learnt / parts / shards * (ways.copies - 1) / ways.copies
-    slots = exp.data.batch_size * exp.data.max_tokens / ways.rows / ways.pieces
+    slots = exp.data.batch_size * exp.data.max_tokens / ways.rows
     # Two sums of the residual stream per layer, forward and backward.
     summed = 4 * lm.num_layers * slots * lm.width * VALUE_BYTES * 2 * (parts - 1) / parts
     return gathered + reduced + copied + summed

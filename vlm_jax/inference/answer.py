@@ -19,6 +19,7 @@ from vlm_jax.costs import flops
 from vlm_jax.data import eval_batches as prompts
 from vlm_jax.data.records import parse
 from vlm_jax.data.rows import make_chat
+from vlm_jax.inference import placement
 from vlm_jax.inference.generate import Decoding, make_generate
 from vlm_jax.inference.settings import EvalConfig
 from vlm_jax.models.attention import for_inference
@@ -47,16 +48,17 @@ class Answerer:
         compressor, grid = run.model.compressor, run.model.vit.grid
         if settings.visual_tokens:
             compressor = with_tokens(compressor, grid, settings.visual_tokens)
-        self.mesh = mesh if isinstance(mesh, Mesh) else sharding.make_mesh(mesh)
-        self.settings = settings
         model = dataclasses.replace(run.model, compressor=compressor)
+        if isinstance(mesh, MeshConfig):
+            mesh = placement.mesh_for(model, mesh, rows=settings.batch_size)
+        self.mesh, self.settings = mesh, settings
         self.model = for_inference(model, self.mesh.devices.flat[0])
         query = settings.query or run.data.query
         self.data = dataclasses.replace(run.data, features_dir=settings.features_dir, query=query)
         self.visual_tokens = compressors.num_tokens(compressor, grid)
         self.chat = make_chat(self.data, self.visual_tokens)
-        shapes = weights.abstract(self.model, self.mesh)
-        self.params = run.load(shapes)
+        keep_vit = bool(settings.features_dir)
+        self.params = run.load(weights.answering(self.model, self.mesh, keep_vit))
         if settings.features_dir:
             weights.check_cached(settings.features_dir, self.model, self.params["vit"])
         self.decoding = Decoding(

@@ -14,7 +14,7 @@ from vlm_jax import compressors, sharding
 from vlm_jax.compressors import with_tokens
 from vlm_jax.data.records import IMAGE
 from vlm_jax.data.rows import make_pixels
-from vlm_jax.inference import views
+from vlm_jax.inference import placement, views
 from vlm_jax.inference.answer import Answerer
 from vlm_jax.inference.batching import Batcher, Ticket, texts
 from vlm_jax.inference.conversation import Conversation
@@ -43,7 +43,7 @@ class Model:
     def __init__(self, opened: Opened, mesh: MeshConfig | None = None):
         """mesh: None = the first device; else all devices, where data * fsdp must be 1. Raises ConfigError otherwise."""
         devices = jax.local_devices()[:1] if mesh is None else None
-        self.mesh = sharding.make_mesh(mesh or MeshConfig(), devices)
+        self.mesh = placement.mesh_for(opened.model, mesh or MeshConfig(), devices)
         if sharding.batch_ways(self.mesh) > 1:
             raise ConfigError(
                 f"load: a question is one row, but the mesh splits rows over {sharding.batch_ways(self.mesh)} devices; give "
@@ -51,7 +51,7 @@ class Model:
             )
         self.opened = opened
         self.config = for_inference(opened.model, self.mesh.devices.flat[0])
-        self.params = opened.load(weights.abstract(self.config, self.mesh))
+        self.params = opened.load(weights.answering(self.config, self.mesh))
         self.prompter = Prompter.of(opened.data, self.config.vit)
         grid = self.config.vit.grid
         self.visual_tokens = self.config.compressor.num_tokens(grid)  # per picture

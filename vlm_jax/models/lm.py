@@ -150,7 +150,7 @@ class Attention(nn.Module):
                 (heads, cfg.head_dim), ("embed", axis, None), use_bias=cfg.qkv_bias, kernel_init=init,
                 bias_init=nn.initializers.zeros, dtype=cfg.dtype, adapter=cfg.adapter(f"layers/attn/{name}"), name=name,
             )(x)  # fmt: skip
-            return constrain(y, "batch", "length", axis, None)
+            return constrain(y, "batch", None, axis, None)
 
         q = project("q", cfg.num_heads, "heads")
         k = project("k", cfg.num_kv_heads, "kv_heads")
@@ -162,8 +162,8 @@ class Attention(nn.Module):
         q, k = apply_rope(q, positions, freqs), apply_rope(k, positions, freqs)
         if cache is not None:
             cache = cache.write(k, v, layer, slot)
-            assert mask.allowed is not None, "a cache needs a dense mask"
-            k, v = cache.of_layer(layer, *mask.allowed.shape[::2])
+            if mask.segments is None or mask.num_keys != x.shape[1]:
+                k, v = cache.of_layer(layer, x.shape[0], mask.num_keys)
         out = Linear(
             (cfg.width,), ("heads", None, "embed"), in_axes=2, use_bias=cfg.o_bias, kernel_init=init,
             bias_init=nn.initializers.zeros, dtype=cfg.dtype, adapter=cfg.adapter("layers/attn/o"), name="o",
@@ -193,7 +193,7 @@ class Block(nn.Module):
         gate, up, down = (cfg.adapter(f"layers/mlp/{name}") for name in ("gate", "up", "down"))
         mlp = GatedMLP(cfg.mlp_width, cfg.dtype, (gate, up, down), cfg.mlp_bias, name="mlp")
         x = x + mlp(y)
-        return (constrain(x, "batch", "length", "embed_activation"), cache), None
+        return (constrain(x, "batch", None, "embed_activation"), cache), None
 
 
 class LM(nn.Module):
@@ -229,7 +229,7 @@ class LM(nn.Module):
         num_layers: int | None = None,
     ) -> Float[Array, "B T D"]:
         """Final-norm hidden states after all layers, or after the first `num_layers`."""
-        x = constrain(x, "batch", "length", "embed_activation")
+        x = constrain(x, "batch", None, "embed_activation")
         if num_layers is None or self.is_initializing():
             layers, count = self.layers, self.config.num_layers
         else:
@@ -248,7 +248,7 @@ class LM(nn.Module):
         slot: Slot,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """As `hidden`, attending to the cache, after writing the keys and values of x to slots [slot, slot + T)."""
-        x = constrain(x, "batch", "length", "embed_activation")
+        x = constrain(x, "batch", None, "embed_activation")
         order = jnp.arange(self.config.num_layers)
         ((x, cache), _) = self.layers((x, cache), positions, mask, slot, order)
         return self.final_norm(x), cache

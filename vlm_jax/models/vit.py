@@ -52,12 +52,13 @@ class Block(nn.Module):
 
     config: ViTConfig
     taps: tuple[int, ...]
+    kernel: str
 
     @nn.compact
     def __call__(self, carry: Carry, state: Int[Array, ""]) -> tuple[Carry, None]:
         x, tapped, scores = carry
         cfg = self.config
-        attention = SelfAttention(cfg, name="attn")
+        attention = SelfAttention(cfg, self.kernel, name="attn")
         y = LayerNorm(cfg.norm_eps, cfg.dtype, name="norm1")(x)
         if scores is not None:
             scores = attention.scores(y)
@@ -96,6 +97,7 @@ class SelfAttention(nn.Module):
     """Multi-head attention without a mask. Linen creates parameters on use: `scores` alone builds no `v` and no `out`."""
 
     config: ViTConfig
+    kernel: str = "xla"
 
     def setup(self):
         cfg = self.config
@@ -106,7 +108,7 @@ class SelfAttention(nn.Module):
         self.out = _linear(cfg, (cfg.width,), ("heads", None, cfg.weight_axis), in_axes=2)
 
     def __call__(self, x: Float[Array, "B R C"]) -> Float[Array, "B R C"]:
-        return self.out(attend(self.q(x), self.k(x), self.v(x)))
+        return self.out(attend(self.q(x), self.k(x), self.v(x), kernel=self.kernel))
 
     def scores(self, x: Float[Array, "B R C"]) -> Scores:
         """Unscaled queries and keys with their biases, heads concatenated.
@@ -140,11 +142,13 @@ class ViT(nn.Module):
     taps: the numbers of the hidden states to return as well.
     scores: also return the queries and keys of the layer after the feature ("next_layer", built for this only), or of the
     last layer if the feature is its output.
+    kernel: of models.attention.
     """
 
     config: ViTConfig
     taps: tuple[int, ...] = ()
     scores: bool = False
+    kernel: str = "xla"
 
     @nn.compact
     def __call__(self, pixels: Float[Array, "B height width 3"]) -> Features:
@@ -153,7 +157,7 @@ class ViT(nn.Module):
         x = self._embed(pixels)
         tapped = jnp.stack([x] * len(self.taps)) if self.taps else x[None]
         layers = scan_layers(Block, cfg.feature_state, cfg.remat, in_axes=(0,))(
-            cfg, self.taps, name="layers"
+            cfg, self.taps, self.kernel, name="layers"
         )
         own = self.scores and cfg.feature_layer == -1
         start = Carry(x, tapped, self._no_scores(x) if own else None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from vlm_jax.compressors.modules.visual import VisualTokens
 from vlm_jax.layers import constrain
-from vlm_jax.models.attention import AttentionMask
+from vlm_jax.models.attention import FLASH, AttentionMask
 from vlm_jax.models.lm import LM, Cache, Slot, causal_mask, empty_cache, window_mask
 from vlm_jax.models.projector import Projector
 from vlm_jax.models.vit import Features, ViT
@@ -63,7 +63,8 @@ class VLM(nn.Module):
     def setup(self):
         cfg = self.config
         compressor = cfg.compressor
-        self.vit = ViT(cfg.vit, compressor.taps, compressor.uses_scores)
+        kernel = cfg.lm.attention if cfg.lm.attention in FLASH else "xla"
+        self.vit = ViT(cfg.vit, compressor.taps, compressor.uses_scores, kernel)
         width = (cfg.lm.width,) if compressor.place == "instead" else ()
         self.compressor = compressor.module(cfg.vit.grid, *width)
         self.projector = Projector(
@@ -100,11 +101,15 @@ class VLM(nn.Module):
         shared: the number of cache slots that already hold the prefix of every prompt (see `shared_prefix`). The returned
         layout covers the shared + T slots written so far.
         """
-        hidden, cache, layout = self.cached_states(inputs, cache, shared)
+        hidden, cache, layout = self._cached_states(inputs, cache, shared, self._prompt_mask)
         return self.lm.logits(hidden[:, -1:])[:, 0], cache, layout
 
-    def cached_states(
-        self, inputs: Inputs, cache: Cache, shared: int = 0
+    def _cached_states(
+        self,
+        inputs: Inputs,
+        cache: Cache,
+        shared: int,
+        mask: Callable[[Layout, Layout, int], AttentionMask],
     ) -> tuple[Float[Array, "B T D"], Cache, Layout]:
         """Final-norm states of the prompts, written to the cache after its first `shared` slots; see `prefill`."""
         x, here = self.insert_visual_tokens(inputs, self.encode_images(inputs))
@@ -114,14 +119,14 @@ class VLM(nn.Module):
             jnp.concatenate([before, here.positions], axis=1),
             jnp.pad(here.segments, ((0, 0), (shared, 0))),
         )
-        mask = AttentionMask(self._mask(here, layout, shared))
-        hidden, cache = self.lm.cached_hidden(x, here.positions, mask, cache, shared)
+        allowed = mask(here, layout, shared)
+        hidden, cache = self.lm.cached_hidden(x, here.positions, allowed, cache, shared)
         return hidden, cache, layout
 
     def shared_prefix(self, tokens: Int[Array, "1 T"]) -> Cache:
         """A cache that holds the keys and values of the text with which every prompt begins."""
         here = Layout(jnp.arange(tokens.shape[1])[None], jnp.zeros_like(tokens))
-        mask = AttentionMask(self._mask(here, here))
+        mask = self._dense_mask(here, here)
         cache = empty_cache(self.config.lm, *tokens.shape)
         return self.lm.cached_hidden(self.lm.embed(tokens), here.positions, mask, cache, 0)[1]
 
@@ -133,7 +138,7 @@ class VLM(nn.Module):
         inputs: prompt and replies side by side, as data/eval_batches.py makes them; column T - slots - 1 is the last of the
         prompt. The values of padding columns are meaningless.
         """
-        hidden = self.cached_states(inputs, cache, shared)[0]
+        hidden = self._cached_states(inputs, cache, shared, self._dense_mask)[0]
         length = inputs.tokens.shape[1]
         column = jnp.arange(length - slots, length)
         begins = inputs.segments[:, -slots:] != inputs.segments[:, -slots - 1 : -1]
@@ -157,7 +162,7 @@ class VLM(nn.Module):
         """
         positions = jnp.take(keys.positions, slot, axis=1)
         here = Layout(positions[:, None], jnp.zeros_like(positions)[:, None])
-        mask = AttentionMask(self._mask(here, keys, slot))
+        mask = self._dense_mask(here, keys, slot)
         hidden, cache = self.lm.cached_hidden(
             self.lm.embed(tokens[:, None]), positions[:, None], mask, cache, slot
         )
@@ -177,16 +182,26 @@ class VLM(nn.Module):
             return jax.vmap(jax.lax.dynamic_update_slice)(old, new, slots[:, None])
 
         keys = Layout(put(keys.positions, here.positions), put(keys.segments, here.segments))
-        mask = AttentionMask(self._mask(here, keys, slots))
+        mask = self._dense_mask(here, keys, slots)
         hidden, cache = self.lm.cached_hidden(x, here.positions, mask, cache, slots)
         return self.lm.logits(hidden[:, -1:])[:, 0], cache, keys
 
     def attention_mask(self, rows: Layout) -> AttentionMask:
         """The mask of whole rows (queries are keys), in the form that the configured attention kernel takes."""
-        if self.config.lm.attention in ("auto", "xla"):
-            return AttentionMask(self._mask(rows, rows))
+        if self.config.lm.attention not in FLASH:
+            return self._dense_mask(rows, rows)
         samples = 0 if rows.samples is None else rows.samples
         return AttentionMask(segments=jnp.where(rows.segments < 0, -1, samples))
+
+    def _prompt_mask(self, queries: Layout, keys: Layout, first_slot: int) -> AttentionMask:
+        """The mask of prompts, whose slots are padding or one dialogue, behind keys that each of them attends to."""
+        length, window = keys.segments.shape[1], self.config.lm.sliding_window
+        if self.config.lm.attention != "splash" or 0 < window < length:
+            return self._dense_mask(queries, keys, first_slot)
+        return AttentionMask(segments=queries.segments, keys=keys.segments)
+
+    def _dense_mask(self, queries: Layout, keys: Layout, first_slot: Slot = 0) -> AttentionMask:
+        return AttentionMask(self._mask(queries, keys, first_slot))
 
     def _mask(self, queries: Layout, keys: Layout, first_slot: Slot = 0) -> Bool[Array, "B T S"]:
         """Causal mask over segments, restricted to the sliding window and to the query's own sample of a packed row."""
@@ -250,7 +265,7 @@ class VLM(nn.Module):
         tokens = rearrange(tokens, "(b i) m d -> b (i m) d", b=text.shape[0])
         index = index[..., None]
         placed = jnp.take_along_axis(tokens.astype(text.dtype), jnp.maximum(index, 0), axis=1)
-        x = constrain(jnp.where(index >= 0, placed, text), "batch", "length", "embed_activation")
+        x = constrain(jnp.where(index >= 0, placed, text), "batch", None, "embed_activation")
         return x, layout
 
     def features(self, inputs: Inputs) -> Features | None:

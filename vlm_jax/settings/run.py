@@ -131,23 +131,25 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the device mesh; -1 (at most once) takes the remaining devices.
+    """Sizes of the device mesh of one slice; -1 (at most once) takes the remaining devices.
 
     tensor = 0 chooses the smallest size that the batch allows: 1 while data * fsdp divides its rows, more where there are
-    more devices than rows (see sharding.make_mesh).
+    more devices than rows (see sharding.make_mesh). slices: TPU slices joined by a network (DCN), each a copy of the mesh;
+    rows are split over them, so gradients alone cross the network.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
-    sequence: int = 1
+    slices: int = 1
 
     def __post_init__(self):
-        sizes = (self.data, self.fsdp, self.tensor, self.sequence)
-        explicit = sizes if self.tensor else (self.data, self.fsdp, self.sequence)
+        check_positive("mesh", slices=self.slices)
+        sizes = (self.data, self.fsdp, self.tensor)
+        explicit = sizes if self.tensor else sizes[:2]
         if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in explicit):
             raise ConfigError(
-                f"mesh: data, fsdp, tensor, sequence must be positive, with -1 at most once (tensor may be 0: as small as "
+                f"mesh: data, fsdp, tensor must be positive, with -1 at most once (tensor may be 0: as small as "
                 f"the batch allows); got {sizes}."
             )
 

@@ -171,7 +171,8 @@ def _restored(saved: Mapping[str, Any]) -> Experiment:
         model=build(VLMConfig, model | parts),
         data=build(DataConfig, saved["data"]),
         optim=build(OptimConfig, saved["optim"]),
-        mesh=build(MeshConfig, saved["mesh"]),
+        # Earlier versions could also split the positions of a row; a mesh is not part of what a run is.
+        mesh=build(MeshConfig, {k: v for k, v in saved["mesh"].items() if k != "sequence"}),
         init=build(InitConfig, saved["init"]),
         train=build(TrainConfig, saved["train"]),
     )

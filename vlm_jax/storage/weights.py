@@ -21,7 +21,7 @@ from vlm_jax.hf.parts import load_parts
 from vlm_jax.models import adapters
 from vlm_jax.models.vlm import shapes
 from vlm_jax.settings.checks import ConfigError
-from vlm_jax.settings.model import VLMConfig
+from vlm_jax.settings.model import LORA, VLMConfig
 from vlm_jax.storage import frozen
 from vlm_jax.storage import run as experiment
 from vlm_jax.storage.checkpoint import load_params, saved_names
@@ -32,6 +32,38 @@ Tree = dict[str, Any]
 def abstract(config: VLMConfig, mesh: Mesh) -> Tree:
     """Shapes, dtypes and shardings of a model's parameters on a mesh, as ShapeDtypeStructs."""
     return sharding.sharded_shapes(shapes(config), mesh)
+
+
+# Parameters that are read in the dtype of the computation: the matrices, and not what norms and positions compute in float32.
+COMPUTED = ("kernel", "embed", "head", *LORA)
+
+
+def answering_shapes(config: VLMConfig, keep_vit: bool = False) -> Tree:
+    """Boxed shapes of a model that only answers: matrices in the dtype in which they are multiplied, which changes no number.
+
+    keep_vit: the encoder as it is stored, for a comparison with the one that cached features were made by.
+    """
+    boxed = dict(shapes(config))
+    for part, dtype in (("lm", config.lm.dtype), ("vit", config.vit.dtype)):
+        if part == "lm" or not keep_vit:
+            flat = flatten_dict(boxed[part], sep="/")
+            for path, box in flat.items():
+                if path.rpartition("/")[2] in COMPUTED:
+                    flat[path] = jax.tree.map(functools.partial(_narrowed, dtype=dtype), box)
+            boxed[part] = unflatten_dict(flat, sep="/")
+    return boxed
+
+
+def _narrowed(leaf: Any, dtype: str) -> jax.ShapeDtypeStruct:
+    wanted = jnp.dtype(dtype)
+    return jax.ShapeDtypeStruct(
+        leaf.shape, wanted if wanted.itemsize < leaf.dtype.itemsize else leaf.dtype
+    )
+
+
+def answering(config: VLMConfig, mesh: Mesh, keep_vit: bool = False) -> Tree:
+    """As `abstract`, of `answering_shapes`, split so that no device needs another's part of a weight."""
+    return sharding.sharded_shapes(answering_shapes(config, keep_vit), mesh, sharding.ANSWERING)
 
 
 def load(source: str, config: VLMConfig, wanted: Tree) -> Tree:

@@ -187,13 +187,13 @@ def ways_of(exp: Experiment, chips: int) -> Ways:
     """The mesh that a training would get. Raises ConfigError when its sizes do not make the chips, or cut its batch."""
     micro = exp.train.micro_batches
     sizes = sharding.mesh_sizes(exp.mesh, chips, exp.data.batch_size // micro)
-    copies, shards, parts, pieces = sizes
+    copies, shards, *parts = sizes
     if exp.data.batch_size % (copies * shards * micro):
         raise ConfigError(
             f"data: batch_size {exp.data.batch_size} is not divisible by mesh data*fsdp = {copies * shards} x "
             f"micro_batches {micro}."
         )
-    return Ways(copies, shards, parts, pieces)
+    return Ways(copies, shards, math.prod(parts))
 
 
 def cure(exp: Experiment, on: Machine, width: int) -> str:

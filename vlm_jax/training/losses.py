@@ -97,7 +97,7 @@ def _over_shards(
     hidden: Array, head: Array, targets: Array, mask: Array, chunk: int, wanted: tuple[bool, bool]
 ) -> tuple[Array, Array, Array, Array]:
     """(loss, hits, gradient of hidden, gradient of head), summed over shards once, after the loop over chunks."""
-    rows = ("batch", "length")
+    rows = ("batch", None)
     function = on_shards(
         functools.partial(_over_chunks, chunk=chunk, wanted=wanted),
         inputs=((*rows, None), (None, None), rows, rows),

@@ -156,7 +156,6 @@ def attention_kernel(exp: Experiment, flash: str) -> str:
         f"its sliding_window {lm.sliding_window} is shorter than a row": 0
         < lm.sliding_window
         < exp.data.max_tokens,
-        "mesh.sequence cuts rows": exp.mesh.sequence != 1,
     }
     if "cudnn" in (asked, flash):
         reasons |= {
