@@ -153,7 +153,8 @@ def test_gradients_alone_cross_from_one_slice_to_the_other(config, tmp_path, cap
     assert report["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1, "group": 1}
     (need,) = report["programs"].values()
     crossing = {k: sent for k, (_, sent) in need["collectives"].items() if k.startswith("DCN ")}
-    assert need["dcn_bytes"] == sum(crossing.values()) and set(crossing) == {"DCN all-reduce"}
+    assert need["dcn_bytes"] == sum(crossing.values())
+    assert crossing["DCN all-reduce"] > 0.99 * need["dcn_bytes"]
     lm = resolved(config).model.lm
     # A fourth of the decoder's float32 gradients; what is copied on each chip (norms, projector, encoder's compressor) is small.
     assert need["dcn_bytes"] == pytest.approx(4 * lm.total_params / 4, rel=0.1)

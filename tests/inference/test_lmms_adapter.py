@@ -198,7 +198,7 @@ def test_what_is_no_picture_is_refused_by_name(model):
         ({"batch_size": "0"}, {}, "--batch_size must be a number"),
         ({}, {"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but one process drives all devices"),
         ({"checkpoint": "nowhere"}, {}, "'nowhere/config.json' does not exist"),
-        ({"tensor": -2}, {}, "mesh: data, fsdp, tensor, sequence must be positive"),
+        ({"tensor": -2}, {}, "mesh: data, fsdp, tensor must be positive"),
     ],
 )
 def test_wrong_model_args_are_refused_before_anything_is_read(

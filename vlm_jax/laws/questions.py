@@ -54,7 +54,7 @@ def append(path: str | os.PathLike[str], found: Without) -> None:
 def read(paths: Iterable[str | os.PathLike[str]]) -> dict[tuple, list[float | None]]:
     """Raises ConfigError for a file that is not there, or a line that is none of `append`."""
     found = {}
-    for path in map(Path, paths):
+    for path in map(to_path, paths):
         if not path.is_file():
             raise ConfigError(f"{path}: no such file; an evaluation writes questions.jsonl beside its errors.csv.")  # fmt: skip
         for number, line in enumerate(files.read_text(path).splitlines(), 1):
