@@ -154,10 +154,11 @@ def test_gradients_alone_cross_from_one_slice_to_the_other(config, tmp_path, cap
     (need,) = report["programs"].values()
     crossing = {k: sent for k, (_, sent) in need["collectives"].items() if k.startswith("DCN ")}
     assert need["dcn_bytes"] == sum(crossing.values())
-    assert crossing["DCN all-reduce"] > 0.99 * need["dcn_bytes"]
+    assert crossing["DCN all-reduce"] > 0.95 * need["dcn_bytes"]
     lm = resolved(config).model.lm
-    # A fourth of the decoder's float32 gradients; what is copied on each chip (norms, projector, encoder's compressor) is small.
-    assert need["dcn_bytes"] == pytest.approx(4 * lm.total_params / 4, rel=0.1)
+    # A fourth of the decoder's gradients, as bfloat16 products give them; what is copied on each chip (norms, projector, compressor) is small.
+    assert lm.dtype == "bfloat16"
+    assert need["dcn_bytes"] == pytest.approx(2 * lm.total_params / 4, rel=0.15)
     assert need["seconds"]["network"] == need["dcn_bytes"] / 3.125e9
     assert "2 slices of v5e:2x2: 8 devices" in capsys.readouterr().out
 

@@ -99,7 +99,9 @@ def chip_of(devices: list[Any]) -> Chip | None:
     chip = chips.find(devices[0].device_kind)
     if chip is None or devices[0].platform != "tpu":
         return chip
-    cores = len(devices) // len({tuple(device.coords) for device in devices})
+    # Coordinates begin anew in each slice.
+    places = {(getattr(device, "slice_index", 0), *device.coords) for device in devices}
+    cores = len(devices) // len(places)
     return chip if cores == 1 else chips.part(chip, cores)
 
 
