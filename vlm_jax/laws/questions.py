@@ -22,7 +22,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from vlm_jax import files
-from vlm_jax.files import Path, to_path
+from vlm_jax.files import to_path
 from vlm_jax.laws.law import CONSTANTS, Interval
 from vlm_jax.laws.least_squares import Cells, solve
 from vlm_jax.laws.table import Row
