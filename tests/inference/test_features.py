@@ -3,6 +3,10 @@
 import contextlib
 import dataclasses
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import flax.linen as nn
 import jax
@@ -11,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tiny
+from paths import PYTHONPATH
 
 from vlm_jax import features, sharding, train
 from vlm_jax.data import feature_cache, feature_images, pipeline, rows
@@ -201,3 +206,41 @@ def test_a_fingerprint_knows_every_bit_and_where_it_stands():
     found = [weights.fingerprint(jax.tree.map(jnp.asarray, other)) for other in others]
     assert len({first, *found}) == 7
     assert weights.fingerprint(jax.tree.map(jnp.asarray, tree)) == first
+
+
+@pytest.mark.slow
+def test_two_processes_encode_each_their_share_of_the_images_into_one_cache(world):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    words = [
+        sys.executable, "-m", "vlm_jax.features", f"--config={world / 'small.py'}:{world}", f"--workdir={world / 'two'}",
+        f"--config.init.vit={world / 'encoder'}", "--config.data.tokenizer=",
+    ]  # fmt: skip
+    given = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": PYTHONPATH, "JAX_COORDINATOR_ADDRESS": address}
+    running = [
+        subprocess.Popen(
+            words, stderr=subprocess.PIPE, text=True,
+            env=os.environ | given | {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(i)},
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    told = [process.communicate(timeout=300)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], told
+    one, two = world / "cached", world / "two"
+    assert sorted(p.name for p in two.iterdir()) == sorted(p.name for p in one.iterdir())
+    for name in ("last.npy", "taps.npy"):
+        np.testing.assert_array_equal(np.load(two / name), np.load(one / name))
+    assert (two / "index.json").read_text() == (one / "index.json").read_text()
+
+
+def test_each_share_of_a_batch_is_read_by_one_process_and_all_have_as_many_batches(world):
+    exp = experiment.resolve(config(world))
+    paths = feature_images.list_images(exp.data)
+    whole = [n for n, _ in feature_images.image_batches(paths, exp.data, exp.model.vit, 4)]
+    shares = [
+        [n for n, _ in feature_images.image_batches(paths, exp.data, exp.model.vit, 4, i, 2)]
+        for i in range(2)
+    ]
+    assert len(shares[0]) == len(shares[1]) == len(whole) > 1
+    assert [a + b for a, b in zip(*shares, strict=True)] == whole

@@ -69,13 +69,22 @@ class _LoadImages(grain.transforms.Map):
 
 
 def image_batches(
-    paths: Sequence[tuple[str, str]], cfg: DataConfig, vit: ViTConfig, batch_size: int
+    paths: Sequence[tuple[str, str]],
+    cfg: DataConfig,
+    vit: ViTConfig,
+    batch_size: int,
+    shard: int = 0,
+    num_shards: int = 1,
 ) -> Iterator[tuple[list[str], UInt8[np.ndarray, "B H W 3"]]]:
     """(relative paths [n <= B], pixels [B H W 3], zeros after the n-th) of what `list_images` gives, in order.
 
-    A bad image raises BadRecord, or is left out (and logged) if bad records are skipped.
+    Of each batch of `batch_size` images this is share `shard` of `num_shards` equal ones, B = batch_size / num_shards; every
+    share has the same number of batches, the last of which may be empty. A bad image raises BadRecord, or is left out (and logged)
+    if bad records are skipped.
     """
-    work = [list(paths[at : at + batch_size]) for at in range(0, len(paths), batch_size)]
-    load = _LoadImages(make_pixels(cfg, vit), batch_size, cfg.on_bad_record == "skip")
+    size = batch_size // num_shards
+    starts = range(shard * size, len(paths) + shard * size, batch_size)
+    work = [list(paths[at : at + size]) for at in starts]
+    load = _LoadImages(make_pixels(cfg, vit), size, cfg.on_bad_record == "skip")
     batches = grain.MapDataset.source(work).map(load)
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)))
