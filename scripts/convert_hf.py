@@ -112,32 +112,24 @@ def copy_tokenizer(given: files.Path, folder: files.Path) -> files.Path:
 
 def export_model(workdir: files.Path, out: files.Path, args: argparse.Namespace) -> None:
     """The newest checkpoint of a workdir to a model directory."""
-    import jax
-
-    from vlm_jax import sharding
-    from vlm_jax.hf import export, parts
-    from vlm_jax.models import adapters
-    from vlm_jax.settings.run import MeshConfig
-    from vlm_jax.storage import weights
+    from vlm_jax.hf import export, parts  # seconds to import
+    from vlm_jax.storage import streamed
 
     exp = experiment.read(workdir)
-    wanted = weights.abstract(exp.model, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
 
-    def load(names: Any) -> dict[str, Any]:
-        own = {name: wanted[name] for name in names if name in wanted}
-        params = weights.load(str(workdir), exp.model, own)
-        if "lm" in params:
-            # A base casts what it is given to its own dtypes.
-            dtype = args.dtype or ("float32" if base else exp.model.lm.param_dtype)
-            params["lm"] = adapters.merged(params["lm"], exp.model.lm, dtype)
-        return params
+    def load(names: Any, keep: int = 1) -> dict[str, Any]:
+        # A base casts what it is given to its own dtypes.
+        dtype = args.dtype or ("float32" if base else exp.model.lm.param_dtype)
+        return streamed.params(workdir, exp.model, names, dtype, keep)
 
     base = None if args.standalone else args.base or recorded_base(workdir)
     if base is not None:
         if args.dtype:
             raise ConfigError("--dtype: a base keeps its dtypes; add --standalone for another.")
-        held = parts.held(directory.open_directory(base), exp.model)
-        export.onto_base(out, files.to_path(base), load(held), exp.model)
+        there = directory.open_directory(base)
+        held = parts.held(there, exp.model)
+        leaves = load(held, parts.most_fused(there, exp.model))
+        export.onto_base(out, files.to_path(base), leaves, exp.model)
         log.info("%s: %s of %s, the rest as in %s", out, ", ".join(sorted(held)), workdir, base)
         return
     has_tokenizer = bool(exp.data.tokenizer)

@@ -17,6 +17,7 @@ import tiny
 import torch
 import transformers
 from compressor import compressor_config
+from flax.traverse_util import flatten_dict
 from safetensors import safe_open
 from test_hf_parity import compare_decoder, inputs_of, load, relative
 
@@ -26,12 +27,14 @@ from vlm_jax.data import templates, tokenizer
 from vlm_jax.data.records import IMAGE, Turn
 from vlm_jax.hf import directory, export, named, written
 from vlm_jax.hf.describe import describe
+from vlm_jax.models import adapters
 from vlm_jax.models.vlm import VLM, Inputs, init_params
 from vlm_jax.settings import cli
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.model import CompressorConfig, RopeScaling, VLMConfig
 from vlm_jax.settings.run import MeshConfig
-from vlm_jax.storage import weights
+from vlm_jax.storage import streamed, weights
+from vlm_jax.storage.checkpoint import save_params
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "convert_hf.py"
@@ -317,6 +320,34 @@ def test_a_base_that_joins_its_parts_otherwise_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no place for projector/norm/scale"):
         export.onto_base(tmp_path / "out", given, params, config)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_an_export_reads_one_parameter_after_the_other(rank, tmp_path, monkeypatch):
+    config, params = random_model(lm={"lora_rank": rank, "lora_targets": "attn/[qv]|down"})
+    save_params(tmp_path / "run", params)
+    read = []
+
+    def load(source, config, wanted, of=weights.load):
+        read.append(["/".join(path) for path in flatten_dict(wanted)])
+        return of(source, config, wanted)
+
+    monkeypatch.setattr(streamed.weights, "load", load)
+    leaves = streamed.params(tmp_path / "run", config, ("lm",), "float32")
+    assert not read
+    export.standalone(tmp_path / "out", "lm", leaves, config, BARE)
+    whole = {"lm": adapters.merged(params["lm"], config.lm, "float32")}
+    export.standalone(tmp_path / "whole", "lm", whole, config, BARE)
+    one, other = tensors(tmp_path / "out"), tensors(tmp_path / "whole")
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+    every = ["/".join(path) for path in flatten_dict({"lm": params["lm"]})]
+    assert sorted(path for paths in read for path in paths) == sorted(every)  # each once
+    assert {len(paths) for paths in read} == ({1, 3} if rank else {1})  # a kernel with its adapter
+    assert sum(any(path.endswith("lora_a") for path in paths) for paths in read) == (
+        3 if rank else 0
+    )
 
 
 def test_an_export_never_overwrites(tmp_path):

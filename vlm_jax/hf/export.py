@@ -60,8 +60,9 @@ def standalone(
 ) -> None:
     """Writes the directory `out`, which must not exist or be empty.
 
-    what: a key of WHAT; params: its parts. dtype: of the stored tensors; "" = the parameters'. encoder_name: the encoder's
-    name in config.json of the reference layout. Raises ConfigError for a model that the layout cannot hold.
+    what: a key of WHAT; params: its parts, whose leaves may be storage.streamed's. dtype: of the stored tensors; "" = the
+    parameters'. encoder_name: the encoder's name in config.json of the reference layout. Raises ConfigError for a model that the
+    layout cannot hold.
     """
     with whole_folder(out) as partial:
         ids, image_id = _write_tokenizer(partial, companions, image=what == "llava")
@@ -195,7 +196,8 @@ def _as(tensor: np.ndarray, dtype: str) -> np.ndarray:
 def onto_base(out: Path, base: Path, params: Tree, config: VLMConfig) -> None:
     """Writes `out` as a copy of the directory `base` with its parameters replaced by `params`.
 
-    params: at least the parts that the base holds. Raises ConfigError when the base's settings or shapes are others.
+    params: at least the parts that the base holds; leaves may be storage.streamed's. A file of the base is in memory at a
+    time. Raises ConfigError when the base's settings or shapes are others.
     """
     opened = directory.open_directory(base)
     names = directory.sort(opened.tensors)
@@ -228,6 +230,8 @@ def onto_base(out: Path, base: Path, params: Tree, config: VLMConfig) -> None:
         files.setdefault(entry.file, []).append(name)
     with whole_folder(out) as partial:
         for file, wanted in files.items():
+            # By parameter: one is in memory at a time, and it holds all layers of its tensors.
+            wanted.sort(key=lambda name: ours[name][1][0].path if name in ours else "")
             save_file({n: make(n) for n in wanted}, partial / file.name, metadata={"format": "pt"})
         for path in sorted(base.iterdir()):
             if path.is_file() and not any(path.match(pattern) for pattern in directory.WEIGHTS):

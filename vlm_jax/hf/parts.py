@@ -40,6 +40,12 @@ def held(opened: Directory, config: VLMConfig) -> set[str]:
     return parts_of(group_rules(opened, directory.sort(opened.tensors), config))
 
 
+def most_fused(opened: Directory, config: VLMConfig) -> int:
+    """The largest number of parameters that one tensor of a directory holds."""
+    groups = group_rules(opened, directory.sort(opened.tensors), config)
+    return max(len(own) for rules in groups.values() for own in io.by_tensor(rules).values())
+
+
 def reference_rules(config: VLMConfig) -> list[Rule]:
     """Compressor and projector in the reference layout. Raises ConfigError for a compressor that has none."""
     if config.compressor.reference is None:

@@ -40,11 +40,14 @@ def check_trainable(params: Tree, trainable: Tree) -> None:
 
 
 def merged(lm: Tree, config: LMConfig, dtype: str) -> Tree:
-    """The decoder's parameters without adapters: each adapted kernel is W + scale A B, computed in float32, cast to `dtype`."""
+    """The decoder's parameters without adapters: each adapted kernel is W + scale A B, computed in float32, cast to `dtype`.
+
+    lm: all of them, or kernels with their adapters.
+    """
     flat = flatten_dict(lm, sep="/")
     for path in LM_LINEARS:
         adapter = config.adapter(path)
-        if adapter is not None:
+        if adapter is not None and f"{path}/lora_a" in flat:
             a, b = flat.pop(f"{path}/lora_a"), flat.pop(f"{path}/lora_b")
             flat[f"{path}/kernel"] = _merge(flat[f"{path}/kernel"], a, b, adapter.scale, dtype)
     return unflatten_dict(flat, sep="/")
