@@ -247,11 +247,11 @@ def test_the_rank_is_never_split_and_the_other_axes_are_split_as_the_kernel_s(fo
     specs = jax.tree.map(lambda s: s.spec, sharding.shardings_of(boxed, abstract_mesh(2, 2, 2)))
     attn, mlp = specs["lm"]["layers"]["attn"], specs["lm"]["layers"]["mlp"]
     assert attn["q"]["lora_a"] == PartitionSpec(None, "fsdp", None)
-    assert attn["q"]["lora_b"] == PartitionSpec(None, None, "tensor", None)
-    assert attn["o"]["lora_a"] == PartitionSpec(None, "tensor", None, None)
+    assert attn["q"]["lora_b"] == PartitionSpec(None, None, sharding.TENSOR_AXES, None)
+    assert attn["o"]["lora_a"] == PartitionSpec(None, sharding.TENSOR_AXES, None, None)
     assert attn["o"]["lora_b"] == PartitionSpec(None, None, "fsdp")
-    assert mlp["down"]["lora_a"] == PartitionSpec(None, "tensor", None)
-    assert mlp["up"]["lora_b"] == PartitionSpec(None, None, "tensor")
+    assert mlp["down"]["lora_a"] == PartitionSpec(None, sharding.TENSOR_AXES, None)
+    assert mlp["up"]["lora_b"] == PartitionSpec(None, None, sharding.TENSOR_AXES)
 
 
 MESH_SCRIPT = """
