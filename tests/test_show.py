@@ -128,7 +128,7 @@ def test_a_run_that_names_another_machines_kernel_answers_as_it_does_here(
     assert told[0] == told[1]
     ours = [r.getMessage() for r in caplog.records if r.name.startswith("vlm_jax")]
     assert ours == [
-        f"the run was trained with model.lm.attention={kernel}, which this machine (cpu) does not have: here it is auto"
+        f"the run was trained with model.lm.attention={kernel}, which this machine (cpu) does not have: here it is xla"
     ]
 
 
