@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from configs import eval as eval_config
 from vlm_jax import evaluate, sharding, train
+from vlm_jax.hf import export
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import MeshConfig
 from vlm_jax.storage import frozen, weights
@@ -66,6 +67,23 @@ def test_the_parameters_of_a_run_are_those_of_one_that_saves_everything(runs, tm
     for name, x in whole.items():
         np.testing.assert_array_equal(x, second[name])
         assert (name.startswith("projector/")) == (not np.array_equal(x, base[name]))
+
+
+def test_what_a_model_directory_holds_is_read_there_parameter_by_parameter(runs, tmp_path):
+    base = params(runs / "base")
+    lm = {name: x for name, x in base.items() if name.startswith("lm/")}
+    tree, config_of = unflatten_dict(lm, sep="/"), experiment.read(runs / "base").model
+    export.standalone(tmp_path / "lm", "lm", tree, config_of, export.Companions(None, None, None))
+    cfg = config(runs / "world", runs / "base", "^projector/|^lm/layers/attn")
+    cfg.init.lm = str(tmp_path / "lm")
+    train.train(cfg, str(tmp_path / "run"))
+    left_out = frozen.read(tmp_path / "run")
+    inside = {name for name, leaf in left_out.items() if leaf.source == str(tmp_path / "lm")}
+    assert inside == {name for name in lm if not name.startswith("lm/layers/attn")}
+    found = params(tmp_path / "run")
+    for name in inside:
+        np.testing.assert_array_equal(found[name], base[name])
+    assert not np.array_equal(found["lm/layers/attn/q/kernel"], base["lm/layers/attn/q/kernel"])
 
 
 def test_a_resumed_run_goes_on_to_the_same_metrics(runs, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from vlm_jax.compressors import COMPRESSORS
 from vlm_jax.files import Path
@@ -75,13 +76,17 @@ def sources(opened: Directory, config: VLMConfig, wanted: Collection[str]) -> So
     return {path: source for path, source in found.items() if path.split("/")[0] in wanted}
 
 
-def load_parts(path: str | Path, config: VLMConfig, abstract: Tree) -> Tree:
+def load_parts(path: str | Path, config: VLMConfig, abstract: Tree, some: bool = False) -> Tree:
     """The top-level parts of `abstract` (ShapeDtypeStructs with shardings) from a model directory, streamed.
 
-    Raises ConfigError, before anything is read, when the weights are not exactly those of the model.
+    some: `abstract` may lack parameters of a part, which are then not read. Raises ConfigError, before anything is read, when
+    the weights are not exactly those of the model.
     """
     opened = directory.open_directory(path)
     found = sources(opened, config, tuple(abstract))
+    if some:
+        leaves = flatten_dict(abstract, sep="/")
+        found = {path: source for path, source in found.items() if path in leaves}
     if "lm" in abstract and config.lm.tied_embeddings:
         _check_tied(opened)
     return io.load(opened, found, abstract)

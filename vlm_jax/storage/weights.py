@@ -96,15 +96,12 @@ def load_frozen(
     leaves: dict[str, Any] = dict(flatten_dict(wanted, sep="/"))
     found: Tree = {}
     for source, names in frozen.places(workdir, left_out).items():
-        asked = {name: leaves[name] for name in names}
-        if directory.is_model(source):  # gives whole parts
-            mesh = next(iter(asked.values())).sharding.mesh
-            whole = adapters.without(abstract(config, mesh))
-            parts = {name.split("/")[0] for name in names}
-            every = flatten_dict({part: whole[part] for part in parts}, sep="/")
-            asked = {**every, **asked}
-        loaded = load(source, config, unflatten_dict(asked, sep="/"))
-        found |= {n: x for n, x in flatten_dict(loaded, sep="/").items() if n in names}
+        asked = unflatten_dict({name: leaves[name] for name in names}, sep="/")
+        if directory.is_model(source):
+            loaded = load_parts(source, config, asked, some=True)
+        else:
+            loaded = load(source, config, asked)
+        found |= flatten_dict(loaded, sep="/")
     tree = unflatten_dict(found, sep="/")
     frozen.check(workdir, left_out, tree)
     return tree
