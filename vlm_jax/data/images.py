@@ -121,14 +121,20 @@ def _fast(
     # Orientation tags and other formats than plain JPEG are Pillow's.
     if not exif_rotation and (size := fast_images.jpeg_size(data)):
         _check_size(size, max_pixels)
-        pixels = fast_images.decode_jpeg(data, image_px, mode)
+        pixels = fast_images.decode_jpeg(data, _resized(size, image_px, mode))
     else:
         pixels = np.asarray(_decode(stream, max_pixels, exif_rotation))
-    height, width = pixels.shape[:2]
-    wide, high = fast_images.resized((width, height), image_px, mode)
-    canvas = max(width, height) ** 2 if mode == "pad" else wide * high
-    _check_canvas((width, height), canvas, max(max_pixels, image_px * image_px))
-    return fast_images.fit(pixels, image_px, mode, mean)
+    size = (pixels.shape[1], pixels.shape[0])
+    limit = max(max_pixels, image_px * image_px)
+    if mode == "pad":
+        _check_canvas(size, max(size) ** 2, limit)
+        pixels = fast_images.pad_to_square(pixels, _filling(mean))
+        return fast_images.resize(pixels, (image_px, image_px))
+    wide, high = _resized(size, image_px, mode)
+    _check_canvas(size, wide * high, limit)
+    pixels = fast_images.resize(pixels, (wide, high))
+    left, top = (wide - image_px) // 2, (high - image_px) // 2
+    return np.ascontiguousarray(pixels[top : top + image_px, left : left + image_px])
 
 
 def _of_bucket(source: str) -> bytes:
@@ -178,13 +184,27 @@ def fit(
     return np.array(image.resize((image_px, image_px), FILTERS[resample]))
 
 
+def _resized(size: tuple[int, int], image_px: int, mode: str) -> tuple[int, int]:
+    """(width, height) to which an image of that size is resized: without its padding, or before it is cut."""
+    if mode == "stretch":
+        return image_px, image_px
+    whole = max(size) if mode == "pad" else min(size)
+    width, height = (max(1, int(image_px * side / whole)) for side in size)
+    return width, height
+
+
+def _filling(mean: Sequence[float]) -> tuple[int, ...]:
+    """The colour of padding."""
+    return tuple(int(255 * m) for m in mean)
+
+
 def _pad_to_square(image: Image.Image, mean: Sequence[float], max_pixels: int) -> Image.Image:
     width, height = image.size
     if width == height:
         return image
     side = max(width, height)
     _check_canvas(image.size, side * side, max_pixels)
-    canvas = Image.new("RGB", (side, side), tuple(int(255 * m) for m in mean))
+    canvas = Image.new("RGB", (side, side), _filling(mean))
     canvas.paste(image, ((side - width) // 2, (side - height) // 2))
     return canvas
 
@@ -192,12 +212,7 @@ def _pad_to_square(image: Image.Image, mean: Sequence[float], max_pixels: int) -
 def _crop(
     image: Image.Image, image_px: int, max_pixels: int, resample: Image.Resampling
 ) -> Image.Image:
-    width, height = image.size
-    short = min(width, height)
-    size = (
-        image_px if width == short else int(image_px * width / height),
-        image_px if height == short else int(image_px * height / width),
-    )
+    size = _resized(image.size, image_px, "crop")
     _check_canvas(image.size, size[0] * size[1], max(max_pixels, image_px * image_px))
     image = image.resize(size, resample)
     left, top = (size[0] - image_px) // 2, (size[1] - image_px) // 2
