@@ -13,14 +13,19 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import pytest
 import tiny
 from forks import Forks
 from gcs_server import Server
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from configs import eval as eval_config
 from vlm_jax import evaluate, files, train
 from vlm_jax.files import buckets, lease
+from vlm_jax.hf import stored
 from vlm_jax.laws import fit, table
 from vlm_jax.settings import cli
 from vlm_jax.settings.checks import ConfigError
@@ -128,6 +133,32 @@ def said(capsys, act):
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1, told
     return told[0]
+
+
+def test_safetensors_are_read_by_byte_ranges_and_again_once_they_were_written_again(
+    tmp_path, server
+):
+    rng = np.random.default_rng(0)
+    there = files.to_path(f"{BUCKET}/model/model.safetensors")
+
+    def write():
+        tensors = {
+            "a": rng.normal(size=(5, 3)).astype(np.float32), "b": rng.normal(size=(4,)).astype(ml_dtypes.bfloat16),
+            "c": np.array(rng.normal(), np.float32),
+        }  # fmt: skip
+        save_file(tensors, tmp_path / "model.safetensors")
+        there.write_bytes((tmp_path / "model.safetensors").read_bytes())
+        return tensors
+
+    write()
+    assert stored.header(there) == stored.header(tmp_path / "model.safetensors")
+    tensors = write()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(stored.read(there, name), tensor)
+    np.testing.assert_array_equal(stored.read(there, "a", (1, 4)), tensors["a"][1:4])
+    there.write_bytes(there.read_bytes()[:50])
+    with pytest.raises(SafetensorError, match="a header of"):
+        stored.header(there)
 
 
 def test_a_bucket_that_does_not_exist_is_one_line(world, capsys):

@@ -47,9 +47,8 @@ def _measure(cfg: DataConfig, stamps: tuple) -> Sizes:
     source = sources.open_source(cfg)
     words, images = np.zeros((2, len(source)), np.int32)
     known, start = np.zeros(len(source), bool), 0
-    for part in (
-        source.sources
-    ):  # prepared data know their sizes; a field that is ignored would change them
+    # Prepared data know their sizes; a field that is ignored would change them.
+    for part in source.sources:
         if isinstance(part, PreparedSource) and not cfg.ignored_fields:
             words[start : start + len(part)], images[start : start + len(part)] = part.sizes()
             known[start : start + len(part)] = True

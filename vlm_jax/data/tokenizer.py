@@ -17,13 +17,12 @@ from tokenizers import models
 
 from vlm_jax import files
 from vlm_jax.settings.checks import ConfigError
-from vlm_jax.settings.hub import hub_hint
+from vlm_jax.settings.hub import TOKENIZER_FILES, hub_hint
 
 # One of these sets of files holds the vocabulary; tokenizer_config.json alone does not.
 VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 # Small JSON objects that transformers reads beside it.
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
-FILES = ("*.json", "*.txt", "*.model", "*.jinja")  # what transformers may read of a tokenizer
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 LISTED = ("additional_special_tokens", "extra_special_tokens")
 LFS = b"version https://git-lfs"
@@ -146,7 +145,7 @@ def load(directory: str) -> Tokenizer:
     """The tokenizer saved in a directory. Raises ConfigError if there is none, or only a slow (Python) one."""
     check_directory(directory)
     with files.reading(files.to_path(directory)):
-        local = files.local_copy(directory, FILES)
+        local = files.local_copy(directory, TOKENIZER_FILES)
     if not _has(directory, "tokenizer.json") and _has(directory, "tokenizer.model"):
         _check_sentencepiece(os.path.join(local, "tokenizer.model"))
     # Takes seconds to import, so only when a tokenizer is loaded.

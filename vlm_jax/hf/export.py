@@ -26,6 +26,7 @@ from vlm_jax.hf import directory, io, maps, parts, written
 from vlm_jax.hf.describe import check_agrees, check_same_model
 from vlm_jax.hf.maps import Rule
 from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.hub import TOKENIZER_FILES
 from vlm_jax.settings.model import VLMConfig
 
 Tree = dict[str, Any]
@@ -144,7 +145,7 @@ def _write_tokenizer(out: Path, companions: Companions, image: bool) -> tuple[di
         return {}, 0
     from transformers import AutoTokenizer  # seconds to import
 
-    place = local_copy(companions.tokenizer, ("*.json", "*.txt", "*.model", "*.jinja"))
+    place = local_copy(companions.tokenizer, TOKENIZER_FILES)
     tokenizer: Any = AutoTokenizer.from_pretrained(place, local_files_only=True)
     if image:
         tokenizer.add_tokens([written.IMAGE_TOKEN], special_tokens=True)

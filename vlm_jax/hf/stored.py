@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from typing import Any
 
 import ml_dtypes  # noqa: F401 (teaches NumPy bfloat16, which safetensors needs)
 import numpy as np
@@ -41,25 +41,23 @@ def read(file: Path, name: str, rows: tuple[int, int] | None = None) -> np.ndarr
         data = file.read_range(start + first * size, start + last * size)
         if len(data) != (last - first) * size:
             raise OSError(0, f"{name} is cut short", str(file))
-        return np.frombuffer(data, dtype).reshape(*((last - first, *shape[1:]) if shape else ()))
+        return np.frombuffer(data, dtype).reshape((last - first, *shape[1:]) if shape else ())
     with safe_open(file, framework="np") as content:
         if rows is None:
             return content.get_tensor(name)
         return content.get_slice(name)[rows[0] : rows[1]]
 
 
-_known: dict[tuple[str, Any], dict[str, tuple[str, tuple[int, ...], int]]] = {}
-
-
 def _spans(file: BucketPath) -> dict[str, tuple[str, tuple[int, ...], int]]:
     """name -> (dtype, shape, first byte in the file)."""
-    changed, size = file.stamp()
-    if (str(file), changed) not in _known:
-        _known[str(file), changed] = _parsed(file, size)
-    return _known[str(file), changed]
+    return _parsed(file, *file.stamp())
 
 
-def _parsed(file: BucketPath, size: int) -> dict[str, tuple[str, tuple[int, ...], int]]:
+@functools.lru_cache(64)
+def _parsed(
+    file: BucketPath, changed: str, size: int
+) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    del changed  # a file that was written again is read again
     length = int.from_bytes(file.read_range(0, 8), "little") if size >= 8 else 0
     if not 0 < length <= min(MOST_HEADER, size - 8):
         raise SafetensorError(f"a header of {length} bytes in {size}")

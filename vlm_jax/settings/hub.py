@@ -1,9 +1,16 @@
-"""Names of the Hugging Face hub. Nothing is ever downloaded; errors say how to."""
+"""Names of the Hugging Face hub and of its files. Nothing is ever downloaded; errors say how to."""
 
 from __future__ import annotations
 
 import os
 import re
+
+TOKENIZER_FILES = (
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+)  # what transformers may read of a tokenizer
 
 
 def hub_hint(name: str) -> str:

@@ -9,6 +9,7 @@ or a run of an older version) checkpoints hold everything.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Collection, Mapping
@@ -58,11 +59,13 @@ def record(workdir: files.Path, sources: Mapping[str, str], frozen: Tree, writes
     """
     sums = checksums.of(frozen)
     leaves: dict[str, dict[str, Any]] = {}
+    place_of = functools.cache(_place)  # of a bucket each look is a request
     for part, source in sources.items():
         further = {} if is_model(source) else read(source)
         for name in (name for name in sums if name.split("/")[0] == part):
             # Not the run in between, which leaves it out as well.
-            place = _place(source, further[name]) if name in further else source
+            own = further.get(name)
+            place = place_of(source, own.source, own.beside) if own else source
             place = str(files.to_path(place).absolute())
             leaves[name] = Leaf(place, _beside(place, workdir), sums[name])._asdict()
     if writes and leaves:
@@ -78,21 +81,22 @@ def _beside(place: str, workdir: files.Path) -> str:
     return os.path.relpath(place.partition("://")[2] or place, str(workdir).partition("://")[2] or str(workdir))  # fmt: skip
 
 
-def _place(workdir: str | files.Path, leaf: Leaf) -> str:
-    """The directory of a leaf's source: where it was, or where it now is beside the workdir, "" if it is gone."""
-    if files.is_dir(leaf.source):
-        return leaf.source
+def _place(workdir: str, source: str, beside: str) -> str:
+    """The directory of a source: where it was, or where it now is beside the workdir, "" if it is gone."""
+    if files.is_dir(source):
+        return source
     here = str(files.to_path(workdir).absolute())
     kind, mark, rest = here.rpartition("://")
-    moved = kind + mark + os.path.normpath(os.path.join(rest, leaf.beside)) if leaf.beside else ""
+    moved = kind + mark + os.path.normpath(os.path.join(rest, beside)) if beside else ""
     return moved if moved and files.is_dir(moved) else ""
 
 
 def places(workdir: str, leaves: Mapping[str, Leaf]) -> dict[str, set[str]]:
     """Source -> the paths that it supplies. Raises ConfigError for a source that is gone."""
     found: dict[str, set[str]] = {}
+    place_of = functools.cache(_place)
     for name, leaf in leaves.items():
-        place = _place(workdir, leaf)
+        place = place_of(workdir, leaf.source, leaf.beside)
         if not place:
             raise ConfigError(
                 f"{workdir!r} does not hold its frozen {name.split('/')[0]}, which came from {leaf.source!r}, and that is gone; "
