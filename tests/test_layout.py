@@ -210,6 +210,7 @@ def test_mesh_axes_are_named_in_one_file():
 LOCAL_ONLY = {
     "settings.cli": "config files, which are Python",
     "settings.hub": "whether a name is a hub's or a folder's",
+    "settings.huge_pages": "one of the kernel's own files",
     "miniworld.generate": "fills a local folder, which the sweep puts where it belongs",
 }
 OPENS = re.compile(

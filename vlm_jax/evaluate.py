@@ -33,7 +33,7 @@ from vlm_jax.benchmarks import answers
 from vlm_jax.inference import evaluation
 from vlm_jax.inference.settings import EvalConfig
 from vlm_jax.progress import Say, silent
-from vlm_jax.settings import addresses, cli
+from vlm_jax.settings import addresses, cli, huge_pages
 from vlm_jax.settings.checks import build
 from vlm_jax.settings.run import MeshConfig
 
@@ -70,6 +70,7 @@ def command(argv: Sequence[str]) -> None:
         about=__doc__ or "",
     )
     if not scoring:
+        huge_pages.use()
         result: Any = evaluate(flags.config, flags.workdir, log.info)
     else:
         allow_missing = bool(flags["allow-missing"].value)

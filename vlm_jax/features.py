@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from vlm_jax.data import feature_cache
 from vlm_jax.files import to_path
 from vlm_jax.hf.directory import is_model
-from vlm_jax.settings import cli
+from vlm_jax.settings import cli, huge_pages
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.storage import run as experiment
 from vlm_jax.storage.inherit import check_part
@@ -55,6 +55,7 @@ def write_features(cfg: ConfigDict, folder: str, given: Sequence[str] = ()) -> N
 
 def command(argv: Sequence[str]) -> None:
     flags = cli.parse(argv, {"workdir": "directory of the features"}, about=__doc__ or "")
+    huge_pages.use()
     write_features(flags.config, flags.workdir, cli.given_fields(argv))
 
 

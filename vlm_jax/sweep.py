@@ -26,7 +26,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from vlm_jax.settings import cli
+from vlm_jax.settings import cli, huge_pages
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.sweeps import running
 
@@ -62,6 +62,7 @@ def command(argv: Sequence[str]) -> None:
         price = dry_run.number("--chip-hour-dollars", str(flags["chip-hour-dollars"].value or ""))
         sys.stdout.write(dry_run.report(flags.config, flags.workdir, on, price))
         return
+    huge_pages.use()  # the processes of its parts inherit it
     if flags.part:
         running.sweep_part(flags.config, flags.workdir, flags.part)
         return

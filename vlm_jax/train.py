@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from vlm_jax.data import fingerprint
 from vlm_jax.hf.directory import is_model
 from vlm_jax.progress import Say, silent
-from vlm_jax.settings import cli
+from vlm_jax.settings import cli, huge_pages
 from vlm_jax.storage import run as experiment
 from vlm_jax.storage.run import last_step, open_workdir, resolve
 from vlm_jax.training import outline
@@ -65,6 +65,7 @@ def train(
 
 def command(argv: Sequence[str]) -> None:
     flags = cli.parse(argv, {"workdir": "directory of the run"}, about=__doc__ or "")
+    huge_pages.use()
     train(flags.config, flags.workdir, cli.given_fields(argv), log.info)
 
 

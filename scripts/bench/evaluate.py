@@ -37,6 +37,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+
 WORDS = [
     "what",
     "is",
@@ -259,6 +260,10 @@ def main() -> None:
             f"--{name}", type=int, nargs=2, default=value, metavar=("WIDTH", "LAYERS")
         )
     args = parser.parse_args()
+    from vlm_jax.settings import huge_pages
+
+    huge_pages.restart()
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # torch's threads would hold cores in our turn
     import jax
     import torch
     import transformers

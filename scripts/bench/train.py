@@ -7,11 +7,13 @@ scripts/bench/train.py --memory                                         bytes of
 
 Ours is the step of a run: plan, fresh_state, make_step, donated; encoder features stand in the batch, 64 per row, and a
 two-layer projector puts them before the decoder. torch has the same projector, transformers' Llama or Qwen2 of the same
-sizes with SDPA, clipping, and fused AdamW; "compiled" is torch.compile of its loss. All take turns in every round, so that a
-busy machine is busy for all; the table has medians, and the median (least, greatest) of the round-by-round ratios
-torch / ours: above 1 ours is faster; the last column is the same of the time that the process held cores, which other
-processes on the machine disturb less. The peak behind "MFU" is the chip's, or on a CPU the fastest of jax's and torch's
-2048 x 2048 float32 products in the same rounds. Needs jax, flax and optax, and for torch's side torch and transformers.
+sizes with SDPA, clipping, and fused AdamW; "compiled" is torch.compile of its loss. Each has a process of its own, in which
+arrays lie in huge pages where the kernel gives them. All take turns in every round, so that a busy machine is busy for all, and
+torch's threads wait passively: they would hold cores in our turn. The table has medians, and the median (least, greatest) of
+the round-by-round ratios torch / ours: above 1 ours is faster; the last column is the same of the time that the process held
+cores, which other processes on the machine disturb less. The peak behind "MFU" is the chip's, or on a CPU the fastest of jax's
+and torch's 2048 x 2048 float32 products in the same rounds. Needs jax, flax and optax, and for torch's side torch and
+transformers.
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import multiprocessing
+import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +41,7 @@ from flax.traverse_util import flatten_dict
 from vlm_jax import compressors, sharding
 from vlm_jax.costs import chips
 from vlm_jax.costs.flops import step_flops
-from vlm_jax.settings import presets
+from vlm_jax.settings import huge_pages, presets
 from vlm_jax.settings.model import LMConfig, VLMConfig
 from vlm_jax.settings.run import (
     DataConfig,
@@ -50,6 +54,7 @@ from vlm_jax.settings.run import (
 from vlm_jax.training import step
 
 VISUAL = 64  # the mini encoder's patches
+PLATFORMS = {"cpu": "cpu", "gpu": "cuda"}
 
 
 class Case(NamedTuple):
@@ -84,6 +89,10 @@ def gpu() -> dict[str, Case]:
         "7b-frozen": Case(presets.lm("qwen1.5-7b", **frozen), 4, 1024, "^projector/"),
         "7b-lora": Case(presets.lm("qwen1.5-7b", **lora), 4, 1024, "lora_|^projector/"),
     }
+
+
+def ladder(device: str) -> dict[str, Case]:
+    return CPU if device == "cpu" else gpu()
 
 
 def experiment_of(case: Case, remat: str, loss_chunk: int) -> Experiment:
@@ -211,63 +220,88 @@ def add_adapters(decoder: Any, lm: LMConfig) -> None:
                     setattr(block, name, Adapted(child))
 
 
-def products(with_torch: bool) -> dict[str, Callable[[], Any]]:
-    """A 2048 x 2048 float32 product, as jax and torch compute it."""
-    x = np.random.default_rng(0).standard_normal((2048, 2048)).astype(np.float32)
-    on_jax, product = jnp.asarray(x), jax.jit(jnp.matmul)
-    found: dict[str, Callable] = {"product": lambda: jax.block_until_ready(product(on_jax, on_jax))}
-    if with_torch:
+class Turn(NamedTuple):
+    """What a contestant answers: seconds of a step, and on a CPU of a 2048 x 2048 float32 product."""
+
+    loss: float
+    wall: float
+    cores: float  # of all cores that the process held
+    product: float
+
+
+def contestant(name: str, size: str, args: argparse.Namespace, connection: Any) -> None:
+    """The process of one of the steps: takes a turn for each message and answers with it."""
+    jax.config.update("jax_platforms", PLATFORMS[args.device])
+    case = ladder(args.device)[size]
+    batch, x = (
+        batch_of(case),
+        np.random.default_rng(0).standard_normal((2048, 2048)).astype(np.float32),
+    )
+    run = ours(case, batch, args) if name == "ours" else theirs(case, batch, "compiled" in name)
+    if name == "ours":
+        matrix, matmul = jnp.asarray(x), jax.jit(jnp.matmul)
+        product: Callable = lambda: jax.block_until_ready(matmul(matrix, matrix))  # noqa: E731
+    else:
         import torch
 
         on_torch = torch.tensor(x)
-        found["product (torch)"] = lambda: on_torch @ on_torch
+        product = lambda: on_torch @ on_torch  # noqa: E731
+    while connection.recv():
+        start, spent = time.perf_counter(), time.process_time()
+        loss = run()
+        wall, cores = time.perf_counter() - start, time.process_time() - spent
+        start = time.perf_counter()
+        product()
+        connection.send(Turn(loss, wall, cores, time.perf_counter() - start))
+    connection.close()
+
+
+def turns(names: Sequence[str], size: str, args: argparse.Namespace) -> dict[str, list[Turn]]:
+    """Of each contestant the first turn, which compiles, another, and one per round."""
+    context = multiprocessing.get_context("spawn")
+    pipes = {name: context.Pipe() for name in names}
+    processes = [
+        context.Process(target=contestant, args=(name, size, args, pipes[name][1]))
+        for name in names
+    ]
+    for process, (_, theirs_) in zip(processes, pipes.values(), strict=True):
+        process.start()
+        theirs_.close()  # a process that dies is noticed
+    found: dict[str, list[Turn]] = {name: [] for name in names}
+    for _ in range(args.rounds + 2):
+        for name, (pipe, _) in pipes.items():
+            pipe.send(True)
+            found[name].append(pipe.recv())
+    for process, (pipe, _) in zip(processes, pipes.values(), strict=True):
+        pipe.send(False)
+        process.join()
     return found
 
 
-def seconds(run: Callable) -> tuple[float, float]:
-    """(wall, of all cores this process used)"""
-    start, spent = time.perf_counter(), time.process_time()
-    run()
-    return time.perf_counter() - start, time.process_time() - spent
-
-
-def measure(name: str, case: Case, args: argparse.Namespace) -> list[str]:
+def measure(size: str, args: argparse.Namespace) -> list[str]:
     """Rows of the table."""
-    batch = batch_of(case)
-    runs: dict[str, Callable] = {"ours": ours(case, batch, args)}
-    if not args.no_torch:
-        runs["torch"] = theirs(case, batch, compiled=False)
-        runs["torch, compiled"] = theirs(case, batch, compiled=True)
-    on_cpu = jax.default_backend() == "cpu"
-    beside = products(not args.no_torch) if on_cpu else {}
-    losses = {key: run() for key, run in runs.items()}  # compiles
-    for run in runs.values():
-        run()
-    times: dict[str, list[float]] = {key: [] for key in (*runs, *beside)}
-    spent: dict[str, list[float]] = {key: [] for key in times}
-    for _ in range(args.rounds):
-        for key, run in (runs | beside).items():
-            wall, cores = seconds(run)
-            times[key].append(wall)
-            spent[key].append(cores)
+    case = ladder(args.device)[size]
+    names = ("ours",) if args.no_torch else ("ours", "torch", "torch, compiled")
+    found = turns(names, size, args)
     exp = experiment_of(case, args.remat, args.loss_chunk)
     plan = step.plan(exp, sharding.make_mesh(exp.mesh, jax.devices()[:1]), 1000)
     learning = flatten_dict(plan.state.trainable, sep="/").keys()
     flops = step_flops(
         exp.model, rows=case.rows, tokens=case.length, images=case.rows, query_tokens=0, trainable=learning, encoded=False
     ).total  # fmt: skip
-    if on_cpu:
-        peak = 2 * 2048**3 / min(min(times[key]) for key in beside)
+    if args.device == "cpu":
+        peak = 2 * 2048**3 / min(turn.product for each in found.values() for turn in each[2:])
     else:
         peak = chips.peak_flops(jax.devices()[0].device_kind) or float("nan")
     rows = []
-    for key in runs:
-        median = statistics.median(times[key])
-        ratios = [b / a for a, b in zip(times["ours"], times[key], strict=True)]
-        cores = statistics.median(b / a for a, b in zip(spent["ours"], spent[key], strict=True))
-        shown = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}, {max(ratios):.2f}) | {cores:.2f}" if key != "ours" else "|"  # fmt: skip
+    for name, each in found.items():
+        median = statistics.median(turn.wall for turn in each[2:])
+        pairs = list(zip(found["ours"][2:], each[2:], strict=True))
+        ratios = [b.wall / a.wall for a, b in pairs]
+        cores = statistics.median(b.cores / a.cores for a, b in pairs)
+        shown = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}, {max(ratios):.2f}) | {cores:.2f}" if name != "ours" else "|"  # fmt: skip
         rows.append(
-            f"| {name} | {case.lm.total_params / 1e6:.0f}M | {case.rows} x {case.length} | {key} | {losses[key]:.2f} | "
+            f"| {size} | {case.lm.total_params / 1e6:.0f}M | {case.rows} x {case.length} | {name} | {each[0].loss:.2f} | "
             f"{median * 1e3:.0f} | {case.rows * case.length / median:.0f} | {flops / median / 1e9:.0f} | "
             f"{flops / median / peak:.0%} | {shown} |"
         )
@@ -304,18 +338,22 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sizes", nargs="*", help="of the ladder; default: all")
-    parser.add_argument("--remat", default="none")
-    parser.add_argument("--loss-chunk", type=int, default=0)
+    parser.add_argument(
+        "--remat", default="dots", help="as configs/default.py says unless given; --loss-chunk too"
+    )
+    parser.add_argument("--loss-chunk", type=int, default=512)
     parser.add_argument("--no-torch", action="store_true")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--rows", type=int, default=4, help="with --memory")
     parser.add_argument("--length", type=int, default=2048, help="with --memory")
     args = parser.parse_args()
-    jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[args.device])
+    huge_pages.restart()
+    # Contestants share a GPU's memory, and no thread of one waits for work while another has its turn.
+    os.environ |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "OMP_WAIT_POLICY": "passive"}
+    jax.config.update("jax_platforms", PLATFORMS[args.device])
     if args.memory:
         sys.stdout.write("\n".join(memory(args)) + "\n")
         return
-    ladder = CPU if args.device == "cpu" else gpu()
     device = jax.devices()[0].device_kind
     out = [
         f"{device} ({platform.machine()}), {args.rounds} rounds, remat {args.remat}, loss_chunk {args.loss_chunk}", "",
@@ -323,8 +361,8 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     sys.stdout.write("\n".join(out) + "\n")
-    for name in args.sizes or ladder:
-        sys.stdout.write("\n".join(measure(name, ladder[name], args)) + "\n")
+    for size in args.sizes or ladder(args.device):
+        sys.stdout.write("\n".join(measure(size, args)) + "\n")
         sys.stdout.flush()
 
 
