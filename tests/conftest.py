@@ -71,3 +71,20 @@ def model(run):
     import vlm_jax
 
     return vlm_jax.load(run)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A GCS server on this machine with the bucket `bucket`; this process and those it starts talk to it."""
+    from gcs_server import Server
+
+    root = tmp_path_factory.mktemp("gcs")
+    (root / "bucket").mkdir()
+    running = Server(root)
+    running.start()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in running.environment().items():
+            patch.setenv(name, value)
+        patch.setenv("XDG_CACHE_HOME", str(root / "cache"))
+        yield running
+    running.stop()

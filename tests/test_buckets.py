@@ -35,21 +35,6 @@ BUCKET = "gs://bucket"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """With the bucket `bucket`; this process and those it starts talk to it."""
-    root = tmp_path_factory.mktemp("gcs")
-    (root / "bucket").mkdir()
-    running = Server(root)
-    running.start()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in running.environment().items():
-            patch.setenv(name, value)
-        patch.setenv("XDG_CACHE_HOME", str(root / "cache"))
-        yield running
-    running.stop()
-
-
-@pytest.fixture(scope="module")
 def world(tmp_path_factory, server):
     """Data on a disk, and the same data in the bucket."""
     directory = tiny.write(tmp_path_factory.mktemp("world") / "data")

@@ -158,3 +158,16 @@ def test_a_step_and_a_prefill_on_8_devices_equal_one_device(tmp_path):
         "(2, 2, 2, 1)": (8, 32),
         "(1, 1, 4, 2)": (16, 16),
     }
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_a_process_alone_keeps_its_programs_where_the_user_says_or_in_the_home(tmp_path, chosen):
+    code = "import jax; from vlm_jax import sharding; sharding.start_processes(); print(jax.config.jax_compilation_cache_dir)"
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    folder = tmp_path / "cache" / "vlm_jax" / "programs"
+    if chosen:
+        folder = tmp_path / "own"
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)  # fmt: skip
+    assert done.stdout.strip() == str(folder), done.stderr

@@ -56,7 +56,7 @@ def load(
         float32 for a directory.
       mesh: how the model is split over devices; None = the first device alone.
 
-    Nothing is downloaded. Compiled programs are kept on disk (`inference.model.keep_programs`). Raises ConfigError, in one
+    Nothing is downloaded. Compiled programs are kept on disk (`sharding.keep_programs`). Raises ConfigError, in one
     line, for what cannot be loaded.
     """
     paths = {name: os.fspath(x) for name, x in (("where", where), ("lm", lm), ("vit", vit), ("compressor", compressor))}  # fmt: skip
@@ -68,10 +68,11 @@ def load(
     if dtype:
         parts = {p: dataclasses.replace(getattr(found.model, p), dtype=dtype) for p in ("vit", "lm", "compressor")}  # fmt: skip
         found = dataclasses.replace(found, model=dataclasses.replace(found.model, **parts))
+    from vlm_jax import sharding
     from vlm_jax.inference import model  # jax and orbax take seconds; mistakes are said before
 
     logs.quieten()
-    model.keep_programs()
+    sharding.keep_programs()
     return model.Model(found, mesh)
 
 

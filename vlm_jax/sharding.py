@@ -49,7 +49,7 @@ VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 def start_processes(timeout: int = 100) -> None:
-    """Joins the other processes of a run, where there are others. Call it before any JAX operation.
+    """Joins the other processes of a run; without others, keeps compiled programs on disk. Call it before any JAX operation.
 
     JAX finds them by itself on TPU machines (Compute Engine's metadata, GKE), under SLURM and Open MPI, and in Kubernetes jobs
     (package kubernetes); elsewhere, or against what it finds, set VARIABLES: host:port, number and index. A cluster of one
@@ -58,9 +58,13 @@ def start_processes(timeout: int = 100) -> None:
 
     Raises ConfigError for incomplete variables, and for a cluster that does not say who takes part.
     """
-    limits = {"heartbeat_timeout_seconds": timeout, "shutdown_timeout_seconds": timeout}
-    if jax.distributed.is_initialized():
-        return
+    if not jax.distributed.is_initialized():
+        _join({"heartbeat_timeout_seconds": timeout, "shutdown_timeout_seconds": timeout})
+    if not jax.distributed.is_initialized():
+        keep_programs()
+
+
+def _join(limits: Mapping[str, int]) -> None:
     given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
     if given.get("JAX_NUM_PROCESSES") == "1":
         return
@@ -75,6 +79,21 @@ def start_processes(timeout: int = 100) -> None:
         jax.distributed.initialize(address, int(count), int(index), **limits)
     elif num_processes() > 1:
         jax.distributed.initialize(**limits)
+
+
+def keep_programs() -> str:
+    """Programs of this process are kept on disk from now on; returns the folder.
+
+    It is JAX_COMPILATION_CACHE_DIR, else $XDG_CACHE_HOME/vlm_jax/programs (~/.cache/vlm_jax/programs). Programs that compile
+    in less than half a second are not kept.
+    """
+    folder = jax.config.jax_compilation_cache_dir  # pyrefly: ignore[missing-attribute]
+    if not folder:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        folder = os.path.join(home, "vlm_jax", "programs")
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    return folder
 
 
 def num_processes() -> int:

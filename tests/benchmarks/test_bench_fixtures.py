@@ -1,10 +1,11 @@
 """What holds for every benchmark, over the tiny native files of native_files.FIXTURES."""
 
 import bench
+import numpy as np
 import pytest
 from native_files import FIXTURES
 
-from vlm_jax import benchmarks
+from vlm_jax import benchmarks, files
 from vlm_jax.data import images
 from vlm_jax.settings.checks import ConfigError
 
@@ -81,3 +82,19 @@ def test_too_few_rows_for_a_score_are_an_error_before_anything_is_asked(tmp_path
         benchmarks.check_scorable(name, chosen)
         if benchmarks.has_gold(chosen):
             assert bench.score(name, chosen, ["x"] * limit)["n"] == limit
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_in_a_bucket_the_questions_and_pictures_are_those_of_a_disk(name, tmp_path, server):
+    where = FIXTURES[name](tmp_path)
+    there = files.to_path(f"gs://bucket/benchmarks/{name}")
+    files.upload(tmp_path, there)
+    rows = benchmarks.get(name).rows(where)
+    found = benchmarks.get(name).rows(there / where.relative_to(tmp_path))
+    assert [{**row, "image": 0} for row in found] == [{**row, "image": 0} for row in rows]
+    for one, other in zip(rows, found, strict=True):
+        shown = [
+            [images.load(str(root / x) if isinstance(x, str) else x, 4, "pad", (0.0, 0.0, 0.0), 100) for x in images_of(row)]
+            for row, root in ((one, tmp_path), (other, there))
+        ]  # fmt: skip
+        np.testing.assert_array_equal(*shown)

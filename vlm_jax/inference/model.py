@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -282,18 +281,3 @@ def check_sampling(temperature: float, top_p: float, seed: int, max_new_tokens: 
 
 def _said(question: str, images: int) -> list[dict[str, str]]:
     return [{"from": "human", "value": f"{IMAGE}\n" * images + question}]
-
-
-def keep_programs() -> str:
-    """Compiled programs are kept on disk from now on; the folder is returned.
-
-    It is JAX_COMPILATION_CACHE_DIR, else $XDG_CACHE_HOME/vlm_jax/programs (~/.cache/vlm_jax/programs). Programs that compile
-    in less than half a second are not kept.
-    """
-    folder = jax.config.jax_compilation_cache_dir  # pyrefly: ignore[missing-attribute]
-    if not folder:
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-        folder = os.path.join(home, "vlm_jax", "programs")
-        jax.config.update("jax_compilation_cache_dir", folder)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    return folder
