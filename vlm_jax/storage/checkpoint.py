@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -21,10 +22,11 @@ from flax.traverse_util import flatten_dict
 
 from vlm_jax import files
 from vlm_jax.files import Path, to_path
-from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.checks import ConfigError, RunEnded
 from vlm_jax.storage import checksums
 
 Tree = dict[str, Any]
+LOOK_EVERY = 20.0  # seconds between looks whether a bucket that is written to can be reached
 
 
 class Checkpoints:
@@ -99,8 +101,23 @@ class Checkpoints:
         self._manager.close()
 
     def _finish(self) -> None:
+        if isinstance(self._folder, files.BucketPath):
+            self._watch()
         with self._saving():
             self._manager.wait_until_finished()
+
+    def _watch(self) -> None:
+        """Waits for the save; ends the process when the bucket is gone, where tensorstore would try for a quarter of an hour."""
+        looked = time.monotonic()
+        while self._manager.is_saving_in_progress():
+            time.sleep(0.02)
+            if time.monotonic() - looked < LOOK_EVERY:
+                continue
+            try:
+                self._folder.exists()
+            except OSError as error:
+                raise RunEnded(self._unwritten(error), exit_code=2) from error
+            looked = time.monotonic()
 
     @contextlib.contextmanager
     def _saving(self) -> Generator[None, None, None]:
@@ -109,12 +126,15 @@ class Checkpoints:
         except jax.errors.JaxRuntimeError:
             raise  # the connection to another process is lost
         except Exception as error:  # tensorstore raises a ValueError for a full disk
-            newest = self._manager.latest_step()
-            kept = "none was complete" if newest is None else f"that of step {newest} is complete"
-            raise ConfigError(
-                f"the checkpoint of step {self._last} could not be written to {str(self._folder)!r}: "
-                f"{files.reason(error)}; {kept}. Free or mend the disk, then give the same command again."
-            ) from error
+            raise ConfigError(self._unwritten(error)) from error
+
+    def _unwritten(self, error: Exception) -> str:
+        older = [step for step in self._manager.all_steps() if step < self._last]
+        kept = f"that of step {max(older)} is complete" if older else "none was complete"
+        return (
+            f"the checkpoint of step {self._last} could not be written to {str(self._folder)!r}: {files.reason(error)}; {kept}. "
+            "Free or mend the disk, then give the same command again."
+        )
 
 
 @contextlib.contextmanager
