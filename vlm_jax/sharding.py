@@ -59,12 +59,13 @@ def start_processes(timeout: int = 100) -> None:
     Raises ConfigError for incomplete variables, and for a cluster that does not say who takes part.
     """
     if not jax.distributed.is_initialized():
-        _join({"heartbeat_timeout_seconds": timeout, "shutdown_timeout_seconds": timeout})
+        _join(timeout)
     if not jax.distributed.is_initialized():
         keep_programs()
 
 
-def _join(limits: Mapping[str, int]) -> None:
+def _join(timeout: int) -> None:
+    limits: Any = {"heartbeat_timeout_seconds": timeout, "shutdown_timeout_seconds": timeout}
     given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
     if given.get("JAX_NUM_PROCESSES") == "1":
         return
