@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tiny
 from forks import Forks
-from gcs_server import free_port
+from gcs_server import Named, free_port
 
 import vlm_jax
 from configs import default
@@ -104,16 +104,6 @@ KILLS = 20
 FIELDS = {
     "train__num_steps": 60, "train__save_every": 4, "train__log_every": 1, "train__peer_timeout": 5,
 }  # fmt: skip
-
-
-class Named:
-    """A workdir in the bucket, with the local folder that its logs go to."""
-
-    def __init__(self, address, folder):
-        self.address, self.parent, self.name = address, folder, Path(address).name
-
-    def __str__(self):
-        return self.address
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import tiny
 from forks import Forks
-from gcs_server import Server
+from gcs_server import Named, Server
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
@@ -349,16 +349,6 @@ def want(fork, tmp_path_factory):
 
 def begin(fork, name, log, **fields):
     fork.start(Named(f"{BUCKET}/{name}", log), **FIELDS | fields)
-
-
-class Named:
-    """A workdir in the bucket, with the local folder that its log goes to."""
-
-    def __init__(self, address, folder):
-        self.address, self.parent, self.name = address, folder, Path(address).name
-
-    def __str__(self):
-        return self.address
 
 
 def done(name):

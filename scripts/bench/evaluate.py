@@ -37,7 +37,6 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-
 WORDS = [
     "what",
     "is",

@@ -233,10 +233,8 @@ def contestant(name: str, size: str, args: argparse.Namespace, connection: Any) 
     """The process of one of the steps: takes a turn for each message and answers with it."""
     jax.config.update("jax_platforms", PLATFORMS[args.device])
     case = ladder(args.device)[size]
-    batch, x = (
-        batch_of(case),
-        np.random.default_rng(0).standard_normal((2048, 2048)).astype(np.float32),
-    )
+    batch = batch_of(case)
+    x = np.random.default_rng(0).standard_normal((2048, 2048)).astype(np.float32)
     run = ours(case, batch, args) if name == "ours" else theirs(case, batch, "compiled" in name)
     if name == "ours":
         matrix, matmul = jnp.asarray(x), jax.jit(jnp.matmul)

@@ -57,3 +57,13 @@ class Server:
             self._process.kill()
             self._process.wait()
             self._process = None
+
+
+class Named:
+    """A workdir in the bucket, with the local folder that its logs go to."""
+
+    def __init__(self, address, folder):
+        self.address, self.parent, self.name = address, folder, Path(address).name
+
+    def __str__(self):
+        return self.address

@@ -13,7 +13,9 @@ class ConfigError(ValueError):
 
 
 class RunEnded(Exception):
-    """A run stopped early, but not because of its settings. exit_code: 0 when it was asked to, 1 when something failed."""
+    """A run stopped early, but not because of its settings.
+    exit_code: 0 when it was asked to, else 1 or 2: nothing is closed then, because closing would wait for what is gone.
+    """
 
     def __init__(self, text: str, exit_code: int):
         super().__init__(text)
