@@ -213,7 +213,8 @@ def sweep() -> ml_collections.ConfigDict:
     s = ml_collections.ConfigDict()
     s.title = "LM size against visual tokens"  # of the report
     s.seeds = (0,)  # each seed repeats everything
-    s.compressors = ("tokenpacker",)  # keys of compressors.COMPRESSORS, "resized", "text_only"
+    # Keys of compressors.COMPRESSORS, "resized", "text_only", or other names whose compressor_settings name the compressor.
+    s.compressors = ("tokenpacker",)
     s.lms = ()  # keys of presets.LM or model directories
     s.visual_tokens = ()
     s.beside = ()  # (compressor, LM, visual tokens): cells shown beside the law, not in it

@@ -99,6 +99,21 @@ def test_every_training_of_a_config_can_be_built(module, tmp_path):
     assert {t.compressor for t in todo} == set(cfg.sweep.compressors)
 
 
+def test_two_settings_of_one_compressor_are_two_compressors_of_the_sweep(tmp_path):
+    cfg = mini_compressors.get_config()
+    built = {t.name: t for t in checks.check(cfg, tmp_path, with_inputs=False)}
+    ours, published = built["quecc-mini-82k-v1"], built["quecc_published-mini-82k-v1"]
+    assert [plan.cell_stages(cfg, t)[-1].name for t in (ours, published)] == ["query_aware_vlm"] * 2
+    found = [config_of(cfg, "query_aware_vlm", t).model.compressor for t in (ours, published)]
+    assert [(c.name, c.positions, c.query_layers) for c in found] == [
+        ("quecc", "sines", 0), ("quecc", "none", -1),
+    ]  # fmt: skip
+    assert built["mqt_image-mini-82k"].visual_tokens == (1, 4, 16, 64)  # elastic, as MQT is
+    cfg.sweep.compressor_settings.quecc_published.name = "quec"
+    with pytest.raises(ConfigError, match="unknown compressor 'quec'"):
+        checks.check(cfg, tmp_path, with_inputs=False)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -156,8 +156,10 @@ def _plan(args: Namespace, fit: Fit, budget: Budget) -> Plan:
             f"of {', '.join(choosable())}."
         )
     exact = None
-    known = compressor and not free and all(lm in presets.LM for lm in lms or fit.lms)
-    if compressor and (args.exact or known):
+    known = (
+        compressor in choosable() and not free and all(lm in presets.LM for lm in lms or fit.lms)
+    )
+    if args.exact or known:
         exact = Method(
             f"counted exactly (encoder {args.vit}, {compressor})",
             exact_price(args.vit, compressor, _numbers("--taps", args.taps)),

@@ -45,6 +45,7 @@ class Training:
     compressor: str
     lm: str
     visual_tokens: tuple[int, ...]
+    kind: str = ""  # which of COMPRESSORS the sweep's compressor is; "": the one of that name
 
     @property
     def name(self) -> str:
@@ -112,7 +113,8 @@ class Stage:
         """Whether the stage is one of those that a training goes through."""
         if training.compressor == TEXT_ONLY and not self.trains_lm:
             return False
-        aware = training.compressor not in BASELINES and compressors.get(training.compressor).uses_query  # fmt: skip
+        kind = training.kind or training.compressor
+        aware = kind not in BASELINES and compressors.get(kind).uses_query
         return self.cells == "all" or aware == (self.cells == "query_aware")
 
 
@@ -258,7 +260,7 @@ def cells(cfg: ConfigDict) -> list[Cell]:
         )
     for compressor, *_ in points:
         if compressor not in BASELINES:
-            compressors.get(compressor)
+            compressors.get(kind(cfg, compressor))
     return [Cell(seed, *point) for seed in cfg.sweep.seeds for point in points]
 
 
@@ -272,16 +274,22 @@ def beside(cfg: ConfigDict) -> list[tuple[str, str, int]]:
         ) from None
 
 
+def kind(cfg: ConfigDict, compressor: str) -> str:
+    """Which of COMPRESSORS a compressor of the sweep is: the `name` of its settings, else the one of its own name."""
+    own = cfg.sweep.compressor_settings
+    return own[compressor].get("name", compressor) if compressor in own else compressor
+
+
 def is_elastic(cfg: ConfigDict, compressor: str) -> bool:
     """Whether one training per LM serves all numbers of visual tokens of a compressor."""
-    known = compressor not in BASELINES and compressors.get(compressor).elastic
+    known = compressor not in BASELINES and compressors.get(kind(cfg, compressor)).elastic
     return known and cfg.sweep.elastic
 
 
 def query_aware(cfg: ConfigDict) -> set[str]:
     """The compressors of the cells that look at the question."""
     names = {cell.compressor for cell in cells(cfg)} - set(BASELINES)
-    return {name for name in names if compressors.get(name).uses_query}
+    return {name for name in names if compressors.get(kind(cfg, name)).uses_query}
 
 
 def trainings(cfg: ConfigDict) -> list[Training]:
@@ -291,9 +299,10 @@ def trainings(cfg: ConfigDict) -> list[Training]:
         alone = cell.visual_tokens if not is_elastic(cfg, cell.compressor) else 0
         groups.setdefault((cell.seed, cell.compressor, cell.lm, alone), []).append(cell)
     return [
-        Training(one.seed, one.compressor, one.lm, tuple(cell.visual_tokens for cell in group))
-        for group in groups.values()
-        for one in group[:1]
+        Training(
+            seed, compressor, lm, tuple(cell.visual_tokens for cell in group), kind(cfg, compressor)
+        )
+        for (seed, compressor, lm, _), group in groups.items()
     ]
 
 

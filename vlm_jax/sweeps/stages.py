@@ -111,9 +111,9 @@ def _compress(c: ConfigDict, cfg: ConfigDict, stage: Stage, training: Training) 
     if training.compressor == plan.RESIZED:
         _resize(c, counts[0])
         return
-    own = cfg.sweep.compressor_settings
-    name = training.compressor
-    compressors.choose(c.model.compressor, name, **(own[name].to_dict() if name in own else {}))
+    own, name = cfg.sweep.compressor_settings, training.compressor
+    fields = own[name].to_dict() if name in own else {}
+    compressors.choose(c.model.compressor, **({"name": name} | fields))
     if plan.is_elastic(cfg, name):
         c.model.compressor.train_tokens = tuple(sorted(counts, reverse=True))
         return
