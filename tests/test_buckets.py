@@ -4,6 +4,7 @@ import http.server
 import importlib.util
 import json
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -227,7 +228,7 @@ def through(proxy, monkeypatch):
     gcsfs.GCSFileSystem.clear_instance_cache()
 
 
-def test_a_passing_503_is_retried_and_a_403_is_one_line(through, tmp_path):
+def test_a_passing_503_is_retried_and_a_403_is_one_line(through, capsys):
     through.codes = [503, 429]
     files.write_whole(f"{BUCKET}/x/a.txt", "text")
     assert through.count >= 3 and files.read_text(f"{BUCKET}/x/a.txt") == "text"
@@ -239,6 +240,11 @@ def test_a_passing_503_is_retried_and_a_403_is_one_line(through, tmp_path):
         ConfigError, match=r"cannot write to 'gs://bucket/run2' \(the bucket refuses"
     ):
         experiment.open_workdir(f"{BUCKET}/run2")
+    with pytest.raises(OSError, match="refuses access"):  # not "there is none"
+        experiment.last_step(f"{BUCKET}/run")
+    path = files.to_path(f"{BUCKET}/x/a.txt")
+    assert cli.run(lambda _: int(path.read_bytes()), []) == 2
+    assert re.fullmatch(rf"error: {path}: the bucket refuses access .*\n", capsys.readouterr().err)
     through.then = 0
     assert files.read_text(f"{BUCKET}/x/a.txt") == "text"
 

@@ -90,14 +90,21 @@ class BucketPath(type(epath.Path("gs://bucket"))):
     def resolve(self, strict: bool = False) -> BucketPath:
         return self
 
+    def _kind(self) -> str:
+        """What is there: "file", "directory" or "". fsspec's own questions also answer no where access is refused."""
+        try:
+            return self._do("info")["type"]
+        except FileNotFoundError:
+            return ""
+
     def exists(self) -> bool:
-        return self._do("exists")
+        return self._kind() != ""
 
     def is_file(self) -> bool:
-        return self._do("isfile")
+        return self._kind() == "file"
 
     def is_dir(self) -> bool:
-        return self._do("isdir")
+        return self._kind() == "directory"
 
     def iterdir(self) -> Iterator[BucketPath]:
         for name in sorted(

@@ -33,7 +33,7 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | No
     """Calls `command(argv)` (default: the process's arguments) and returns the exit code.
 
     The exit code is what `command` returned (None: 0); that of a RunEnded: 0 when the run was asked to end, 1 when it lost
-    another process; or 2 after a ConfigError. An error is one line on stderr.
+    another process; or 2 after a ConfigError, or a bucket that failed. An error is one line on stderr.
     """
     logs.start()
     words = sys.argv[1:] if argv is None else argv
@@ -42,6 +42,10 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | No
         return command(words) or 0
     except ConfigError as error:
         return _tell(f"error: {error}", 2)
+    except OSError as error:
+        if not addresses.scheme(str(error.filename)):
+            raise
+        return _tell(f"error: {error.filename}: {error.strerror}.", 2)
     except RunEnded as end:
         if end.exit_code == 0:
             return _tell(str(end), 0)
