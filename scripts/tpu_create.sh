@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A TPU slice through a queued resource: asks for it, waits until it is there, installs the last commit on every worker.
-# --slices=N asks for N slices in one resource. Again on a slice that exists: only the code is refreshed. A preempted or failed one is deleted and asked for anew.
+# --slices=N asks for N slices in one resource, NAME-0, NAME-1, .. Again on a slice that exists: code and --setup only. A
+# preempted or failed one is deleted and asked for anew. Exit code 3: the slice could not be asked for.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -12,7 +13,7 @@ usage: scripts/tpu_create.sh --name=NAME --zone=ZONE --type=TYPE [options]
   --project=ID     default: gcloud's
   --slices=N       so many slices of TYPE, joined by a network (mesh.slices=N); default: 1
   --spot           preemptible, cheaper
-  --setup=COMMAND  run on every worker after the installation, for instance to mount a disk that all workers share
+  --setup=COMMAND  run on every worker after each installation, for instance to mount a disk that all workers share
   --dry-run        print the commands, run nothing
 TEXT
 }
@@ -52,11 +53,11 @@ if [ -z "$runtime" ]; then
   esac
 fi
 where=(--zone="$zone" "${project[@]}")
-queue=(gcloud compute tpus queued-resources)
-nodes=("--node-id=$name") everywhere=(--worker=all)
-vm=(gcloud compute tpus tpu-vm)
+queue=(gcloud compute tpus queued-resources) vm=(gcloud compute tpus tpu-vm)
+names=("$name") asked=("--node-id=$name")
 if [ "$slices" -gt 1 ]; then
-  nodes=("--node-count=$slices" "--node-prefix=$name") everywhere=(--worker=all --node=all) vm=("${queue[@]}")
+  names=() asked=("--node-count=$slices" "--node-prefix=$name")
+  for ((i = 0; i < slices; i++)); do names+=("$name-$i"); done
 fi
 
 run() {
@@ -73,7 +74,7 @@ state() { # of the queued resource; ABSENT when there is none
 }
 
 create() {
-  run "${queue[@]}" create "$name" "${nodes[@]}" "${where[@]}" --accelerator-type="$type" \
+  run "${queue[@]}" create "$name" "${asked[@]}" "${where[@]}" --accelerator-type="$type" \
     --runtime-version="$runtime" "${spot[@]}"
 }
 
@@ -84,7 +85,7 @@ else
     now="$(state)"
     case "$now" in
       ACTIVE) break ;;
-      ABSENT) create ;;
+      ABSENT) create || exit 3 ;;
       FAILED | SUSPENDED) "${queue[@]}" delete "$name" "${where[@]}" --force --quiet ;;
       *) echo "$name: $now" ; sleep "${POLL_SECONDS:-30}" ;;
     esac
@@ -93,6 +94,21 @@ fi
 
 archive="${TMPDIR:-/tmp}/vlm_jax-$name.tar.gz"
 run git archive --format=tar.gz --output="$archive" HEAD
-run "${vm[@]}" scp "$archive" "$name:vlm_jax.tar.gz" "${everywhere[@]}" "${where[@]}"
-install='mkdir -p vlm_jax && tar -xzf vlm_jax.tar.gz -C vlm_jax && cd vlm_jax && . scripts/environment.sh && make_environment "[tpu,gcs]"'
-run "${vm[@]}" ssh "$name" "${everywhere[@]}" "${where[@]}" --command="$install${setup:+ && $setup}"
+# The images hold Python 3.10, and uv brings a newer one.
+install='mkdir -p vlm_jax && tar -xzf vlm_jax.tar.gz -C vlm_jax && cd vlm_jax && export PYTHON=python3 && '
+install+='if ! python3 -c "import sys; sys.exit(sys.version_info < (3, 11))"; then python3 -m pip install --quiet --user uv && '
+# shellcheck disable=SC2016
+install+='python3 -m uv python install --quiet 3.11 && PYTHON="$(python3 -m uv python find 3.11)"; fi && '
+install+='. scripts/environment.sh && make_environment "[tpu,gcs]"'
+
+prepare() { # $1: a slice
+  run "${vm[@]}" scp "$archive" "$1:vlm_jax.tar.gz" --worker=all "${where[@]}" &&
+    run "${vm[@]}" ssh "$1" --worker=all "${where[@]}" --command="$install${setup:+ && $setup}"
+}
+
+status=0 children=()
+for slice in "${names[@]}"; do
+  if [ -n "$dry" ]; then prepare "$slice"; else prepare "$slice" & children+=($!); fi
+done
+for child in ${children[@]+"${children[@]}"}; do wait "$child" || status=1; done
+exit "$status"

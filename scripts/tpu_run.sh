@@ -6,16 +6,18 @@ cd "$(dirname "$0")/.."
 
 usage() {
   cat <<'TEXT'
-usage: scripts/tpu_run.sh [options of tpu_create.sh] [--logs=DIR] -- python -m vlm_jax.train --config=.. --workdir=WORKDIR ..
-  --logs=DIR  one file per worker and attempt; default: logs
+usage: scripts/tpu_run.sh [options of tpu_create.sh] [--logs=DIR] [--delete] -- python -m vlm_jax.train --config=.. --workdir=WORKDIR ..
+  --logs=DIR  one file per slice and attempt, each line begins with its worker; default: logs
+  --delete    delete the slice when the run is finished or given up; without it the slice stays, and costs
   WORKDIR     gs://BUCKET/.., or an absolute path on a disk that all workers share: checkpoints are written by all of them
 TEXT
 }
 
-name='' logs=logs dry='' slices=1 where=() create=()
+name='' logs=logs delete='' dry='' slices=1 where=() create=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
   case "$1" in
     --logs=*) logs="${1#*=}" ;;
+    --delete) delete=1 ;;
     --help | -h) usage; exit 0 ;;
     *)
       case "$1" in
@@ -39,56 +41,76 @@ if [ -z "$name" ] || ! [[ "$workdir" =~ ^(/|gs://) ]]; then
   usage >&2
   exit 2
 fi
-ssh=(gcloud compute tpus tpu-vm ssh "$name" "${where[@]}") everywhere=(--worker=all)
+names=("$name")
+# What a slice, or the resource that holds several, says of itself while nothing is wrong.
+describe=(gcloud compute tpus tpu-vm describe "$name" "${where[@]}" --format='value(state)') well=READY
 if [ "$slices" != 1 ]; then
-  ssh=(gcloud compute tpus queued-resources ssh "$name" "${where[@]}") everywhere=(--worker=all --node=all)
+  names=()
+  for ((i = 0; i < slices; i++)); do names+=("$name-$i"); done
+  describe=(gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format='value(state.state)') well=ACTIVE
 fi
+ssh=(gcloud compute tpus tpu-vm ssh)
+# Each line begins with the worker's name. What adds it must outlive the trainer, which is asked to stop by the same signals.
 command="cd vlm_jax && . .venv/bin/activate && exec$(printf ' %q' "$@")"
+command+=" > >(trap '' HUP TERM; exec sed -u \"s/^/\$(hostname): /\") 2>&1"
 # A bucket is asked from here, a shared disk by one of the workers.
 done_check=(gcloud storage ls "$workdir/final.json")
 if [ "${workdir#gs://}" = "$workdir" ]; then
-  done_check=("${ssh[@]}" --worker=0 --command="test -f $(printf '%q' "$workdir/final.json")")
-  [ "$slices" = 1 ] || done_check+=(--node=0)
+  done_check=("${ssh[@]}" "${names[0]}" "${where[@]}" --worker=0 --command="test -f $(printf '%q' "$workdir/final.json")")
 fi
-
-attempt() { # $1: its number
-  mkdir -p "$logs/$1"
-  "${ssh[@]}" "${everywhere[@]}" --command="$command" --output-directory="$logs/$1"
-}
+delete_all=(gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet)
 
 if [ -n "$dry" ]; then
   scripts/tpu_create.sh "${create[@]}"
-  printf '%q ' "${ssh[@]}" "${everywhere[@]}" --command="$command" --output-directory="$logs/1"
-  echo
+  for slice in "${names[@]}"; do
+    printf '%q ' "${ssh[@]}" "$slice" "${where[@]}" --worker=all --command="$command"
+    echo
+  done
   printf '%q ' "${done_check[@]}"
   echo
   exit 0
 fi
 
-# What a slice, or the resource that holds several, says of itself while nothing is wrong.
-describe=(gcloud compute tpus tpu-vm describe "$name" "${where[@]}" --format='value(state)') well=READY
-if [ "$slices" != 1 ]; then
-  describe=(gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format='value(state.state)') well=ACTIVE
-fi
+attempt() { # $1: its number
+  local slice child status=0 children=()
+  mkdir -p "$logs/$1"
+  echo "$name: attempt $1; its output: $logs/$1"
+  for slice in "${names[@]}"; do
+    "${ssh[@]}" "$slice" "${where[@]}" --worker=all --command="$command" >"$logs/$1/$slice.log" 2>&1 &
+    children+=($!)
+  done
+  for child in "${children[@]}"; do wait "$child" || status=$?; done
+  return "$status"
+}
+
+end() { # $1: exit code
+  if [ -n "$delete" ]; then
+    "${delete_all[@]}"
+  else
+    echo "$name: the slice stays, and costs, until: ${delete_all[*]}"
+  fi
+  exit "$1"
+}
+
 failures=0
 for ((number = 1; ; number++)); do
   status=0
   { scripts/tpu_create.sh "${create[@]}" && attempt "$number"; } || status=$?
   if "${done_check[@]}" >/dev/null 2>&1; then
     echo "$name: finished ($workdir/final.json)"
-    exit 0
+    end 0
   fi
-  healthy=''
-  [ "$("${describe[@]}" 2>/dev/null)" != "$well" ] || healthy=1
   # Without a preemption a failure is most often a mistake; a worker's reboot is forgiven, twice.
-  if [ "$status" -ne 0 ] && [ -n "$healthy" ]; then
-    failures=$((failures + 1))
-    if [ "$failures" -ge 3 ]; then
-      echo "$name: failed three times in a row on a healthy slice; see $logs/$number" >&2
-      exit 1
-    fi
+  if [ "$status" -eq 3 ]; then
+    why="could not be asked for"
+  elif [ "$status" -ne 0 ] && [ "$("${describe[@]}" 2>/dev/null)" = "$well" ]; then
+    why="failed on a healthy slice; see $logs/$number"
   else
-    failures=0
+    why='' failures=0
+  fi
+  if [ -n "$why" ] && [ "$((failures += 1))" -ge 3 ]; then
+    echo "$name: three times in a row: $why" >&2
+    end 1
   fi
   echo "$name: attempt $number ended before the run was finished; again ..."
   sleep "${POLL_SECONDS:-30}"

@@ -72,8 +72,9 @@ def test_a_dry_run_of_the_tpu_scripts_prints_every_command_and_runs_none(tmp_pat
     ]  # fmt: skip
     assert {"scp", "--worker=all"} <= set(copy) and {"ssh", "--worker=all"} <= set(install)
     command = next(w for w in train if w.startswith("--command=")).removeprefix("--command=")
-    assert "--worker=all" in train and "--output-directory=logs/1" in train
-    assert shlex.split(command)[-6:] == [*TRAIN, "--config.data.image_roots=('a b',)"]
+    assert "--worker=all" in train
+    words = [*TRAIN, "--config.data.image_roots=('a b',)"]
+    assert shlex.split(command.split(" > ")[0])[-6:] == words
     assert check[-2:] == ["--worker=0", "--command=test -f /shared/run/final.json"]
     assert not calls(tmp_path)
 
@@ -84,11 +85,12 @@ BUCKET = [*TRAIN[:-1], "--workdir=gs://bucket/run"]
 def test_several_slices_are_one_resource_and_a_bucket_says_when_the_run_is_finished(tmp_path):
     done = run(tmp_path, "tpu_run.sh", *TPU, "--slices=2", "--dry-run", "--", *BUCKET)
     assert done.returncode == 0, done.stderr
-    create, _, copy, install, train, check = printed(done.stdout)
+    create, _, *for_each, check = printed(done.stdout)
     assert {"--node-count=2", "--node-prefix=a"} <= set(create) and "--node-id=a" not in create
-    for words in (copy, install, train):
-        assert words[:4] == ["gcloud", "compute", "tpus", "queued-resources"]
-        assert {"--worker=all", "--node=all"} <= set(words)
+    assert len(for_each) == 6 and all("--worker=all" in words for words in for_each)
+    for words, slice_ in zip(for_each, ("a-0", "a-0", "a-1", "a-1", "a-0", "a-1"), strict=True):
+        assert words[:4] == ["gcloud", "compute", "tpus", "tpu-vm"]
+        assert slice_ in words or f"{slice_}:vlm_jax.tar.gz" in words
     assert check == ["gcloud", "storage", "ls", "gs://bucket/run/final.json"]
 
 
@@ -99,7 +101,7 @@ def test_a_run_in_a_bucket_goes_on_until_the_bucket_holds_its_end(tmp_path, fake
         here="{tmp_path}"
         case "$*" in
           *queued-resources\ describe*) echo ACTIVE ;;
-          *vlm_jax.train*) if [ -e "$here/once" ]; then touch "$here/finished"; else touch "$here/once"; fi ;;
+          *vlm_jax.train*) if [ -e "$here/logs/2" ]; then touch "$here/finished"; fi ;;
           storage\ ls\ gs://bucket/run/final.json) [ -e "$here/finished" ] ;;
           *test\ -f*) exit 3 ;;
           *tpu-vm\ describe*) echo READY ;;
@@ -108,7 +110,26 @@ def test_a_run_in_a_bucket_goes_on_until_the_bucket_holds_its_end(tmp_path, fake
     done = run(tmp_path, "tpu_run.sh", *words)
     assert done.returncode == 0, done.stderr
     assert "finished (gs://bucket/run/final.json)" in done.stdout
-    assert sum("vlm_jax.train" in line for line in calls(tmp_path)) == 2
+    assert sum("vlm_jax.train" in line for line in calls(tmp_path)) == 2 * int(slices)
+
+
+def test_a_worker_names_its_lines_and_saves_when_it_is_asked_to_stop(tmp_path, fakes):
+    """The command that a slice gets, run here: the trainer's exit code and last words come through."""
+    done = run(tmp_path, "tpu_run.sh", *TPU, "--dry-run", "--", *BUCKET)
+    command = next(w for w in printed(done.stdout)[-2] if w.startswith("--command="))
+    (tmp_path / "vlm_jax/.venv/bin").mkdir(parents=True)
+    (tmp_path / "vlm_jax/.venv/bin/activate").touch()
+    fakes("hostname", "echo worker-7")
+    fakes("python", 'trap "echo saved; exit 3" TERM; echo up; while true; do sleep 0.05; done')
+    worker = subprocess.Popen(
+        ["bash", "-c", command.removeprefix("--command=")], cwd=tmp_path, env=environment(tmp_path),
+        stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert worker.stdout is not None and worker.stdout.readline() == "worker-7: up\n"
+    os.killpg(worker.pid, signal.SIGTERM)
+    *others, last = worker.stdout.read().splitlines()
+    assert last == "worker-7: saved" and all(line.startswith("worker-7: ") for line in others)
+    assert worker.wait(timeout=30) == 3
 
 
 GKE = ["--name=a", "--image=i:1", "--accelerator=tpu-v5-lite-podslice", "--topology=16x16"]
@@ -203,9 +224,40 @@ def test_a_command_that_fails_three_times_on_a_healthy_slice_is_given_up(tmp_pat
           *vlm_jax.train* | *test\\ -f*) exit 1 ;;
           *tpu-vm\\ describe*) echo READY ;;
         esac""")  # fmt: skip
-    done = run(tmp_path, "tpu_run.sh", *TPU, f"--logs={tmp_path}/logs", "--", *TRAIN)
+    words = [*TPU, "--delete", f"--logs={tmp_path}/logs", "--", *TRAIN]
+    done = run(tmp_path, "tpu_run.sh", *words)
     assert done.returncode == 1 and "three times in a row" in done.stderr
     assert sum("vlm_jax.train" in line for line in calls(tmp_path)) == 3
+    assert "queued-resources delete a" in calls(tmp_path)[-1]
+
+
+def test_a_slice_that_cannot_be_asked_for_is_given_up(tmp_path, fakes):
+    """No login or no quota: nothing exists and nothing can be made."""
+    fakes(
+        "gcloud",
+        'case "$*" in *queued-resources\\ describe*) exit 1 ;; *) echo "no quota" >&2; exit 1 ;; esac',
+    )
+    done = run(tmp_path, "tpu_run.sh", *TPU, f"--logs={tmp_path}/logs", "--", *TRAIN)
+    assert done.returncode == 1 and "three times in a row: could not be asked for" in done.stderr
+    assert "no quota" in done.stderr and "the slice stays, and costs, until" in done.stdout
+    assert sum("queued-resources create" in line for line in calls(tmp_path)) == 3
+
+
+def test_a_worker_with_an_old_python_gets_a_newer_one(tmp_path, fakes):
+    """The command that installs, run here with a python3 that is 3.10 and brings 3.11 by uv."""
+    done = run(tmp_path, "tpu_create.sh", *TPU, "--dry-run")
+    command = next(w for w in printed(done.stdout)[-1] if w.startswith("--command="))
+    subprocess.run(["tar", "-czf", tmp_path / "vlm_jax.tar.gz", "-C", ROOT, "scripts"], check=True)
+    fakes("python3", 'case "$*" in *sys.version_info*) exit 1 ;; *find*) echo newer-python ;; esac')
+    fakes("newer-python")
+    done = subprocess.run(
+        ["bash", "-c", command.removeprefix("--command=")], cwd=tmp_path, env=environment(tmp_path),
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert "python3 -m uv python install --quiet 3.11" in calls(tmp_path)
+    (made,) = [line for line in calls(tmp_path) if "-m venv" in line]
+    assert made == f"newer-python -m venv {tmp_path}/vlm_jax/.venv"
+    assert done.returncode  # the fake makes no environment
 
 
 def slurm(tmp_path, *words, **more):
@@ -219,7 +271,7 @@ def test_a_slurm_job_runs_one_process_per_node_with_all_its_gpus(tmp_path, fakes
     assert export == "export JAX_LOCAL_DEVICE_IDS=0,1,2,3"
     words = ["python", "-m", "vlm_jax.train", f"--workdir={tmp_path}", "--config=c.py"]
     assert shlex.split(step)[0] == "srun" and shlex.split(step)[-5:] == words
-    assert requeue.split() == ["test", "-f", f"{tmp_path}/final.json", "||", "scontrol", "requeue", "7"]  # fmt: skip
+    assert requeue.endswith(f" {tmp_path}/final.json || scontrol requeue 7 ")
     assert not calls(tmp_path)
     header = (ROOT / "scripts" / "slurm.sbatch").read_text()
     for line in ("--ntasks-per-node=1", "--gpus-per-node=8", "--requeue", "--signal=B:USR1@300"):
