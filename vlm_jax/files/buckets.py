@@ -2,7 +2,7 @@
 
 A bucket has whole objects only: an object is replaced in one step, nothing can be appended to or renamed, a folder is no
 more than a common beginning of names. Requests that fail in passing (503, 429, a lost connection) are repeated with growing
-pauses, about half a minute in all, before an error is raised.
+pauses, up to a minute and a half in all, before an error is raised.
 """
 
 from __future__ import annotations
