@@ -35,7 +35,8 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.train = ml_collections.ConfigDict()
     c.train.num_steps = 0  # optimiser steps; 0 = from num_epochs
-    c.train.num_epochs = 1.0  # passes over the data (LLaVA-1.5: 1 in both stages)
+    # Passes over the data (LLaVA-1.5: 1 in both stages), each rounded up to whole batches: 40 records in batches of 256 are one step.
+    c.train.num_epochs = 1.0
     c.train.seed = 0  # of the initial parameters
     c.train.micro_batches = 1  # parts of a batch, computed one after the other: less memory
     c.train.loss_chunk = 512  # positions per row whose logits exist at once; 0 = all

@@ -112,7 +112,13 @@ def test_ask_answers_about_pictures_or_none(run, world, model, capsys):
     ("command", "words", "message"),
     [
         (ask.main, [], "the following arguments are required: RUN, PICTURE .. QUESTION"),
-        (ask.main, ["RUN", "no.jpg", "Why ?"], "question: image '"),
+        (ask.main, ["/nowhere", "no.jpg", "Why ?"], "ask: picture 'no.jpg' does not exist"),
+        (ask.main, ["/nowhere", __file__], "is a picture; give the question behind it"),
+        (
+            ask.main,
+            ["/nowhere", "What is at https://example.com now?"],
+            "load: '/nowhere' is no directory.",
+        ),
         (ask.main, ["/nowhere", "Why ?"], "load: '/nowhere' is no directory."),
         (chat.main, [], "the following arguments are required: --model"),
         (chat.main, ["--model=RUN", "no.jpg"], "chat: 'no.jpg' is no file"),

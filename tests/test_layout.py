@@ -208,7 +208,8 @@ def test_mesh_axes_are_named_in_one_file():
 
 # Who may name paths without vlm_jax.files: what lies on this machine by its nature.
 LOCAL_ONLY = {
-    "settings.cli": "config files, which are Python",
+    "settings.cli": "how the command itself was called",
+    "settings.config_files": "config files, which are Python",
     "settings.hub": "whether a name is a hub's or a folder's",
     "settings.huge_pages": "one of the kernel's own files",
     "miniworld.generate": "fills a local folder, which the sweep puts where it belongs",

@@ -13,6 +13,7 @@ from PIL import Image
 
 import vlm_jax
 from vlm_jax.settings import cli
+from vlm_jax.settings.checks import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -51,6 +52,15 @@ def test_the_guide_s_calls_name_functions_configs_and_fields_that_exist():
     assert set(re.findall(r"vlm_jax\.(\w+)", calls)) <= set(vlm_jax.__all__)
     name, fields = re.search(r'start\(\s*"(\w+)", "[^"]+", (\w+)=', calls).groups()
     cli.check_overrides([f"--config={name}", f"--config.{fields.replace('__', '.')}=x"])
+
+
+def test_a_wrong_value_of_a_field_is_a_config_error_and_one_path_is_a_list_of_one(tmp_path):
+    with pytest.raises(ConfigError, match=r"start: train__num_steps=10.5"):
+        vlm_jax.start("stage1", tmp_path / "run", train__num_steps=10.5)
+    with pytest.raises(ConfigError, match=r"no-such.json' does not exist"):
+        vlm_jax.start(
+            "stage1", tmp_path / "run", data__annotations="no-such.json", data__image_roots=""
+        )
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2", "mini"])

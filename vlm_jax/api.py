@@ -144,9 +144,20 @@ def start(config: Any, workdir: Where, **fields: Any) -> Run:
     words = [f"--config.{name}=" for name in names]
     if isinstance(config, str):
         cli.check_overrides([f"--config={config}", *words])
-    with cfg.unlocked():
-        cfg.update_from_flattened_dict(dict(zip(names, fields.values(), strict=True)))
+    for name, value in zip(names, fields.values(), strict=True):
+        try:
+            with cfg.unlocked():
+                cfg.update_from_flattened_dict({name: _fitting(cfg, name, value)})
+        except (TypeError, ValueError, KeyError) as error:
+            raise ConfigError(f"start: {name.replace('.', '__')}={value!r}: {error}") from error
     return Run(os.fspath(workdir), train.train(cfg, os.fspath(workdir), names))
+
+
+def _fitting(cfg: Any, name: str, value: Any) -> Any:
+    """A value for a field of a config: one path is a list of one where the field holds several."""
+    for part in name.split("."):
+        cfg = cfg[part]
+    return (value,) if isinstance(cfg, tuple) and isinstance(value, str) else value
 
 
 @dataclasses.dataclass(frozen=True)

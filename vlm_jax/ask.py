@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from vlm_jax import api
+from vlm_jax.files import to_path
 from vlm_jax.settings import cli
+from vlm_jax.settings.checks import ConfigError
 
 
 def model_flags(about: str) -> argparse.ArgumentParser:
@@ -60,6 +62,13 @@ def command(argv: Sequence[str]) -> None:
     parser.add_argument("words", nargs="+", metavar="PICTURE .. QUESTION", help="pictures, then the question")  # fmt: skip
     args = parser.parse_args(argv)
     *pictures, question = args.words
+    if not pictures and to_path(question).exists():
+        raise ConfigError(f"ask: {question!r} is a picture; give the question behind it.")
+    for picture in pictures:
+        if not to_path(picture).is_file():
+            raise ConfigError(
+                f"ask: picture {picture!r} does not exist; the question is the last word, in quotes."
+            )
     model = load(args.model, args)
     for piece in model.stream(list(pictures) or None, question, **options(args)):
         sys.stdout.write(piece)

@@ -13,6 +13,7 @@ import importlib.util
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 
@@ -63,6 +64,7 @@ def command(argv: Sequence[str]) -> None:
         args.rows, args.queue, args.timeout_s, args.image_mib, args.image_pixels, args.images, args.prompt_tokens,
         args.max_new_tokens, args.allow_remote_images,
     )  # fmt: skip
+    _check_port(args.host, args.port)
     model = ask.load(args.model, args)
     import uvicorn
 
@@ -79,6 +81,21 @@ def command(argv: Sequence[str]) -> None:
         app, host=args.host, port=args.port, log_level="warning", access_log=False,
         timeout_graceful_shutdown=round(args.timeout_s),
     )  # fmt: skip
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raises ConfigError for a place where nothing can listen, before a model is loaded and compiled."""
+    try:
+        family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[
+            0
+        ]
+        with socket.socket(family, kind, number) as place:
+            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            place.bind(address)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"serve: cannot listen on {host}:{port}: {error}; give another --port."
+        ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

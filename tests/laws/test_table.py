@@ -60,6 +60,19 @@ def test_held_out_losses_stand_in_for_errors_once_per_training():
         table.held_out([row()])
 
 
+def test_several_tables_are_one_unless_they_share_a_cell(tmp_path):
+    paths = [tmp_path / "a.csv", tmp_path / "b.csv"]
+    for path, tokens in zip(paths, (1, 4), strict=True):
+        path.write_text(f"lm_params,visual_tokens,error\n7e9,{tokens},.5\n")
+    assert [row.visual_tokens for row in table.read_all(paths)] == [1, 4]
+    with pytest.raises(ConfigError, match=r"a.csv and .*a.csv: duplicate cell"):
+        table.read_all([paths[0], paths[0]])
+    with pytest.raises(
+        ConfigError, match=r"is a directory; give the table in it, such as .*errors.csv"
+    ):
+        table.read(tmp_path)
+
+
 def test_three_columns_are_enough_and_comments_are_skipped(tmp_path):
     path = write_text(
         tmp_path, "# mine\nlm_params,visual_tokens,error\n7e9,16,.4\n# more\n500000000,1,.6\n"
@@ -74,6 +87,9 @@ def test_three_columns_are_enough_and_comments_are_skipped(tmp_path):
     [
         ("visual_tokens,error\n1,.5", "column 'lm_params' is missing"),
         ("lm_params,visual_tokens,error,eror\n7e9,1,.5,1", "unknown column 'eror'"),
+        (",lm_params,visual_tokens,error\n0,7e9,1,.5", "to_csv(.., index=False)"),
+        ("LM_Params,visual_tokens,error\n7e9,1,.5", "write 'LM_Params' in small letters"),
+        ("lm_params;visual_tokens;error\n1,1e9;1;.5", "write a decimal point"),
         ("lm_params,visual_tokens,error\n7e9,1,53.5", "divide percentages by 100"),
         ("lm_params,visual_tokens,error\n7e9,1,nan", "error nan is outside [0, 1]"),
         ("lm_params,visual_tokens,error\n7e9,1,-.1", "error -0.1 is outside [0, 1]"),

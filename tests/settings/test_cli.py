@@ -1,9 +1,11 @@
 """Flags, overrides, and one line per mistake."""
 
 import importlib
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,11 @@ def test_two_commands_in_one_process_do_not_share_flags(config):
         (["--config=CONFIG", "--workdir=d", "--config.a=2"], "config.a is a block, not a field"),
         (["--config=CONFIG", "--workdir=d", "--config.a.size=big"], "invalid literal for int"),
         (["--config=CONFIG.nope", "--workdir=d"], "no file"),
+        (["--config=stage3", "--workdir=d"], "stage2.py"),
+        (
+            ["--config=stage1", "--workdir=d", "--config.train.random_frozen=yes"],
+            "boolean flag: yes; --help",
+        ),
         (["--config.a.size=2", "--workdir=d"], "needs --config=FILE before it"),
         (
             [],
@@ -224,6 +231,18 @@ def test_a_config_of_the_package_is_found_from_any_folder(name, tmp_path, monkey
         assert values.config.optim.trainable == "^(compressor|projector)/"
         assert values.config.data.batch_size == 8
     assert cli.load_config(name).data.batch_size == 256
+
+
+def test_a_folder_configs_of_the_user_s_does_not_hide_the_package_s(tmp_path):
+    """In a process of its own: whichever `configs` is imported first stays."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "__init__.py").touch()
+    call = "from vlm_jax.settings import cli; print(cli.load_config('stage1').data.batch_size)"
+    done = subprocess.run(
+        [sys.executable, "-c", call], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+    )  # fmt: skip
+    assert done.stdout == "256\n", done.stderr
 
 
 def test_a_file_of_the_user_s_goes_before_a_config_of_the_package(config, tmp_path, monkeypatch):

@@ -133,7 +133,8 @@ def _parse(written: str, where: str) -> Any:
     try:
         return json.loads(written, object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
-        raise fault(where, f"is not valid JSON: {error}") from error
+        lines = "; name a file of one record per line .jsonl" if "Extra data" in str(error) else ""
+        raise fault(where, f"is not valid JSON: {error}{lines}") from error
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -366,4 +366,7 @@ def check_image_roots(owner: str, roots: Sequence[str]) -> None:
 def check_exists(owner: str, path: str, fix: str, folder: bool = False) -> None:
     """Raises ConfigError when there is no such file, or folder."""
     if not (to_path(path).is_dir() if folder else to_path(path).exists()):
-        raise ConfigError(f"{owner} {path!r} does not exist; {fix}.")
+        several = (
+            "; several are written as \"('A','B')\"" if "," in path or path[:1] in "[(" else ""
+        )
+        raise ConfigError(f"{owner} {path!r} does not exist; {fix}{several}.")

@@ -14,7 +14,7 @@ from vlm_jax import benchmarks, files
 from vlm_jax.benchmarks import predictions
 from vlm_jax.compressors import with_tokens
 from vlm_jax.data import feature_cache, tokenizer
-from vlm_jax.files import Path
+from vlm_jax.files import Path, to_path
 from vlm_jax.inference.settings import MODES, EvalConfig
 from vlm_jax.inference.tasks import Task, open_tasks
 from vlm_jax.laws import questions, table
@@ -48,6 +48,10 @@ def evaluate(
     from vlm_jax.inference.answer import Answerer  # here, not above: jax and orbax take seconds
 
     answerer = Answerer(settings, mesh)
+    if experiment.last_step(settings.checkpoint) != step:
+        raise ConfigError(
+            f"eval: {settings.checkpoint!r} wrote a newer checkpoint meanwhile; evaluate it again, or when it is finished."
+        )
     errors = folder / "errors.csv"
     known = {row.key: row for row in table.read(errors)} if errors.is_file() else {}
     scores, measured, moved = [], [], {}
@@ -88,6 +92,8 @@ def _check(settings: EvalConfig) -> tuple[Experiment, int]:
         raise ConfigError(
             f"eval: checkpoint {settings.checkpoint!r} has no finished checkpoint; train first."
         )
+    if step and experiment.finished(to_path(settings.checkpoint)) is None:
+        log.warning("eval: %s is not finished; this is its step %d", settings.checkpoint, step)
     tokenizer.check_directory(run.data.tokenizer)
     if settings.visual_tokens:
         with_tokens(run.model.compressor, run.model.vit.grid, settings.visual_tokens)
@@ -122,8 +128,8 @@ def _written(workdir: Path, scored: int) -> list[str]:
     folder = files.shown(workdir)
     return [
         f"  wrote    {folder}/scores.json and errors.csv ({scored} row{'s' * (scored > 1)} of this run)",
-        f"  next     python -m vlm_jax.laws.fit {folder}/errors.csv --out law.json, once it holds several LM sizes and "
-        "numbers of visual tokens",
+        f"  next     python -m vlm_jax.laws.fit {folder}/errors.csv OTHER/errors.csv .. --out law.json, with those of other "
+        "LM sizes and numbers of visual tokens",
     ]
 
 
@@ -186,14 +192,16 @@ def _row(
     flops: float,
     seconds: float | None,
 ) -> table.Row:
-    lm = run.model.lm
+    lm, name = run.model.lm, lm_name(run.model.lm)
+    # One name, one size: a directory of a preset's shape counts as the preset does.
+    nominal = lm.nominal_params or (presets.lm(name).nominal_params if name in presets.LM else 0)
     return table.Row(
-        lm_params=float(lm.nominal_params or lm.non_embedding_params),
+        lm_params=float(nominal or lm.non_embedding_params),
         visual_tokens=visual_tokens,
         error=score["error"],
         benchmark=score["benchmark"],
         family=benchmarks.get(task.name).family + MODES[task.mode],
-        lm=lm_name(lm),
+        lm=name,
         compressor=run.model.compressor.name,
         n=score["n"],
         seed=run.train.seed,

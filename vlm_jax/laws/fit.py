@@ -27,7 +27,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = cli.OneLineParser(description="Fits error = A / (N^alpha V^beta) + D per family.")
     # fmt: off
     add = parser.add_argument
-    add("table", help="errors.csv; lm_params, visual_tokens and error are enough")
+    add("tables", nargs="+", metavar="errors.csv", help="one, or several that are fitted together; lm_params, visual_tokens and error are enough")
     add("--out", help="where law.json goes (default: nowhere)")
     add("--family", help="fit this family only (default: every family)")
     add("--benchmark", help="fit this benchmark, or the mean over several, comma-separated, or validation_loss, the held-out loss (default: the mean over the family's)")
@@ -79,7 +79,7 @@ def show(fit: Fit, console: Console) -> None:
 
 def run(argv: Sequence[str]) -> None:
     args = _parse(argv)
-    rows, benchmark = counted(table.read(args.table), args.size), args.benchmark
+    rows, benchmark = counted(table.read_all(args.tables), args.size), args.benchmark
     if benchmark == table.VALIDATION_LOSS:
         rows, benchmark = table.held_out(rows), None
     options: dict[str, Any] = {
@@ -88,7 +88,7 @@ def run(argv: Sequence[str]) -> None:
         "text_tokens": args.text_tokens, "check": None if args.check is None else _exponents(args.check),
     }  # fmt: skip
     made_by = law_file.provenance(
-        args.table,
+        ", ".join(args.tables),
         shlex.join(["python", "-m", "vlm_jax.laws.fit", *argv]),
         {**options, "size": args.size, "questions": args.questions},
     )

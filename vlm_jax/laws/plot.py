@@ -114,8 +114,7 @@ def _figures(args: Namespace, rows: Sequence[Row], fits: dict[str, Fit]) -> Iter
 
 def run(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
-    rows = [row for path in args.tables for row in table.read(path)]
-    table.validate(rows, " and ".join(args.tables))
+    rows = table.read_all(args.tables)
     fits, left_out = _fits(args, rows)
     if not fits:
         raise ConfigError(f"plot: nothing to draw: {left_out[0]}")

@@ -27,7 +27,7 @@ from vlm_jax.settings.presets import size_name
 
 REQUIRED = ("lm_params", "visual_tokens", "error")
 DIVIDERS = ",;\t"  # of cells; of equally many the first
-COMMAS = re.compile(r"[-+]?[\d.]*,[\d.,]*")  # 0,42 and 7,000,000
+COMMAS = re.compile(r"[-+]?[\d.]*,[\d.,]*([eE][-+]?\d+)?")  # 0,42, 7,000,000 and 1,1e9
 LARGEST_LM, MOST_TOKENS = 1e15, 1e9  # beyond which powers of them overflow, and no model lies
 SMALLEST_LM = 1_000  # parameters; below it the column surely holds billions
 
@@ -108,6 +108,10 @@ def read(path: str | os.PathLike[str]) -> list[Row]:
     """
     addresses.check_usable("table", os.fspath(path))
     path = to_path(path)
+    if path.is_dir():
+        raise ConfigError(
+            f"{path}: is a directory; give the table in it, such as {path / 'errors.csv'}."
+        )
     if not path.is_file():
         raise ConfigError(
             f"{path}: no such file; give a CSV with the columns {', '.join(REQUIRED)}."
@@ -124,6 +128,13 @@ def read(path: str | os.PathLike[str]) -> list[Row]:
         rows.append(_parse(dict(zip(header, record, strict=True)), where))
         lines.append(number)
     validate(rows, str(path), lines)
+    return rows
+
+
+def read_all(paths: Sequence[str | os.PathLike[str]]) -> list[Row]:
+    """The rows of several tables, which may not hold one cell twice."""
+    rows = [row for path in paths for row in read(path)]
+    validate(rows, " and ".join(os.fspath(path) for path in paths))
     return rows
 
 
@@ -150,12 +161,17 @@ def _header(number: int, names: Sequence[str], path: Path) -> Sequence[str]:
     where = f"{path}:{number}"
     missing = [name for name in REQUIRED if name not in names]
     if missing:
+        like = [name for name in names if name.lower() == missing[0]]
+        hint = f"; write {like[0]!r} in small letters" if like else ""
         raise ConfigError(
-            f"{where}: column {missing[0]!r} is missing (found {', '.join(names)}); needed: {', '.join(REQUIRED)}."
+            f"{where}: column {missing[0]!r} is missing{hint} (found {', '.join(names)}); needed: {', '.join(REQUIRED)}."
         )
     unknown = [name for name in names if name not in COLUMNS]
     if unknown:
-        raise ConfigError(f"{where}: unknown column {unknown[0]!r}; allowed: {', '.join(COLUMNS)}.")
+        hint = " (pandas writes its index there: to_csv(.., index=False))" if not unknown[0] else ""
+        raise ConfigError(
+            f"{where}: unknown column {unknown[0]!r}{hint}; allowed: {', '.join(COLUMNS)}."
+        )
     twice = [name for name in COLUMNS if names.count(name) > 1]
     if twice:
         raise ConfigError(f"{where}: column {twice[0]!r} is there twice; keep the one that counts.")

@@ -24,7 +24,8 @@ from vlm_jax.settings.checks import ConfigError
 FIXED: dict[str, tuple[Any, ...]] = {
     "n": (1,), "tools": ([],), "functions": ([],), "logprobs": (False,), "top_logprobs": (0,), "audio": (),
     "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "modalities": (["text"],),
-    "response_format": ({"type": "text"},),
+    "response_format": ({"type": "text"},), "tool_choice": ("none", "auto"), "top_k": (0, -1), "min_p": (0,),
+    "repetition_penalty": (1,), "stop_token_ids": ([],), "best_of": (1,),
 }  # fmt: skip
 
 
@@ -59,7 +60,12 @@ def read(body: bytes, model: str, limits: Limits) -> Asked:
     stops = (stops,) if isinstance(stops, str) else stops
     if not isinstance(stops, (list, tuple)) or len(stops) > 4 or not all(isinstance(s, str) and s for s in stops):  # fmt: skip
         raise Refused(400, "'stop' must be a text, or up to four.")
+    options = raw.get("stream_options") or {}
+    if not isinstance(options, dict) or not isinstance(raw.get("stream") or False, bool):
+        raise Refused(400, "'stream' must be true or false, and 'stream_options' an object.")
     wanted = _number(raw, "max_completion_tokens", _number(raw, "max_tokens", min(128, limits.max_new_tokens)))  # fmt: skip
+    if wanted < 1:
+        raise Refused(400, f"max_tokens {wanted:g} must be 1 or more.")
     if wanted > limits.max_new_tokens:
         raise Refused(400, f"max_tokens {wanted:g} is more than the {limits.max_new_tokens} of this server.")  # fmt: skip
     try:
@@ -69,7 +75,7 @@ def read(body: bytes, model: str, limits: Limits) -> Asked:
         raise Refused(400, f"messages: {error.reason}.") from None
     except ConfigError as error:
         raise Refused(400, str(error)) from None
-    usage = bool((raw.get("stream_options") or {}).get("include_usage"))
+    usage = bool(options.get("include_usage"))
     count = int(_number(raw, "visual_tokens", 0))
     return Asked(
         record,

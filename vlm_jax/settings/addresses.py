@@ -46,12 +46,13 @@ def check_usable(owner: str, value: str) -> None:
 
 
 def check_words(argv: Sequence[str]) -> None:
-    """`check_usable` for every word of a command line that may be a path."""
+    """`check_usable` for every word of a command line that may be a path; a word of several words is a question."""
     flag = ""
     for word in argv:
         is_flag = word.startswith("-")
         owner = word.partition("=")[0] if is_flag else flag
-        if owner.lstrip("-").rpartition(".")[2] not in SENTENCES:
+        is_text = owner.lstrip("-").rpartition(".")[2] in SENTENCES or not (owner or word.split() == [word])  # fmt: skip
+        if not is_text:
             check_usable(owner or "command line", word)
         flag = word if is_flag and "=" not in word else ""
 

@@ -39,7 +39,9 @@ def build(cls: type[Config], fields: Mapping[str, Any]) -> Config:
         raise ConfigError(
             f"{cls.__name__}: field {missing[0]!r} has no value; set it or name a preset."
         )
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    several = {n for n, f in known.items() if str(f.type).startswith("tuple")}
+    listed = {k: (v,) if k in several and isinstance(v, str) else v for k, v in fields.items()}
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in listed.items()})
 
 
 def check_choice(owner: str, field: str, value: str, allowed: Any) -> None:

@@ -21,8 +21,8 @@ from ml_collections import ConfigDict, config_flags
 
 from vlm_jax.settings import addresses, logs
 from vlm_jax.settings.checks import ConfigError, RunEnded
+from vlm_jax.settings.config_files import find_config, load_config
 
-PACKAGE = Path(__file__).resolve().parents[1]
 CONFIG_FLAG = re.compile(r"--?(?:no)?config(?:\.(?P<field>[^=]*))?(?:=(?P<value>.*))?$", re.DOTALL)
 # A block whose fields depend on its `name`: the file lists those of its own choice, and who reads the block knows the rest.
 OPEN_BLOCK = "model.compressor"
@@ -100,7 +100,12 @@ def parse(
         hint = f". Did you mean: {' or '.join(near)} ?" if near and "mean" not in str(error) else ""
         raise ConfigError(f"command line: {error}{hint}; --help lists every flag.") from error
     except (flags.Error, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(f"command line: {error}") from error
+        reason = re.sub(
+            r"\('(.*?)', '(.*?)'\)$", r"\1: \2", str(error)
+        )  # of a boolean, it prints a tuple
+        raise ConfigError(
+            f"command line: {reason}; --help shows each field with its value."
+        ) from error
     for field, value in late.items():
         with values.config.unlocked():
             values.config.update_from_flattened_dict({field: value})
@@ -286,22 +291,6 @@ def _nearest(field: str, config: ConfigDict | None) -> list[str]:
     return [f"--config.{name}" for name in same[:2]]
 
 
-def find_config(path: str) -> str:
-    """`path` if that file exists, else the path of the package's own config of that name, else `path`.
-
-    The package's configs are in configs/ beside it in a checkout, and in vlm_jax/bundled/configs after `pip install`.
-    """
-    name, colon, text = path.partition(":")
-    file = Path(name)
-    if file.is_file() or file.parent not in (Path("."), Path("configs")):
-        return path
-    for folder in (PACKAGE.parent / "configs", PACKAGE / "bundled" / "configs"):
-        own = folder / file.with_suffix(".py").name
-        if own.is_file():
-            return f"{own}{colon}{text}"
-    return path
-
-
 def _with_config_found(argv: Sequence[str]) -> list[str]:
     words = list(argv)
     for i, word in enumerate(words):
@@ -313,45 +302,6 @@ def _with_config_found(argv: Sequence[str]) -> list[str]:
         elif i + 1 < len(words):
             words[i + 1] = find_config(words[i + 1])
     return words
-
-
-def load_config(path: str) -> ConfigDict:
-    """The locked ConfigDict that `get_config()` of the file at `path` returns ("file.py:text" hands it the text).
-
-    Raises ConfigError when the file is missing or broken.
-    """
-    path = find_config(path)
-    file = Path(path.split(":", 1)[0])
-    if not file.is_file():
-        found = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
-        hint = f"; found {', '.join(found)}" if found else ""
-        raise ConfigError(f"--config: no file {str(file)!r}{hint}.")
-    root = str(file.resolve().parent.parent)  # config files contain `from configs import default`
-    if root not in sys.path:
-        sys.path.append(root)
-    values = flags.FlagValues()
-    words = ["command", f"--config={path}"]
-    config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=words)
-    try:
-        values(words)
-    except (
-        flags.Error,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        SyntaxError,
-        ImportError,
-    ) as error:
-        raise ConfigError(
-            f"--config: {file} does not load: {str(error).strip().splitlines()[-1]}"
-        ) from error
-    config = values["config"].value
-    if not isinstance(config, ConfigDict):
-        raise ConfigError(
-            f"--config: get_config() of {file} returns no ConfigDict; start from configs/default.py."
-        )
-    return config
 
 
 def check_overrides(argv: Sequence[str]) -> ConfigDict | None:

@@ -107,8 +107,10 @@ def last_step(workdir: str | Path) -> int | None:
 
 
 def write(experiment: Experiment, workdir: Path) -> None:
-    """Saves the settings as `config.json`."""
-    _write_json(dataclasses.asdict(experiment), workdir / "config.json")
+    """Saves the settings as `config.json`, with the tokenizer's place for whoever reads them from another folder."""
+    settings = dataclasses.asdict(experiment)
+    settings["data"]["tokenizer"] = str(to_path(experiment.data.tokenizer).absolute())
+    _write_json(settings, workdir / "config.json")
 
 
 def finish(workdir: Path, metrics: Mapping[str, float]) -> None:
