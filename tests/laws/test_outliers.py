@@ -78,6 +78,17 @@ def test_benchmarks_compressors_and_seeds_are_not_compared_and_flagged_rows_do_n
         assert not found([dataclasses.replace(low, **change), high])
 
 
+def test_a_plateau_of_the_smallest_lm_stands_above_the_line_between_its_neighbours():
+    stuck = [row("mini-38k", v, e) for v, e in ((1, 0.52), (4, 0.513), (16, 0.15), (64, 0.08))]
+    (rise,) = outliers.rises(stuck)
+    assert rise.sentence == (
+        "mini_ocr error 0.513 is above 0.335, the line from the 0.520 of mini-38k with 1 visual token to the 0.150 with 16"
+    )
+    late = [row("mini-38k", v, e) for v, e in ((1, 0.529), (4, 0.379), (16, 0.195), (64, 0.079))]
+    to_nothing = [row("mini-38k", v, e) for v, e in ((1, 0.48), (4, 0.24), (16, 0.12), (64, 0.005))]
+    assert not found(late) and not found(to_nothing)
+
+
 def test_what_lies_beyond_a_suspicious_cell_is_judged_by_the_sound_one_before_it():
     rows = [row("mini-38k", v, e) for v, e in ((1, 0.3), (4, 0.6), (16, 0.55), (64, 0.35))]
     assert found(rows) == {(0, "mini-38k", 4), (0, "mini-38k", 16)}

@@ -1,7 +1,8 @@
 """Trainings that went wrong although they are not at chance: their error rises where it should fall.
 
 More visual tokens or a larger LM should not make a model worse. A training that got stuck on a plateau does: it stands out
-against the cell with fewer tokens, or against a smaller LM with as many.
+against the cell with fewer tokens, against a smaller LM with as many, or above the line from its neighbour with fewer tokens
+to the one with more.
 """
 
 from __future__ import annotations
@@ -33,55 +34,76 @@ class Rise:
 
     row: Row
     other: Row  # the same benchmark, compressor and seed
+    beyond: Row | None = None  # above the line from `other` to this one, with more tokens
+
+    @property
+    def limit(self) -> float:
+        """The error that the row should not have exceeded; on a line, it falls evenly with the logarithm of the tokens."""
+        if self.beyond is None:
+            return self.other.error
+        low, here, high = (math.log(r.visual_tokens) for r in (self.other, self.row, self.beyond))
+        share = (here - low) / (high - low)
+        return (1 - share) * self.other.error + share * self.beyond.error
 
     @property
     def sentence(self) -> str:
-        return (
-            f"{self.row.benchmark} error {self.row.error:.3f} is above the {self.other.error:.3f} of "
-            f"{spell_pair(self.other.lm, self.other.visual_tokens)}"
+        what = (
+            f"the {self.other.error:.3f} of {spell_pair(self.other.lm, self.other.visual_tokens)}"
         )
+        if self.beyond is not None:
+            what = f"{self.limit:.3f}, the line from {what} to the {self.beyond.error:.3f} with {self.beyond.visual_tokens}"
+        return f"{self.row.benchmark} error {self.row.error:.3f} is above {what}"
+
+    @property
+    def is_odd(self) -> bool:
+        noise = math.hypot(_standard_error(self.row), _standard_error(self.other))
+        limit = self.limit
+        return self.row.error - limit > max(ABSOLUTE, RELATIVE * limit, SIGMAS * noise)
 
 
 def rises(rows: Sequence[Row]) -> list[Rise]:
     """The rows that are suspicious, at most one Rise per row, the larger one of two. Flagged rows do not take part.
 
-    Each row is compared, within its benchmark, compressor and seed, with two others:
+    Each row is compared, within its benchmark, compressor and seed, with three others:
     - the same LM with the next smaller number of visual tokens. Not with still fewer: a slow rise over all counts is a trend,
       which the law shows, and no failure of one training;
-    - the best smaller LM with as many visual tokens.
+    - the best smaller LM with as many visual tokens;
+    - the line from the same LM's next smaller to its next larger number of visual tokens. A power law lies below it.
     A suspicious row is not compared with any more: the larger cells are judged by the next one.
     """
     sound: dict[tuple, list[Row]] = {}
     found = []
     unflagged = [row for row in rows if not row.flag]
     for row in sorted(unflagged, key=lambda row: (row.lm_params, row.visual_tokens)):
-        run = (row.benchmark, row.family, row.compressor, row.seed, row.train_samples, row.elastic)
-        group = sound.setdefault(run, [])
-        above = [Rise(row, other) for other in _neighbours(row, group) if _exceeds(row, other)]
-        if above:
-            found.append(min(above, key=lambda rise: rise.other.error))
+        group = sound.setdefault(_run(row), [])
+        later = [r for r in unflagged if r.lm == row.lm and r.visual_tokens > row.visual_tokens and _run(r) == _run(row)]  # fmt: skip
+        if above := [rise for rise in _comparisons(row, group, later) if rise.is_odd]:
+            found.append(min(above, key=lambda rise: rise.limit))
         else:
             group.append(row)
     return found
 
 
-def _neighbours(row: Row, sound: Sequence[Row]) -> list[Row]:
-    """What `row` is compared with, among rows that come before it by (LM size, visual tokens)."""
+def _run(row: Row) -> tuple:
+    """What rows that are compared have in common."""
+    return (row.benchmark, row.family, row.compressor, row.seed, row.train_samples, row.elastic)
+
+
+def _comparisons(row: Row, sound: Sequence[Row], later: Sequence[Row]) -> list[Rise]:
+    """What `row` is compared with. sound: rows before it by (LM size, visual tokens); later: its LM's with more tokens."""
     fewer = [other for other in sound if other.lm == row.lm]
     smaller = [
         other
         for other in sound
         if other.visual_tokens == row.visual_tokens and other.lm_params < row.lm_params
     ]
+    nearest = sorted(fewer, key=lambda other: other.visual_tokens)[-1:]
+    following = sorted(later, key=lambda other: other.visual_tokens)[:1]
     return [
-        *sorted(fewer, key=lambda other: other.visual_tokens)[-1:],
-        *sorted(smaller, key=lambda other: other.error)[:1],
+        *(Rise(row, other) for other in nearest),
+        *(Rise(row, other) for other in sorted(smaller, key=lambda other: other.error)[:1]),
+        *(Rise(row, a, b) for a in nearest for b in following),
     ]
-
-
-def _exceeds(row: Row, other: Row) -> bool:
-    noise = math.hypot(_standard_error(row), _standard_error(other))
-    return row.error - other.error > max(ABSOLUTE, RELATIVE * other.error, SIGMAS * noise)
 
 
 def _standard_error(row: Row) -> float:
