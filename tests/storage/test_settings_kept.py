@@ -16,3 +16,4 @@ def test_a_relative_tokenizer_is_kept_with_its_whole_path(tmp_path, monkeypatch)
     experiment.write(exp, tmp_path / "run")
     assert experiment.read(tmp_path / "run").data.tokenizer == str(tmp_path / "data" / "tokenizer")
     inputs.check_same(exp, tmp_path / "run")  # the same command resumes it
+    assert experiment.whole("") == ""  # of a model without one

@@ -104,8 +104,9 @@ def _signs(fit: Fit) -> list[str]:
                 f"{fit.family}: {name} is not distinguishable from 0 ({fit.level:.0%} interval {between(interval)})."
             )
         elif value < 0:
+            hint = "; is the column error 1 - metric?" if name == "alpha" else ""
             lines.append(
-                f"{fit.family}: {name} = {value:.3g} < 0: error rises with {what} here; is the column error 1 - metric?"
+                f"{fit.family}: {name} = {value:.3g} < 0: error rises with {what} here{hint}."
             )
     if fit.law_nonnegative != fit.law:
         law = fit.law_nonnegative

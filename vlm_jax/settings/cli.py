@@ -100,9 +100,8 @@ def parse(
         hint = f". Did you mean: {' or '.join(near)} ?" if near and "mean" not in str(error) else ""
         raise ConfigError(f"command line: {error}{hint}; --help lists every flag.") from error
     except (flags.Error, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = re.sub(
-            r"\('(.*?)', '(.*?)'\)$", r"\1: \2", str(error)
-        )  # of a boolean, it prints a tuple
+        # Of a boolean, absl prints a tuple.
+        reason = re.sub(r"\('(.*?)', '(.*?)'\)$", r"\1: \2", str(error))
         raise ConfigError(
             f"command line: {reason}; --help shows each field with its value."
         ) from error

@@ -109,8 +109,13 @@ def last_step(workdir: str | Path) -> int | None:
 def write(experiment: Experiment, workdir: Path) -> None:
     """Saves the settings as `config.json`, with the tokenizer's place for whoever reads them from another folder."""
     settings = dataclasses.asdict(experiment)
-    settings["data"]["tokenizer"] = str(to_path(experiment.data.tokenizer).absolute())
+    settings["data"]["tokenizer"] = whole(experiment.data.tokenizer)
     _write_json(settings, workdir / "config.json")
+
+
+def whole(path: str) -> str:
+    """A path as seen from any folder; "" stays that."""
+    return str(to_path(path).absolute()) if path else ""
 
 
 def finish(workdir: Path, metrics: Mapping[str, float]) -> None:

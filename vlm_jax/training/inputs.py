@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vlm_jax.data import feature_cache, fingerprint, sources, tokenizer
-from vlm_jax.files import Path, to_path
+from vlm_jax.files import Path
 from vlm_jax.hf.describe import check_agrees
 from vlm_jax.hf.directory import is_model
 from vlm_jax.settings.checks import ConfigError
@@ -84,17 +84,13 @@ def check_same(experiment: Experiment, workdir: Path) -> None:
     before, now = dict(_fields(run.read(workdir))), dict(_fields(experiment))
     free = (*MUTABLE, *(MOVABLE if fingerprint.is_known(workdir) else ()))
     for name in now:
-        if name == "data.tokenizer" and _place(before[name]) == _place(now[name]):
+        if name == "data.tokenizer" and run.whole(before[name]) == run.whole(now[name]):
             continue
         if before[name] != now[name] and not name.startswith(free):
             raise ConfigError(
                 f"--workdir: {str(workdir)!r} holds a run with {name} = {before[name]!r}, now {now[name]!r}; "
                 "give the old value to resume it, or another workdir."
             )
-
-
-def _place(path: str) -> Path:
-    return to_path(path).absolute()
 
 
 def _fields(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
