@@ -11,7 +11,7 @@ from configs import mini
 # Per compressor its numbers of visual tokens.
 VISUAL_TOKENS = {
     "identity": (64,), "pool": (1, 4, 16), "tokenpacker": (1, 4, 16), "quecc": (1, 4, 16), "quecc_published": (1, 4, 16),
-    "m3": (1, 4, 16, 64), "mqt": (1, 4, 16, 64), "mqt_image": (1, 4, 16, 64), "querypool": (1, 4, 16, 64),
+    "m3": (1, 4, 16, 64), "mqt": (1, 4, 16, 64), "mqt_image": (1, 4, 16, 64), "querypool_short": (1, 4, 16, 64),
     "prumerge": (4, 16), "prumerge_plus": (5, 17),
 }  # fmt: skip
 
@@ -25,6 +25,9 @@ def get_config():
     with s.unlocked():
         s.visual_tokens_of.update(VISUAL_TOKENS)
         s.compressor_settings.quecc_published = {"name": "quecc"}
+        s.compressor_settings.querypool_short = {
+            "name": "querypool"
+        }  # half of the steps that mini_elastic.py gives it
         s.compressor_settings.mqt = {"query_grid": 8}  # as many queries as patches
         s.compressor_settings.mqt_image = {"name": "mqt", "query_grid": 8, "key_source": "image"}
         # 8 of 64 patches are merged into each kept one; the release takes 32 of 576.

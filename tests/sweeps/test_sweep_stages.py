@@ -7,7 +7,7 @@ import tiny_paper
 
 from configs import default, mini_compressors, paper, table1
 from vlm_jax.settings.checks import ConfigError
-from vlm_jax.storage.run import resolve
+from vlm_jax.storage.run import resolve, write
 from vlm_jax.sweeps import checks, plan, stages
 from vlm_jax.sweeps.plan import Training
 
@@ -135,6 +135,20 @@ def test_stages_that_cannot_be_are_refused(change, words, tmp_path):
         checks.check(cfg, tmp_path, with_inputs=False)  # tune alone serves blind compressors
         return
     with pytest.raises(ConfigError, match=words):
+        checks.check(cfg, tmp_path, with_inputs=False)
+
+
+def test_a_folder_that_holds_a_training_with_other_settings_is_named_before_the_first(tmp_path):
+    cfg = mini_compressors.get_config()
+    one = next(t for t in plan.trainings(cfg) if t.compressor == "querypool_short")
+    where = plan.folders(cfg, tmp_path, one.seed)
+    (stage,) = plan.cell_stages(cfg, one)
+    folder = where.stage(stage, one)
+    (folder / "checkpoints" / "400").mkdir(parents=True)
+    write(resolve(stages.config_of(cfg, stage, one, where)), folder)
+    checks.check(cfg, tmp_path, with_inputs=False)  # the same settings
+    cfg.sweep.stages.query_aware_vlm.steps = 800
+    with pytest.raises(ConfigError, match=r"querypool_short-mini-82k' holds a run with train.num_steps = 400, now 800"):  # fmt: skip
         checks.check(cfg, tmp_path, with_inputs=False)
 
 

@@ -17,6 +17,7 @@ from vlm_jax.storage import run as experiment
 from vlm_jax.storage.inherit import same_tokenizer
 from vlm_jax.sweeps import plan, stages
 from vlm_jax.sweeps.plan import Folders, Training
+from vlm_jax.training import inputs
 
 RECORDS = "give the path of a .json or .jsonl file or a tfds directory"
 MOST = 20  # mistakes told; more are counted
@@ -35,8 +36,8 @@ def check(cfg: ConfigDict, root: Path, with_inputs: bool = True) -> list[Trainin
         except ConfigError as error:
             found.setdefault(str(error).removeprefix("sweep: "), []).append(who)
 
-    inputs = cfg.sweep.inputs
-    no_inputs = with_inputs and not cfg.sweep.prepare and not to_path(inputs).is_dir()
+    given = cfg.sweep.inputs
+    no_inputs = with_inputs and not cfg.sweep.prepare and not to_path(given).is_dir()
     with_inputs = with_inputs and not no_inputs  # else a mistake for each file
     todo = attempt(plan.trainings, cfg) or []
     attempt(plan.stages, cfg)
@@ -48,6 +49,8 @@ def check(cfg: ConfigDict, root: Path, with_inputs: bool = True) -> list[Trainin
                 who = training.lm if stage.per == "lm" else training.name
                 who = stage.name if stage.per == "seed" else f"{who}, stage {stage.name}"
                 exp = attempt(_resolved, cfg, stage, training, where, who=who)
+                if exp:  # a folder of this name may hold a training with other settings
+                    attempt(inputs.check_same, exp, where.stage(stage, training))
                 for call in _inputs(exp, where) if exp and with_inputs else ():
                     attempt(call)
     if with_inputs and not cfg.sweep.prepare:
@@ -56,7 +59,7 @@ def check(cfg: ConfigDict, root: Path, with_inputs: bool = True) -> list[Trainin
     told = [mistake + _of(who) for mistake, who in found.items()]
     if no_inputs:
         told.insert(0, (
-            f"inputs: the folder {inputs!r} does not exist; give the one that holds models, records and benchmarks: "
+            f"inputs: the folder {given!r} does not exist; give the one that holds models, records and benchmarks: "
             "--config.sweep.inputs=FOLDER."
         ))  # fmt: skip
     _tell(told)
