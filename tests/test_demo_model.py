@@ -46,6 +46,8 @@ def test_the_same_seed_gives_the_same_bytes_and_new_pairs_are_new(tmp_path, monk
     assert not [text for text in told for pair in pairs if pair in text]
     assert any(pair in text for text in new for pair in pairs)
     assert len(read(tmp_path / "a" / "held_out.json")) == 2 * 8
+    captions = read(tmp_path / "a" / "captions.json")
+    assert len(captions) == 24 and {r["conversations"][0]["value"] for r in captions} == {"<image>\nDescribe the picture."}  # fmt: skip
 
 
 def test_every_question_is_answered_as_the_scene_is():
@@ -64,7 +66,9 @@ def test_every_question_is_answered_as_the_scene_is():
     denied = {question for kind, question, answer in found if answer.startswith("No,")}
     assert denied and not denied & {"Is there an orange disc?", "Is there a blue ring?"}
     empty = scenes.turns(scenes.Scene("coins", ()), rng)
-    assert {answer for _, _, answer in empty} == {"There are no shapes.", "This is a photograph of coins."}  # fmt: skip
+    assert {answer for _, _, answer in empty} == {
+        "There are no shapes.", "This is a photograph of coins.", "A photograph of coins.",
+    }  # fmt: skip
 
 
 def test_shapes_are_painted_where_and_as_they_are_said_to_be():

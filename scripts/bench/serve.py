@@ -8,7 +8,7 @@ visual token). Both servers answer from them, each in a process of its own: `pyt
 transformers' generate for one request after the other. They take turns, so that both meet the same machine. For each number
 of clients that ask without a pause: requests/s, and the time to the first token (p50, p99). Then --requests requests to the
 first model, one in twenty broken or hung up: every good answer is compared with the one that the model gives alone, every
-broken one must be a 4xx, and the server's memory is read before, after a fifth, and at the end.
+broken one must be a 4xx, and the server's memory is read before and after each fifth.
 """
 
 from __future__ import annotations
@@ -243,12 +243,12 @@ async def abuse(address: str, pid: int, count: int, tokens: int, alone: dict[int
     """`count` requests from 16 clients, one in twenty broken or hung up."""
     client, gate, bad = connected(address), asyncio.Semaphore(16), broken(shown[0])
     found = {"good": 0, "as_alone": 0, "broken": 0, "refused_4xx": 0, "hung_up": 0}
-    memory = {"mib_before": resident_mib(pid)}
+    mib: list[int] = []  # before, and after each fifth
 
     async def one(number: int) -> None:
         async with gate:
-            if number == count // 5:
-                memory["mib_after_a_fifth"] = resident_mib(pid)
+            if number % max(count // 5, 1) == 0:
+                mib.append(round(resident_mib(pid)))
             kind = number // 20 % (len(bad) + 1)
             which = number % len(alone)
             asked = messages(shown[which % len(shown)], WORDS[which % len(WORDS)])
@@ -265,7 +265,7 @@ async def abuse(address: str, pid: int, count: int, tokens: int, alone: dict[int
                 found["as_alone"] += made.choices[0].message.content == alone[which]
 
     await asyncio.gather(*(one(number) for number in range(count)))
-    return found | memory | {"mib_at_the_end": resident_mib(pid)}
+    return found | {"mib": [*mib, round(resident_mib(pid))]}
 
 
 def resident_mib(pid: int) -> float:

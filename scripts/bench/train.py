@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Tokens per second, MFU and memory of the training step, beside the same decoder in torch + transformers in the same run.
 
-scripts/bench/train.py [--rounds 5] [--sizes mini 10m 40m] [--no-torch]      a ladder of decoders on this machine's CPU, float32
+scripts/bench/train.py [--rounds 5] [--sizes mini 10m 40m] [--no-torch]      a ladder of decoders on this machine's CPU, float32 (40m-bf16: in bfloat16)
 scripts/bench/train.py --device=gpu [--sizes 0.5b 1.8b 7b-frozen 7b-lora] bfloat16, float32 masters of what is trained
 scripts/bench/train.py --memory                                         bytes of the 0.5B step by remat and loss_chunk; only compiles
 
@@ -76,6 +76,10 @@ CPU = {
     "10m": Case(toy(8000, 256, 8, 4, 4, 704, False), 8, 256),
     "40m": Case(toy(8000, 512, 10, 8, 2, 1408, True), 4, 256),
     "120m": Case(toy(16000, 768, 12, 12, 12, 2048, False), 2, 256),
+}
+CPU |= {
+    f"{name}-bf16": case._replace(lm=dataclasses.replace(case.lm, dtype="bfloat16"))
+    for name, case in CPU.items()
 }
 
 
@@ -335,7 +339,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sizes", nargs="*", help="of the ladder; default: all")
+    parser.add_argument(
+        "--sizes", nargs="*", help="of the ladder; default: all in float32, or all on a GPU"
+    )
     parser.add_argument(
         "--remat", default="dots", help="as configs/default.py says unless given; --loss-chunk too"
     )
@@ -359,7 +365,7 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     sys.stdout.write("\n".join(out) + "\n")
-    for size in args.sizes or ladder(args.device):
+    for size in args.sizes or [name for name in ladder(args.device) if not name.endswith("-bf16")]:
         sys.stdout.write("\n".join(measure(size, args)) + "\n")
         sys.stdout.flush()
 

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Pictures with questions for the demonstration model: coloured shapes before photographs, asked and answered in sentences.
 
-scripts/demo/scenes.py OUT [--pictures=3000] [--seed=0]
+scripts/demo/scenes.py OUT [--pictures=6000] [--seed=0]
 
 The photographs ship inside scikit-image and scikit-learn (pip install 'vlm_jax[test]'). Written below OUT:
 
     images/*.png       64 x 64: none, one or two shapes before a part of a photograph
     encoder.json       for the encoder: all patches of a picture named, then every question about it
+    captions.json      one caption per picture
     train.json         one question per record
     held_out.json      pictures that are not in training
     new_pairs.json     pictures with a pair of colour and shape that no training picture has
@@ -135,7 +136,7 @@ def turns(scene: Scene, rng: np.random.Generator) -> list[Turn]:
     found: list[Turn] = [("count", "How many shapes are there?", COUNTS[len(shapes)])]
     if not shapes:
         found.append(("photo", "What is in this picture?", f"This is a photograph of {photo}."))
-        return found
+        return [*found, caption(scene)]
     found.append(("photo", "What is in the background?", f"In the background is {photo}."))
     one = shapes[rng.integers(len(shapes))]
     found += [
@@ -144,7 +145,7 @@ def turns(scene: Scene, rng: np.random.Generator) -> list[Turn]:
         ("where", f"Where is the {one.shape}?", f"The {one.shape} is on the {one.side}."),
         ("side", f"What is on the {one.side}?", f"On the {one.side} is {one.name}."),
         there(shapes, one, rng),
-        ("describe", "Describe the picture.", described(scene)),
+        caption(scene),
     ]
     return [found[i] for i in rng.permutation(len(found))]
 
@@ -162,9 +163,10 @@ def there(shapes: tuple[Shape, ...], one: Shape, rng: np.random.Generator) -> Tu
     return "there", f"Is there {other.name}?", f"No, there is no {other.colour} {other.shape}."
 
 
-def described(scene: Scene) -> str:
+def caption(scene: Scene) -> Turn:
     said = " and ".join(f"{s.name} on the {s.side}" for s in scene.shapes)
-    return f"{said[0].upper()}{said[1:]}, before a photograph of {scene.photo}."
+    said = f"{said}, before a photograph of {scene.photo}." if said else f"a photograph of {scene.photo}."  # fmt: skip
+    return "describe", "Describe the picture.", f"{said[0].upper()}{said[1:]}"
 
 
 def listing(scene: Scene) -> Turn:
@@ -197,7 +199,7 @@ def write(out: Path, pictures: int, seed: int) -> None:
         if found is None or found.origin is None:
             sys.exit(f"scenes.py: {wheel} is not installed; pip install 'vlm_jax[test]'.")
         photos[name] = Image.open(Path(found.origin).parent / path).convert("RGB")
-    files: dict[str, list] = {"encoder": [], "train": [], "held_out": [], "new_pairs": []}
+    files: dict[str, list] = {"encoder": [], "captions": [], "train": [], "held_out": [], "new_pairs": []}  # fmt: skip
     splits = {"train": (pictures, False), "held_out": (HELD_OUT, False), "new_pairs": (NEW, True)}
     for number, (split, (count, new)) in enumerate(splits.items()):
         rng = np.random.default_rng([seed, number])
@@ -208,6 +210,7 @@ def write(out: Path, pictures: int, seed: int) -> None:
             asked = turns(scene, rng)
             if split == "train":
                 files["encoder"].append(record(f"{i:05d}", image, [listing(scene), *asked]))
+                files["captions"].append(record(f"{i:05d}", image, [caption(scene)]))
             for turn in asked if split == "train" else asked[:2]:
                 files[split].append(record(f"{turn[0]}-{i:05d}", image, [turn]))
     for name, records in files.items():
@@ -236,7 +239,7 @@ def write_tokenizer(folder: Path, texts: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("out", type=Path)
-    parser.add_argument("--pictures", type=int, default=3000, help="of training (default: 3000)")
+    parser.add_argument("--pictures", type=int, default=6000, help="of training (default: 6000)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     write(args.out, args.pictures, args.seed)
