@@ -1,6 +1,8 @@
 """A model from Python: one text whatever the method and whatever shares the batch; every source; mistakes in one line."""
 
 import io
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +38,19 @@ def test_every_way_to_ask_gives_the_text_of_the_evaluation(model, run, world):
     assert model.ask_many(asked(world), rows=3, **options) == expected
     assert ["".join(model.stream(*pair, **options)) for pair in asked(world)] == expected
     assert [model.chat(image, **options).ask(question) for image, question in asked(world)] == expected  # fmt: skip
+
+
+def test_a_run_of_packed_rows_with_few_pictures_is_asked_as_any_other(model, run, world, tmp_path):
+    packed = shutil.copytree(run, tmp_path / "packed")
+    config = json.loads((packed / "config.json").read_text())
+    config["data"] |= {"packing": True, "packed_images": 2}
+    (packed / "config.json").write_text(json.dumps(config))
+    asked_of = vlm_jax.load(packed)
+    assert asked_of.ask_many(asked(world)) == model.ask_many(asked(world))
+    image, question = asked(world)[0]
+    assert asked_of.loss(image, question, "red") == pytest.approx(
+        model.loss(image, question, "red")
+    )
 
 
 def test_a_drawn_answer_depends_on_its_seed_and_not_on_its_neighbours(model, world):

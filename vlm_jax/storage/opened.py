@@ -49,7 +49,12 @@ def from_run(workdir: str) -> Opened:
 
         return weights.load(workdir, exp.model, wanted)
 
-    return Opened(workdir, exp.model, exp.data, load)
+    return Opened(workdir, exp.model, _asking(exp.data), load)
+
+
+def _asking(data: DataConfig) -> DataConfig:
+    """A run's settings of data as its prompts are made: each has a row to itself."""
+    return dataclasses.replace(data, packing=False)
 
 
 def from_directory(
@@ -117,7 +122,7 @@ def _loading(where: str, model: VLMConfig, data: DataConfig, sources: Mapping[st
 
         return weights.load_by_part({p: s for p, s in sources.items() if p in wanted}, model, wanted)  # fmt: skip
 
-    return Opened(where, model, data, load)
+    return Opened(where, model, _asking(data), load)
 
 
 def directory_sources(given: Path, found: Described, vit: str = "") -> dict[str, str]:
