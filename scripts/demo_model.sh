@@ -13,7 +13,7 @@ Makes everything below OUT (default: runs/demo), in the active environment (pip 
   align_vV      QueCC with V visual tokens, a projector and low-rank adapters of the decoder, trained on captions
   instruct_vV   the same trained on questions: the model to ask
   eval_vV, eval_new_vV, scores.md   its answers about scenes that it has not seen
-What is finished is not made again. About 40 minutes on two free cores. In the environment:
+What is finished is not made again. About 45 minutes on two free cores. In the environment:
   LM             the directory of another decoder with a ChatML tokenizer
   TOKENS         numbers of visual tokens (default: "1 4")
   PICTURES, ENCODER_STEPS, ALIGN_STEPS, LORA_STEPS   (defaults: 6000, 1500, 180, 160)
