@@ -25,9 +25,8 @@ def get_config():
     with s.unlocked():
         s.visual_tokens_of.update(VISUAL_TOKENS)
         s.compressor_settings.quecc_published = {"name": "quecc"}
-        s.compressor_settings.querypool_short = {
-            "name": "querypool"
-        }  # half of the steps that mini_elastic.py gives it
+        # Half of the steps that mini_elastic.py gives it.
+        s.compressor_settings.querypool_short = {"name": "querypool"}
         s.compressor_settings.mqt = {"query_grid": 8}  # as many queries as patches
         s.compressor_settings.mqt_image = {"name": "mqt", "query_grid": 8, "key_source": "image"}
         # 8 of 64 patches are merged into each kept one; the release takes 32 of 576.

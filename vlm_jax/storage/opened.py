@@ -53,7 +53,7 @@ def from_run(workdir: str) -> Opened:
 
 
 def _asking(data: DataConfig) -> DataConfig:
-    """A run's settings of data as its prompts are made: each has a row to itself."""
+    """The settings with which prompts are made: each has a row of its own, even if training packed several samples in one."""
     return dataclasses.replace(data, packing=False)
 
 

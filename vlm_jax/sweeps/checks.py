@@ -42,6 +42,7 @@ def check(cfg: ConfigDict, root: Path, with_inputs: bool = True) -> list[Trainin
     todo = attempt(plan.trainings, cfg) or []
     attempt(plan.stages, cfg)
     asked = attempt(plan.asked, cfg) or []
+    compared: set[Path] = set()  # trainings share stages
     if not found:
         for training in todo:
             where = plan.folders(cfg, root, training.seed)
@@ -49,8 +50,10 @@ def check(cfg: ConfigDict, root: Path, with_inputs: bool = True) -> list[Trainin
                 who = training.lm if stage.per == "lm" else training.name
                 who = stage.name if stage.per == "seed" else f"{who}, stage {stage.name}"
                 exp = attempt(_resolved, cfg, stage, training, where, who=who)
-                if exp:  # a folder of this name may hold a training with other settings
-                    attempt(inputs.check_same, exp, where.stage(stage, training))
+                folder = where.stage(stage, training)
+                if exp and folder not in compared:  # it may hold a training with other settings
+                    compared.add(folder)
+                    attempt(inputs.check_same, exp, folder)
                 for call in _inputs(exp, where) if exp and with_inputs else ():
                     attempt(call)
     if with_inputs and not cfg.sweep.prepare:
