@@ -65,6 +65,11 @@ def end(pair):
     return statuses, [server.log.read_text() for server in pair]
 
 
+def tells_of_a_death(log):
+    """The run says it where a collective fails; where the process waits for the other one, jax itself ends it."""
+    return "error: process 0 of 2 cannot go on: " in log or "another task died" in log
+
+
 def lines(workdir):
     path = workdir / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.is_file() else 0
@@ -96,13 +101,26 @@ def test_two_processes_train_as_one_stop_together_and_survive_a_death(pair, want
     statuses, logs = end(pair)
     assert statuses[0] not in (0, -signal.SIGKILL) and statuses[1] == -signal.SIGKILL
     assert time.monotonic() - died < 3 * TIMEOUT
-    assert "error: process 0 of 2 cannot go on: " in logs[0], logs[0]
+    assert tells_of_a_death(logs[0]), logs[0]
     assert last_step(two) >= step
 
     start(pair, two)
     statuses, logs = end(pair)
     assert statuses == [0, 0], logs
     check_equal(two, want)
+
+
+def test_a_death_during_a_save_is_not_called_a_full_disk(pair, tmp_path):
+    two = tmp_path / "two"
+    start(pair, two, train__save_every=1)
+
+    def saving():
+        return lines(two) >= 3 and any((two / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+
+    assert pair[1].send_when(signal.SIGKILL, saving)
+    statuses, logs = end(pair)
+    assert statuses[0] not in (0, -signal.SIGKILL) and statuses[1] == -signal.SIGKILL
+    assert tells_of_a_death(logs[0]) and "error: the checkpoint of" not in logs[0], logs[0]
 
 
 def test_a_tensor_axis_across_processes_sees_every_row_of_the_batch(pair, want, tmp_path):

@@ -26,6 +26,7 @@ from vlm_jax.settings.checks import ConfigError, RunEnded
 from vlm_jax.storage import checksums
 
 Tree = dict[str, Any]
+MEND = "Free or mend the disk, then give the same command again."
 LOOK_EVERY = 20.0  # seconds between looks whether a bucket that is written to can be reached
 
 
@@ -33,7 +34,7 @@ class Checkpoints:
     """The checkpoints of one training run. A save that is interrupted, even by kill -9, is discarded.
 
     A full disk or a folder that cannot be written raises a ConfigError: from `save`, or, if the background write fails, from
-    the next `save` or from `close`. Checkpoints that were complete are kept.
+    the next `save` or from `close`. With several processes it is RunEnded instead. Checkpoints that were complete are kept.
     """
 
     def __init__(self, workdir: Path, keep: int):
@@ -116,25 +117,37 @@ class Checkpoints:
             try:
                 self._folder.exists()
             except OSError as error:
-                raise RunEnded(self._unwritten(error), exit_code=2) from error
+                raise RunEnded(f"{self._unwritten(error)} {MEND}", exit_code=2) from error
             looked = time.monotonic()
 
     @contextlib.contextmanager
     def _saving(self) -> Generator[None, None, None]:
         try:
             yield
-        except jax.errors.JaxRuntimeError:
-            raise  # the connection to another process is lost
-        except Exception as error:  # tensorstore raises a ValueError for a full disk
-            raise ConfigError(self._unwritten(error)) from error
+        except Exception as error:
+            if jax.process_count() > 1:
+                # All processes take part in a save: the end of another one shows here as an error of any type.
+                raise cannot_go_on(self._unwritten(error), self.latest()) from error
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                raise
+            raise ConfigError(f"{self._unwritten(error)} {MEND}") from error
 
     def _unwritten(self, error: Exception) -> str:
         older = [step for step in self._manager.all_steps() if step < self._last]
         kept = f"that of step {max(older)} is complete" if older else "none was complete"
-        return (
-            f"the checkpoint of step {self._last} could not be written to {str(self._folder)!r}: {files.reason(error)}; {kept}. "
-            "Free or mend the disk, then give the same command again."
-        )
+        return f"the checkpoint of step {self._last} could not be written to {str(self._folder)!r}: {files.reason(error)}; {kept}."
+
+
+def cannot_go_on(what: str, saved: int | None) -> RunEnded:
+    """The error of one of several processes that a failure stops; usually another process has ended first.
+
+    saved: the step of the newest complete checkpoint.
+    """
+    return RunEnded(
+        f"process {jax.process_index()} of {jax.process_count()} cannot go on: {what} | If another process ended first, its "
+        f"log says why. The same command in every process goes on from step {saved or 0}.",
+        exit_code=1,
+    )
 
 
 @contextlib.contextmanager
@@ -152,10 +165,11 @@ def _reading(
     except Exception as error:
         older = [other for other in manager.all_steps() if other < step]
         left = f"{purpose} step {max(older)}" if older else "start anew: there is no older one"
-        raise ConfigError(
-            f"the checkpoint of step {step} is damaged; delete {folder / str(step)} to {left}. It says: "
-            f"{files.reason(error)[:200]}"
-        ) from error
+        damaged = f"is damaged; delete {folder / str(step)} to {left}. It says: {files.reason(error)[:200]}"
+        if jax.process_count() > 1:
+            told = f"the checkpoint of step {step} cannot be read. Unless another process ended, it {damaged}"
+            raise cannot_go_on(told, step) from error
+        raise ConfigError(f"the checkpoint of step {step} {damaged}") from error
 
 
 def _sums(folder: Path, step: int) -> dict[str, list]:

@@ -25,7 +25,7 @@ from vlm_jax.settings.checks import ConfigError, RunEnded
 from vlm_jax.settings.run import Experiment
 from vlm_jax.storage import checksums, frozen, weights
 from vlm_jax.storage import run as experiment
-from vlm_jax.storage.checkpoint import Checkpoints, saved_names
+from vlm_jax.storage.checkpoint import Checkpoints, cannot_go_on, saved_names
 from vlm_jax.training import guard, optim, outline, telemetry, validation
 from vlm_jax.training.interrupt import Interrupt
 from vlm_jax.training.step import (
@@ -194,12 +194,7 @@ def _lost(error: jax.errors.JaxRuntimeError, workdir: Path) -> Exception:
     """The error to report for a device failure; with several processes, usually another process has ended."""
     if jax.process_count() == 1:
         return error
-    saved = experiment.last_step(workdir)
-    return RunEnded(
-        f"process {jax.process_index()} of {jax.process_count()} cannot go on: {files.reason(error)} | If another process "
-        f"ended first, its log says why. The same command in every process goes on from step {saved or 0}.",
-        exit_code=1,
-    )
+    return cannot_go_on(files.reason(error), experiment.last_step(workdir))
 
 
 @contextlib.contextmanager
