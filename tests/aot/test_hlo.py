@@ -234,3 +234,50 @@ def test_a_product_reads_its_layer_of_stacked_weights_and_not_the_stack():
     costs = hlo.count(NESTED)
     assert costs.memory_bytes == 2 * (64 * 128 + 4 * 64 + 4 * 128) + 4  # the layer's number too
     assert costs.flops == 2 * 4 * 64 * 128
+
+
+OVERLAPPED = """
+HloModule gather_beside_a_product, num_partitions=4
+
+%start (a.0: f32[8]) -> (f32[8], f32[4,8]) {
+  %a.0 = f32[8]{0} parameter(0)
+  %begun = f32[4,8]{1,0} all-gather(%a.0), replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %both = (f32[8]{0}, f32[4,8]{1,0}) custom-call(%begun), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (b.0: f32[8], b.1: f32[4,8], b.2: f32[16]) -> (f32[16], f32[8], f32[4,8], f32[4,8]) {
+  %b.0 = f32[8]{0} parameter(0)
+  %b.1 = f32[4,8]{1,0} parameter(1)
+  %b.2 = f32[16]{0} parameter(2)
+  %work = f32[16]{0} negate(%b.2)
+  %going = f32[4,8]{1,0} all-gather(%b.0), replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %all = (f32[16]{0}, f32[8]{0}, f32[4,8]{1,0}, f32[4,8]{1,0}) tuple(%work, %b.0, %b.1, %going)
+}
+
+%done (c.0: f32[8], c.1: f32[4,8]) -> f32[4,8] {
+  %c.0 = f32[8]{0} parameter(0)
+  %c.1 = f32[4,8]{1,0} parameter(1)
+  %ended = f32[4,8]{1,0} all-gather(%c.0), replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %whole = f32[4,8]{1,0} custom-call(%c.0, %c.1, %ended), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (shard: f32[8], rows: f32[16]) -> f32[4,8] {
+  %shard = f32[8]{0} parameter(0)
+  %rows = f32[16]{0} parameter(1)
+  %open = (f32[8]{0}, f32[4,8]{1,0}) fusion(%shard), kind=kCustom, calls=%start
+  %in = f32[8]{0} get-tuple-element(%open), index=0
+  %out = f32[4,8]{1,0} get-tuple-element(%open), index=1
+  %on = (f32[16]{0}, f32[8]{0}, f32[4,8]{1,0}, f32[4,8]{1,0}) fusion(%in, %out, %rows), kind=kOutput, calls=%beside
+  %in.1 = f32[8]{0} get-tuple-element(%on), index=1
+  %out.1 = f32[4,8]{1,0} get-tuple-element(%on), index=3
+  ROOT %end = f32[4,8]{1,0} fusion(%in.1, %out.1), kind=kCustom, calls=%done
+}
+"""
+
+
+def test_a_gather_that_overlaps_with_other_work_counts_at_its_start_alone():
+    """As a TPU has it: each fusion that runs beside the gather takes its buffers in and hands them on."""
+    costs = hlo.count(OVERLAPPED)
+    started = 4 * (8 + 8 + 4 * 8)  # the shard read, and both buffers of the result
+    assert costs.memory_bytes == started + 4 * (16 + 16)
+    assert costs.collectives == {"all-gather": 1} and costs.sent_bytes == {"all-gather": 3 * 4 * 8}

@@ -182,11 +182,17 @@ class Counter:
         return read + sum(shape.bytes for shape in i.shapes)
 
     def _fusion_traffic(self, i: Instruction, inner: Computation, here: Computation) -> float:
-        """As `_traffic`, but an operand that the fusion only slices counts its slices, and one updated in place the update."""
+        """As `_traffic`, but an operand that the fusion only slices counts its slices, and one updated in place the update.
+
+        The buffers of a collective that an earlier fusion started pass through without traffic: they count at its start.
+        """
         total = 0.0
+        under_way = _under_way(inner)
         for number, name in enumerate(i.operands):
-            source = here.by_name[name].shapes[0]
-            parts = self._parts_read(inner, inner.parameters[number].name)
+            source, given = here.by_name[name].shapes[0], inner.parameters[number].name
+            if under_way and all(user.name in under_way for user in inner.users[given]):
+                continue
+            parts = self._parts_read(inner, given)
             if parts is None:
                 total += source.bytes
             elif not source.space:
@@ -194,6 +200,8 @@ class Counter:
         root = inner.by_name[inner.root]
         written = [inner.by_name[n] for n in root.operands] if root.op == "tuple" else [root]
         for result in written:
+            if under_way and (result.name in under_way or result.op == "parameter"):
+                continue
             if result.op == "dynamic-update-slice":
                 total += inner.operand(result, 1).shapes[0].anywhere_bytes
             else:
@@ -240,6 +248,16 @@ NO_WORK = frozenset((
     "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveDone", "AsyncCollectiveStart",
     "ConcatBitcast", "GatherScatterIndicesBitpacked", "Sharding", "annotate_device_placement",
 ))  # fmt: skip
+
+
+def _under_way(fused: Computation) -> set[str]:
+    """What in a fusion carries on or ends a collective that an earlier one started, and the tuple of results; else empty."""
+    every = fused.by_name.values()
+    targets = {_target(i): i.name for i in every}
+    going = {i.name for i in every if i.op in COLLECTIVES and "chain_id=" in i.attributes}
+    if not going or "AsyncCollectiveStart" in targets:
+        return set()
+    return going | {targets.get("AsyncCollectiveDone", fused.root)}
 
 
 def _between_slices(i: Instruction, total: Costs) -> None:
