@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tiny
 from forks import Forks
-from gcs_server import Named, free_port
+from gcs_server import Named, free_port, saving
 
 import vlm_jax
 from configs import default
@@ -139,14 +139,6 @@ def want(pair, tmp_path_factory):
     statuses, logs = end(pair)
     assert statuses == [0, 0], logs
     return (workdir / "metrics.jsonl").read_bytes()
-
-
-def saving(workdir):
-    """Whether a checkpoint is being written: a step that has no commit_success.txt yet."""
-    folder = files.to_path(f"{workdir}/checkpoints")
-    return any(
-        not (step / "commit_success.txt").exists() for step in folder.iterdir() if step.name.isdigit()
-    )  # fmt: skip
 
 
 def test_two_processes_killed_twenty_times_end_with_the_curve_of_an_uninterrupted_run(

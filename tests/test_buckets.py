@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import tiny
 from forks import Forks
-from gcs_server import Named, Server
+from gcs_server import Named, Server, saving
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
@@ -403,3 +403,26 @@ def test_a_server_that_stops_for_ten_seconds_is_waited_for(fork, want, tmp_path,
     server.start()
     assert fork.wait() == 0, fork.log.read_text()
     check_curve("outage", want)
+
+
+@pytest.mark.slow
+def test_ten_seconds_of_503_in_the_middle_of_a_save_are_waited_for(
+    world, want, tmp_path, server, proxy, monkeypatch
+):
+    with monkeypatch.context() as patched:
+        for name, value in server.environment(proxy.address).items():
+            patched.setenv(name, value)
+        fork = Forks(world, "log0")
+    try:
+        begin(fork, "busy", tmp_path)
+        while fork.running() and not (done("busy") > 5 and saving(f"{BUCKET}/busy")):
+            time.sleep(0.002)
+        proxy.then, asked = 503, proxy.count
+        time.sleep(10)
+        proxy.then = 0
+        refused = proxy.count - asked
+        assert fork.wait() == 0, fork.log.read_text()
+    finally:
+        fork.close()
+    assert refused
+    check_curve("busy", want)

@@ -8,6 +8,8 @@ import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
 
+from vlm_jax import files
+
 BINARY = "vendor/fake-gcs-server/bin/fake-gcs-server-linux-amd64"
 
 
@@ -67,3 +69,11 @@ class Named:
 
     def __str__(self):
         return self.address
+
+
+def saving(workdir) -> bool:
+    """Whether a checkpoint is being written: a step that has no commit_success.txt yet."""
+    folder = files.to_path(f"{workdir}/checkpoints")
+    return any(
+        not (step / "commit_success.txt").exists() for step in folder.iterdir() if step.name.isdigit()
+    )  # fmt: skip
