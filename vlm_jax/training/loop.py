@@ -207,7 +207,7 @@ def _closing(thing: Any) -> Generator[Any, None, None]:
     except BaseException:
         try:
             thing.close()
-        except ConfigError as second:
+        except (ConfigError, RunEnded) as second:
             log.warning("also: %s", second)
         raise
     thing.close()
