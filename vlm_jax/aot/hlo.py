@@ -253,7 +253,7 @@ NO_WORK = frozenset((
 def _under_way(fused: Computation) -> set[str]:
     """What in a fusion carries on or ends a collective that an earlier one started, and the tuple of results; else empty."""
     every = fused.by_name.values()
-    targets = {_target(i): i.name for i in every}
+    targets = {_target(i): i.name for i in every if i.op == "custom-call"}
     going = {i.name for i in every if i.op in COLLECTIVES and "chain_id=" in i.attributes}
     if not going or "AsyncCollectiveStart" in targets:
         return set()
