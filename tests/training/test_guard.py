@@ -10,9 +10,9 @@ import tiny
 
 from vlm_jax import sharding, train
 from vlm_jax.data import pipeline
-from vlm_jax.settings.checks import ConfigError
+from vlm_jax.settings.checks import ConfigError, RunEnded
 from vlm_jax.storage import run as experiment
-from vlm_jax.training import guard, step
+from vlm_jax.training import guard, loop, step
 from vlm_jax.training.telemetry import read_lines
 
 BAD_STEP = 4  # counted from 1
@@ -122,3 +122,14 @@ def test_one_step_too_many_stops_the_run(tmp_path, policy, limit, skipped, stops
     else:
         watch.notice(line, ["a", "b"])
     assert json.loads((tmp_path / "nonfinite_7.json").read_text())["loss"] == float("inf")
+
+
+@pytest.mark.parametrize("second", [ConfigError("the disk"), RunEnded("the peer", exit_code=1)])
+def test_an_error_in_closing_is_logged_and_does_not_replace_the_first_one(second, caplog):
+    class Saving:
+        def close(self):
+            raise second
+
+    with pytest.raises(ConfigError, match="the records"), loop._closing(Saving()):
+        raise ConfigError("the records")
+    assert f"also: {second}" in caplog.text
