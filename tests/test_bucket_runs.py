@@ -170,20 +170,21 @@ def test_two_processes_killed_twenty_times_end_with_the_curve_of_an_uninterrupte
     assert during_saves, (kills, runs)
 
 
+@pytest.mark.parametrize("in_a_save", [False, True])
 def test_a_server_that_is_gone_for_good_is_one_line_and_the_last_checkpoint_is_whole(
-    pair, want, tmp_path, server
+    in_a_save, pair, want, tmp_path, server
 ):
-    fork, workdir = pair[0], Named(f"{BUCKET}/gone", tmp_path)
+    fork, workdir = pair[0], Named(f"{BUCKET}/gone{in_a_save}", tmp_path)
     fork.start(workdir, **FIELDS)
-    while done(workdir) < 9:
-        time.sleep(0.05)
+    while done(workdir) < 9 or (in_a_save and not saving(workdir)):
+        time.sleep(0.002 if in_a_save else 0.05)
     server.stop()
     status = fork.wait(400)
     server.start()
     log = fork.log.read_text()
     told = [line for line in log.splitlines() if line.startswith("error: ")]
     assert status == 2 and len(told) == 1 and "Traceback" not in log, log
-    assert "'gs://bucket/gone" in told[0] and "cannot be reached" in told[0]
+    assert f"'{workdir}" in told[0] and "cannot be reached" in told[0]
     assert experiment.last_step(str(workdir)) >= 4  # that of step 8 was being written
     fork.start(workdir, **FIELDS)
     assert fork.wait() == 0, fork.log.read_text()

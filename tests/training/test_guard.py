@@ -124,12 +124,18 @@ def test_one_step_too_many_stops_the_run(tmp_path, policy, limit, skipped, stops
     assert json.loads((tmp_path / "nonfinite_7.json").read_text())["loss"] == float("inf")
 
 
-@pytest.mark.parametrize("second", [ConfigError("the disk"), RunEnded("the peer", exit_code=1)])
-def test_an_error_in_closing_is_logged_and_does_not_replace_the_first_one(second, caplog):
+@pytest.mark.parametrize(
+    ("second", "raised"),
+    [(ConfigError("the disk"), ConfigError), (RunEnded("the peer", exit_code=1), RunEnded)],
+)
+def test_an_error_in_closing_is_logged_and_the_first_one_is_told(second, raised, caplog):
+    """As a RunEnded where closing found that something is gone, so that the process does not wait for it at its exit."""
+
     class Saving:
         def close(self):
             raise second
 
-    with pytest.raises(ConfigError, match="the records"), loop._closing(Saving()):
+    with pytest.raises(raised, match=r"^the records$") as told, loop._closing(Saving()):
         raise ConfigError("the records")
     assert f"also: {second}" in caplog.text
+    assert getattr(told.value, "exit_code", 2) == 2

@@ -199,16 +199,23 @@ def _lost(error: jax.errors.JaxRuntimeError, workdir: Path) -> Exception:
 
 @contextlib.contextmanager
 def _closing(thing: Any) -> Generator[Any, None, None]:
-    """Closes `thing` at the end. An error in closing does not replace one that is already being raised: it is logged."""
+    """Closes `thing` at the end. An error in closing does not replace one that is already being raised: it is logged.
+
+    A RunEnded in closing makes a ConfigError that is being raised a RunEnded: an exit would wait for what is gone.
+    """
     try:
         yield thing
     except RunEnded:
         raise  # closing would wait for a save that needs the other processes
-    except BaseException:
+    except BaseException as first:
         try:
             thing.close()
-        except (ConfigError, RunEnded) as second:
+        except ConfigError as second:
             log.warning("also: %s", second)
+        except RunEnded as second:
+            log.warning("also: %s", second)
+            if isinstance(first, ConfigError):
+                raise RunEnded(str(first), exit_code=2) from first
         raise
     thing.close()
 

@@ -102,10 +102,8 @@ class Metrics:
     def close(self) -> None:
         if self._file is not None and self._board is not None:
             with files.writing(self._path):
-                try:
-                    self._file.close()
-                finally:
-                    self._board.close()
+                self._file.close()  # where this fails, TensorBoard's file would fail as well, after as long a wait
+                self._board.close()
 
 
 class Board:
