@@ -46,7 +46,7 @@ def write_features(cfg: ConfigDict, folder: str, given: Sequence[str] = ()) -> N
     out = to_path(folder).absolute()
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         feature_cache.check(folder, exp.model, exp.data)
-    experiment.open_workdir(folder)
+    experiment.open_workdir(folder, checkpoints=False)
     from vlm_jax.inference import features  # here, not above: jax takes seconds
 
     features.cache(exp, out)

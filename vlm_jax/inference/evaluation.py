@@ -41,7 +41,7 @@ def evaluate(
     Raises ConfigError, before anything heavy is imported, for wrong settings, missing inputs or predictions of another run.
     """
     run, step = _check(settings)
-    folder = experiment.open_workdir(workdir)
+    folder = experiment.open_workdir(workdir, checkpoints=False)
     tasks = open_tasks(settings, folder)
     for line in _asking(run, settings.checkpoint, step, folder, tasks):
         say(line)

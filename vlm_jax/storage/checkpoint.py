@@ -21,9 +21,10 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 
 from vlm_jax import files
-from vlm_jax.files import Path, to_path
+from vlm_jax.files import Path
 from vlm_jax.settings.checks import ConfigError, RunEnded
 from vlm_jax.storage import checksums
+from vlm_jax.storage.run import checkpoint_folder
 
 Tree = dict[str, Any]
 MEND = "Free or mend the disk, then give the same command again."
@@ -38,7 +39,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, keep: int):
-        self._folder = to_path(workdir).absolute() / "checkpoints"
+        self._folder = checkpoint_folder(workdir)
         self._last = 0  # the step of the most recent save
         with files.writing(self._folder):
             self._folder.mkdir(exist_ok=True)
@@ -188,7 +189,7 @@ def _unraisable(hook: Callable[[Any], Any], what: Any) -> None:
 def save_params(workdir: str | Path, params: Tree, step: int = 0) -> None:
     """Saves parameters alone, in place of those that `workdir` held; no run can resume from them. step: 0 where they are of no run."""
     options = ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True)
-    folder = to_path(workdir).absolute() / "checkpoints"
+    folder = checkpoint_folder(workdir)
     with ocp.CheckpointManager(
         os.fspath(folder), item_names=("state", "iterator"), options=options
     ) as manager:
@@ -198,7 +199,7 @@ def save_params(workdir: str | Path, params: Tree, step: int = 0) -> None:
 
 def saved_names(workdir: str | Path, step: int | None = None) -> set[str]:
     """The paths of the parameters in a checkpoint, the newest one by default; none without a checkpoint."""
-    folder = to_path(workdir).absolute() / "checkpoints"
+    folder = checkpoint_folder(workdir)
     if not folder.is_dir():
         return set()
     with ocp.CheckpointManager(
@@ -220,7 +221,7 @@ def load_params(workdir: str | Path, abstract: Tree) -> Tree:
 
     Raises ConfigError when there is no checkpoint, or for the first parameter that is missing or has another shape.
     """
-    folder = to_path(workdir).absolute() / "checkpoints"
+    folder = checkpoint_folder(workdir)
     item = {"params": abstract}
     arguments = ocp.args.PyTreeRestore(
         item=item,

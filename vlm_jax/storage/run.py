@@ -81,10 +81,15 @@ def has_adapters(workdir: str, lm: LMConfig) -> bool:
     return True
 
 
-def open_workdir(workdir: str) -> Path:
-    """The absolute path of `workdir`, made if it is missing. Raises ConfigError when nothing can be written there."""
+def open_workdir(workdir: str, checkpoints: bool = True) -> Path:
+    """The absolute path of `workdir`, made if it is missing. Raises ConfigError when nothing can be written there.
+
+    checkpoints: whether it will hold some.
+    """
     addresses.check_usable("--workdir", workdir)
     path = to_path(workdir).absolute()
+    if checkpoints:
+        checkpoint_folder(workdir)
     try:
         files.check_writable(path)
     except OSError as error:
@@ -94,9 +99,19 @@ def open_workdir(workdir: str) -> Path:
     return path
 
 
+def checkpoint_folder(workdir: str | Path) -> Path:
+    """Where a run's checkpoints lie. Raises ConfigError for s3://, which orbax neither writes nor reads."""
+    if addresses.scheme(str(workdir)) == "s3":
+        raise ConfigError(
+            f"{str(workdir)!r} cannot hold checkpoints: they lie on a disk or on gs://bucket/..; give a directory there, "
+            "and copy a run that is on s3:// to one. Data, models, predictions and tables may lie on s3://."
+        )
+    return to_path(workdir).absolute() / "checkpoints"
+
+
 def last_step(workdir: str | Path) -> int | None:
     """The step of the newest finished checkpoint of a training workdir; None without one."""
-    folder = to_path(workdir) / "checkpoints"
+    folder = checkpoint_folder(workdir)
     found = folder.iterdir() if folder.is_dir() else ()
     steps = sorted((int(entry.name) for entry in found if entry.name.isdigit()), reverse=True)
     if isinstance(

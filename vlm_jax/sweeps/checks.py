@@ -28,6 +28,7 @@ def check(cfg: ConfigDict, root: Path, with_inputs: bool = True) -> list[Trainin
 
     Raises ConfigError with every mistake in one line, each once.
     """
+    experiment.checkpoint_folder(root)
     found: dict[str, list[str]] = {}  # mistake -> what has it
 
     def attempt(call: Callable[..., Any], *arguments: Any, who: str = "") -> Any:

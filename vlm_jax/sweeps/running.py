@@ -286,7 +286,7 @@ def evaluate(
         "visual_tokens": visual_tokens if several else 0,
     }
     settings = EvalConfig.from_block(block)
-    with _held(experiment.open_workdir(str(out))):
+    with _held(experiment.open_workdir(str(out), checkpoints=False)):
         evaluation.evaluate(settings, build(MeshConfig, cfg.mesh.to_dict()), str(out))
     return answers.rows(cfg, training, run, out)
 
