@@ -275,3 +275,35 @@ def test_sigterm_lets_an_answer_end_and_then_the_server(run):
     finishes = [c.choices[0].finish_reason for c in pieces if c.choices]
     assert finishes[-1] in ("stop", "length")
     assert server.wait(60) == 0, server.stderr.read()
+
+
+HEAPS = """
+import ctypes, sys, threading
+from vlm_jax import serve
+if "keep" in sys.argv:
+    serve._keep_memory_flat()
+libc, together = ctypes.CDLL(None), threading.Barrier(16)
+libc.malloc.restype = libc.fdopen.restype = ctypes.c_void_p
+def fill():
+    together.wait()
+    for _ in range(1000):
+        libc.malloc(1000)
+    together.wait()
+threads = [threading.Thread(target=fill) for _ in range(16)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+out = ctypes.c_void_p(libc.fdopen(1, b"w"))
+libc.malloc_info(0, out)
+libc.fflush(out)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks glibc")
+def test_freed_memory_is_kept_in_two_heaps_unless_the_environment_says_otherwise():
+    counts = []
+    given = {name: value for name, value in os.environ.items() if name != "MALLOC_ARENA_MAX"}
+    for words, limit in ((["keep"], {}), ([], {}), (["keep"], {"MALLOC_ARENA_MAX": "5"})):
+        command = [sys.executable, "-c", HEAPS, *words]
+        out = subprocess.run(command, cwd=ROOT, env=given | limit, capture_output=True, text=True, check=True)  # fmt: skip
+        counts.append(out.stdout.count("<heap "))
+    assert counts[0] == 2 and counts[1] > 8 and counts[2] == 5
