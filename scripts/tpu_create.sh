@@ -103,7 +103,7 @@ install+='. scripts/environment.sh && make_environment "[tpu,gcs]"'
 
 prepare() { # $1: a slice
   run "${vm[@]}" scp "$archive" "$1:vlm_jax.tar.gz" --worker=all "${where[@]}" &&
-    run "${vm[@]}" ssh "$1" --worker=all "${where[@]}" --command="$install${setup:+ && $setup}"
+    run "${vm[@]}" ssh "$1" --worker=all "${where[@]}" --command="$install${setup:+ && ($setup)}"
 }
 
 status=0 children=()

@@ -92,8 +92,9 @@ end() { # $1: exit code
   exit "$1"
 }
 
-failures=0
-for ((number = 1; ; number++)); do
+failures=0 number=1
+while [ -e "$logs/$number" ]; do number=$((number + 1)); done # the logs of earlier commands stay
+for (( ; ; number++)); do
   status=0
   { scripts/tpu_create.sh "${create[@]}" && attempt "$number"; } || status=$?
   if "${done_check[@]}" >/dev/null 2>&1; then

@@ -229,6 +229,10 @@ def test_a_command_that_fails_three_times_on_a_healthy_slice_is_given_up(tmp_pat
     assert done.returncode == 1 and "three times in a row" in done.stderr
     assert sum("vlm_jax.train" in line for line in calls(tmp_path)) == 3
     assert "queued-resources delete a" in calls(tmp_path)[-1]
+    assert run(tmp_path, "tpu_run.sh", *words).returncode == 1
+    assert sorted(p.name for p in (tmp_path / "logs").iterdir()) == list(
+        "123456"
+    )  # none overwritten
 
 
 def test_a_slice_that_cannot_be_asked_for_is_given_up(tmp_path, fakes):
@@ -241,6 +245,14 @@ def test_a_slice_that_cannot_be_asked_for_is_given_up(tmp_path, fakes):
     assert done.returncode == 1 and "three times in a row: could not be asked for" in done.stderr
     assert "no quota" in done.stderr and "the slice stays, and costs, until" in done.stdout
     assert sum("queued-resources create" in line for line in calls(tmp_path)) == 3
+
+
+def test_a_setup_does_not_hide_that_the_installation_failed(tmp_path):
+    done = run(tmp_path, "tpu_create.sh", *TPU, "--setup=false || true", "--dry-run")
+    command = next(w for w in printed(done.stdout)[-1] if w.startswith("--command="))
+    (tmp_path / "vlm_jax.tar.gz").write_text("no archive")
+    words = ["bash", "-c", command.removeprefix("--command=")]
+    assert subprocess.run(words, cwd=tmp_path, capture_output=True).returncode != 0
 
 
 def test_a_worker_with_an_old_python_gets_a_newer_one(tmp_path, fakes):

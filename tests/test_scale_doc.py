@@ -16,7 +16,7 @@ from vlm_jax.storage import run as experiment
 ROOT = Path(__file__).resolve().parents[1]
 # How many devices the machine of each section has.
 DEVICES = {
-    "Will it fit, and how long does it take?": 256, "One GPU": 1, "Eight GPUs, one or more nodes": 8, "One TPU slice": 256,
+    "From a laptop to TPU pods": 8, "Will it fit, and how long does it take?": 256, "One GPU": 1, "Eight GPUs, one or more nodes": 8, "One TPU slice": 256,
     "Several slices": 512, "GKE": 512,
 }  # fmt: skip
 LAUNCHERS = ("tpu_run.sh", "gke_run.sh", "sweep_array.sh", "slurm.sbatch")
@@ -61,11 +61,11 @@ TRAININGS = [(section, words) for section, text in ALL if (words := training(tex
 
 def test_the_page_has_the_commands_that_are_tested_here():
     assert {section for section, _ in TRAININGS} == DEVICES.keys()
-    assert len(TRAININGS) == 9 and len(LAUNCHED) == 6
+    assert len(TRAININGS) == 10 and len(LAUNCHED) == 6
     others = [t for _, t in ALL if t not in LAUNCHED and not training(t)]
     assert [t.split()[0] for t in others] == [
-        "git", "pip", "pip", "scripts/quickstart.sh", "pip", "gcloud", "gcloud", "scripts/prepare_data.py",
-        "scripts/prepare_data.py", "python",
+        "git", "pip", "hf", "hf", "python", "python", "pip", "scripts/quickstart.sh", "pip", "gcloud", "gcloud", "gcloud", "gcloud",
+        "scripts/prepare_data.py", "scripts/prepare_data.py", "python",
     ]  # fmt: skip
     assert not [text for _, text in ALL if "$" in text]
 
