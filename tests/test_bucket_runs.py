@@ -176,7 +176,7 @@ def test_a_server_that_is_gone_for_good_is_one_line_and_the_last_checkpoint_is_w
 ):
     fork, workdir = pair[0], Named(f"{BUCKET}/gone{in_a_save}", tmp_path)
     fork.start(workdir, **FIELDS)
-    while done(workdir) < 9 or (in_a_save and not saving(workdir)):
+    while fork.running() and (done(workdir) < 9 or (in_a_save and not saving(workdir))):
         time.sleep(0.002 if in_a_save else 0.05)
     server.stop()
     status = fork.wait(400)

@@ -16,7 +16,8 @@ from vlm_jax.storage import run as experiment
 ROOT = Path(__file__).resolve().parents[1]
 # How many devices the machine of each section has.
 DEVICES = {
-    "From a laptop to TPU pods": 8, "Will it fit, and how long does it take?": 256, "One GPU": 1, "Eight GPUs, one or more nodes": 8, "One TPU slice": 256,
+    "From a laptop to TPU pods": 8, "Will it fit, and how long does it take?": 256, "One GPU": 1,
+    "Eight GPUs, one or more nodes": 8, "One TPU slice": 256,
     "Several slices": 512, "GKE": 512,
 }  # fmt: skip
 LAUNCHERS = ("tpu_run.sh", "gke_run.sh", "sweep_array.sh", "slurm.sbatch")

@@ -93,7 +93,7 @@ def _keep_memory_flat() -> None:
     """
     arena_max = -8  # M_ARENA_MAX in malloc.h
     if "MALLOC_ARENA_MAX" not in os.environ:
-        with contextlib.suppress(AttributeError):
+        with contextlib.suppress(AttributeError, TypeError):  # TypeError: Windows
             ctypes.CDLL(None).mallopt(arena_max, 2)
 
 
