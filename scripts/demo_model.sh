@@ -59,7 +59,8 @@ shared=(
   --config.data.max_query_tokens=12 --config.optim.trainable="lora_|^(compressor|projector)/" --config.optim.optimizer=muon
   --config.optim.learning_rate=1e-3 --config.optim.muon_learning_rate=1e-2 --config.optim.decay_ratio=0.4 --config.train.save_every=100
 )
-for tokens in ${TOKENS:-1 4}; do
+counts="${TOKENS:-1 4}"
+for tokens in $counts; do
   case "$tokens" in 1) stride=8 ;; 4) stride=4 ;; 16) stride=2 ;; *) echo "demo_model.sh: TOKENS must be of 1, 4, 16." >&2; exit 2 ;; esac
   align="$out/align_v$tokens" instruct="$out/instruct_v$tokens"
   python -m vlm_jax.train --config=stage1 --workdir="$align" "${shared[@]}" --config.model.compressor.stride="$stride" \
@@ -76,4 +77,4 @@ for tokens in ${TOKENS:-1 4}; do
   done
 done
 python scripts/demo/score.py "$data" "$out"/eval_v* "$out"/eval_new_v* | tee "$out/scores.md"
-echo "python -m vlm_jax.chat --model=$out/instruct_v${tokens} PICTURE"
+echo "python -m vlm_jax.chat --model=$out/instruct_v${counts%% *} PICTURE" # the first of them

@@ -99,7 +99,7 @@ $([ -z "$spot" ] || echo '                cloud.google.com/gke-spot: "true"')
                   ports:
                     - containerPort: 8471
                     - containerPort: 8080
-                  command: [bash, -c, 'set -e; trap "kill -TERM \\\$child" TERM; eval "exec \$1" & child=\$!;
+                  command: [bash, -c, 'set -e; trap "kill -TERM \\\$!" TERM; eval "exec \$1" & child=\$!;
                     status=0; wait \$child || status=\$?; while kill -0 \$child 2>/dev/null; do status=0; wait \$child || status=\$?; done;
                     [ \$status = 0 ]; eval "\$2"', trainer]
                   args:

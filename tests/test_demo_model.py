@@ -128,6 +128,7 @@ def test_the_script_makes_a_model_from_nothing(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     made = read(out / "instruct_v4" / "config.json")["model"]
     assert made["compressor"]["name"] == "quecc" and made["lm"]["lora_rank"] == 16
+    assert done.stdout.endswith(f"--model={out}/instruct_v4 PICTURE\n")
     assert done.stdout.count("| all |") == 2 and (out / "scores.md").read_text() in done.stdout
     when = {p: p.stat().st_mtime_ns for p in out.rglob("final.json")}
     assert len(when) == 3
