@@ -99,8 +99,8 @@ $([ -z "$spot" ] || echo '                cloud.google.com/gke-spot: "true"')
                   ports:
                     - containerPort: 8471
                     - containerPort: 8080
-                  command: [bash, -c, 'set -e; trap "kill -TERM \\\$!" TERM; eval "exec \$1" & child=\$!;
-                    status=0; wait \$child || status=\$?; while kill -0 \$child 2>/dev/null; do status=0; wait \$child || status=\$?; done;
+                  command: [bash, -c, 'set -e; trap "kill -TERM \\\$!" TERM; eval "exec \$1" &
+                    status=0; wait \$! || status=\$?; while kill -0 \$! 2>/dev/null; do status=0; wait \$! || status=\$?; done;
                     [ \$status = 0 ]; eval "\$2"', trainer]
                   args:
                     - $(quoted "$@")

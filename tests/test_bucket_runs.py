@@ -18,7 +18,6 @@ from forks import Forks
 from gcs_server import Named, free_port, saving
 
 import vlm_jax
-from configs import default
 from vlm_jax import files, train
 from vlm_jax.laws import table
 from vlm_jax.storage import frozen
@@ -71,19 +70,6 @@ def test_the_miniature_with_every_path_in_a_bucket_is_the_local_one_bit_for_bit(
 # --- model directories ---------------------------------------------------------------------------------------------------
 
 
-def with_models(world, place, **train_fields):
-    """A config whose encoder and decoder are model directories in `place`; the encoder stays as it is."""
-    cfg, fresh = tiny.config(world, **train_fields), default.get_config()
-    for part, name in (("vit", "clip tower"), ("lm", "llama, many shards")):
-        cfg.model[part].update(
-            fresh.model[part].to_dict() | {"preset": f"{place}/{name}", "dtype": "float32"}
-        )
-        cfg.init[part] = f"{place}/{name}"
-    cfg.model.lm.remat = "none"
-    cfg.model.compressor.stride = 3
-    return cfg
-
-
 def test_model_directories_in_a_bucket_are_read_and_read_again(world, server, tmp_path):
     """A run leaves its frozen encoder out of its checkpoints; answering finds it in the bucket."""
     for name in ("llama, many shards", "clip tower"):
@@ -91,7 +77,7 @@ def test_model_directories_in_a_bucket_are_read_and_read_again(world, server, tm
     files.upload(tmp_path / "models", files.to_path(f"{BUCKET}/models"))
     picture, losses = world / "images" / "red.png", []
     for models, run in ((tmp_path / "models", tmp_path / "run"), (f"{BUCKET}/models", f"{BUCKET}/built")):  # fmt: skip
-        train.train(with_models(world, models), str(run))
+        train.train(tiny.with_models(world, models), str(run))
         assert {leaf.source for leaf in frozen.read(str(run)).values()} == {f"{models}/clip tower"}
         losses.append(vlm_jax.load(run).loss(picture, "What colour is this ?", "red"))
     metrics = [files.read_bytes(files.to_path(run) / "metrics.jsonl") for run in (tmp_path / "run", f"{BUCKET}/built")]  # fmt: skip

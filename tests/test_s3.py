@@ -13,7 +13,6 @@ import pytest
 import tiny
 from gcs_server import free_port
 
-from configs import default
 from configs import eval as eval_config
 from vlm_jax import evaluate, files, train
 from vlm_jax.settings.checks import ConfigError
@@ -74,14 +73,9 @@ def test_a_run_from_inputs_on_s3_is_that_from_a_disk_and_so_is_its_evaluation_th
         ("disk", str(world), tmp_path / "models", tmp_path / "eval"),
         ("s3", f"{BUCKET}/data", f"{BUCKET}/models", f"{BUCKET}/eval"),
     ):
-        cfg, fresh, run = tiny.config(world), default.get_config(), tmp_path / place
+        cfg, run = tiny.with_models(world, models_in), tmp_path / place
         cfg.data.annotations, cfg.data.image_roots = (f"{data}/data.json",), (data,)
         cfg.data.tokenizer = f"{data}/tokenizer"
-        for part, name in (("vit", "clip tower"), ("lm", "llama, many shards")):
-            preset = {"preset": f"{models_in}/{name}", "dtype": "float32"}
-            cfg.model[part].update(fresh.model[part].to_dict() | preset)
-            cfg.init[part] = f"{models_in}/{name}"
-        cfg.model.lm.remat, cfg.model.compressor.stride = "none", 3
         train.train(cfg, str(run))
         asked = eval_config.get_config()
         asked.eval.update(

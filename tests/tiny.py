@@ -119,3 +119,16 @@ def config(directory: Path, **train: int) -> ConfigDict:
     c.optim.update({"learning_rate": 1e-2, "trainable": "^(compressor|projector|lm)/"})
     c.train.update({"num_steps": 6, "log_every": 2, "save_every": 3, "random_frozen": True} | train)
     return c
+
+
+def with_models(directory: Path, place: Path | str, **train_fields) -> ConfigDict:
+    """`config` with the encoder and the decoder of hf_models in `place`; the encoder stays as it is."""
+    cfg, fresh = config(directory, **train_fields), default.get_config()
+    for part, name in (("vit", "clip tower"), ("lm", "llama, many shards")):
+        cfg.model[part].update(
+            fresh.model[part].to_dict() | {"preset": f"{place}/{name}", "dtype": "float32"}
+        )
+        cfg.init[part] = f"{place}/{name}"
+    cfg.model.lm.remat = "none"
+    cfg.model.compressor.stride = 3
+    return cfg

@@ -41,7 +41,7 @@ def of_run(workdir: str) -> dict[str, str]:
     all sampled blocks are equal. Raises ConfigError for a damaged run.
     """
     folder = to_path(workdir)
-    state = folder / "checkpoints" / str(experiment.last_step(workdir)) / "state"
+    state = experiment.checkpoint_folder(workdir) / str(experiment.last_step(workdir)) / "state"
     saved = sorted(path for path in state.rglob("*") if path.is_file())
     if not saved:
         raise ConfigError(f"{str(state)!r} holds no file; the checkpoint is damaged.")

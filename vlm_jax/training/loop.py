@@ -210,11 +210,9 @@ def _closing(thing: Any) -> Generator[Any, None, None]:
     except BaseException as first:
         try:
             thing.close()
-        except ConfigError as second:
+        except (ConfigError, RunEnded) as second:
             log.warning("also: %s", second)
-        except RunEnded as second:
-            log.warning("also: %s", second)
-            if isinstance(first, ConfigError):
+            if isinstance(second, RunEnded) and isinstance(first, ConfigError):
                 raise RunEnded(str(first), exit_code=2) from first
         raise
     thing.close()
