@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -203,7 +204,13 @@ def proxy(server):
         def log_message(self, *_):
             pass
 
-    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Quiet(http.server.ThreadingHTTPServer):
+        def handle_error(self, *request):
+            """A client that hung up before its answer is no line on the standard error that a test reads."""
+            if not isinstance(sys.exception(), ConnectionError):
+                super().handle_error(*request)
+
+    running = Quiet(("127.0.0.1", 0), Handler)
     running.codes, running.then, running.count = [], 0, 0
     running.address = f"http://127.0.0.1:{running.server_address[1]}"
     threading.Thread(target=running.serve_forever, daemon=True).start()
