@@ -39,7 +39,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.train.num_epochs = 1.0
     c.train.seed = 0  # of the initial parameters
     c.train.micro_batches = 1  # parts of a batch, computed one after the other: less memory
-    c.train.loss_chunk = 512  # positions per row whose logits exist at once; 0 = all
+    # Supervised positions per row whose logits exist at once, at most; 0 = all positions, supervised or not
+    c.train.loss_chunk = 512
     c.train.log_every = 10  # steps between progress lines; metrics.jsonl has every step
     c.train.save_every = 500  # steps between checkpoints
     c.train.keep = 2  # checkpoints kept

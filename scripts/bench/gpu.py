@@ -130,7 +130,7 @@ def steps(ladder: dict[str, bench.Case]) -> None:
 def step_row(name: str, case: bench.Case, own: Chip) -> None:
     exp = bench.experiment_of(case, "none", 0)
     mesh = sharding.make_mesh(exp.mesh, jax.devices()[:1])
-    plan, batch = step.plan(exp, mesh, 1000), sharding.put(bench.batch_of(case), mesh)
+    plan, batch = step.plan(exp, mesh, 1000), sharding.put(bench.batch_of(case, 0.5), mesh)
     state = step.fresh_state(plan)
     with sharding.use(mesh):
         compiled = step.make_step(plan).lower(state, batch).compile()

@@ -2,6 +2,7 @@
 """Tokens per second, MFU and memory of the training step, beside the same decoder in torch + transformers in the same run.
 
 scripts/bench/train.py [--rounds 5] [--sizes mini 10m 40m] [--no-torch]      a ladder of decoders on this machine's CPU, float32 (40m-bf16: in bfloat16)
+scripts/bench/train.py --sizes 0.5b-stage1 --supervised 0.05            the first stage of training: projector alone, captions
 scripts/bench/train.py --device=gpu [--sizes 0.5b 1.8b 7b-frozen 7b-lora] bfloat16, float32 masters of what is trained
 scripts/bench/train.py --memory                                         bytes of the 0.5B step by remat and loss_chunk; only compiles
 
@@ -11,7 +12,8 @@ sizes with SDPA, clipping, and fused AdamW; "compiled" is torch.compile of its l
 arrays lie in huge pages where the kernel gives them. All take turns in every round, so that a busy machine is busy for all, and
 torch's threads wait passively: they would hold cores in our turn. The table has medians, and the median (least, greatest) of
 the round-by-round ratios torch / ours: above 1 ours is faster; the last column is the same of the time that the process held
-cores, which other processes on the machine disturb less. The peak behind "MFU" is the chip's, or on a CPU the fastest of jax's
+cores, which other processes on the machine disturb less. FLOPs are those that the loss needs: logits of supervised positions alone,
+though torch computes all of them. The peak behind "MFU" is the chip's, or on a CPU the fastest of jax's
 and torch's 2048 x 2048 float32 products in the same rounds. Needs jax, flax and optax, and for torch's side torch and
 transformers.
 """
@@ -81,6 +83,8 @@ CPU |= {
     f"{name}-bf16": case._replace(lm=dataclasses.replace(case.lm, dtype="bfloat16"))
     for name, case in CPU.items()
 }
+CPU["0.5b-stage1"] = Case(presets.lm("qwen1.5-0.5b"), 1, 640, "^projector/")
+MORE = ("-bf16", "-stage1")  # cases that are measured only when asked for
 
 
 def gpu() -> dict[str, Case]:
@@ -117,8 +121,13 @@ def experiment_of(case: Case, remat: str, loss_chunk: int) -> Experiment:
     return Experiment(model, data, optim, MeshConfig(), InitConfig("", "", "", ""), train)
 
 
-def batch_of(case: Case) -> dict[str, np.ndarray]:
-    """Rows of VISUAL visual tokens and text, the last half of which is supervised."""
+def targets(case: Case, share: float) -> int:
+    """Supervised tokens of a row, the last ones."""
+    return round(share * case.length)
+
+
+def batch_of(case: Case, share: float) -> dict[str, np.ndarray]:
+    """Rows of VISUAL visual tokens and text, of which the last `share` is supervised."""
     rng = np.random.default_rng(0)
     rows, length = case.rows, case.length
     at = np.arange(length, dtype=np.int32)
@@ -128,7 +137,7 @@ def batch_of(case: Case) -> dict[str, np.ndarray]:
         "visual_index": every_row(np.where(at < VISUAL, at, -1).astype(np.int32)),
         "positions": every_row(at),
         "segments": np.zeros((rows, length), np.int32),
-        "loss_mask": every_row(at >= length // 2),
+        "loss_mask": every_row(at >= length - targets(case, share)),
         "feature_last": rng.standard_normal((rows, 1, VISUAL, 64)).astype(np.float32),
     }
 
@@ -237,7 +246,7 @@ def contestant(name: str, size: str, args: argparse.Namespace, connection: Any) 
     """The process of one of the steps: takes a turn for each message and answers with it."""
     jax.config.update("jax_platforms", PLATFORMS[args.device])
     case = ladder(args.device)[size]
-    batch = batch_of(case)
+    batch = batch_of(case, args.supervised)
     x = np.random.default_rng(0).standard_normal((2048, 2048)).astype(np.float32)
     run = ours(case, batch, args) if name == "ours" else theirs(case, batch, "compiled" in name)
     if name == "ours":
@@ -289,7 +298,8 @@ def measure(size: str, args: argparse.Namespace) -> list[str]:
     plan = step.plan(exp, sharding.make_mesh(exp.mesh, jax.devices()[:1]), 1000)
     learning = flatten_dict(plan.state.trainable, sep="/").keys()
     flops = step_flops(
-        exp.model, rows=case.rows, tokens=case.length, images=case.rows, query_tokens=0, trainable=learning, encoded=False
+        exp.model, rows=case.rows, tokens=case.length, images=case.rows, query_tokens=0, trainable=learning, encoded=False,
+        supervised=case.rows * targets(case, args.supervised),
     ).total  # fmt: skip
     if args.device == "cpu":
         peak = 2 * 2048**3 / min(turn.product for each in found.values() for turn in each[2:])
@@ -318,7 +328,10 @@ def memory(args: argparse.Namespace) -> list[str]:
     ]  # fmt: skip
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     case = Case(presets.lm("qwen1.5-0.5b"), args.rows, args.length)
-    batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in batch_of(case).items()}
+    batch = {
+        k: jax.ShapeDtypeStruct(x.shape, x.dtype)
+        for k, x in batch_of(case, args.supervised).items()
+    }
     for remat in ("none", "dots", "full"):
         for chunk in (0, 256):
             plan = step.plan(experiment_of(case, remat, chunk), mesh, 1000)
@@ -340,12 +353,17 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--sizes", nargs="*", help="of the ladder; default: all in float32, or all on a GPU"
+        "--sizes",
+        nargs="*",
+        help="of the ladder; default: mini to 120m in float32, or all on a GPU",
     )
     parser.add_argument(
         "--remat", default="dots", help="as configs/default.py says unless given; --loss-chunk too"
     )
     parser.add_argument("--loss-chunk", type=int, default=512)
+    parser.add_argument(
+        "--supervised", type=float, default=0.5, help="share of each row's tokens that are targets"
+    )
     parser.add_argument("--no-torch", action="store_true")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--rows", type=int, default=4, help="with --memory")
@@ -360,12 +378,12 @@ def main() -> None:
         return
     device = jax.devices()[0].device_kind
     out = [
-        f"{device} ({platform.machine()}), {args.rounds} rounds, remat {args.remat}, loss_chunk {args.loss_chunk}", "",
+        f"{device} ({platform.machine()}), {args.rounds} rounds, remat {args.remat}, loss_chunk {args.loss_chunk}, supervised {args.supervised:.0%}", "",
         "| decoder | parameters | tokens | step | first loss | ms | tokens/s | GFLOP/s | MFU | torch / ours (least, greatest) | CPU time, torch / ours |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     sys.stdout.write("\n".join(out) + "\n")
-    for size in args.sizes or [name for name in ladder(args.device) if not name.endswith("-bf16")]:
+    for size in args.sizes or [name for name in ladder(args.device) if not name.endswith(MORE)]:
         sys.stdout.write("\n".join(measure(size, args)) + "\n")
         sys.stdout.flush()
 

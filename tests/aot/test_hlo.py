@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from vlm_jax import aot
 from vlm_jax.aot import hlo, programs
+from vlm_jax.training import losses
 
 LAYERS, ROWS, WIDTH = 8, 256, 512
 MATMULS = 2 * LAYERS * ROWS * WIDTH**2
@@ -106,6 +107,19 @@ def test_a_loop_of_unknown_length_counts_once_and_is_reported(platform):
 
     costs = count(platform, until, (ROWS, WIDTH), (WIDTH, WIDTH))
     assert (costs.flops, costs.open_loops) == (2 * ROWS * WIDTH**2, 1)
+
+
+@both
+@pytest.mark.parametrize("chunk", [8, 512])
+def test_the_loss_s_loop_counts_as_often_as_it_may_run(platform, chunk):
+    """It ends with the last supervised position."""
+
+    def loss(hidden, head):
+        tokens = jnp.arange(4 * 1024).reshape(4, 1024) % 512
+        return losses.chunked_next_token_loss(hidden, head, tokens, tokens % 3 == 1, chunk)[0]
+
+    costs = count(platform, jax.grad(loss, (0, 1)), (4, 1024, WIDTH), (WIDTH, 512))
+    assert (costs.flops, costs.open_loops) == (3 * 2 * 4 * 1024 * WIDTH * 512, 0)
 
 
 def test_a_loop_that_counts_in_steps_is_read_from_its_condition():

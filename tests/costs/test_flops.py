@@ -315,6 +315,21 @@ def test_a_training_step_is_within_two_percent_of_xla(case, tmp_path):
     assert count.total == pytest.approx(measured, rel=0.02)
 
 
+def test_logits_are_counted_for_supervised_slots_alone():
+    config = whole(dict(name="identity"))
+    product = 2 * config.lm.width * config.lm.vocab_size
+
+    def count(supervised: int | None, *trainable: str) -> int:
+        sizes = dict(rows=2, tokens=96, images=2, query_tokens=0, trainable=trainable)
+        return flops.step_flops(config, **sizes, supervised=supervised).decoder
+
+    assert count(2 * 96, "lm/head") == count(None, "lm/head")
+    assert count(7, "lm/head") - count(0, "lm/head") == 7 * 2 * product
+    # The head is frozen, and gradients flow through it to the projector.
+    assert count(7, "projector/dense_0/kernel") - count(0, "projector/dense_0/kernel") == 7 * 2 * product  # fmt: skip
+    assert count(7, "lm/layers/mlp/up/kernel", "lm/head") - count(0, "lm/layers/mlp/up/kernel", "lm/head") == 7 * 3 * product  # fmt: skip
+
+
 def test_an_elastic_step_runs_the_decoder_once_per_number_of_tokens_and_the_rest_once():
     def count(scales: tuple[int, ...]) -> flops.StepFlops:
         config = whole(dict(name="m3", train_tokens=scales))

@@ -52,12 +52,13 @@ def test_in_bfloat16_too_whole_logits_have_the_loss_of_chunks():
     np.testing.assert_allclose(_logits(hidden, head), exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("chunk", [1, 4, 13, 99])
-def test_the_chunked_loss_and_its_gradients_are_those_of_whole_logits(chunk):
+def test_the_chunked_loss_and_its_gradients_are_those_of_whole_logits(chunk, tied):
     hidden, head, tokens, mask = drawn()
 
     def chunked(hidden, head):
-        return losses.chunked_next_token_loss(hidden, head, tokens, mask, chunk)
+        return losses.chunked_next_token_loss(hidden, head, tokens, mask, chunk, tied)
 
     def direct(hidden, head):
         return whole(hidden, head, tokens, mask)
@@ -72,6 +73,41 @@ def test_the_chunked_loss_and_its_gradients_are_those_of_whole_logits(chunk):
     np.testing.assert_allclose(jax.jit(chunked)(hidden, head)[0], want, rtol=1e-6)  # no gradient
 
 
+@pytest.mark.parametrize("targets", [0, 1, 512, 513, 1500])
+def test_logits_are_computed_in_as_many_blocks_as_the_targets_fill(targets, monkeypatch):
+    """1,500 positions of three rows, in blocks of 512 whatever row they are of."""
+    rng, turns, score = np.random.default_rng(targets), [], losses._score
+    hidden = jnp.asarray(rng.normal(size=(3, 500, WIDTH)), jnp.float32)
+    head = drawn()[1]
+    tokens = jnp.asarray(rng.integers(0, VOCAB, (3, 501)), jnp.int32)
+    mask = np.zeros((3, 501), bool)
+    chosen = rng.permutation(1500)[:targets]
+    mask[chosen // 500, 1 + chosen % 500] = True  # the first token of a row is no target
+    hidden = jnp.pad(hidden, ((0, 0), (0, 1), (0, 0)))  # nothing comes after the last
+
+    def counted(*args, **kwargs):
+        jax.debug.callback(lambda: turns.append(1))
+        return score(*args, **kwargs)
+
+    monkeypatch.setattr(losses, "_score", counted)
+
+    def chunked(hidden, head):
+        return losses.chunked_next_token_loss(hidden, head, tokens, jnp.asarray(mask), 512)
+
+    def direct(hidden, head):
+        return whole(hidden, head, tokens, jnp.asarray(mask))
+
+    (want, told), grads = jax.value_and_grad(direct, (0, 1), has_aux=True)(hidden, head)
+    (loss, scalars), made = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))(hidden, head)
+    jax.effects_barrier()
+    assert len(turns) == -(-targets // 512)
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
+    assert scalars["tokens"] == told["tokens"] == targets
+    assert scalars["accuracy"] == told["accuracy"]
+    for mine, theirs in zip(made, grads, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-7)
+
+
 def test_a_head_that_does_not_learn_gets_no_gradient_and_its_product_is_not_computed():
     hidden, head, tokens, mask = drawn()
 
@@ -82,12 +118,23 @@ def test_a_head_that_does_not_learn_gets_no_gradient_and_its_product_is_not_comp
     assert (of(0, 1), of(0), of(1)) == (3, 2, 2)
 
 
+def test_a_tied_head_is_multiplied_as_the_table_that_it_is():
+    hidden, head, tokens, mask = drawn()
+
+    def loss(hidden, table):
+        return losses.chunked_next_token_loss(hidden, table.T, tokens, mask, 4, tied=True)[0]
+
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, head.T).compile().as_text()
+    assert f"f32[{VOCAB},{WIDTH}]" in compiled and f"f32[{WIDTH},{VOCAB}]" not in compiled
+
+
 def test_chunked_logits_never_exist_whole():
     hidden, head, tokens, mask = drawn()
     loss = lambda h, w: losses.chunked_next_token_loss(h, w, tokens, mask, 4)[0]  # noqa: E731
     text = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden, head))
-    assert f"{ROWS},4,{VOCAB}" in text and f"{ROWS},{LENGTH},{VOCAB}" not in text
-    assert f"{ROWS},16,{VOCAB}" not in text
+    assert f"[{ROWS * 4},{VOCAB}]" in text
+    for positions in (f"{ROWS},{LENGTH}", ROWS * LENGTH, ROWS * 16):
+        assert f"[{positions},{VOCAB}]" not in text
 
 
 def test_in_bfloat16_the_chunked_loss_keeps_float32_logits():

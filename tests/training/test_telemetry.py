@@ -6,6 +6,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny
 from flax.traverse_util import flatten_dict
@@ -38,6 +39,22 @@ def test_the_flops_of_a_step_are_a_lower_bound_near_the_compiler_s_count(tmp_pat
     learning = flatten_dict(plan.state.trainable, sep="/").keys()
     got = flops.batch_flops(exp, learning, tokens=128, has_images=True).total
     assert 0.7 * counted < got < counted
+
+
+@pytest.mark.parametrize("loss_chunk", [0, 512])
+def test_a_step_s_work_counts_logits_as_the_loss_computes_them(tmp_path, loss_chunk):
+    config = tiny.config(tmp_path, loss_chunk=loss_chunk)
+    exp = experiment.resolve(config)
+    plan = loop.plan(exp, sharding.make_mesh(exp.mesh), 3)
+    mask = np.zeros((2, 100), bool)  # of two of the batch's rows, those of one of two processes
+    mask[0, 90:], mask[1, :3] = True, True  # nothing predicts the first token of a row
+    host = {"tokens": np.zeros((2, 100), np.int32), "loss_mask": mask, "images": None}
+    assert exp.data.batch_size == 4
+    learning = flatten_dict(plan.state.trainable, sep="/").keys()
+    want = flops.batch_flops(exp, learning, 100, True, 2 * (10 + 2)).total
+    assert loop._work(plan)(host) == (400, want)
+    every = flops.batch_flops(exp, learning, 100, True).total
+    assert (want < every) == (loss_chunk > 0)
 
 
 def test_the_peak_is_known_for_accelerators_only():

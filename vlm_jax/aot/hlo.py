@@ -19,6 +19,7 @@ COLLECTIVES = (
 SLICES = ("dynamic-slice", "slice", "gather")
 DCN = "DCN "  # before the name of a collective between TPU slices
 MEGASCALE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+TURNS = re.compile(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)|at_most_(\d+)_turns\)?/while"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +111,13 @@ class Counter:
         total.memory_bytes += self._traffic(i, here)
 
     def _turns(self, loop: Instruction, here: Computation) -> int | None:
-        """The number of iterations: as annotated, else derived from `counter < limit`, `counter + step` and the start."""
-        known = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', loop.attributes)
+        """The number of iterations: as annotated, else derived from `counter < limit`, `counter + step` and the start.
+
+        A loop that may end early counts as often as it may run: the loss names its scope `at_most_N_turns`.
+        """
+        known = TURNS.search(loop.attributes)
         if known:
-            return int(known[1])
+            return int(known[1] or known[2])
         condition = self.computations[loop.called("condition") or ""]
         body = self.computations[loop.called("body") or ""]
         test = condition.by_name[condition.root]

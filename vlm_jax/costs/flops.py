@@ -218,6 +218,7 @@ def step_flops(
     query_tokens: int,
     trainable: Collection[str],
     encoded: bool = True,
+    supervised: int | None = None,
 ) -> StepFlops:
     """One training step on `rows` sequences of `tokens` slots with `images` image slots in all, padding included.
 
@@ -225,6 +226,7 @@ def step_flops(
       query_tokens: slots of the question that a compressor looks at.
       trainable: paths of the parameters that learn, such as "lm/layers/attn/q/kernel".
       encoded: whether the encoder runs; False: its features come from a cache.
+      supervised: how many slots in all have logits, those of the tokens before a target; None: every slot.
 
     What MQT computes once per batch is counted per image (0.01 % of a 7B decoder's step).
     """
@@ -232,20 +234,32 @@ def step_flops(
     learns = _Learning(frozenset(trainable))
     encoder_learns = encoded and learns.any("vit")
     compressor = _compressor_step(config, learns, encoder_learns)
-    visual = encoder_learns or learns.any("compressor", "projector")
+    flows = images > 0 and (encoder_learns or learns.any("compressor", "projector"))
+    logits = rows * tokens if supervised is None else supervised
     return StepFlops(
         encoder=images * encoded * _encoder_step(config.vit, learns),
         query=images * query_flops(config, query_tokens),
         compressor=images * compressor,
         projector=images * _projector_step(config, learns, encoder_learns),
-        decoder=rows * passes * _decoder_step(config.lm, tokens, learns, images > 0 and visual),
+        decoder=passes
+        * (
+            rows * _layers_step(config.lm, tokens, learns, flows)
+            + logits * _head_step(config.lm, learns, flows)
+        ),
     )
 
 
 def batch_flops(
-    exp: Experiment, trainable: Collection[str], tokens: int, has_images: bool
+    exp: Experiment,
+    trainable: Collection[str],
+    tokens: int,
+    has_images: bool,
+    supervised: int | None = None,
 ) -> StepFlops:
-    """`step_flops` of a batch of a run: `tokens` slots per row; text-only batches have no images."""
+    """`step_flops` of a batch of a run: `tokens` slots per row; text-only batches have no images.
+
+    supervised: targets of the batch; None: as many as slots. With `train.loss_chunk` 0 every slot has logits all the same.
+    """
     data = exp.data
     return step_flops(
         exp.model,
@@ -255,6 +269,7 @@ def batch_flops(
         query_tokens=0 if data.query == "none" else data.max_query_tokens,
         trainable=trainable,
         encoded=not data.features_dir,
+        supervised=supervised if exp.train.loss_chunk else None,
     )
 
 
@@ -288,16 +303,20 @@ def _projector_step(config: VLMConfig, learns: _Learning, encoder_learns: bool) 
     return total
 
 
-def _decoder_step(lm: LMConfig, tokens: int, learns: _Learning, visual: bool) -> int:
+def _layers_step(lm: LMConfig, tokens: int, learns: _Learning, visual: bool) -> int:
     """One row. visual: whether gradients flow on to the visual tokens, so through every layer."""
     flows = visual or learns.any("lm/embed", "lm/layers")
-    head = "lm/embed" if lm.tied_embeddings else "lm/head"
     weights = 0
     for path, (fan_in, fan_out) in decoder_maps(lm).items():
         own, adapter = fan_in * fan_out, _adapter_weights(lm, path)
         weights += own * (1 + flows + learns.any(f"lm/{path}/kernel"))
         weights += adapter * (1 + flows + learns.any(f"lm/{path}/lora_a", f"lm/{path}/lora_b"))
     layer = 2 * tokens * weights + (1 + 2 * flows) * _decoder_attention(lm, tokens, tokens)
-    logits = 2 * tokens * lm.width * lm.vocab_size
-    back = (flows or learns.any("lm/final_norm")) + learns.any(head)
-    return lm.num_layers * layer + logits * (1 + back)
+    return lm.num_layers * layer
+
+
+def _head_step(lm: LMConfig, learns: _Learning, visual: bool) -> int:
+    """The logits of one slot. visual: as in `_layers_step`."""
+    head = "lm/embed" if lm.tied_embeddings else "lm/head"
+    back = visual or learns.any("lm/embed", "lm/layers", "lm/final_norm")
+    return 2 * lm.width * lm.vocab_size * (1 + back + learns.any(head))

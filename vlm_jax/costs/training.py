@@ -9,13 +9,14 @@ not counted; it bounds LMs below 1B.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 
 from vlm_jax import compressors
 from vlm_jax.costs import flops
 from vlm_jax.costs.chips import VALUE_BYTES, Chip
 from vlm_jax.settings.model import LORA, LMConfig, VLMConfig
-from vlm_jax.settings.run import Experiment
+from vlm_jax.settings.run import Experiment, logit_block
 
 GRADIENT_BYTES = 4
 MOMENT_BYTES = {"float32": 4, "bfloat16": 2}
@@ -92,7 +93,7 @@ def trainable(exp: Experiment) -> dict[str, int]:
 
 
 def step(exp: Experiment, ways: Ways, tokens: int, has_images: bool = True) -> Step:
-    """A step on rows of `tokens` slots, visual ones included."""
+    """A step on rows of `tokens` slots, visual ones included, each of them supervised: FLOPs of the head are at most these."""
     learning = trainable(exp)
     spent = flops.batch_flops(exp, learning, tokens, has_images)
     again = _recomputed(exp, tokens)
@@ -148,8 +149,10 @@ def _temporary_bytes(exp: Experiment, ways: Ways, learning: dict[str, int], toke
     table = lm.vocab_size * lm.width / ways.parts
     learns_head = ("lm/embed" if lm.tied_embeddings else "lm/head") in learning
     tables = table * (VALUE_BYTES * (1 if lm.tied_embeddings else 2) + GRADIENT_BYTES * learns_head)
-    chunk = min(train.loss_chunk or tokens, tokens)
-    logits = rows * chunk * lm.vocab_size * 8 / ways.parts
+    block = slots
+    if train.loss_chunk:
+        block = logit_block(train.loss_chunk, math.ceil(rows), tokens, learns_head)
+    logits = block * lm.vocab_size * 8 / ways.parts
     layer = lm.non_embedding_params / lm.num_layers / ways.parts
     inner = slots * (2 * _attention_width(lm) + 3 * lm.mlp_width + 4 * lm.width) * VALUE_BYTES
     images = rows * exp.data.image_slots * (not exp.data.features_dir)

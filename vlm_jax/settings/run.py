@@ -189,7 +189,8 @@ class TrainConfig:
     random_frozen: bool = False  # whether a frozen part may keep its random initial parameters
     save_frozen: bool = False  # whether checkpoints hold what is frozen and lies elsewhere as well
     micro_batches: int = 1  # parts of a batch whose gradients are computed in turn and added
-    loss_chunk: int = 0  # positions per row whose logits are in memory at once; 0 = all
+    # Logits are computed for supervised positions alone, of so many per row at once; 0 = for all positions, all at once.
+    loss_chunk: int = 0
     validation: tuple[str, ...] = ()  # annotation files of held-out records
     validation_roots: tuple[
         str, ...
@@ -218,6 +219,17 @@ class TrainConfig:
             raise ConfigError(
                 f"train: num_steps {self.num_steps} and num_epochs {self.num_epochs} make no step; set one of them."
             )
+
+
+def logit_block(loss_chunk: int, rows: int, tokens: int, head_learns: bool) -> int:
+    """Supervised positions of `rows` rows of `tokens` slots, those of one device, whose logits exist at once.
+
+    Small blocks compute few logits in vain. But each reads the head anew: with less than 256 positions an accelerator waits
+    for its memory. Where the head learns, each also adds to the head's gradient in float32, so they are fewer and larger.
+    """
+    slots = rows * tokens
+    block = max(512, -(-slots // 8)) if head_learns else 256
+    return min(slots, rows * loss_chunk, block)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -250,9 +250,7 @@ def _loop(
                 counts[validation.LOSS] = display.held_out = held.loss(state)
                 held.keep(step, state, counts[validation.LOSS])
             metrics.append(step, scalars | counts, host["ids"])
-            display.add(
-                step, *work(host["tokens"].shape[1], bool({"images", "feature_last"} & host.keys()))
-            )
+            display.add(step, *work(host))
             if interrupt.reached(step):
                 last = step
 
@@ -285,14 +283,20 @@ def _loop(
     return step
 
 
-def _work(p: TrainPlan) -> Callable[[int, bool], tuple[int, float]]:
-    """(slots per row, does the batch have images) -> tokens and FLOPs of a step, over all processes."""
+def _work(p: TrainPlan) -> Callable[[Mapping[str, Any]], tuple[int, float]]:
+    """This process's part of a batch -> tokens and FLOPs of the step, over all processes, whose parts are taken to be alike."""
     exp, learning = p.experiment, flatten_dict(p.state.trainable, sep="/").keys()
 
     @functools.cache
-    def of(length: int, has_images: bool) -> tuple[int, float]:
-        spent = batch_flops(exp, learning, length, has_images).total
-        return exp.data.batch_size * length, spent
+    def spent(length: int, has_images: bool, supervised: int) -> int:
+        return batch_flops(exp, learning, length, has_images, supervised).total
+
+    def of(host: Mapping[str, Any]) -> tuple[int, float]:
+        rows, length = host["tokens"].shape
+        kind = length, bool({"images", "feature_last"} & host.keys())
+        supervised = host["loss_mask"][:, 1:].sum() * exp.data.batch_size / rows
+        without = spent(*kind, 0)
+        return exp.data.batch_size * length, without + supervised * (spent(*kind, 1) - without)
 
     return of
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vlm_jax import compressors
 from vlm_jax.layers import constrain, on_shards
 from vlm_jax.models.vlm import VLM, Inputs
-from vlm_jax.settings.run import Experiment
+from vlm_jax.settings.run import Experiment, logit_block
 from vlm_jax.training import optim
 
 Tree = dict[str, Any]
@@ -51,27 +51,32 @@ def chunked_next_token_loss(
     tokens: Int[Array, "B T"],
     loss_mask: Bool[Array, "B T"],
     chunk: int,
+    tied: bool = False,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """`next_token_loss` of the logits `hidden @ head`, of which only `chunk` positions per row are materialised at a time."""
+    """`next_token_loss` of the logits `hidden @ head`, computed for supervised positions alone, at most `chunk` per row at a time.
+
+    tied: whether the head is a transposed table of embeddings; it is multiplied as the table, or the loop would copy it.
+    """
     targets = jnp.roll(tokens, -1, axis=1)
     mask = jnp.roll(loss_mask, -1, axis=1).at[:, -1].set(False)
     # Gathers the width once; the loop over chunks would gather it for every chunk.
-    head = constrain(head.astype(hidden.dtype), None, "vocab")
-    total, hits = _summed(hidden, head, targets, mask, chunk)
+    axes, names = ("vd", ("vocab", None)) if tied else ("dv", (None, "vocab"))
+    head = constrain((head.T if tied else head).astype(hidden.dtype), *names)
+    total, hits = _summed(hidden, head, targets, mask, chunk, axes)
     return _mean(total, hits, mask.sum())
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _summed(
-    hidden: Array, head: Array, targets: Array, mask: Array, chunk: int
+    hidden: Array, head: Array, targets: Array, mask: Array, chunk: int, axes: str
 ) -> tuple[Array, Array]:
-    """The summed loss and the number of hits over the targets that `mask` selects."""
-    total, hits, _, _ = _over_shards(hidden, head, targets, mask, chunk, (False, False))
+    """The summed loss and the number of hits over the targets that `mask` selects. axes: of the head, "dv" or "vd"."""
+    total, hits, _, _ = _over_shards(hidden, head, targets, mask, chunk, axes, (False, False))
     return total, hits
 
 
 def _summed_forward(
-    hidden: Any, head: Any, targets: Any, mask: Any, chunk: int
+    hidden: Any, head: Any, targets: Any, mask: Any, chunk: int, axes: str
 ) -> tuple[tuple[Array, Array], tuple[Array | None, Array | None]]:
     """Computes the gradients together with the loss, while a chunk's logits exist; the backward pass only scales them.
 
@@ -79,12 +84,12 @@ def _summed_forward(
     """
     wanted = (hidden.perturbed, head.perturbed)
     arrays = (hidden.value, head.value, targets.value, mask.value)
-    total, hits, *grads = _over_shards(*arrays, chunk, wanted)
+    total, hits, *grads = _over_shards(*arrays, chunk, axes, wanted)
     kept = [grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True)]
     return (total, hits), (kept[0], kept[1])
 
 
-def _summed_backward(chunk: int, grads: tuple, cotangents: tuple) -> tuple:
+def _summed_backward(chunk: int, axes: str, grads: tuple, cotangents: tuple) -> tuple:
     scale = cotangents[0]
     hidden, head = (None if g is None else (g * scale).astype(g.dtype) for g in grads)
     return hidden, head, None, None
@@ -94,12 +99,18 @@ _summed.defvjp(_summed_forward, _summed_backward, symbolic_zeros=True)
 
 
 def _over_shards(
-    hidden: Array, head: Array, targets: Array, mask: Array, chunk: int, wanted: tuple[bool, bool]
+    hidden: Array,
+    head: Array,
+    targets: Array,
+    mask: Array,
+    chunk: int,
+    axes: str,
+    wanted: tuple[bool, bool],
 ) -> tuple[Array, Array, Array, Array]:
     """(loss, hits, gradient of hidden, gradient of head), summed over shards once, after the loop over chunks."""
     rows = ("batch", None)
     function = on_shards(
-        functools.partial(_over_chunks, chunk=chunk, wanted=wanted),
+        functools.partial(_over_chunks, chunk=chunk, axes=axes, wanted=wanted),
         inputs=((*rows, None), (None, None), rows, rows),
         outputs=(rows, rows, (*rows, None), (*rows, None, None)),
     )
@@ -109,51 +120,78 @@ def _over_shards(
 
 def _over_chunks(
     hidden: Float[Array, "B T D"],
-    head: Float[Array, "D V"],
+    head: Array,
     targets: Int[Array, "B T"],
     mask: Bool[Array, "B T"],
     *,
     chunk: int,
+    axes: str,
     wanted: tuple[bool, bool],
-) -> tuple[Float[Array, "1 1"], Int[Array, "1 1"], Float[Array, "B T _"], Float[Array, "1 1 _ V"]]:
-    """The sums of one shard. A gradient that is not wanted has width 0."""
-    (rows, length, width), (_, vocab) = hidden.shape, head.shape
-    chunk = min(chunk, length)
-    beyond = -length % chunk
+) -> tuple[Float[Array, "1 1"], Int[Array, "1 1"], Float[Array, "B T _"], Array]:
+    """The sums of one shard. A gradient that is not wanted has no elements.
 
-    def split(x: Array) -> Array:
-        """[B T ..] as [chunks B chunk ..], padded with masked positions."""
-        x = jnp.pad(x, ((0, 0), (0, beyond), *((0, 0),) * (x.ndim - 2)))
-        return x.reshape(rows, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+    Supervised positions of all rows are collected block by block, and the loop ends with the last of them: what no target
+    supervises, visual tokens and questions, costs nothing.
+    """
+    rows, length, width = hidden.shape
+    slots, size = rows * length, logit_block(chunk, rows, length, wanted[1])
+    score = functools.partial(_score, head=head, axes=axes, wanted=wanted)
+    states, labels, supervised = hidden.reshape(slots, width), targets.ravel(), mask.ravel()
+    if size == slots:
+        total, hits, d_states, d_head = score(states, labels, supervised)
+        return total[None, None], hits[None, None], d_states.reshape(rows, length, -1), d_head[None, None]  # fmt: skip
 
-    def body(carry: tuple, chunks: tuple) -> tuple[tuple, Array]:
-        total, hits, d_head = carry
-        h, target, m = chunks
-        logits = jnp.einsum("btd,dv->btv", h, head, preferred_element_type=jnp.float32)
-        normaliser = jax.nn.logsumexp(logits, axis=-1)
-        picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-        total += jnp.where(m, normaliser - picked, 0.0).sum()
-        hits += ((picked == logits.max(axis=-1)) & m).sum()
-        is_target = jnp.arange(vocab) == target[..., None]
-        d_logits = jnp.where(m[..., None], jnp.exp(logits - normaliser[..., None]) - is_target, 0.0)
-        d_logits = d_logits.astype(head.dtype)
-        d_hidden = jnp.zeros((*m.shape, 0), h.dtype)
-        if wanted[0]:
-            d_hidden = jnp.einsum("btv,dv->btd", d_logits, head)
-        if wanted[1]:
-            d_head += jnp.einsum("btd,btv->dv", h, d_logits, preferred_element_type=jnp.float32)
-        return (total, hits, d_head), d_hidden
+    blocks, count = -(-slots // size), supervised.sum()
+    (order,) = jnp.nonzero(supervised, size=blocks * size, fill_value=slots)
+
+    def is_left(carry: tuple) -> Array:
+        return carry[0] * size < count
+
+    def body(carry: tuple) -> tuple:
+        number, total, hits, d_states, d_head = carry
+        at = jax.lax.dynamic_slice(order, (number * size,), (size,))
+        chosen, target = (x.at[at].get(mode="fill", fill_value=0) for x in (states, labels))
+        loss, hit, d_block, d_more = score(chosen, target, at < slots)
+        d_states = jax.lax.dynamic_update_slice(d_states, d_block, (number * size, 0))
+        return number + 1, total + loss, hits + hit, d_states, d_head + d_more
 
     start = (
-        jnp.float32(0),
-        jnp.int32(0),
-        jnp.zeros((width if wanted[1] else 0, vocab), jnp.float32),
-    )
-    (total, hits, d_head), d_hidden = jax.lax.scan(
-        body, start, (split(hidden), split(targets), split(mask))
-    )
-    d_hidden = d_hidden.swapaxes(0, 1).reshape(rows, length + beyond, -1)[:, :length]
+        jnp.int32(0), jnp.float32(0), jnp.int32(0),
+        jnp.zeros((blocks * size, width if wanted[0] else 0), hidden.dtype),
+        jnp.zeros(head.shape if wanted[1] else (0, 0), jnp.float32),
+    )  # fmt: skip
+    with jax.named_scope(f"at_most_{blocks}_turns"):  # read by `vlm_jax.aot`
+        _, total, hits, d_states, d_head = jax.lax.while_loop(is_left, body, start)
+    place = jnp.cumsum(supervised) - 1  # of each supervised position in `order`
+    d_hidden = jnp.where(supervised[:, None], d_states[place], 0).reshape(rows, length, -1)
     return total[None, None], hits[None, None], d_hidden, d_head[None, None]
+
+
+def _score(
+    hidden: Float[Array, "N D"],
+    targets: Int[Array, " N"],
+    mask: Bool[Array, " N"],
+    *,
+    head: Array,
+    axes: str,
+    wanted: tuple[bool, bool],
+) -> tuple[Float[Array, ""], Int[Array, ""], Float[Array, "N _"], Array]:
+    """(loss, hits, gradient of hidden, gradient of head) of one block."""
+    logits = jnp.einsum(f"td,{axes}->tv", hidden, head, preferred_element_type=jnp.float32)
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    total = jnp.where(mask, normaliser - picked, 0.0).sum()
+    hits = ((picked == logits.max(axis=-1)) & mask).sum()
+    is_target = jnp.arange(logits.shape[1]) == targets[:, None]
+    d_logits = jnp.where(mask[:, None], jnp.exp(logits - normaliser[:, None]) - is_target, 0.0)
+    d_logits = d_logits.astype(head.dtype)
+    d_hidden = jnp.zeros((hidden.shape[0], 0), hidden.dtype)
+    d_head = jnp.zeros((0, 0), jnp.float32)
+    if wanted[0]:
+        d_hidden = jnp.einsum(f"tv,{axes}->td", d_logits, head)
+    if wanted[1]:
+        d_head = jnp.einsum(f"td,tv->{axes}", hidden, d_logits, preferred_element_type=jnp.float32)
+    return total, hits, d_hidden, d_head
 
 
 def make_loss(exp: Experiment, attention: str = "xla") -> Callable[..., Scored]:
@@ -177,7 +215,8 @@ def make_loss(exp: Experiment, attention: str = "xla") -> Callable[..., Scored]:
         tokens, mask = batch["tokens"], batch["loss_mask"]
         if chunk:
             hidden, head = output
-            return chunked_next_token_loss(hidden, head, tokens, mask, chunk)
+            tied = config.lm.tied_embeddings
+            return chunked_next_token_loss(hidden, head, tokens, mask, chunk, tied)
         return next_token_loss(output, tokens, mask)
 
     def plain(trainable: Tree, batch: Batch, step: Array, frozen: Tree | None = None) -> Scored:
