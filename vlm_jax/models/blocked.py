@@ -85,7 +85,8 @@ _block.defvjp(_forward, _backward)
 
 def _scores(q: Array, k: Array, allowed: Array | None) -> Array:
     scores = q.shape[-1] ** -0.5 * _product("bkth,bkhs->bkts", q, k)
-    return scores if allowed is None else jnp.where(allowed, scores, MASKED)
+    # A sum, not a choice: XLA's CPU backend fuses it with the product and the maximum.
+    return scores if allowed is None else scores + jnp.where(allowed, 0.0, MASKED)
 
 
 def _product(axes: str, *arrays: Array) -> Any:
