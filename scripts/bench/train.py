@@ -12,8 +12,8 @@ sizes with SDPA, clipping, and fused AdamW; "compiled" is torch.compile of its l
 arrays lie in huge pages where the kernel gives them. All take turns in every round, so that a busy machine is busy for all, and
 torch's threads wait passively: they would hold cores in our turn. The table has medians, and the median (least, greatest) of
 the round-by-round ratios torch / ours: above 1 ours is faster; the last column is the same of the time that the process held
-cores, which other processes on the machine disturb less. FLOPs are those that the loss needs: logits of supervised positions alone,
-though torch computes all of them. The peak behind "MFU" is the chip's, or on a CPU the fastest of jax's
+cores, which other processes on the machine disturb less. FLOPs are those that the loss needs: logits of supervised positions
+alone, though torch computes all of them. The peak behind "MFU" is the chip's, or on a CPU the fastest of jax's
 and torch's 2048 x 2048 float32 products in the same rounds. Needs jax, flax and optax, and for torch's side torch and
 transformers.
 """
