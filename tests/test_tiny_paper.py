@@ -152,20 +152,24 @@ def test_a_dry_run_counts_shared_and_elastic_trainings_once_and_sees_what_is_fin
     assert "every training fits" in said
 
 
-def test_a_dry_run_names_the_setting_that_makes_a_training_fit(tmp_path):
+@pytest.mark.parametrize("stage, slices", [("align", "v5e:2x4"), ("tune", "v5e:4x4")])
+def test_a_dry_run_names_the_setting_that_makes_a_training_fit(tmp_path, stage, slices):
     from configs import paper
 
     cfg = paper.get_config()
     cfg.sweep.lms, cfg.sweep.visual_tokens = ("qwen1.5-7b",), (576,)
-    on = dry_run.machine("v5e:4x4", "0.4")
+    on = dry_run.machine(slices, "0.4")
+
+    def only():
+        [entry] = [e for e in dry_run.entries(cfg, tmp_path, on) if e.stage == stage]
+        return entry
+
+    entry = only()
+    assert entry.peak_bytes > on.chip.hbm_bytes
     settings = {}
-    for entry in dry_run.entries(cfg, tmp_path, on):
-        assert entry.peak_bytes > on.chip.hbm_bytes
-        for pair in entry.remedy.removeprefix("fits with ").split(", "):
-            field, value = pair.split("=")
-            settings[f"{entry.stage}.{field}"] = (
-                int(value) if value.lstrip("-").isdigit() else value
-            )
+    for pair in entry.remedy.removeprefix("fits with ").split(", "):
+        field, value = pair.split("=")
+        settings[f"{stage}.{field}"] = int(value) if value.lstrip("-").isdigit() else value
     cfg.sweep.lm_settings = (*cfg.sweep.lm_settings, ("qwen1.5-7b", settings))
-    for entry in dry_run.entries(cfg, tmp_path, on):
-        assert not entry.remedy and entry.peak_bytes <= on.chip.hbm_bytes
+    entry = only()
+    assert not entry.remedy and entry.peak_bytes <= on.chip.hbm_bytes
