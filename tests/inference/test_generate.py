@@ -10,6 +10,7 @@ import pytest
 from compressor import compressor_config
 from flax import linen as nn
 
+from vlm_jax.inference import generate
 from vlm_jax.inference.generate import CANDIDATES, Decoding, choose, make_generate, nucleus_floor
 from vlm_jax.models.vlm import VLM, Inputs, init_params
 from vlm_jax.settings import presets
@@ -76,6 +77,18 @@ def answer(inputs, decoding=GREEDY, seeds=None):
     config, params = model()
     seeds = np.zeros(len(inputs.tokens), np.int32) if seeds is None else seeds
     return np.asarray(make_generate(config, decoding)(params, inputs, jnp.asarray(seeds)))
+
+
+def test_layers_that_are_scanned_give_the_tokens_of_unrolled_ones(monkeypatch):
+    config, params = model()
+    assert generate.unrolled(config.lm)
+    expected = answer(batch())
+    monkeypatch.setattr(generate, "UNROLLED_BYTES", 0)
+    assert not generate.unrolled(config.lm)
+    scanned = generate.Generator(config, GREEDY)
+    seeds = jnp.zeros(len(PROMPT_LENGTHS), jnp.int32)
+    np.testing.assert_array_equal(scanned(params, batch(), seeds), expected)
+    assert len(np.unique(expected)) > 4
 
 
 ROOM = 24

@@ -11,6 +11,7 @@ import torch
 import transformers
 from refs import hf_layout
 
+from vlm_jax.inference.generate import by_layer
 from vlm_jax.models.attention import AttentionMask
 from vlm_jax.models.lm import LM, causal_mask, empty_cache
 from vlm_jax.settings.model import LMConfig, RopeScaling
@@ -194,8 +195,10 @@ def compiled_cached(cfg: LMConfig):
     return jax.jit(functools.partial(LM(cfg).apply, method=step))
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("name", ["llama, grouped queries", "qwen3, normed heads"])
-def test_prefill_and_decode_with_a_cache_equal_one_pass_without(name):
+def test_prefill_and_decode_with_a_cache_equal_one_pass_without(name, apart):
+    """apart: each layer decodes with a cache and weights of its own."""
     cfg, params, _ = build(name)
     lengths, prompt, steps, room = np.array([5, 3]), 5, 4, 12
     rows = [ids(1, n + steps, seed=int(n))[0] for n in lengths]
@@ -214,6 +217,10 @@ def test_prefill_and_decode_with_a_cache_equal_one_pass_without(name):
     logits, cache = step(
         {"params": params}, *as_jax(tokens, positions, segments, segments[:, :prompt], 0), cache
     )
+    if apart:
+        everything, cache = by_layer({"lm": params}, cache)
+        params = everything["lm"]
+        assert len(cache) == cfg.num_layers > 1
     for i in range(steps):
         for b, n in enumerate(lengths):
             error = np.abs(logits[b, -1] - plain[b][n - 1 + i]).max()

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vlm_jax.models.lm import Cache, cache_behind, empty_cache
 from vlm_jax.models.vlm import VLM, Inputs, Layout
 from vlm_jax.settings.checks import ConfigError, check_positive
-from vlm_jax.settings.model import VLMConfig
+from vlm_jax.settings.model import LMConfig, VLMConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,27 @@ class Decoding:
             raise ConfigError(f"decoding: top_p must lie in (0, 1], got {self.top_p}.")
 
 
+# Of all layers' weights, which are held twice while tokens are decoded. An LM of 1 GiB gains nothing.
+UNROLLED_BYTES = 512 * 2**20
+
+
+def unrolled(lm: LMConfig) -> bool:
+    """Whether every layer is decoded with a cache and weights of its own: on CPUs, if the LM is small.
+
+    XLA's scan over layers copies a layer's keys, values and weights on a CPU before it multiplies them.
+    """
+    size = lm.non_embedding_params * jnp.dtype(lm.dtype).itemsize
+    return jax.default_backend() == "cpu" and size <= UNROLLED_BYTES
+
+
+def by_layer(params: Any, cache: Cache) -> tuple[Any, tuple[Cache, ...]]:
+    """The parameters and the cache with every layer in arrays of its own, as `LM.cached_hidden` takes them."""
+    layers, caches = params["lm"]["layers"], cache.layers()
+    own = {str(i): jax.tree.map(lambda p, i=i: p[i], layers) for i in range(len(caches))}
+    own = jax.lax.optimization_barrier(own)  # without it a loop slices them at every step
+    return {**params, "lm": {**params["lm"], "layers": own}}, caches
+
+
 class Loop(NamedTuple):
     """The state carried from one decode step to the next."""
 
@@ -50,7 +71,7 @@ class Loop(NamedTuple):
     last: Int[Array, "B"]
     done: Bool[Array, "B"]
     output: Int[Array, "B G"]
-    cache: Cache
+    cache: Cache | tuple[Cache, ...]
 
 
 class Generator:
@@ -115,6 +136,8 @@ class Generator:
         new, batch = self.decoding.max_new_tokens, len(inputs.tokens)
         shared, cache = self._room(prefix, inputs.tokens.shape, new)
         logits, cache, layout = self._method("prefill")(params, inputs, cache, shared)
+        if unrolled(self.config.lm):
+            params, cache = by_layer(params, cache)
         step, length = self._method("decode"), layout.segments.shape[1]
         following = layout.positions[:, -1:] + 1 + jnp.arange(new, dtype=layout.positions.dtype)
         slots = Layout(

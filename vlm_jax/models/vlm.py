@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 from vlm_jax.compressors.modules.visual import VisualTokens
 from vlm_jax.layers import constrain
 from vlm_jax.models.attention import FLASH, AttentionMask
-from vlm_jax.models.lm import LM, Cache, Slot, causal_mask, empty_cache, window_mask
+from vlm_jax.models.lm import LM, AnyCache, Cache, Slot, causal_mask, empty_cache, window_mask
 from vlm_jax.models.projector import Projector
 from vlm_jax.models.vit import Features, ViT
 from vlm_jax.settings.model import LORA, VLMConfig
@@ -154,8 +154,8 @@ class VLM(nn.Module):
         tokens: Int[Array, "B"],
         slot: Int[Array, ""],
         keys: Layout,
-        cache: Cache,
-    ) -> tuple[Float[Array, "B V"], Cache]:
+        cache: AnyCache,
+    ) -> tuple[Float[Array, "B V"], AnyCache]:
         """Logits after one more token per row, which is written to the cache at `slot`.
 
         keys: the layout of the cache's slots. Slots after `slot` are masked by causality.
