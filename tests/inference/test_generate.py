@@ -31,7 +31,8 @@ def model():
         lm=presets.lm("mini-45k", vocab_size=VOCAB, width=32, head_dim=16),
     )
     params = nn.unbox(jax.jit(init_params, static_argnums=0)(config, jax.random.key(0)))
-    return config, jax.tree.map(lambda x: 4.0 * x if x.ndim > 1 else x, params)
+    params = jax.tree.map(lambda x: 4.0 * x if x.ndim > 1 else x, params)
+    return config, generate.for_decoding(config.lm, params)
 
 
 def prompt(length, seed):
@@ -79,16 +80,22 @@ def answer(inputs, decoding=GREEDY, seeds=None):
     return np.asarray(make_generate(config, decoding)(params, inputs, jnp.asarray(seeds)))
 
 
-def test_layers_that_are_scanned_give_the_tokens_of_unrolled_ones(monkeypatch):
+def test_decoding_with_the_weights_of_each_layer_gives_the_tokens_of_the_scan():
     config, params = model()
-    assert generate.unrolled(config.lm)
+    assert generate.EACH_LAYER in params["lm"]
     expected = answer(batch())
-    monkeypatch.setattr(generate, "UNROLLED_BYTES", 0)
-    assert not generate.unrolled(config.lm)
-    scanned = generate.Generator(config, GREEDY)
+    plain = params | {"lm": {k: v for k, v in params["lm"].items() if k != generate.EACH_LAYER}}
     seeds = jnp.zeros(len(PROMPT_LENGTHS), jnp.int32)
-    np.testing.assert_array_equal(scanned(params, batch(), seeds), expected)
+    scanned = make_generate(config, GREEDY)(plain, batch(), seeds)
+    np.testing.assert_array_equal(scanned, expected)
     assert len(np.unique(expected)) > 4
+
+
+def test_a_large_lm_is_decoded_with_its_weights_held_once(monkeypatch):
+    config, params = model()
+    plain = params | {"lm": {k: v for k, v in params["lm"].items() if k != generate.EACH_LAYER}}
+    monkeypatch.setattr(generate, "EACH_LAYER_BYTES", 4 * config.lm.non_embedding_params - 1)
+    assert generate.for_decoding(config.lm, plain) is plain
 
 
 ROOM = 24

@@ -11,9 +11,9 @@ import torch
 import transformers
 from refs import hf_layout
 
-from vlm_jax.inference.generate import by_layer
+from vlm_jax.inference.generate import each_layer
 from vlm_jax.models.attention import AttentionMask
-from vlm_jax.models.lm import LM, causal_mask, empty_cache
+from vlm_jax.models.lm import EACH_LAYER, LM, causal_mask, empty_cache
 from vlm_jax.settings.model import LMConfig, RopeScaling
 
 SIZE = dict(
@@ -218,8 +218,8 @@ def test_prefill_and_decode_with_a_cache_equal_one_pass_without(name, apart):
         {"params": params}, *as_jax(tokens, positions, segments, segments[:, :prompt], 0), cache
     )
     if apart:
-        everything, cache = by_layer({"lm": params}, cache)
-        params = everything["lm"]
+        params = {**params, EACH_LAYER: each_layer(params["layers"], cfg.num_layers)}
+        cache = cache.layers()
         assert len(cache) == cfg.num_layers > 1
     for i in range(steps):
         for b, n in enumerate(lengths):

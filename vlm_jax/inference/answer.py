@@ -20,7 +20,7 @@ from vlm_jax.data import eval_batches as prompts
 from vlm_jax.data.records import parse
 from vlm_jax.data.rows import make_chat
 from vlm_jax.inference import placement
-from vlm_jax.inference.generate import Decoding, make_generate
+from vlm_jax.inference.generate import Decoding, for_decoding, make_generate
 from vlm_jax.inference.settings import EvalConfig
 from vlm_jax.models.attention import for_inference
 from vlm_jax.models.lm import Cache
@@ -58,7 +58,8 @@ class Answerer:
         self.visual_tokens = compressors.num_tokens(compressor, grid)
         self.chat = make_chat(self.data, self.visual_tokens)
         keep_vit = bool(settings.features_dir)
-        self.params = run.load(weights.answering(self.model, self.mesh, keep_vit))
+        params = run.load(weights.answering(self.model, self.mesh, keep_vit))
+        self.params = for_decoding(self.model.lm, params)
         if settings.features_dir:
             weights.check_cached(settings.features_dir, self.model, self.params["vit"])
         self.decoding = Decoding(

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from vlm_jax.models.lm import Cache, cache_behind, empty_cache
+from vlm_jax.models.lm import EACH_LAYER, Cache, cache_behind, empty_cache
 from vlm_jax.models.vlm import VLM, Inputs, Layout
 from vlm_jax.settings.checks import ConfigError, check_positive
 from vlm_jax.settings.model import LMConfig, VLMConfig
@@ -43,25 +43,25 @@ class Decoding:
             raise ConfigError(f"decoding: top_p must lie in (0, 1], got {self.top_p}.")
 
 
-# Of all layers' weights, which are held twice while tokens are decoded. An LM of 1 GiB gains nothing.
-UNROLLED_BYTES = 512 * 2**20
+# Of all layers' weights, which `for_decoding` holds twice. An LM of 1 GiB gains nothing.
+EACH_LAYER_BYTES = 512 * 2**20
 
 
-def unrolled(lm: LMConfig) -> bool:
-    """Whether every layer is decoded with a cache and weights of its own: on CPUs, if the LM is small.
+def for_decoding(config: LMConfig, params: Any) -> Any:
+    """The model's parameters; on CPUs, if the LM is small, with the weights of each layer beside those of all layers.
 
-    XLA's scan over layers copies a layer's keys, values and weights on a CPU before it multiplies them.
+    `_generate` then decodes without a scan, which on a CPU copies a layer's keys, values and weights at every step.
     """
-    size = lm.non_embedding_params * jnp.dtype(lm.dtype).itemsize
-    return jax.default_backend() == "cpu" and size <= UNROLLED_BYTES
+    size = config.non_embedding_params * jnp.dtype(config.dtype).itemsize
+    if jax.default_backend() != "cpu" or size > EACH_LAYER_BYTES or EACH_LAYER in params["lm"]:
+        return params
+    each = jax.jit(functools.partial(each_layer, count=config.num_layers))(params["lm"]["layers"])
+    return {**params, "lm": {**params["lm"], EACH_LAYER: each}}
 
 
-def by_layer(params: Any, cache: Cache) -> tuple[Any, tuple[Cache, ...]]:
-    """The parameters and the cache with every layer in arrays of its own, as `LM.cached_hidden` takes them."""
-    layers, caches = params["lm"]["layers"], cache.layers()
-    own = {str(i): jax.tree.map(lambda p, i=i: p[i], layers) for i in range(len(caches))}
-    own = jax.lax.optimization_barrier(own)  # without it a loop slices them at every step
-    return {**params, "lm": {**params["lm"], "layers": own}}, caches
+def each_layer(stacked: Any, count: int) -> dict[str, Any]:
+    """The weights of each layer by its number."""
+    return {str(i): jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count)}
 
 
 class Loop(NamedTuple):
@@ -136,8 +136,8 @@ class Generator:
         new, batch = self.decoding.max_new_tokens, len(inputs.tokens)
         shared, cache = self._room(prefix, inputs.tokens.shape, new)
         logits, cache, layout = self._method("prefill")(params, inputs, cache, shared)
-        if unrolled(self.config.lm):
-            params, cache = by_layer(params, cache)
+        if EACH_LAYER in params["lm"]:
+            cache = cache.layers()
         step, length = self._method("decode"), layout.segments.shape[1]
         following = layout.positions[:, -1:] + 1 + jnp.arange(new, dtype=layout.positions.dtype)
         slots = Layout(

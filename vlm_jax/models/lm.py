@@ -86,6 +86,9 @@ class Cache(NamedTuple):
         return get(self.k), get(self.v)
 
 
+EACH_LAYER = "each_layer"  # parameters of an LM that has its layers one by one too
+
+
 # Of all layers together, or one per layer.
 AnyCache = TypeVar("AnyCache", bound=Cache | tuple[Cache, ...])
 
@@ -102,7 +105,8 @@ def cache_behind(prefix: Cache, batch: int, length: int) -> Cache:
     def grown(x: Float[Array, "L 1 K S H"]) -> Float[Array, "L B K R H"]:
         layers, _, heads, slots, width = x.shape
         room = jnp.zeros((layers, batch, heads, slots + length, width), x.dtype)
-        return _split(room.at[..., :slots, :].set(x))
+        every = jnp.broadcast_to(x, (layers, batch, heads, slots, width))
+        return _split(jax.lax.dynamic_update_slice(room, every, (0, 0, 0, 0, 0)))
 
     return Cache(grown(prefix.k), grown(prefix.v))
 
@@ -266,7 +270,7 @@ class LM(nn.Module):
     ) -> tuple[Float[Array, "B T D"], AnyCache]:
         """As `hidden`, attending to the cache, after writing the keys and values of x to slots [slot, slot + T).
 
-        One cache per layer goes with parameters by the layer's number, "layers/0/..": every layer is compiled, none is scanned.
+        One cache per layer goes with the parameters EACH_LAYER/0/.. beside those of the scan: every layer is compiled.
         """
         x = constrain(x, "batch", None, "embed_activation")
         if isinstance(cache, Cache):
@@ -275,7 +279,7 @@ class LM(nn.Module):
             return self.final_norm(x), whole
         block, written = Block(self.config, parent=None), list[Cache]()
         for i, own in enumerate(cache):
-            weights = {"params": self.layers.variables["params"][str(i)]}
+            weights = {"params": self.variables["params"][EACH_LAYER][str(i)]}
             ((x, own), _) = block.apply(weights, (x, own), positions, mask, slot, None)
             written.append(own)
         return self.final_norm(x), cast(AnyCache, tuple(written))
