@@ -59,6 +59,9 @@ class Server:
             self._process.kill()
             self._process.wait()
             self._process = None
+            # Objects that it was writing: it would answer 404 to every listing of their folder, and a bucket has no such files.
+            for torn in [path for path in self.root.rglob(".*") if path.is_file()]:
+                torn.unlink()
 
 
 class Named:
