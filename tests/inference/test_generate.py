@@ -80,11 +80,16 @@ def answer(inputs, decoding=GREEDY, seeds=None):
     return np.asarray(make_generate(config, decoding)(params, inputs, jnp.asarray(seeds)))
 
 
+def scanned_params(params):
+    """Without the weights of each layer by itself."""
+    return params | {"lm": {k: v for k, v in params["lm"].items() if k != generate.EACH_LAYER}}
+
+
 def test_decoding_with_the_weights_of_each_layer_gives_the_tokens_of_the_scan():
     config, params = model()
     assert generate.EACH_LAYER in params["lm"]
     expected = answer(batch())
-    plain = params | {"lm": {k: v for k, v in params["lm"].items() if k != generate.EACH_LAYER}}
+    plain = scanned_params(params)
     seeds = jnp.zeros(len(PROMPT_LENGTHS), jnp.int32)
     scanned = make_generate(config, GREEDY)(plain, batch(), seeds)
     np.testing.assert_array_equal(scanned, expected)
@@ -93,7 +98,7 @@ def test_decoding_with_the_weights_of_each_layer_gives_the_tokens_of_the_scan():
 
 def test_a_large_lm_is_decoded_with_its_weights_held_once(monkeypatch):
     config, params = model()
-    plain = params | {"lm": {k: v for k, v in params["lm"].items() if k != generate.EACH_LAYER}}
+    plain = scanned_params(params)
     monkeypatch.setattr(generate, "EACH_LAYER_BYTES", 4 * config.lm.non_embedding_params - 1)
     assert generate.for_decoding(config.lm, plain) is plain
 

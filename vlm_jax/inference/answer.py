@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -58,8 +59,7 @@ class Answerer:
         self.visual_tokens = compressors.num_tokens(compressor, grid)
         self.chat = make_chat(self.data, self.visual_tokens)
         keep_vit = bool(settings.features_dir)
-        params = run.load(weights.answering(self.model, self.mesh, keep_vit))
-        self.params = for_decoding(self.model.lm, params)
+        self.params = run.load(weights.answering(self.model, self.mesh, keep_vit))
         if settings.features_dir:
             weights.check_cached(settings.features_dir, self.model, self.params["vit"])
         self.decoding = Decoding(
@@ -68,6 +68,11 @@ class Answerer:
         )  # fmt: skip
         self._generator = make_generate(self.model, self.decoding)
         self.prompt_tokens = self.answer_tokens = 0  # processed so far
+
+    @functools.cached_property
+    def _decoding_params(self) -> Any:
+        """Made when the first answer is generated: likelihoods need none."""
+        return for_decoding(self.model.lm, self.params)
 
     @property
     def compilations(self) -> int:
@@ -123,10 +128,11 @@ class Answerer:
         a sampled one also on the seed; neither depends on batch_size or on the other rows.
         """
         asked = self._prepare(rows, image_root, batch_size, most_buckets, file, None)
+        params = self._decoding_params
 
         def generate(batch: Batch, prefix: Cache | None) -> jax.Array:
             seeds = batch["seeds"] ^ np.uint32(self.settings.seed % 2**32).view(np.int32)
-            return self._generator(self.params, Inputs.from_batch(batch), seeds, prefix)
+            return self._generator(params, Inputs.from_batch(batch), seeds, prefix)
 
         for ids, tokens in self._outputs(asked, generate):
             told = [(i, self._kept(row)) for i, row in zip(ids, tokens, strict=True) if i]

@@ -53,14 +53,15 @@ def for_decoding(config: LMConfig, params: Any) -> Any:
     `_generate` then decodes without a scan, which on a CPU copies a layer's keys, values and weights at every step.
     """
     size = config.non_embedding_params * jnp.dtype(config.dtype).itemsize
-    if jax.default_backend() != "cpu" or size > EACH_LAYER_BYTES or EACH_LAYER in params["lm"]:
+    if jax.default_backend() != "cpu" or size > EACH_LAYER_BYTES:
         return params
-    each = jax.jit(functools.partial(each_layer, count=config.num_layers))(params["lm"]["layers"])
+    each = each_layer(params["lm"]["layers"], config.num_layers)
     return {**params, "lm": {**params["lm"], EACH_LAYER: each}}
 
 
+@functools.partial(jax.jit, static_argnames="count")
 def each_layer(stacked: Any, count: int) -> dict[str, Any]:
-    """The weights of each layer by its number."""
+    """The weights of each of `count` layers by its number."""
     return {str(i): jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count)}
 
 

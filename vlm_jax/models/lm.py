@@ -61,7 +61,7 @@ class Cache(NamedTuple):
 
         def put(old: Array, new: Array) -> Array:
             new = jnp.swapaxes(new, 1, 2).astype(old.dtype)
-            new = new.reshape(*(1 for _ in outer), *new.shape)
+            new = new if layer is None else new[None]
             if jnp.ndim(slot) == 0:
                 return jax.lax.dynamic_update_slice(old, new, (*outer, 0, 0, slot, 0))
             for row in range(len(k)):  # one update in place per row; a scatter copies
