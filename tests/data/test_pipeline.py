@@ -1,5 +1,6 @@
 """Batches of training: shapes, order, shards, resume, bad records, feature caches."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from refs import tokenizers
 
 from vlm_jax.data import feature_images, pipeline
 from vlm_jax.data.records import BadRecord
-from vlm_jax.settings import presets
+from vlm_jax.settings import machine, presets
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.run import DataConfig
 
@@ -207,6 +208,20 @@ def test_resume_is_exact(folder, tmp_path, images):
     equal(next(first), straight[3])
 
 
+def test_images_are_read_by_two_threads_per_core_and_those_of_a_bucket_by_sixteen(
+    folder, monkeypatch
+):
+    monkeypatch.setattr(machine, "cores", lambda: 4)
+    local = config(folder)
+    assert pipeline.image_threads(local) == 8
+    of_workers = [dataclasses.replace(local, num_workers=n) for n in (1, 2, 8)]
+    assert [pipeline.image_threads(cfg) for cfg in of_workers] == [8, 4, 2]
+    remote = dataclasses.replace(local, image_roots=("gs://bucket/images",))
+    assert pipeline.image_threads(remote) == 16
+    monkeypatch.setattr(machine, "cores", lambda: 128)
+    assert pipeline.image_threads(local) == 16
+
+
 def test_a_closed_iterator_says_so(folder):
     iterator = iterate(config(folder))
     next(iterator)
@@ -342,7 +357,7 @@ WORKERS = """
     import dataclasses, sys
     import numpy as np
     from vlm_jax.settings.run import DataConfig
-    from vlm_jax.settings import presets
+    from vlm_jax.settings import machine, presets
     from vlm_jax.data import pipeline
 
     def run(cfg, state, n):

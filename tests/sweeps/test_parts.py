@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import toy_parts
 
+from vlm_jax.settings import machine
 from vlm_jax.settings.checks import ConfigError, RunEnded
 from vlm_jax.sweeps import parts
 from vlm_jax.sweeps.parts import Part
@@ -153,7 +154,7 @@ def test_a_worker_computes_with_one_thread_and_keeps_what_it_compiled(tmp_path, 
 
 
 def test_there_are_as_many_processes_as_cores_but_no_more_than_are_useful(monkeypatch):
-    monkeypatch.setattr(parts, "_cores", lambda: 6)
+    monkeypatch.setattr(machine, "cores", lambda: 6)
     assert [parts.how_many(0, useful) for useful in (1, 4, 13)] == [1, 4, 6]
     assert [parts.how_many(asked, 4) for asked in (1, 3, 9)] == [1, 3, 4]
     assert parts.how_many(5, 0) == 1

@@ -29,13 +29,15 @@ from absl import flags, logging
 from vlm_jax.data import packing, sampling, sources
 from vlm_jax.data.records import BadRecord
 from vlm_jax.data.rows import Assembly, Batch, EncodeChunk, Stacked, make_encoder, open_features
+from vlm_jax.settings import machine
+from vlm_jax.settings.addresses import scheme
 from vlm_jax.settings.checks import ConfigError
 from vlm_jax.settings.model import ViTConfig
 from vlm_jax.settings.run import DataConfig
 
 # Records encoded per task when no image is decoded: starting a task takes longer than encoding one short record.
 TEXT_CHUNK = 32
-IMAGE_THREADS = 16
+MOST_THREADS = 16  # that read and decode images
 # Arrays of a worker that are smaller are pickled, because a block of shared memory costs 0.3 ms each.
 SHARED_BYTES = 1 << 16
 
@@ -112,7 +114,7 @@ class TrainIterator(grain.DatasetIterator):
         """Chunks of encoded rows, starting at the first sample that was not consumed."""
         decodes = self._cfg.max_images > 0 and not self._cfg.features_dir
         chunk = 1 if decodes else min(TEXT_CHUNK, self._rows)
-        threads = IMAGE_THREADS if decodes else 1
+        threads = image_threads(self._cfg) if decodes else 1
         rest = self._stream[self._consumed :].batch(chunk).map(self._encode)
         buffered = max(threads, -(-2 * self._rows // chunk))  # two batches ahead
         chunks = rest.to_iter_dataset(
@@ -169,6 +171,17 @@ class TrainIterator(grain.DatasetIterator):
     def close(self) -> None:
         self._stop()
         super().close()
+
+
+def image_threads(cfg: DataConfig) -> int:
+    """How many threads of a process read and decode images: two per core, shared among the workers, 16 for images on a bucket.
+
+    More than one per core hides the reads of a disk; many more wait for each other's Python, which `data.decoder=fast` notices
+    most (scripts/bench/input.py). Most of a bucket's time is waiting for the network.
+    """
+    if any(scheme(str(place)) for place in (*cfg.annotations, *cfg.image_roots)):
+        return MOST_THREADS
+    return min(max(2 * machine.cores() // max(cfg.num_workers, 1), 2), MOST_THREADS)
 
 
 def _parse_flags() -> None:

@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 
 from vlm_jax import files
 from vlm_jax.progress import Bar
-from vlm_jax.settings import logs
+from vlm_jax.settings import logs, machine
 from vlm_jax.settings.checks import ConfigError, RunEnded
 
 log = logging.getLogger(__name__)
@@ -90,18 +90,12 @@ def how_many(asked: int, useful: int) -> int:
         raise ConfigError(
             f"sweep: processes must be at least 1, or 0 for one per CPU core; got {asked}."
         )
-    most = min(asked or _cores(), useful)
+    most = min(asked or machine.cores(), useful)
     if asked or most <= 1:
         return max(most, 1)
     import jax  # here, not above: it takes seconds, and a number needs none of it
 
     return most if jax.default_backend() == "cpu" else 1  # one process holds a GPU or TPU
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def run(parts: Sequence[Part], processes: int, folder: files.Path) -> Generator[Done, None, None]:
