@@ -7,7 +7,7 @@ usage() {
   cat <<'TEXT'
 usage: scripts/quickstart.sh [--smoke] [--config.FIELD=VALUE ..]
 Makes the environment .venv, runs the miniature sweep, fits its law, plans, and writes runs/mini/report.html:
-five LM sizes x four token counts, twelve to twenty minutes on two free cores. The same command again goes on where it stopped.
+five LM sizes x four token counts, ten to twenty minutes on two free cores. The same command again goes on where it stopped.
   --smoke               the same road with tiny settings in a minute and a half (a plumbing test, not a result)
   --config.FIELD=VALUE  fields of configs/mini.py for the sweep, such as --config.sweep.seeds="(0,1,2)"
 PYTHON (default python3), VENV (default .venv) and WORKDIR (default runs/mini) may be set.

@@ -4,7 +4,7 @@
 scripts/bench/evaluate.py [--questions 96] [--batch 16] [--rounds 3] [--new 16] [--lm WIDTH LAYERS] [--vit WIDTH LAYERS]
 
 Writes a LLaVA of random weights (24 x 24 patches of 336 pixels) in both formats, questions of several lengths and 640 x 480
-JPEG pictures. Then, in one process and in turns, all questions are answered greedily by
+JPEG pictures. Then, each in a process of its own and in turns (turns.py), all questions are answered greedily by
 
     ours          answer.Answerer.ask, what `vlm_jax.evaluate` calls: pictures from the files, texts out
     ours, replies answer.Answerer.likelihoods of "Yes" and "No" instead of an answer
@@ -34,8 +34,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import turns
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 
 WORDS = [
     "what",
@@ -161,9 +164,12 @@ def write_run(
     return folder
 
 
+Timed = tuple[float, dict[str, Any]]  # seconds, and the answers by id
+
+
 def ours(
     run: Path, data: Path, rows: Sequence[dict], batch: int, new: int, replies: bool
-) -> Callable:
+) -> Callable[[], Timed]:
     from vlm_jax.inference.answer import Answerer
     from vlm_jax.inference.settings import EvalConfig
     from vlm_jax.settings.run import MeshConfig
@@ -171,15 +177,17 @@ def ours(
     answerer = Answerer(EvalConfig(str(run), 1, new), MeshConfig())
     ask = answerer.likelihoods if replies else answerer.ask
 
-    def go() -> dict[str, Any]:
-        return {i: said for told in ask(rows, str(data), batch) for i, said in told}
+    def go() -> Timed:
+        start = time.perf_counter()
+        found = {i: said for told in ask(rows, str(data), batch) for i, said in told}
+        return time.perf_counter() - start, found
 
     return go
 
 
 def plain(
     model_dir: Path, data: Path, rows: Sequence[dict], batch: int, new: int, pooled: bool
-) -> Callable:
+) -> Callable[[], Timed]:
     """The loop that one writes with transformers."""
     import jax
     import torch
@@ -202,8 +210,8 @@ def plain(
         said = [{"role": "user", "content": content}]
         texts[row["id"]] = processor.apply_chat_template(said, add_generation_prompt=True)
 
-    def go() -> dict[str, str]:
-        found = {}
+    def go() -> Timed:
+        start, found = time.perf_counter(), {}
         for at in range(0, len(rows), batch):
             part = rows[at : at + batch]
             images = [Image.open(data / row["image"]).convert("RGB") for row in part]
@@ -213,32 +221,22 @@ def plain(
             said = tokens[:, inputs["input_ids"].shape[1] :]
             said = processor.batch_decode(said, skip_special_tokens=True)
             found |= {row["id"]: text.strip() for row, text in zip(part, said, strict=True)}
-        return found
+        return time.perf_counter() - start, found
 
     return go
 
 
-def timed(go: Callable) -> tuple[float, dict[str, Any]]:
-    start = time.perf_counter()
-    found = go()
-    return time.perf_counter() - start, found
-
-
-def compare(loops: dict[str, Callable], rounds: int, count: int) -> None:
-    first, said = {}, {}
-    for name, go in loops.items():
-        first[name], said[name] = timed(go)
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
-    for _ in range(rounds):
-        for name, go in loops.items():
-            seconds[name].append(timed(go)[0])
-    middle = {name: statistics.median(times) for name, times in seconds.items()}
-    equal = np.mean([said["ours"][i] == said["plain"][i] for i in said["ours"]])
-    for name, value in middle.items():
+def compare(sides: dict[str, turns.Side], rounds: int, count: int) -> None:
+    found = turns.take(sides, 1 + rounds)
+    seconds = {name: [turn[0] for turn in each[1:]] for name, each in found.items()}
+    for name, times in seconds.items():
+        ratios = [b / a for a, b in zip(seconds["ours"], times, strict=True)]
         print(
-            f"  {name:14} {count / value:8.2f} questions/s ({min(seconds[name]):.2f}-{max(seconds[name]):.2f} s; first pass"
-            f" {first[name]:.2f} s)   ours / this {value / middle['ours']:.2f}"
+            f"  {name:14} {count / statistics.median(times):8.2f} questions/s ({min(times):.2f}-{max(times):.2f} s; first pass"
+            f" {found[name][0][0]:.2f} s)   ours / this {statistics.median(ratios):.2f} ({min(ratios):.2f}, {max(ratios):.2f})"
         )
+    mine, theirs = found["ours"][0][1], found["plain"][0][1]
+    equal = np.mean([mine[i] == theirs[i] for i in mine])
     print(f"  equal texts of ours and plain: {equal:.1%}", flush=True)
 
 
@@ -259,10 +257,7 @@ def main() -> None:
             f"--{name}", type=int, nargs=2, default=value, metavar=("WIDTH", "LAYERS")
         )
     args = parser.parse_args()
-    from vlm_jax.settings import huge_pages
-
-    huge_pages.restart()
-    os.environ["OMP_WAIT_POLICY"] = "passive"  # torch's threads would hold cores in our turn
+    turns.begin()
     import jax
     import torch
     import transformers
@@ -290,14 +285,14 @@ def main() -> None:
         for tokens, run in ((1, mean), (576, whole)):
             mine = (run, root / "data", rows)
             theirs = (root / "hf", root / "data", rows)
-            loops = {
-                "ours": ours(*mine, args.batch, args.new, replies=False),
-                "ours, replies": ours(*mine, args.batch, args.new, replies=True),
-                "plain": plain(*theirs, args.batch, args.new, pooled=tokens == 1),
-                "one by one": plain(*theirs, 1, args.new, pooled=tokens == 1),
+            sides = {
+                "ours": turns.Side(ours, (*mine, args.batch, args.new, False), True),
+                "ours, replies": turns.Side(ours, (*mine, args.batch, args.new, True), True),
+                "plain": turns.Side(plain, (*theirs, args.batch, args.new, tokens == 1), False),
+                "one by one": turns.Side(plain, (*theirs, 1, args.new, tokens == 1), False),
             }
             print(f"V = {tokens}")
-            compare(loops, args.rounds, args.questions)
+            compare(sides, args.rounds, args.questions)
 
 
 if __name__ == "__main__":

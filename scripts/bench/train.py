@@ -8,9 +8,8 @@ scripts/bench/train.py --memory                                         bytes of
 
 Ours is the step of a run: plan, fresh_state, make_step, donated; encoder features stand in the batch, 64 per row, and a
 two-layer projector puts them before the decoder. torch has the same projector, transformers' Llama or Qwen2 of the same
-sizes with SDPA, clipping, and fused AdamW; "compiled" is torch.compile of its loss. Each has a process of its own, in which
-arrays lie in huge pages where the kernel gives them. All take turns in every round, so that a busy machine is busy for all, and
-torch's threads wait passively: they would hold cores in our turn. The table has medians, and the median (least, greatest) of
+sizes with SDPA, clipping, and fused AdamW; "compiled" is torch.compile of its loss. Each has a process of its own, and they take
+turns (turns.py). The table has medians, and the median (least, greatest) of
 the round-by-round ratios torch / ours: above 1 ours is faster; the last column is the same of the time that the process held
 cores, which other processes on the machine disturb less. FLOPs are those that the loss needs: logits of supervised positions
 alone, though torch computes all of them. The peak behind "MFU" is the chip's, or on a CPU the fastest of jax's
@@ -23,13 +22,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import multiprocessing
-import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,12 +35,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import jax
 import jax.numpy as jnp
 import numpy as np
+import turns
 from flax.traverse_util import flatten_dict
 
 from vlm_jax import compressors, sharding
 from vlm_jax.costs import chips
 from vlm_jax.costs.flops import step_flops
-from vlm_jax.settings import huge_pages, presets
+from vlm_jax.settings import presets
 from vlm_jax.settings.model import LMConfig, VLMConfig
 from vlm_jax.settings.run import (
     DataConfig,
@@ -233,6 +231,10 @@ def add_adapters(decoder: Any, lm: LMConfig) -> None:
                     setattr(block, name, Adapted(child))
 
 
+# A turn is as many steps as this takes, at least one: the first finds the caches full of another side's arrays.
+TURN_SECONDS = 0.5
+
+
 class Turn(NamedTuple):
     """What a contestant answers: seconds of a step, and on a CPU of a 2048 x 2048 float32 product."""
 
@@ -242,8 +244,8 @@ class Turn(NamedTuple):
     product: float
 
 
-def contestant(name: str, size: str, args: argparse.Namespace, connection: Any) -> None:
-    """The process of one of the steps: takes a turn for each message and answers with it."""
+def contestant(name: str, size: str, args: argparse.Namespace) -> Callable[[], Turn]:
+    """One of the steps."""
     jax.config.update("jax_platforms", PLATFORMS[args.device])
     case = ladder(args.device)[size]
     batch = batch_of(case, args.supervised)
@@ -257,43 +259,26 @@ def contestant(name: str, size: str, args: argparse.Namespace, connection: Any) 
 
         on_torch = torch.tensor(x)
         product = lambda: on_torch @ on_torch  # noqa: E731
-    while connection.recv():
+
+    def turn() -> Turn:
+        losses: list[float] = []
         start, spent = time.perf_counter(), time.process_time()
-        loss = run()
+        while time.perf_counter() - start < TURN_SECONDS:
+            losses.append(run())
         wall, cores = time.perf_counter() - start, time.process_time() - spent
         start = time.perf_counter()
         product()
-        connection.send(Turn(loss, wall, cores, time.perf_counter() - start))
-    connection.close()
+        return Turn(losses[0], wall / len(losses), cores / len(losses), time.perf_counter() - start)
 
-
-def turns(names: Sequence[str], size: str, args: argparse.Namespace) -> dict[str, list[Turn]]:
-    """Of each contestant the first turn, which compiles, another, and one per round."""
-    context = multiprocessing.get_context("spawn")
-    pipes = {name: context.Pipe() for name in names}
-    processes = [
-        context.Process(target=contestant, args=(name, size, args, pipes[name][1]))
-        for name in names
-    ]
-    for process, (_, theirs_) in zip(processes, pipes.values(), strict=True):
-        process.start()
-        theirs_.close()  # a process that dies is noticed
-    found: dict[str, list[Turn]] = {name: [] for name in names}
-    for _ in range(args.rounds + 2):
-        for name, (pipe, _) in pipes.items():
-            pipe.send(True)
-            found[name].append(pipe.recv())
-    for process, (pipe, _) in zip(processes, pipes.values(), strict=True):
-        pipe.send(False)
-        process.join()
-    return found
+    return turn
 
 
 def measure(size: str, args: argparse.Namespace) -> list[str]:
     """Rows of the table."""
     case = ladder(args.device)[size]
     names = ("ours",) if args.no_torch else ("ours", "torch", "torch, compiled")
-    found = turns(names, size, args)
+    sides = {name: turns.Side(contestant, (name, size, args), name == "ours") for name in names}
+    found = turns.take(sides, 2 + args.rounds)  # the first turn compiles, another one warms up
     exp = experiment_of(case, args.remat, args.loss_chunk)
     plan = step.plan(exp, sharding.make_mesh(exp.mesh, jax.devices()[:1]), 1000)
     learning = flatten_dict(plan.state.trainable, sep="/").keys()
@@ -369,9 +354,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4, help="with --memory")
     parser.add_argument("--length", type=int, default=2048, help="with --memory")
     args = parser.parse_args()
-    huge_pages.restart()
-    # Contestants share a GPU's memory, and no thread of one waits for work while another has its turn.
-    os.environ |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "OMP_WAIT_POLICY": "passive"}
+    turns.begin()
     jax.config.update("jax_platforms", PLATFORMS[args.device])
     if args.memory:
         sys.stdout.write("\n".join(memory(args)) + "\n")

@@ -76,6 +76,20 @@ def test_pad_equals_expand2square_then_the_clip_processor(size):
     assert np.abs(ours - theirs).max() < 1 / 255
 
 
+@pytest.mark.parametrize("resample", images.FILTERS)
+@pytest.mark.parametrize(
+    "size", [(640, 480), (480, 640), (7, 300), (300, 7), (225, 224), (224, 90)]
+)
+def test_padding_after_the_rows_are_resized_changes_no_pixel(size, resample):
+    px, mean = 224, (0.48, 0.1, 0.9)
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    square = Image.new("RGB", (max(size),) * 2, tuple(int(255 * m) for m in mean))
+    square.paste(Image.fromarray(noise), tuple((max(size) - side) // 2 for side in size))
+    expected = np.array(square.resize((px, px), images.FILTERS[resample]))
+    found = images.fit(Image.fromarray(noise), px, "pad", mean, 10**7, resample)
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_padding_is_the_mean_colour_and_an_odd_pixel_goes_below():
     white = Image.new("RGB", (8, 5), (255, 255, 255))
     pixels = load(encoded(white), px=8, mode="pad")
