@@ -78,6 +78,6 @@ else
   done
   section 80 "Training step, predicted and measured" $here/gpu.py step 0.5b 1.8b 7b-lora
   section 100 "Generation" $here/gpu.py generate 1.8b 7b
-  section 80 "Harness beside transformers" $here/evaluate.py --questions 64 --rounds 1 --lm 1024 12 --vit 512 8
+  section 120 "Harness beside transformers" $here/evaluate.py --questions 64 --rounds 1 --lm 1024 12 --vit 512 8
 fi
 printf '\n%s seconds in all.\n' "$SECONDS"
