@@ -76,6 +76,14 @@ def test_prompts_are_left_padded_in_few_static_buckets(folder):
     assert tokens == asked.num_tokens and asked.prefix.size == asked.reply_slots == 0
 
 
+def test_only_the_last_batch_is_completed_and_short_prompts_come_first(folder):
+    batches = list(prepare(folder, mixed(61), 4).batches)
+    assert len(batches) == 16
+    assert all(all(batch["ids"]) for batch in batches[:-1])
+    lengths = np.concatenate([batch["positions"].max(axis=1) for batch in batches])
+    assert (np.diff(lengths) >= 0).all()
+
+
 def test_a_filler_repeats_the_last_row_under_no_id(folder):
     batch = next(prepare(folder, [ask(1, 2, "green")], 2).batches)
     assert batch["ids"] == ["q1", ""]
@@ -145,9 +153,9 @@ def test_evaluation_reads_cached_features(folder, tmp_path):
     np.save(features / "last.npy", last)
     (features / "index.json").write_text(json.dumps({"images/green.png": 0}))
     asked = prepare(folder, [ask(1, 2, "green"), ask(2, 2)], 2, features_dir=str(features))
-    batch = next(asked.batches)
-    assert np.array_equal(batch["feature_last"][0, 0], last[0])
-    assert not batch["feature_last"][1].any()
+    found = dict(rows_of(asked))
+    assert np.array_equal(found["q1"]["feature_last"][0], last[0])
+    assert not found["q2"]["feature_last"].any()
 
 
 def test_a_bad_question_is_never_skipped(folder):

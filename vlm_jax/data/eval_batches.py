@@ -120,7 +120,8 @@ class _MakeBatch(grain.transforms.Map):
     def map(self, element: tuple[int, list[int]]) -> Batch:  # pyrefly: ignore[bad-override] (grain gives no types)
         width, numbers = element
         filled = numbers + [numbers[-1]] * (self.size - len(numbers))
-        rows = [self._row(number, width) for number in filled[self.local]]
+        made = {number: self._row(number, width) for number in set(filled[self.local])}
+        rows = [made[number] for number in filled[self.local]]
         ids = [self.records[number].id for number in numbers] + [""] * (self.size - len(numbers))
         seeds = [zlib.crc32(name.encode()) for name in ids[self.local]]
         stacked = stack(rows, self.features)
@@ -152,8 +153,8 @@ def prepare(
 
     file: where the records come from, for error messages. replies: per record, the texts whose likelihood as the answer is
     wanted; None: answers are generated. shard: which rows of each batch this process lays out; it decodes no image of the
-    others. The last batch of a bucket is completed with copies of its last row, whose ids are "", so that there are only
-    len(buckets) shapes. Raises BadRecord whatever on_bad_record says: a dropped question would change the error that is
+    others. The last batch is completed with copies of its last row, whose ids are "", so that there are only len(buckets)
+    shapes. Raises BadRecord whatever on_bad_record says: a dropped question would change the error that is
     measured.
     """
     features = open_features(cfg)
@@ -183,12 +184,10 @@ def prepare(
     slots = max(spoken, default=0)
     for prompt, ids in zip(units, said, strict=False):
         prompt += _laid_out(ids, slots, chat.tokenizer.pad_id)
-    work, shorter = [], 0
-    for width in buckets:
-        inside = [i for i, n in enumerate(lengths) if shorter < n <= width]
-        pieces = (inside[at : at + batch_size] for at in range(0, len(inside), batch_size))
-        work += [(width + slots, piece) for piece in pieces]
-        shorter = width
+    order = sorted(range(len(parsed)), key=lengths.__getitem__)
+    pieces = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    widths = [next(w for w in buckets if w >= lengths[piece[-1]]) for piece in pieces]
+    work = [(width + slots, piece) for width, piece in zip(widths, pieces, strict=True)]
     rows = batch_size // num_shards
     local = slice(shard * rows, (shard + 1) * rows)
     make = _MakeBatch(parsed, units, len(prefix), encoder, features, batch_size, local)
