@@ -15,9 +15,9 @@ from vlm_jax.settings import huge_pages
 
 
 class Side(NamedTuple):
-    make: Callable[
-        ..., Callable[[], Any]
-    ]  # called once, in the side's process; gives what a turn calls
+    """make(*arguments) is called once, in the side's process, and returns the function that each turn calls."""
+
+    make: Callable[..., Callable[[], Any]]
     arguments: tuple[Any, ...]
     is_ours: bool
 

@@ -357,7 +357,7 @@ WORKERS = """
     import dataclasses, sys
     import numpy as np
     from vlm_jax.settings.run import DataConfig
-    from vlm_jax.settings import machine, presets
+    from vlm_jax.settings import presets
     from vlm_jax.data import pipeline
 
     def run(cfg, state, n):

@@ -205,8 +205,11 @@ def _pad(
     max_pixels: int,
     resample: Image.Resampling,
 ) -> Image.Image:
-    """The image in the middle of a square. The rows of a wide one are resized already: Pillow does that first, and rounds, so
-    that the result of resizing the square is the same, but a fifth faster without the rows of padding."""
+    """The image with padding on two sides, [side side], or of a wide image [side image_px]: its rows are resized already.
+
+    Resizing the result to [image_px image_px] gives the pixels of the padded square resized at once, because Pillow resizes
+    rows first and rounds in between; without the rows of padding it is a fifth faster.
+    """
     width, height = image.size
     side = max(width, height)
     _check_canvas(image.size, side * side, max_pixels)

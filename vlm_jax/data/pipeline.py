@@ -179,7 +179,7 @@ def image_threads(cfg: DataConfig) -> int:
     More than one per core hides the reads of a disk; many more wait for each other's Python, which `data.decoder=fast` notices
     most (scripts/bench/input.py). Most of a bucket's time is waiting for the network.
     """
-    if any(scheme(str(place)) for place in (*cfg.annotations, *cfg.image_roots)):
+    if any(scheme(place) for place in (*cfg.annotations, *cfg.image_roots)):
         return MOST_THREADS
     return min(max(2 * machine.cores() // max(cfg.num_workers, 1), 2), MOST_THREADS)
 
